@@ -1,0 +1,34 @@
+"""What can go wrong, by name. Every message says what was given, what is allowed and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FedExpertsError(Exception):
+    """Something the user can mend; the command line prints its one sentence and exits with 2."""
+
+
+class BadValue(FedExpertsError, ValueError):
+    """A value that no setting, method or model allows."""
+
+
+class NoExperts(BadValue):
+    """A model without Mixture-of-Experts layers that we can find."""
+
+
+class TooSmall(BadValue):
+    """A client whose memory holds no legal sub-model."""
+
+
+class BadData(BadValue):
+    """Data that cannot be read, or cannot be divided as asked."""
+
+
+class BadRun(FedExpertsError):
+    """A results folder that does not fit what was asked of it."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """`; did you mean X?` for the allowed name closest to `given`, or nothing when none is close."""
+    close = get_close_matches(given, sorted(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,205 @@
+"""The values that travel between server, engine and clients, and the bench, which stays with its client."""
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fedexperts.moe.anatomy import Anatomy, Experts
+from fedexperts.moe.flops import Footprint
+from fedexperts.moe.tuning import Tuning
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: what is asked, what should be answered, how the answer is judged."""
+
+    prompt: str
+    response: str
+    task: str  # results are reported by task
+    metric: str = "exact_match"  # the task's main metric, a key of evaluate.METRICS
+    label: int | None = None  # the class, where there is one: what a Dirichlet partition looks at
+    choices: tuple[str, ...] = ()  # the closed set of answers, where there is one
+
+
+@dataclass(frozen=True)
+class Split:
+    """A client's own examples; no example stands in two of the three."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Some rows of the server's tensors; a name absent from `rows` is sent whole, as its only row."""
+
+    tensors: Tensors  # name → [rows, ...]
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # name → int64 [rows], ascending
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors and row ids; ids that several names share are sent once."""
+        return size(self.tensors) + sum({id(ids): ids.nbytes for ids in self.rows.values()}.values())
+
+
+@dataclass(frozen=True)
+class Client:
+    """What the server knows of a client."""
+
+    name: str
+    examples: int  # in its training split
+    task: str = ""  # the task of most of its examples
+    memory_bytes: int | None = None  # None: as much as it takes
+
+
+@dataclass(frozen=True)
+class Server:
+    """The state of a federation between two rounds: replaced, never changed."""
+
+    weights: Tensors  # everything that is trained and shared, row-first
+    anatomy: Anatomy
+    footprint: Footprint
+    clients: Mapping[str, Client]
+    memory: Tensors = field(default_factory=dict)  # what the method must remember
+    round: int = 0
+    task: str = "train"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a client works with: its experts in each MoE block, and what else the method tells it."""
+
+    experts: Experts
+    extra: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A client's work in one round, as it is sent."""
+
+    client: str
+    round: int
+    task: str
+    seed: str
+    experts: Experts
+    patch: Patch
+    extra: Tensors = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that go down to the client."""
+        return self.patch.nbytes + size(self.extra)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a client's work took: measured, unless the name says estimated."""
+
+    seconds: float = 0.0
+    tokens: int = 0  # that were no padding
+    peak_bytes: int = 0  # largest sum of tensors alive in a training step, weights included
+    flops_estimated: float = 0.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's answer, as it is sent."""
+
+    client: str
+    round: int
+    task: str
+    patch: Patch
+    examples: int  # in the client's training split: its weight in a mean
+    extra: Tensors = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # JSON values
+    cost: Cost = Cost()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that go up to the server."""
+        return self.patch.nbytes + size(self.extra)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that gave no usable answer, and why."""
+
+    client: str
+    round: int
+    task: str
+    reason: str
+
+
+class Encoder(Protocol):
+    """Examples as tensors (data.encode.Encoder)."""
+
+    def batch(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
+    def prompts(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
+    def decode(self, ids: Tensor) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a client trains: the same for every method of a comparison."""
+
+    tuning: Tuning = Tuning()
+    lr: float = 1e-3
+    batch_size: int = 8
+    local_steps: int = 20
+    optimizer: str = "adamw"  # or sgd
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest norm of the gradient; 0 for none
+    label_smoothing: float = 0.1
+    balance: float = 0.01  # weight of the load-balance loss, c_lb of FedMoE
+    validation_examples: int = 64  # at most, in each round
+    generate_tokens: int = 48
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What lies before a client at work; all but the update stays there."""
+
+    client: Client
+    model: nn.Module  # the base, shared by all clients of a process, never written
+    data: Split
+    encoder: Encoder
+    training: Training
+    kept: MutableMapping[str, Tensor]  # what this client keeps to itself, from round to round
+
+
+class Method(Protocol):
+    """A federated method: three functions and its hyperparameters, no state."""
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Tasks that every client does once, before the first round."""
+        ...
+
+    def assign(self, server: Server, client: Client) -> Assignment | None:
+        """What `client` works with for `server.task`; None when it has no part in it."""
+        ...
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """The client's side."""
+        ...
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """The next server. `updates` is a stream: read it once."""
+        ...
+
+
+class Engine(Protocol):
+    """Carries jobs out and updates back, and decides nothing."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterable[Update | Failure]: ...
+
+
+def size(tensors: Tensors) -> int:
+    """Bytes of all `tensors`."""
+    return sum(tensor.nbytes for tensor in tensors.values())
