@@ -1,10 +1,11 @@
 """Where the experts and routers of a model are, found by structure and not by a table of class names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedexperts.errors import NoExperts
 
@@ -19,11 +20,17 @@ class BlockShape:
     num_experts: int
     top_k: int
     groups: int = 1  # of experts among which the router first picks (DeepSeek's group-limited routing)
+    least: int = 1  # experts that the router compares, whatever its top_k (DeepSeek-V3 scores a group by its best two)
+
+    @property
+    def group_size(self) -> int:
+        return self.num_experts // self.groups
 
     @property
     def fewest(self) -> int:
-        """Experts that a sub-model must keep here."""
-        return self.top_k
+        """Experts that a sub-model must keep here: enough for the router's choice, in whole groups."""
+        needed = max(self.top_k, self.least)
+        return -(-needed // self.group_size) * self.group_size if self.groups > 1 else needed
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,85 @@ class Block:
     experts: nn.Module  # stacked tensors, or (Switch) a ModuleDict of expert_0, expert_1, …
 
     @property
+    def is_switch(self) -> bool:
+        """Whether each expert is a module of its own and the router gives a one-hot mask: Switch Transformers."""
+        return isinstance(self.experts, nn.ModuleDict)
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether the router scores each expert by itself (DeepSeek-V3, GLM4) and not all by one softmax."""
+        return "e_score_correction_bias" in dict(self.router.named_buffers(recurse=False))
+
+    @property
     def shape(self) -> BlockShape:
-        router = cast("Any", self.router)
+        router = vars(self.router)
         num_experts = len(self.experts) if isinstance(self.experts, nn.ModuleDict) else cast("Any", self.experts).num_experts
-        return BlockShape(int(num_experts), int(getattr(router, "top_k", 1)))
+        grouped = "num_group" in router and router.get("topk_method") != "greedy"  # DeepSeek-V2-Lite has groups, unused
+        return BlockShape(
+            num_experts=int(num_experts),
+            top_k=1 if self.is_switch else int(router["top_k"]),
+            groups=int(router["num_group"] or 1) if grouped else 1,
+            least=2 if self.sigmoid and grouped else 1,
+        )
+
+    def expert_axes(self) -> dict[str, int]:
+        """Path below this block of each tensor that holds all its experts → the axis they stand on.
+
+        Stacked expert weights, the router's rows and biases. Switch keeps its experts apart, so there only the router's.
+        """
+        number = self.shape.num_experts
+        axes = {path: _axis(tensor, number) for path, tensor in self._tensors()}
+        return {path: axis for path, axis in axes.items() if axis is not None}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The block's own tensors and those of its router and stacked experts, by path below the block."""
+        names = {id(child): name for name, child in self.module.named_children()}
+        yield from _own_tensors(self.module, recurse=False)
+        for part in (self.router,) if self.is_switch else (self.router, self.experts):
+            yield from ((f"{names[id(part)]}.{path}", tensor) for path, tensor in _own_tensors(part, recurse=True))
+
+
+def blocks(model: nn.Module) -> dict[str, Block]:
+    """The MoE blocks of `model` by name, in the order of its layers.
+
+    A block is a module with stacked `experts` (what transformers' experts interface gives an expert class) and a `gate`
+    or `router` beside them; or Switch's, with a dict of experts and a router that has a `classifier`.
+
+    Raises:
+        NoExperts: there is none.
+    """
+    found = {name: block for name, module in model.named_modules() if (block := _block(name, module))}
+    if not found:
+        raise NoExperts(
+            f"{type(model).__name__} has no Mixture-of-Experts layers that we can find; give a model with stacked experts "
+            "(Mixtral, Qwen-MoE, OLMoE, DeepSeek, …) or Switch Transformers"
+        )
+    return found
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The numbers of all MoE blocks of `model`; `model` may be on the meta device."""
+    return Anatomy({name: block.shape for name, block in blocks(model).items()})
+
+
+def _block(name: str, module: nn.Module) -> Block | None:
+    children = dict(module.named_children())
+    experts, router = children.get("experts"), children.get("gate", children.get("router"))
+    if experts is None or router is None:
+        return None
+    stacked = {"is_transposed", "num_experts"} <= vars(experts).keys()
+    # NLLB's router has a classifier too, but picks two experts and returns something else.
+    switch = isinstance(experts, nn.ModuleDict) and "classifier" in dict(router.named_children())
+    nllb = "second_expert_policy" in vars(router)
+    return Block(name, module, router, experts) if stacked or (switch and not nllb) else None
+
+
+def _own_tensors(module: nn.Module, recurse: bool) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(recurse=recurse), module.named_buffers(recurse=recurse))
+
+
+def _axis(tensor: Tensor, num_experts: int) -> int | None:
+    """The axis of the experts: the first, or the second of ERNIE's bias [1, experts]; None without one."""
+    if tensor.ndim and tensor.shape[0] == num_experts:
+        return 0
+    return 1 if tuple(tensor.shape) == (1, num_experts) else None

@@ -1,0 +1,150 @@
+"""Trained parameters row-first: axis 0 is a row one can send alone, an expert or the whole as its only row."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fedexperts.errors import BadValue, nearest
+from fedexperts.moe.anatomy import Block, Experts, blocks
+
+Tensors = Mapping[str, Tensor]
+Layout = Mapping[str, str | None]
+"""Row-first name → the MoE block whose experts are its rows, or None: a dense parameter, one row."""
+
+_EXPERT_MODULE = re.compile(r"\.expert_(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the rows of one row-first tensor are in the model."""
+
+    block: str | None
+    parameters: tuple[nn.Parameter, ...]  # one for each row, or one that holds them all
+    axis: int | None  # of the rows in that one
+
+    def read(self) -> Tensor:
+        """A copy."""
+        if self.axis is None:
+            return torch.stack([parameter.detach() for parameter in self.parameters])
+        return self.parameters[0].detach().movedim(self.axis, 0).clone(memory_format=torch.contiguous_format)
+
+    def write(self, rows: Tensor, ids: list[int]) -> None:
+        for row, index in zip(rows, ids, strict=True):
+            self._row(index).copy_(row)
+
+    def _row(self, index: int) -> Tensor:
+        if self.axis is None:
+            return self.parameters[index].detach()
+        return self.parameters[0].detach().select(self.axis, index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.axis is None:
+            return (len(self.parameters), *self.parameters[0].shape)
+        return tuple(self.parameters[0].movedim(self.axis, 0).shape)
+
+
+def layout(model: nn.Module) -> dict[str, str | None]:
+    """Row-first names of the trainable parameters of `model`, and the MoE block whose experts are their rows."""
+    return {name: source.block for name, source in _sources(model).items()}
+
+
+def read(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trainable parameters of `model`, row-first. A tied parameter comes once."""
+    return {name: source.read() for name, source in _sources(model).items()}
+
+
+@torch.no_grad()
+def write(model: nn.Module, tensors: Tensors, rows: Mapping[str, Tensor] | None = None) -> None:
+    """Copy `tensors` into the trainable parameters of `model`, in place: all rows, or those whose ids stand in `rows`.
+
+    Raises:
+        BadValue: a name that `model` does not train, or rows of another shape.
+    """
+    sources = _sources(model)
+    for name, tensor in tensors.items():
+        if name not in sources:
+            raise BadValue(f"{name} is no trained parameter of this model{nearest(name, sources)}")
+        shape = sources[name].shape
+        ids = rows[name].tolist() if rows and name in rows else list(range(shape[0]))
+        if tuple(tensor.shape) != (len(ids), *shape[1:]):
+            raise BadValue(f"{name} is {list(tensor.shape)}, but the model takes {[len(ids), *shape[1:]]}: rows first")
+        sources[name].write(tensor, ids)
+
+
+def cut(tensors: Tensors, layout: Layout, experts: Experts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The rows of `tensors` that belong to `experts`, and the ids of these rows by name.
+
+    Dense parameters and blocks absent from `experts` come whole, without ids. Names of one block share one id tensor.
+    """
+    ids = {block: torch.tensor(kept, dtype=torch.int64) for block, kept in experts.items()}
+    rows = {name: ids[block] for name in tensors if (block := layout[name]) in ids}
+    return {name: t[rows[name].to(t.device)] if name in rows else t for name, t in tensors.items()}, rows
+
+
+class RowMean:
+    """Weighted mean of tensors that may each hold only some rows; a row nobody sent keeps its old value.
+
+    Sums in float64, one tensor at a time, so the order in which they come does not show.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self._start = start
+        self._sum = torch.zeros(start.shape, dtype=torch.float64)
+        self._weight = torch.zeros(start.shape[0], dtype=torch.float64)
+
+    def add(
+        self,
+        rows: Float[Tensor, "rows ..."],
+        ids: Int[Tensor, " rows"] | None = None,
+        weight: float | Float[Tensor, " rows"] = 1.0,
+    ) -> None:
+        """Take `rows` in, the rows `ids` of the whole (None: all), each with its weight or all with one."""
+        if ids is None:
+            ids = torch.arange(len(self._weight))
+        weights = torch.as_tensor(weight, dtype=torch.float64).expand(len(ids))
+        column = weights.reshape(-1, *[1] * (rows.ndim - 1))
+        self._sum.index_add_(0, ids, rows.to("cpu", torch.float64) * column)
+        self._weight.index_add_(0, ids, weights)
+
+    @property
+    def weights(self) -> Float[Tensor, " rows"]:
+        """What each row has weighed so far; 0 for a row that nobody sent."""
+        return self._weight.clone()
+
+    def result(self) -> Tensor:
+        """The mean so far, as `start` is: its dtype and device."""
+        sent = self._weight > 0
+        result = self._start.clone()
+        column = self._weight[sent].reshape(-1, *[1] * (result.ndim - 1))
+        result[sent.to(result.device)] = (self._sum[sent] / column).to(result.device, result.dtype)
+        return result
+
+
+def _sources(model: nn.Module) -> dict[str, _Source]:
+    """Row-first name → its parameters in the model. Sorted as the model holds them, so the same in every process."""
+    found = blocks(model)
+    axes = {f"{name}.{path}": (name, axis) for name, block in found.items() for path, axis in block.expert_axes().items()}
+    apart = [block for block in found.values() if block.is_switch]
+    sources: dict[str, _Source] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if switch := _block_of(name, apart):
+            joint = _EXPERT_MODULE.sub(".", name, count=1)
+            before = sources[joint].parameters if joint in sources else ()
+            sources[joint] = _Source(switch.name, (*before, parameter), None)
+        elif name in axes:
+            sources[name] = _Source(axes[name][0], (parameter,), axes[name][1])
+        else:
+            sources[name] = _Source(None, (parameter,), None)
+    return sources
+
+
+def _block_of(name: str, apart: list[Block]) -> Block | None:
+    """The block that holds the parameter `name` in one of its expert modules."""
+    return next((block for block in apart if name.startswith(f"{block.name}.experts.expert_")), None)

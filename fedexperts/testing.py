@@ -1,0 +1,150 @@
+"""Tiny random models of every family we support, with batches for them: no download, CPU, less than a second each."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from fedexperts.moe.anatomy import Experts, anatomy, blocks
+
+VOCABULARY = 64
+_PAD, _FIRST_WORD = 0, 3  # 1 and 2 begin and end a sequence
+
+_ALL: Mapping[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": _PAD, "bos_token_id": 1, "eos_token_id": 2}
+_DECODER: Mapping[str, Any] = {
+    **_ALL,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_LATENT_ATTENTION: Mapping[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_DENSE_FIRST: Mapping[str, Any] = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+# What a family's config calls the number of experts and the number per token, and what it needs besides.
+_SPECIFIC: Mapping[str, tuple[str, str | None, Mapping[str, Any]]] = {
+    "mixtral": ("num_local_experts", "num_experts_per_tok", {"intermediate_size": 24}),
+    "qwen2_moe": (
+        "num_experts",
+        "num_experts_per_tok",
+        {"intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    ),
+    "qwen3_moe": (
+        "num_experts",
+        "num_experts_per_tok",
+        {"intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True},
+    ),
+    "olmoe": ("num_experts", "num_experts_per_tok", {"intermediate_size": 16}),
+    "deepseek_v2": (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        {**_DENSE_FIRST, **_LATENT_ATTENTION, "topk_method": "greedy"},
+    ),
+    "deepseek_v3": ("n_routed_experts", "num_experts_per_tok", {**_DENSE_FIRST, **_LATENT_ATTENTION}),
+    "phimoe": ("num_local_experts", "num_experts_per_tok", {"intermediate_size": 24}),
+    "gpt_oss": (
+        "num_local_experts",
+        "num_experts_per_tok",
+        {"intermediate_size": 16, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
+    "granitemoe": ("num_local_experts", "num_experts_per_tok", {"intermediate_size": 16}),
+    "ernie4_5_moe": (
+        "moe_num_experts",
+        "moe_k",
+        {"intermediate_size": 48, "moe_intermediate_size": 16, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    ),
+    "glm4_moe": ("n_routed_experts", "num_experts_per_tok", {**_DENSE_FIRST, "head_dim": 8}),
+    "switch_transformers": (
+        "num_experts",
+        None,  # always one
+        {
+            "d_model": 32,
+            "d_ff": 24,
+            "d_kv": 8,
+            "num_heads": 4,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "decoder_start_token_id": _PAD,
+        },
+    ),
+}
+
+FAMILIES: tuple[str, ...] = tuple(_SPECIFIC)
+"""The model types that every part of the library is tested on."""
+
+
+def tiny_config(family: str, num_experts: int = 8, top_k: int = 2, **overrides: Any) -> Any:
+    """The config of `tiny_model`; `overrides` are keys of the family's own config."""
+    experts_key, top_k_key, specific = _SPECIFIC[family]
+    common = _ALL if family == "switch_transformers" else _DECODER
+    chosen = {experts_key: num_experts, **({top_k_key: top_k} if top_k_key else {})}
+    return AutoConfig.for_model(family, **{**common, **specific, **chosen, **overrides})
+
+
+def tiny_model(family: str, num_experts: int = 8, top_k: int = 2, seed: int = 0, **overrides: Any) -> nn.Module:
+    """A random model of `family` in eval mode, the same for the same arguments; torch's generator stays as it was.
+
+    Its routers prefer some experts clearly (those of a fresh model are often zero), and their bias, where there is one,
+    is not zero either. Its dimensions suit grouped_mm.
+    """
+    config = tiny_config(family, num_experts, top_k, **overrides)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cast("nn.Module", kind.from_config(config))
+        _wake_routers(model)
+    return model.eval()
+
+
+def tiny_batch(family: str, batch_size: int = 2, tokens: int = 12, padding: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """Input for `tiny_model`; all but the first sequence end with `padding` positions that do not count."""
+    chance = torch.Generator().manual_seed(seed)
+    ids = torch.randint(_FIRST_WORD, VOCABULARY, (batch_size, tokens), generator=chance)
+    mask = torch.ones_like(ids)
+    mask[1:, tokens - padding :] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    if family == "switch_transformers":
+        labels = labels.flip(0)  # the answer's padding is not the question's
+    return {"input_ids": ids.masked_fill(mask == 0, _PAD), "attention_mask": mask, "labels": labels}
+
+
+def tiny_experts(model: nn.Module, seed: int = 0) -> Experts:
+    """Some experts of each MoE block of `model`, more of them from block to block: never all, a legal sub-model."""
+    chance = torch.Generator().manual_seed(seed)
+    chosen = {}
+    for index, (name, shape) in enumerate(anatomy(model).blocks.items()):
+        fewest = -(-shape.fewest // shape.group_size) if shape.groups > 1 else shape.fewest
+        units = shape.groups if shape.groups > 1 else shape.num_experts
+        size = shape.group_size if shape.groups > 1 else 1
+        number = fewest + index % (units - fewest) if units > fewest else units
+        kept = torch.randperm(units, generator=chance)[:number].tolist()
+        chosen[name] = tuple(sorted(unit * size + offset for unit in kept for offset in range(size)))
+    return chosen
+
+
+@torch.no_grad()
+def _wake_routers(model: nn.Module) -> None:
+    for block in blocks(model).values():
+        for path, _ in block.expert_axes().items():
+            tensor = dict([*block.module.named_parameters(), *block.module.named_buffers()])[path]
+            if not path.startswith("experts."):
+                tensor.normal_(0, 0.5 if path.endswith("weight") else 0.1)
