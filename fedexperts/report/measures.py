@@ -1,0 +1,273 @@
+"""What a report says about a run, as functions of its results.
+
+MB is 10^6 bytes everywhere. Rows of the task "evaluate" measure the run and are no cost of its method.
+"""
+
+import tomllib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import isfinite
+from statistics import fmean, median
+from typing import Any
+
+from fedexperts.report.read import Evaluation, Holds, LedgerRow, RunResults
+
+MB = 1e6
+LOWER_IS_BETTER = frozenset({"perplexity"})  # these are no shares either: shown as they are, not in %
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run, in the unit it is shown in; None where the run has none (yet)."""
+
+    name: str
+    unit: str
+    of: Callable[[RunResults], float | None]
+    task: str | None = None  # the task whose quality it is, if it is one
+    lower_is_better: bool = True
+
+    @property
+    def label(self) -> str:
+        """Name and unit, for the head of a column or axis."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+
+@dataclass(frozen=True)
+class Held:
+    """How many experts clients held, over all MoE layers of each."""
+
+    mean: float
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A client left out of a round, and why."""
+
+    round: int
+    client: str
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Over:
+    """A client whose measured peak was above the memory it has."""
+
+    client: str
+    peak_bytes: int
+    memory_bytes: int
+
+
+def rounds_asked(run: RunResults) -> int | None:
+    """`federation.rounds` of the resolved run file; None when the file is not there or says nothing of it."""
+    rounds = settings(run).get("federation", {}).get("rounds")
+    return int(rounds) if isinstance(rounds, int) else None
+
+
+def settings(run: RunResults) -> Mapping[str, Any]:
+    """The resolved run file; empty when it is missing or half written."""
+    try:
+        return tomllib.loads(run.run_file)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def rounds_done(run: RunResults) -> int:
+    """The last round that was finished."""
+    return max((row.round for row in run.rounds), default=0)
+
+
+def tasks(runs: Sequence[RunResults]) -> list[str]:
+    """All tasks that were evaluated, in the order in which they first come."""
+    return list(dict.fromkeys(row.task for run in runs for row in run.evaluations if row.task is not None))
+
+
+def evaluated(run: RunResults, client: str | None, task: str | None) -> list[Evaluation]:
+    """The evaluations of `client` on `task` (None: over all) that gave a number, by round."""
+    rows = [row for row in run.evaluations if row.client == client and row.task == task]
+    return sorted((row for row in rows if row.value is not None and isfinite(row.value)), key=lambda row: row.round)
+
+
+def last(run: RunResults, client: str | None, task: str | None) -> Evaluation | None:
+    """The latest of `evaluated`."""
+    rows = evaluated(run, client, task)
+    return rows[-1] if rows else None
+
+
+def metric(runs: Sequence[RunResults], task: str) -> str:
+    """The main metric of `task`; empty when nothing was evaluated."""
+    return next((row.metric for run in runs for row in run.evaluations if row.task == task and row.metric), "")
+
+
+def unit(runs: Sequence[RunResults], task: str | None) -> str:
+    """`%` for shares (accuracy, F1, ROUGE, …); nothing for a perplexity, or a mean over tasks with one among them."""
+    measured = [task] if task is not None else tasks(runs)
+    return "" if any(metric(runs, each) in LOWER_IS_BETTER for each in measured) else "%"
+
+
+def shown(value: float, unit: str) -> float:
+    """`value` in `unit`: a share becomes a percentage."""
+    return 100 * value if unit == "%" else value
+
+
+def clients_of(run: RunResults, task: str) -> list[str]:
+    """The clients that `task` was evaluated on."""
+    return list(dict.fromkeys(row.client for row in run.evaluations if row.task == task and row.client is not None))
+
+
+def counted(run: RunResults) -> list[LedgerRow]:
+    """The rows that cost the method something: all but the evaluations."""
+    return [row for row in run.ledger if row.task != "evaluate"]
+
+
+def trained(run: RunResults) -> list[LedgerRow]:
+    """The rows of the rounds themselves, without the stages before them."""
+    return [row for row in run.ledger if row.task == "train"]
+
+
+def carried(rows: Sequence[LedgerRow]) -> int:
+    """Bytes down and up of all `rows`."""
+    return sum(row.bytes_down + row.bytes_up for row in rows)
+
+
+def bytes_per_client_round(run: RunResults) -> float | None:
+    """Bytes down and up that a client's part in a training round takes, on average; stages before the rounds apart."""
+    rows = trained(run)
+    return carried(rows) / len(rows) if rows else None
+
+
+def peaks(rows: Sequence[LedgerRow]) -> list[int]:
+    """The measured peaks of the work that came to its end."""
+    return [row.peak_bytes for row in rows if row.failed is None and row.peak_bytes > 0]
+
+
+def largest_peak(run: RunResults) -> int | None:
+    """The largest measured peak of any client."""
+    return max(peaks(counted(run)), default=None)
+
+
+def median_peak(run: RunResults) -> float | None:
+    """The median over all clients' work."""
+    measured = peaks(counted(run))
+    return median(measured) if measured else None
+
+
+def bytes_until(run: RunResults) -> Callable[[int], int]:
+    """A function of a round: the bytes that all clients together have sent and got by its end."""
+    rows = sorted(counted(run), key=lambda row: row.round)
+    rounds = [row.round for row in rows]
+    sums = [0, *accumulate(row.bytes_down + row.bytes_up for row in rows)]
+    return lambda round: sums[bisect_right(rounds, round)]
+
+
+def history(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
+    """For each client the rounds it trained in, and the experts it worked with in each."""
+    found: dict[str, list[tuple[int, Holds]]] = {}
+    for row in sorted((row for row in run.rounds if row.task == "train"), key=lambda row: row.round):
+        for client, holds in row.holds.items():
+            found.setdefault(client, []).append((row.round, holds))
+    return found
+
+
+def count(holds: Holds) -> int:
+    """Experts over all MoE layers."""
+    return sum(len(experts) for experts in holds.values())
+
+
+def held_first(run: RunResults) -> Held | None:
+    """Over clients, what each held in the first round it trained in."""
+    return _held([rounds[0][1] for rounds in history(run).values()])
+
+
+def held_last(run: RunResults) -> Held | None:
+    """Over clients, what each held in the last round it trained in."""
+    return _held([rounds[-1][1] for rounds in history(run).values()])
+
+
+def experts_of(run: RunResults) -> int:
+    """All experts of the base model."""
+    return sum(block.num_experts for block in run.plan.model.blocks.values())
+
+
+def failures(run: RunResults) -> list[Failed]:
+    """Every client's failure, once, whether the round or the ledger wrote it."""
+    in_ledger = {(row.round, row.client, row.task): row.failed for row in run.ledger if row.failed is not None}
+    in_rounds = {(row.round, client, row.task): reason for row in run.rounds for client, reason in row.failed.items()}
+    merged = in_ledger | in_rounds
+    return [Failed(*key, reason) for key, reason in sorted(merged.items())]
+
+
+def over_memory(run: RunResults) -> list[Over]:
+    """The clients whose largest measured peak was above their memory."""
+    peak = peak_by_client(run)
+    limited = ((client.name, peak.get(client.name, 0), client.memory_bytes) for client in run.plan.clients)
+    return [Over(name, most, limit) for name, most, limit in limited if limit is not None and most > limit]
+
+
+def peak_by_client(run: RunResults) -> dict[str, int]:
+    """Each client's largest measured peak."""
+    largest: dict[str, int] = {}
+    for row in counted(run):
+        largest[row.client] = max(largest.get(row.client, 0), row.peak_bytes)
+    return largest
+
+
+def measures(runs: Sequence[RunResults]) -> list[Measure]:
+    """All that runs are compared by: each task's quality, the overall one, and what it cost."""
+    return [*quality_measures(runs), *COSTS]
+
+
+def quality_measures(runs: Sequence[RunResults]) -> list[Measure]:
+    """The main metric of each task over all its clients after the last evaluated round, and their mean."""
+    return [_quality(runs, task) for task in [*tasks(runs), None]]
+
+
+def by_seed(measure: Measure, runs: Sequence[RunResults]) -> dict[int, float]:
+    """The measure of each run that has it."""
+    values = ((run.plan.seed, measure.of(run)) for run in runs)
+    return {seed: value for seed, value in values if value is not None}
+
+
+def _quality(runs: Sequence[RunResults], task: str | None) -> Measure:
+    in_unit = unit(runs, task)
+
+    def of(run: RunResults) -> float | None:
+        row = last(run, None, task)
+        return None if row is None or row.value is None else shown(row.value, in_unit)
+
+    name = "overall" if task is None else task
+    return Measure(name, in_unit, of, task=task, lower_is_better=in_unit != "%")
+
+
+def _in_mb(value: float | None) -> float | None:
+    return None if value is None else value / MB
+
+
+def _held(holds: Sequence[Holds]) -> Held | None:
+    counts = [count(each) for each in holds]
+    return Held(fmean(counts), min(counts), max(counts)) if counts else None
+
+
+def _held_mean(run: RunResults) -> float | None:
+    held = held_last(run)
+    return held.mean if held else None
+
+
+SENT_EACH = Measure("sent per client and round", "MB", lambda run: _in_mb(bytes_per_client_round(run)))
+SENT = Measure("sent in total", "MB", lambda run: _in_mb(carried(counted(run))))
+PEAK = Measure("largest peak memory", "MB", lambda run: _in_mb(largest_peak(run)))
+MEDIAN_PEAK = Measure("median peak memory", "MB", lambda run: _in_mb(median_peak(run)))
+HELD = Measure("experts held", "", _held_mean)
+FLOPS = Measure("FLOPs estimated", "10^12", lambda run: sum(row.flops_estimated for row in counted(run)) / 1e12)
+SECONDS = Measure("client seconds", "s", lambda run: sum(row.seconds for row in counted(run)))
+FAILURES = Measure("failures", "", lambda run: float(len(failures(run))))
+COSTS = (SENT_EACH, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
+
+
+def walk_clients(run: RunResults) -> Iterator[str]:
+    """All clients by name: the planned ones, then any that only the ledger knows."""
+    yield from dict.fromkeys([client.name for client in run.plan.clients] + [row.client for row in run.ledger])

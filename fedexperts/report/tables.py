@@ -1,0 +1,404 @@
+"""Tables of one run and of several: once as values, then as Markdown, for the terminal, as CSV."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from io import StringIO
+from statistics import median
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fedexperts.errors import BadValue, nearest
+from fedexperts.report import measures as m
+from fedexperts.report.read import LedgerRow, RunResults
+from fedexperts.report.stats import Interval, interval, paired
+
+NONE = "–"  # in a cell: there is no such number (yet)
+Groups = Mapping[str, Sequence[RunResults]]  # method → its runs, one of each seed
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    text_columns: tuple[int, ...] = (0,)  # set to the left; all others are numbers
+
+    def transposed(self) -> "Table":
+        """Rows as columns: for a narrow page and many numbers."""
+        head, *body = zip(self.columns, *self.rows, strict=True)
+        return replace(self, columns=head, rows=tuple(body), text_columns=(0,))
+
+
+def number(value: float | None) -> str:
+    """Three to four digits that matter, with thousands apart."""
+    if value is None:
+        return NONE
+    size = abs(value)
+    return f"{value:,.2f}" if 0 < size < 10 else f"{value:,.1f}" if size < 1000 else f"{value:,.0f}"
+
+
+def whole(value: float | None) -> str:
+    """A count: without decimals where it has none."""
+    return NONE if value is None else f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes in units of 10^6."""
+    return NONE if value is None else number(value / m.MB)
+
+
+def quality_value(value: float | None, unit: str) -> str:
+    """A quality in its unit, with one decimal for a percentage."""
+    if value is None:
+        return NONE
+    return f"{m.shown(value, unit):.1f}" if unit == "%" else number(value)
+
+
+def quality(run: RunResults) -> Table:
+    """Each task's main metric at the first and the last evaluation, and the worst, median and best client at the last."""
+    rows = tuple(_quality_row(run, task) for task in m.tasks([run]))
+    overall = _first_and_last(run, None)
+    total = ("overall", "mean over tasks", m.unit([run], None), "", *overall, "", "", "", "")
+    return Table(
+        "Quality",
+        ("task", "metric", "unit", "examples", "first", "last", "clients", "worst client", "median client", "best client"),
+        (*rows, total) if rows else (),
+        note=f"First and last evaluation: {_evaluated_rounds(run)}. A task's value is over the examples of all its clients.",
+        text_columns=(0, 1, 2),
+    )
+
+
+def all_metrics(run: RunResults) -> Table:
+    """Every metric of each task at its last evaluation."""
+    rows = {task: m.last(run, None, task) for task in m.tasks([run])}
+    names = list(dict.fromkeys(name for row in rows.values() if row for name in row.metrics))
+    return Table(
+        "All metrics at the last evaluation",
+        ("task", *(f"{name} (%)" if name not in m.LOWER_IS_BETTER else name for name in names)),
+        tuple((task, *(_metric(row.metrics.get(name), name) for name in names)) for task, row in rows.items() if row),
+    )
+
+
+def costs(run: RunResults) -> Table:
+    """What each kind of work took, all that counts as the method's, and beside it the evaluations."""
+    work = {task: [row for row in run.ledger if row.task == task] for task in dict.fromkeys(row.task for row in run.ledger)}
+    rows = [_cost_row(task, rows) for task, rows in work.items() if task != "evaluate"]
+    if rows:
+        rows.append(_cost_row("total", m.counted(run)))
+    if "evaluate" in work:
+        rows.append(_cost_row("evaluate (not in the total)", work["evaluate"]))
+    return Table(
+        "Costs of all clients together",
+        (
+            "work",
+            "times",
+            "down (MB)",
+            "up (MB)",
+            "client seconds",
+            "tokens",
+            "median peak (MB)",
+            "largest peak (MB)",
+            "FLOPs estimated (10^12)",
+            "failed",
+        ),
+        tuple(rows),
+        note="MB is 10^6 bytes. Bytes, seconds, tokens and peaks are measured; FLOPs are estimated from shapes and tokens.",
+    )
+
+
+def held(run: RunResults) -> Table:
+    """How many experts clients held, over all layers, the first and the last time each trained."""
+    found = {"first round of each client": m.held_first(run), "last round of each client": m.held_last(run)}
+    return Table(
+        f"Experts held by a client, of {m.experts_of(run)}",
+        ("when", "mean", "least", "most"),
+        tuple((when, f"{held.mean:.1f}", whole(held.least), whole(held.most)) for when, held in found.items() if held),
+    )
+
+
+def over_memory(run: RunResults) -> Table:
+    """The clients whose measured peak was above their memory."""
+    return Table(
+        "Clients over their memory",
+        ("client", "largest peak (MB)", "memory (MB)", "over by (%)"),
+        tuple(
+            (
+                row.client,
+                megabytes(row.peak_bytes),
+                megabytes(row.memory_bytes),
+                number(100 * (row.peak_bytes / row.memory_bytes - 1)) if row.memory_bytes else NONE,
+            )
+            for row in m.over_memory(run)
+        ),
+    )
+
+
+def failures(run: RunResults) -> Table:
+    """Who was left out of which round, and why."""
+    return Table(
+        "Failures",
+        ("round", "client", "work", "reason"),
+        tuple((str(row.round), row.client, row.task, row.reason) for row in m.failures(run)),
+        text_columns=(1, 2, 3),
+    )
+
+
+def clients(run: RunResults) -> Table:
+    """What each client has, held and took."""
+    plans = {client.name: client for client in run.plan.clients}
+    history, peak = m.history(run), m.peak_by_client(run)
+    rows = []
+    for name in m.walk_clients(run):
+        plan, work = plans.get(name), [row for row in m.counted(run) if row.client == name]
+        counts = [m.count(holds) for _, holds in history.get(name, [])]
+        rows.append(
+            (
+                name,
+                plan.task if plan else NONE,
+                whole(plan.examples) if plan else NONE,
+                megabytes(plan.memory_bytes) if plan else NONE,
+                megabytes(peak.get(name)),
+                whole(plan.experts_fit) if plan else NONE,
+                whole(counts[0]) if counts else NONE,
+                whole(counts[-1]) if counts else NONE,
+                str(len(history.get(name, []))),
+                megabytes(sum(row.bytes_down for row in work)),
+                megabytes(sum(row.bytes_up for row in work)),
+            )
+        )
+    return Table(
+        "Clients",
+        (
+            "client",
+            "task",
+            "training examples",
+            "memory (MB)",
+            "largest peak (MB)",
+            "experts that fit",
+            "held first",
+            "held last",
+            "rounds",
+            "down (MB)",
+            "up (MB)",
+        ),
+        tuple(rows),
+        note="No memory given (–) means as much as it takes.",
+        text_columns=(0, 1),
+    )
+
+
+def partition(run: RunResults) -> Table:
+    """Training examples of each task at each client."""
+    names = list(dict.fromkeys(task for client in run.plan.clients for task in _tasks(client.tasks, client.task, client.examples)))
+    rows = []
+    for client in run.plan.clients:
+        each = _tasks(client.tasks, client.task, client.examples)
+        counts = [whole(each[name]) if name in each else "" for name in names]
+        rows.append((client.name, *counts, whole(client.examples), whole(client.validation), whole(client.test)))
+    return Table("Training examples of each client", ("client", *names, "training", "validation", "test"), tuple(rows))
+
+
+def one_run(run: RunResults) -> tuple[Table, ...]:
+    """All tables of a single run, those without rows left out."""
+    every = (quality, all_metrics, costs, held, over_memory, failures, clients, partition)
+    return tuple(table for table in (make(run) for make in every) if table.rows)
+
+
+def comparison(groups: Groups) -> Table:
+    """Methods against quality and costs: mean ± 95 % Student t interval over seeds, the mean alone for a single seed."""
+    found = _measures(groups)
+    return Table(
+        "Comparison",
+        ("method", "seeds", *(measure.label for measure in found)),
+        tuple(
+            (label, str(len(runs)), *(pm(_over_seeds(measure, runs), measure.unit) for measure in found))
+            for label, runs in groups.items()
+        ),
+        note=f"{_interval_note(groups)} MB is 10^6 bytes, down and up together.",
+    )
+
+
+def differences(groups: Groups, baseline: str) -> Table:
+    """Each method minus the baseline, paired over the seeds both have, with its 95 % Student t interval."""
+    found = _measures(groups)
+    rows = []
+    for label, runs in groups.items():
+        if label != baseline:
+            each = [_paired(measure, runs, groups[baseline]) for measure in found]
+            shared = {run.plan.seed for run in runs} & {run.plan.seed for run in groups[baseline]}
+            rows.append((label, str(len(shared)), *(pm(one, me.unit, sign="+") for one, me in zip(each, found, strict=True))))
+    return Table(
+        f"Difference from {baseline}",
+        ("method", "shared seeds", *(measure.label for measure in found)),
+        tuple(rows),
+        note=f"Paired over seeds: the mean of method − {baseline} in the same seed. {_interval_note(groups)} "
+        "Differences of percentages are in percentage points.",
+    )
+
+
+def baseline_of(groups: Groups, given: str | None = None) -> str:
+    """The method others are compared with: the given one, else fedavg, else the first.
+
+    Raises:
+        BadValue: the given one is not among the methods.
+    """
+    if given is not None and given not in groups:
+        raise BadValue(f"baseline {given!r} is not one of {', '.join(groups)}{nearest(given, groups)}; name one of those")
+    return given or ("fedavg" if "fedavg" in groups else next(iter(groups)))
+
+
+def final(groups: Groups) -> Table:
+    """The table a run or comparison ends with."""
+    runs = [run for members in groups.values() for run in members]
+    found = [*m.quality_measures(runs), m.SENT_EACH, m.PEAK, m.HELD, m.FAILURES]
+    rows = [(label, *(pm(_over_seeds(measure, members), measure.unit) for measure in found)) for label, members in groups.items()]
+    seeds = {len(members) for members in groups.values()}
+    note = _interval_note(groups) if max(seeds) > 1 else ""
+    return Table("Results", ("method", *(measure.label for measure in found)), tuple(rows), note=note)
+
+
+def pm(value: Interval | None, unit: str, sign: str = "") -> str:
+    """`mean ± half`, or the mean alone where one seed gives no interval; `sign="+"` shows a plus too."""
+    if value is None:
+        return NONE
+    digits = 1 if unit == "%" or abs(value.mean) >= 10 or value.mean == 0 else 2
+    digits = 0 if abs(value.mean) >= 1000 else digits
+    half = "" if value.half is None else f" ± {value.half:,.{digits}f}"
+    return f"{value.mean:{sign},.{digits}f}{half}"
+
+
+def to_markdown(table: Table) -> str:
+    """A GitHub Markdown table under its title."""
+    marks = ["---" if index in table.text_columns else "---:" for index in range(len(table.columns))]
+    lines = [f"### {_markdown(table.title)}", "", _line(table.columns), f"| {' | '.join(marks)} |", *map(_line, table.rows)]
+    return "\n".join([*lines, *(["", _markdown(table.note)] if table.note else [])]) + "\n"
+
+
+def to_rich(table: Table) -> RichTable:
+    """For the terminal; nothing in a cell is taken as markup or as a control sequence."""
+    shown = RichTable(title=_plain(table.title), caption=_plain(table.note) if table.note else None, box=box.SIMPLE_HEAD)
+    for index, column in enumerate(table.columns):
+        shown.add_column(_plain(column), justify="left" if index in table.text_columns else "right")
+    for row in table.rows:
+        shown.add_row(*map(_plain, row))
+    return shown
+
+
+def width(table: Table) -> int:
+    """Characters a line of `to_rich` takes without breaking a cell."""
+    return sum(max(map(len, cells)) + 2 for cells in zip(table.columns, *table.rows, strict=True))
+
+
+def to_csv(groups: Groups, baseline: str) -> str:
+    """One line for each method and measure: mean and interval over seeds, and the paired difference from the baseline."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["method", "measure", "task", "unit", "seeds", "mean", "low", "high", "baseline", "shared_seeds"]
+        + ["difference", "difference_low", "difference_high"]
+    )
+    for label, runs in groups.items():
+        for measure in _measures(groups):
+            versus = None if label == baseline else _paired(measure, runs, groups[baseline])
+            n, *mean = _csv_cells(_over_seeds(measure, runs))
+            shared, *difference = _csv_cells(versus)
+            against = "" if versus is None else baseline
+            name = "quality" if measure.task or measure.name == "overall" else measure.name
+            writer.writerow([label, name, measure.task or "", measure.unit, n, *mean, against, shared, *difference])
+    return text.getvalue()
+
+
+def _csv_cells(value: Interval | None) -> Iterator[str]:
+    """How many, mean, low, high; empty where there is none."""
+    if value is None:
+        return iter(("", "", "", ""))
+    low_high = ("", "") if value.half is None else (repr(value.mean - value.half), repr(value.mean + value.half))
+    return iter((str(value.n), repr(value.mean), *low_high))
+
+
+def _measures(groups: Groups) -> list[m.Measure]:
+    return m.measures([run for runs in groups.values() for run in runs])
+
+
+def _over_seeds(measure: m.Measure, runs: Sequence[RunResults]) -> Interval | None:
+    values = list(m.by_seed(measure, runs).values())
+    return interval(values) if values else None
+
+
+def _paired(measure: m.Measure, runs: Sequence[RunResults], baseline: Sequence[RunResults]) -> Interval | None:
+    return paired(m.by_seed(measure, runs), m.by_seed(measure, baseline))
+
+
+def _interval_note(groups: Groups) -> str:
+    most = max(len(runs) for runs in groups.values())
+    if most < 2:
+        return "One seed each, so no intervals."
+    return "± is the 95 % Student t interval over seeds; a single seed shows none."
+
+
+def _quality_row(run: RunResults, task: str) -> tuple[str, ...]:
+    unit = m.unit([run], task)
+    names = m.clients_of(run, task)
+    ends = [row for row in (m.last(run, name, task) for name in names) if row is not None and row.value is not None]
+    values = sorted((row.value for row in ends if row.value is not None), reverse=unit != "%")
+    spread = (values[0], median(values), values[-1]) if values else (None, None, None)
+    end = m.last(run, None, task)
+    examples = whole(end.examples) if end else NONE
+    shown = (quality_value(value, unit) for value in spread)
+    return (task, m.metric([run], task), unit, examples, *_first_and_last(run, task), str(len(values)), *shown)
+
+
+def _first_and_last(run: RunResults, task: str | None) -> tuple[str, str]:
+    rows, unit = m.evaluated(run, None, task), m.unit([run], task)
+    return (quality_value(rows[0].value, unit), quality_value(rows[-1].value, unit)) if rows else (NONE, NONE)
+
+
+def _evaluated_rounds(run: RunResults) -> str:
+    rounds = [row.round for row in run.evaluations]
+    return f"after round {min(rounds)} and round {max(rounds)}" if rounds else "none yet"
+
+
+def _metric(value: float | None, name: str) -> str:
+    return quality_value(value, "" if name in m.LOWER_IS_BETTER else "%")
+
+
+def _cost_row(work: str, rows: Sequence[LedgerRow]) -> tuple[str, ...]:
+    measured = m.peaks(rows)
+    return (
+        work,
+        whole(len(rows)),
+        megabytes(sum(row.bytes_down for row in rows)),
+        megabytes(sum(row.bytes_up for row in rows)),
+        number(sum(row.seconds for row in rows)),
+        whole(sum(row.tokens for row in rows)),
+        megabytes(median(measured) if measured else None),
+        megabytes(max(measured, default=None)),
+        number(sum(row.flops_estimated for row in rows) / 1e12),
+        whole(sum(row.failed is not None for row in rows)),
+    )
+
+
+def _tasks(tasks: Mapping[str, int], main: str, examples: int) -> Mapping[str, int]:
+    """Examples by task; all of them the main task's where the plan does not say more."""
+    return tasks or {main: examples}
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_markdown, cells))} |"
+
+
+def _markdown(text: str) -> str:
+    """`text` on one line, without a character that Markdown or HTML would take as its own."""
+    safe = escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{char}" if char in "\\`*_[]|~" else char for char in safe)
+
+
+def _plain(text: str) -> Text:
+    return Text("".join(char if char.isprintable() else "�" for char in text))
