@@ -1,5 +1,6 @@
 """The values that travel between server, engine and clients, and the bench, which stays with its client."""
 
+import json
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -62,12 +63,14 @@ class Server:
     """The state of a federation between two rounds: replaced, never changed."""
 
     weights: Tensors  # everything that is trained and shared, row-first
+    layout: Mapping[str, str | None]  # name of a weight → the MoE block whose experts are its rows; None: a single row
     anatomy: Anatomy
     footprint: Footprint
     clients: Mapping[str, Client]
+    seed: str = "0"
     memory: Tensors = field(default_factory=dict)  # what the method must remember
     round: int = 0
-    task: str = "train"
+    task: str = "start"  # of the round under way, or of the last one: one of method.before, or "train"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Assignment:
     """What a client works with: its experts in each MoE block, and what else the method tells it."""
 
     experts: Experts
+    names: frozenset[str] | None = None  # the weights that travel; None: all
     extra: Tensors = field(default_factory=dict)
 
 
@@ -122,7 +126,7 @@ class Update:
     @property
     def nbytes(self) -> int:
         """Bytes that go up to the server."""
-        return self.patch.nbytes + size(self.extra)
+        return self.patch.nbytes + size(self.extra) + len(json.dumps(dict(self.metrics)))
 
 
 @dataclass(frozen=True)

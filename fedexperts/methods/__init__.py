@@ -1,0 +1,9 @@
+"""The federated methods, by the name that a run file calls them."""
+
+from fedexperts.methods.fedavg import FedAvg
+from fedexperts.methods.fedmoe import FedMoE
+from fedexperts.methods.local import Local
+from fedexperts.methods.random_moe import RandomMoE
+from fedexperts.types import Method
+
+METHODS: dict[str, type[Method]] = {"fedmoe": FedMoE, "random_moe": RandomMoE, "fedavg": FedAvg, "local": Local}

@@ -1,0 +1,154 @@
+"""What a client can do: install what was sent, fit it to its examples, validate it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedexperts.moe import rows
+from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.routing import Recorder, Routing, balance_loss
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import prepare
+from fedexperts.types import Bench, Cost, Example, Job, Training
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of the local steps."""
+
+    loss: float  # mean over the steps, regularisers included
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a model does on held-out examples."""
+
+    loss: float  # mean cross-entropy per response token, no smoothing
+    routing: Routing
+
+
+def install(job: Job, bench: Bench) -> nn.Module:
+    """The sub-model of `job`, ready to train: the bench's base holding the job's experts, weights and what the client kept.
+
+    What is trained is the model's own; everything frozen is shared with the base.
+    """
+    model = prepare(shrink(bench.model, job.experts), bench.training.tuning, seed=job.seed)
+    own = rows.layout(model)
+    rows.write(model, job.patch.tensors)
+    rows.write(model, {name: tensor for name, tensor in bench.kept.items() if name in own})
+    return model
+
+
+def examples(bench: Bench) -> int:
+    """Training examples of the client: its weight in a mean."""
+    return len(bench.data.train)
+
+
+def fit(
+    model: nn.Module,
+    bench: Bench,
+    *,
+    seed: str,
+    steps: int | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    after_backward: Callable[[nn.Module], None] | None = None,
+) -> Fitted:
+    """`steps` (default: the run's local_steps) optimiser steps on the client's training examples.
+
+    The loss is cross-entropy per response token with label smoothing, plus the load-balance loss (FedMoE, section 3.1), plus
+    `penalty` of the model. `after_backward` sees the gradients before they are clipped. The optimiser starts afresh.
+    """
+    training = bench.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizer_for(trained, training)
+    losses, tokens, flops, peak = [], 0, 0.0, 0
+    started = time.perf_counter()
+    steps = training.local_steps if steps is None else steps
+    model.train()
+
+    for step, chosen in enumerate(batches(bench.data.train, training.batch_size, steps, seed)):
+        batch = bench.encoder.batch(chosen)
+        # The second step is the first that holds the optimiser's state all the way through.
+        meter = MemoryMeter(model, optimizer) if step == min(1, steps - 1) else None
+        with meter or nullcontext():
+            with Recorder(model, keep_logits=True) if training.balance else nullcontext() as recorder:
+                loss = cross_entropy(model, batch, training.label_smoothing)
+            if recorder is not None:
+                loss = loss + training.balance * balance_loss(recorder)
+            if penalty is not None:
+                loss = loss + penalty(model)
+            loss.backward()
+            if after_backward is not None:
+                after_backward(model)
+            if training.clip:
+                nn.utils.clip_grad_norm_(trained, training.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        tokens += seen(batch)
+        flops += flops_estimated(model, batch)
+        peak = max(peak, meter.peak_bytes) if meter else peak
+
+    model.eval()
+    return Fitted(sum(losses) / len(losses), Cost(time.perf_counter() - started, tokens, peak, flops))
+
+
+def validate(model: nn.Module, bench: Bench, chosen: Sequence[Example] | None = None) -> Validation:
+    """Loss and routing on `chosen` (default: the client's validation examples, the first `validation_examples` of them)."""
+    chosen = bench.data.validation[: bench.training.validation_examples] if chosen is None else chosen
+    size = bench.training.batch_size
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad(), Recorder(model) as recorder:
+        for start in range(0, len(chosen), size):
+            batch = bench.encoder.batch(chosen[start : start + size])
+            answered = int((batch["labels"] != -100).sum())
+            total += float(cross_entropy(model, batch)) * answered
+            count += answered
+    return Validation(total / max(count, 1), recorder.routing())
+
+
+def batches(chosen: Sequence[Example], size: int, steps: int, seed: str) -> Iterator[list[Example]]:
+    """`steps` batches: the examples in an order drawn from `seed`, drawn again whenever all were seen."""
+    rng = Random(seed)
+    waiting: list[Example] = []
+    for _ in range(steps):
+        while len(waiting) < size:
+            waiting += rng.sample(list(chosen), len(chosen))
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def cross_entropy(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
+    """Mean cross-entropy over the tokens of the responses."""
+    labels = batch["labels"]
+    if model.config.is_encoder_decoder:
+        logits = model(**batch, use_cache=False).logits
+    else:
+        seen_by_model = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits = model(**seen_by_model, use_cache=False).logits[:, :-1]
+        labels = labels[:, 1:]
+    return functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100, label_smoothing=label_smoothing
+    )
+
+
+def seen(batch: dict[str, Tensor]) -> int:
+    """Tokens of a batch that are no padding (of an encoder-decoder: the prompt's and the response's)."""
+    return int(batch["attention_mask"].sum())
+
+
+def optimizer_for(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """AdamW or SGD; AdamW fused, which holds no temporary copies of the parameters."""
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True)

@@ -1,0 +1,41 @@
+"""What a client's device holds."""
+
+from collections.abc import Sequence
+from random import Random
+
+from fedexperts.errors import BadValue
+
+GB = 10**9
+
+
+def memories(
+    clients: Sequence[str], full_bytes: int, seed: str, *, gb: object = None, share: object = None
+) -> dict[str, int | None]:
+    """Memory in bytes of each client, from gigabytes (10⁹) or from shares of what training the full model takes.
+
+    Either is one number for all, a list with one for each client, or `{"uniform": [low, high]}`; neither: no limit.
+
+    Raises:
+        BadValue: both were given, or a list of another length than there are clients.
+    """
+    if gb is not None and share is not None:
+        raise BadValue("devices has both memory_gb and memory_share; give one of them")
+    if gb is None and share is None:
+        return dict.fromkeys(clients)
+    given, unit, key = (gb, GB, "memory_gb") if gb is not None else (share, full_bytes, "memory_share")
+    numbers = drawn(given, clients, seed, key)
+    return {client: round(number * unit) for client, number in zip(clients, numbers, strict=True)}
+
+
+def drawn(given: object, clients: Sequence[str], seed: str, key: str) -> list[float]:
+    """One number for each client; client `c01` of a seed gets the same number however many clients there are."""
+    match given:
+        case int() | float():
+            return [float(given)] * len(clients)
+        case {"uniform": [low, high]}:
+            return [Random(f"{seed}/{client}/memory").uniform(low, high) for client in clients]
+        case list() | tuple():
+            if len(given) != len(clients):
+                raise BadValue(f"devices.{key} lists {len(given)} numbers for {len(clients)} clients; give one for each client")
+            return [float(number) for number in given]
+    raise BadValue(f"devices.{key} = {given!r} is none of a number, a list of numbers, or {{ uniform = [low, high] }}")

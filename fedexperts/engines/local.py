@@ -1,0 +1,141 @@
+"""Clients on this machine: one after the other in this process, or side by side in worker processes."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Self
+
+import torch
+import torch.multiprocessing as processes
+from torch import nn
+
+from fedexperts.engines.kept import Keeper
+from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.types import Bench, Client, Encoder, Failure, Job, Split, Training, Update
+
+Work = Callable[[Job, Bench], Update]
+
+
+@dataclass(frozen=True)
+class Site:
+    """All that the clients of one process share: the base model, their data, and what they do with a job."""
+
+    model: nn.Module
+    encoder: Encoder
+    training: Training
+    clients: Mapping[str, Client]
+    data: Mapping[str, Split]
+    work: Work
+    keeper: Keeper
+
+    def answer(self, job: Job) -> Update | Failure:
+        """The client's update. Whatever goes wrong on a client is that client's failure, with its reason."""
+        kept = self.keeper.load(job)
+        bench = Bench(self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept)
+        try:
+            update = self.work(job, bench)
+        except Exception as error:  # a client's device may fail in any way, and the round goes on without it
+            return Failure(job.client, job.round, job.task, f"{type(error).__name__}: {error}")
+        if kept and job.task != "evaluate":
+            self.keeper.save(job, kept)
+        return update
+
+
+class LocalEngine:
+    """`workers` processes of `training.threads` threads each; with one worker, this process.
+
+    The base model lies in shared memory, so workers do not multiply it. A worker that dies is its client's failure, and
+    another takes its place.
+    """
+
+    def __init__(self, site: Site, workers: int = 1) -> None:
+        self.site = site
+        self.workers: list[Worker] = []
+        if workers > 1:
+            site.model.share_memory()
+            self.workers = [Worker(site) for _ in range(workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.stop()
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        return self.side_by_side(jobs) if self.workers else map(self.site.answer, jobs)
+
+    def side_by_side(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        """Answers as they come. A job starts only while fewer than two for each worker wait for an older one to end,
+        so no more updates than that wait for their turn."""
+        numbered = enumerate(jobs)
+        busy: dict[Connection, tuple[int, Job, Worker]] = {}
+        started, more = 0, True
+        while more or busy:
+            for worker in [worker for worker in self.workers if worker.pipe not in busy]:
+                oldest = min((number for number, _, _ in busy.values()), default=started)
+                if not more or started - oldest >= 2 * len(self.workers):
+                    break
+                number, job = next(numbered, (started, None))
+                if job is None:
+                    more = False
+                    break
+                worker.send(job)
+                busy[worker.pipe] = (number, job, worker)
+                started = number + 1
+            for pipe in wait(list(busy)) if busy else []:
+                _, job, worker = busy.pop(pipe)  # type: ignore[index]  # wait returns what it was given
+                yield worker.receive(job)
+
+
+class Worker:
+    """A process that answers one job at a time."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.start()
+
+    def start(self) -> None:
+        context = processes.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(self.site, theirs), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process ends the pipe
+
+    def send(self, job: Job) -> None:
+        with suppress(BrokenPipeError):  # it died idle: receive will say so
+            self.pipe.send_bytes(pack_job(job))
+
+    def receive(self, job: Job) -> Update | Failure:
+        try:
+            return unpack_answer(self.pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            reason = f"its worker process died ({death(self.process.exitcode)})"
+            self.pipe.close()
+            self.start()
+            return Failure(job.client, job.round, job.task, reason)
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.join(timeout=5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def serve(site: Site, pipe: Connection) -> None:
+    """A worker's life: it ends with the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(site.training.threads)
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.send_bytes(pack_answer(site.answer(unpack_job(pipe.recv_bytes()))))
+
+
+def death(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return signal.Signals(-exitcode).name
+    return f"exit code {exitcode}"

@@ -1,0 +1,53 @@
+"""What several methods call: assigning, training and merging rows."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from fedexperts.client import examples, fit, install
+from fedexperts.moe import rows
+from fedexperts.types import Assignment, Bench, Job, Patch, Server, Update
+
+
+def all_experts(server: Server) -> Assignment:
+    """The whole model."""
+    return Assignment(server.anatomy.all_experts)
+
+
+def patch_for(server: Server, assignment: Assignment) -> Patch:
+    """The server's weights that `assignment` names, cut to its experts."""
+    names = server.weights.keys() if assignment.names is None else assignment.names
+    weights = {name: tensor for name, tensor in server.weights.items() if name in names}
+    return Patch(*rows.cut(weights, server.layout, assignment.experts))
+
+
+def train_assigned(job: Job, bench: Bench) -> Update:
+    """Train what was sent on the client's own examples, and send it all back."""
+    model = install(job, bench)
+    fitted = fit(model, bench, seed=job.seed)
+    patch = Patch(rows.read(model), job.patch.rows)
+    return Update(job.client, job.round, job.task, patch, examples(bench), metrics={"loss": fitted.loss}, cost=fitted.cost)
+
+
+def by_examples(update: Update) -> float:
+    """A client weighs as much as it has training examples."""
+    return float(update.examples)
+
+
+def mean_rows(server: Server, updates: Iterable[Update], weigh: Callable[[Update], float]) -> Server:
+    """Each row becomes the weighted mean over the clients that sent it; a row nobody sent stays as it was.
+
+    McMahan et al. 2017, Algorithm 1, row by row; for experts this is the modular aggregation of FedMoE (section 4.3).
+    """
+    means: dict[str, rows.RowMean] = {}
+    for update in updates:
+        for name, tensor in update.patch.tensors.items():
+            mean = means.setdefault(name, rows.RowMean(server.weights[name]))
+            mean.add(tensor, ids=update.patch.rows.get(name), weight=weigh(update))
+    return replace(server, weights={**server.weights, **{name: mean.result() for name, mean in means.items()}})
+
+
+def heard(updates: Iterable[Update], notes: list[Update]) -> Iterator[Update]:
+    """`updates`, leaving each in `notes` without its weights as it passes."""
+    for update in updates:
+        yield update
+        notes.append(replace(update, patch=Patch({})))

@@ -1,0 +1,152 @@
+"""FedMoE: every client trains a physically smaller MoE, the experts that its data activates and its memory holds.
+
+Mei, Cai, Zhou, Wang, Xu, "FedMoE: Personalized Federated Learning via Heterogeneous Mixture of Experts",
+https://arxiv.org/abs/2408.11304. Section numbers are the paper's; what it leaves open is marked (ours).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedexperts.client import examples, fit, install, validate
+from fedexperts.methods.base import all_experts, by_examples, heard, mean_rows
+from fedexperts.methods.recommend import recommend
+from fedexperts.methods.submodel import at_random, by_block, mask, predict, require_minimum, search, unmask
+from fedexperts.moe import rows
+from fedexperts.moe.tuning import Tuning, prepare
+from fedexperts.types import Assignment, Bench, Client, Job, Patch, Server, Tensors, Update
+
+
+@dataclass(frozen=True)
+class FedMoE:
+    """Stage 1 finds each client a sub-model from its routing; stage 2 trains, merges and adjusts them.
+
+    initial: "profile" is stage 1; "random" leaves it out, and clients start from random experts (the paper's ablation).
+    adjust: whether stage 2 recommends experts; False leaves the sub-models as they started (the other ablation).
+    profile_rounds: rounds' worth of local steps that a client adapts before its routing is measured.
+    profile_rank: of the LoRA on every expert that adapts it. A run that trains LoRA anyway adapts with its own.
+    reserve: share of a client's memory that the initial sub-model may fill (derived from the paper's figures).
+    experts_per_layer: of initial = "random"; None: as many as fit (ours; the paper starts from 8).
+    patience: participations without a better validation score after which a client gets a recommendation (ours: 3).
+    neighbours: K of the recommendation (ours: 3).
+
+    The server remembers of each client, by name: `p`, its routing; `held`, its experts; `best`, its best score; `stale`,
+    participations since; `former`, the experts before a change that is on trial; `frozen`, whether it changes no more.
+    """
+
+    initial: Literal["profile", "random"] = "profile"
+    adjust: bool = True
+    profile_rounds: int = 5
+    profile_rank: int = 8
+    reserve: float = 0.7
+    experts_per_layer: int | None = None
+    patience: int = 3
+    neighbours: int = 3
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        return ("profile",) if self.initial == "profile" else ()
+
+    def assign(self, server: Server, client: Client) -> Assignment | None:
+        """Stage 1: the whole model, where the memory holds it. Stage 2: the client's experts."""
+        require_minimum(server, client)
+        if server.task == "profile":
+            return all_experts(server) if server.footprint.fits_whole(client.memory_bytes, self.profile_rank) else None
+        return Assignment(self.held(server, client))
+
+    def held(self, server: Server, client: Client) -> dict[str, tuple[int, ...]]:
+        """S_k."""
+        if f"held/{client.name}" in server.memory:
+            return dict(unmask(server.anatomy, server.memory[f"held/{client.name}"]))
+        rng = Random(f"{server.seed}/{client.name}/experts")
+        return dict(at_random(server, client, self.reserve, self.experts_per_layer, rng))
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """The client's round: train all of the sub-model, measure its routing and its loss on the validation split, send them."""
+        model = install(job, bench)
+        if job.task == "profile":
+            return self.profile(model, job, bench)
+        fitted = fit(model, bench, seed=job.seed)
+        validation = validate(model, bench)
+        routing = torch.cat([p.float() for p in validation.routing.probabilities().values()])
+        score = torch.tensor(-validation.loss, dtype=torch.float64)
+        patch = Patch(rows.read(model), job.patch.rows)
+        metrics = {"loss": fitted.loss, "validation_loss": validation.loss}
+        return Update(
+            job.client, job.round, job.task, patch, examples(bench), {"p": routing, "score": score}, metrics, fitted.cost
+        )
+
+    def profile(self, model: torch.nn.Module, job: Job, bench: Bench) -> Update:
+        """Stage 1, step 1: adapt LoRA on every expert, then measure p, since routing drifts during fine-tuning."""
+        if bench.training.tuning.train == "full":
+            model = prepare(model, Tuning("lora", ("experts",), rank=self.profile_rank, alpha=2.0 * self.profile_rank), job.seed)
+        fitted = fit(model, bench, seed=job.seed, steps=self.profile_rounds * bench.training.local_steps)
+        routing = torch.cat([p.float() for p in validate(model, bench).routing.probabilities().values()])
+        return Update(
+            job.client, job.round, job.task, Patch({}), examples(bench), {"p": routing}, {"loss": fitted.loss}, fitted.cost
+        )
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """Modular aggregation: dense parameters over all participants, an expert and its router row over its holders."""
+        answers: list[Update] = []
+        server = mean_rows(server, heard(updates, answers), by_examples)
+        if server.task == "profile":
+            return self.initialised(server, {update.client: update.extra["p"] for update in answers})
+        return self.adjusted(server, answers)
+
+    def initialised(self, server: Server, measured: Tensors) -> Server:
+        """Stage 1, steps 2 and 3: p of the clients that could not measure it, then each client's experts.
+
+        Where no client at all was large enough to measure, all experts count alike (ours).
+        """
+        even = torch.ones(server.anatomy.num_experts)
+        memory: dict[str, Tensor] = {}
+        for client in server.clients.values():
+            predicted = predict(client, measured, server.clients)
+            p = measured.get(client.name, even if predicted is None else predicted)
+            memory[f"p/{client.name}"] = p
+            held = search(server, client, by_block(server.anatomy, p), self.reserve)
+            memory[f"held/{client.name}"] = mask(server.anatomy, held)
+        return replace(server, memory=memory)
+
+    def adjusted(self, server: Server, answers: Sequence[Update]) -> Server:
+        """Stage 2, step 4, for each participant, from what all of them reported."""
+        memory = dict(server.memory)
+        for update in answers:
+            held = mask(server.anatomy, self.held(server, server.clients[update.client]))
+            memory[f"held/{update.client}"] = held
+            memory[f"p/{update.client}"] = torch.zeros(len(held)).masked_scatter(held, update.extra["p"])
+        if self.adjust:
+            reported = dict(memory)
+            for update in answers:
+                memory = self.judged(server, server.clients[update.client], float(update.extra["score"]), reported, memory)
+        return replace(server, memory=memory)
+
+    def judged(self, server: Server, client: Client, score: float, reported: Tensors, memory: Tensors) -> dict[str, Tensor]:
+        """`memory` after the client's score: better, so its experts stay; or stale for too long, so they change or go back."""
+        name, after = client.name, dict(memory)
+        best = float(memory.get(f"best/{name}", torch.tensor(-torch.inf)))
+        stale = int(memory.get(f"stale/{name}", torch.tensor(0))) + 1
+        if score > best:
+            best, stale = score, 0
+            after.pop(f"former/{name}", None)  # the change was for the better
+        elif stale >= self.patience and f"frozen/{name}" not in memory:
+            stale = 0
+            if f"former/{name}" in memory:
+                after[f"held/{name}"] = after.pop(f"former/{name}")
+                after[f"frozen/{name}"] = torch.tensor(True)
+            else:
+                held = memory[f"held/{name}"]
+                wanted = recommend(server, client, of("p", reported), of("held", reported), self.neighbours)
+                if not torch.equal(held, wanted):
+                    after |= {f"former/{name}": held, f"held/{name}": wanted}
+        return after | {f"best/{name}": torch.tensor(best, dtype=torch.float64), f"stale/{name}": torch.tensor(stale)}
+
+
+def of(kind: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `memory` of one kind, by client."""
+    return {key.removeprefix(f"{kind}/"): tensor for key, tensor in memory.items() if key.startswith(f"{kind}/")}

@@ -1,0 +1,28 @@
+"""No federation: each client fine-tunes a model of its own. What every federated method has to beat."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fedexperts.methods.base import all_experts, train_assigned
+from fedexperts.types import Assignment, Bench, Client, Job, Patch, Server, Update
+
+
+@dataclass(frozen=True)
+class Local:
+    """Clients keep all that they train; nothing is sent either way, and the server's model stays as it was."""
+
+    before: ClassVar[tuple[str, ...]] = ()
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        return replace(all_experts(server), names=frozenset())
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        update = train_assigned(job, bench)
+        bench.kept.update(update.patch.tensors)
+        return replace(update, patch=Patch({}))
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        for _ in updates:
+            pass
+        return server

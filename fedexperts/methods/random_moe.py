@@ -1,0 +1,33 @@
+"""randomMoE: sub-models as in FedMoE, their experts drawn at random. FedMoE's own baseline (arXiv 2408.11304, section 5)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from fedexperts.methods.base import by_examples, mean_rows, train_assigned
+from fedexperts.methods.submodel import at_random
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class RandomMoE:
+    """Each client holds the same random experts in all rounds; modular aggregation as in FedMoE.
+
+    experts_per_layer: how many; None (ours): as many as fit into `reserve` of the client's memory, so that it differs from
+    FedMoE only in which experts are held.
+    """
+
+    experts_per_layer: int | None = None
+    reserve: float = 0.7
+    before: ClassVar[tuple[str, ...]] = ()
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        rng = Random(f"{server.seed}/{client.name}/experts")
+        return Assignment(at_random(server, client, self.reserve, self.experts_per_layer, rng))
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        return train_assigned(job, bench)
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        return mean_rows(server, updates, by_examples)
