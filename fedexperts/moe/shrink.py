@@ -2,13 +2,17 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from fedexperts.errors import BadValue, nearest
 from fedexperts.moe.anatomy import Anatomy, Block, BlockShape, Experts, anatomy, blocks
+from fedexperts.moe.disk import lazy_tensors
 
 
 def check(anatomy: Anatomy, experts: Experts) -> None:
@@ -44,6 +48,75 @@ def kept_experts(model: nn.Module) -> Experts:
     """The experts that `model` holds, by their ids in the model it was cut from."""
     before = getattr(model.config, "kept_experts", {})  # only a shrunk model's config has it
     return {name: tuple(before.get(name, ids)) for name, ids in anatomy(model).all_experts.items()}
+
+
+def save(model: nn.Module, folder: Path | str) -> None:
+    """Write `model`, shrunk or whole, as a folder that `load` gives back exactly; transformers reads it when it is whole."""
+    cast("PreTrainedModel", model).save_pretrained(folder)
+
+
+def load(folder: Path | str) -> nn.Module:
+    """The model in `folder`, with the experts it was saved with."""
+    return load_part(folder, {})
+
+
+def load_part(folder: Path | str, experts: Experts) -> nn.Module:
+    """`shrink(load(folder), experts)`, but no other expert is read from disk or held in memory.
+
+    Raises:
+        BadValue: `experts` are no legal sub-model, or `folder` is no checkpoint of which a part can be read.
+    """
+    folder = Path(folder)
+    config, model_class = _description(folder)
+    held = config.__dict__.pop("kept_experts", {})
+    with torch.device("meta"):
+        skeleton = model_class(copy.deepcopy(config))
+    _cut_all(skeleton, held)
+    check(anatomy(skeleton), experts)
+
+    chosen = {name: [ids[e] for e in experts.get(name, range(len(ids)))] for name, ids in kept_experts(skeleton).items()}
+    model, report = _sub_class(model_class, chosen).from_pretrained(
+        None,
+        config=config,
+        state_dict=lazy_tensors(folder, skeleton, experts),
+        dtype=config.dtype or torch.float32,
+        output_loading_info=True,
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        odd = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise BadValue(f"{folder} lacks {odd[0]} or has it in another shape ({len(odd)} such); save the model anew")
+    model.__class__ = model_class  # the class that cuts while loading has done its work; this one can be pickled
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return cast("nn.Module", model)
+
+
+def _description(folder: Path) -> tuple[Any, Any]:
+    """The config in `folder` and the class of its model."""
+    if not (folder / "config.json").exists():
+        raise BadValue(f"{folder} has no config.json; give a model folder as transformers' save_pretrained writes it")
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):  # only a quantised model's config has it
+        raise BadValue(f"{folder} holds quantised weights, of which no part can be read; give a checkpoint in bf16, fp16 or fp32")
+    name = (config.architectures or ["no architecture"])[0]
+    if not hasattr(transformers, name):  # transformers looks its classes up when asked, so there is no list to search
+        raise BadValue(f"{folder} is a {name}, which transformers does not have; give a model of transformers' own classes")
+    return config, getattr(transformers, name)
+
+
+def _sub_class(model_class: Any, experts: dict[str, list[int]]) -> Any:
+    """A class whose models are born with only `experts`: transformers then sees no tensor of another shape."""
+
+    def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        model_class.__init__(self, config, *args, **options)
+        _cut_all(self, {name: tuple(ids) for name, ids in experts.items()})
+        for block in blocks(self).values():
+            if block.is_switch:  # transformers would initialise config.num_experts of them; ours all come from disk
+                cast("Any", block.module)._is_hf_initialized = True
+
+    # transformers reads the source of __module__ to learn which experts implementations a class allows.
+    same = {"__init__": init, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), same)
 
 
 def _check_block(name: str, shape: BlockShape, ids: Sequence[int]) -> None:
