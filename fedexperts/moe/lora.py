@@ -1,0 +1,218 @@
+"""Low-rank adapters: our own on stacked experts, peft's on single matrices (attention, the experts of Switch).
+
+On stacked experts peft builds W + BA for all of them in every forward pass; ours never does: it adds B(Ax) for the rows of
+each expert, through the same grouped products that the experts use themselves. It can also adapt only some of the experts.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from random import Random
+from typing import Any, cast
+
+import peft
+import torch
+from jaxtyping import Float, Int
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fedexperts.errors import BadValue
+from fedexperts.moe.anatomy import Block, Experts, blocks
+from fedexperts.moe.shrink import kept_experts
+
+IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function in transformers' registry
+BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
+
+
+class ExpertLoRA(nn.Module):
+    """What is added to one stacked matrix: scale * B[e] A[e] for each adapted expert e.
+
+    Row s of `a` and `b` belongs to expert `ids[s]`, an index into the stack.
+    """
+
+    ids: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, ids: Iterable[int], num_experts: int):
+        super().__init__()
+        self.a = nn.Parameter(a)  # [adapted, rank, in]
+        self.b = nn.Parameter(b)  # [adapted, out, rank]
+        self.scale = scale
+        self.num_experts = num_experts
+        self.register_buffer("ids", torch.tensor(tuple(ids), device=a.device), persistent=False)
+
+    def extra_repr(self) -> str:
+        adapted, rank, _ = self.a.shape
+        return f"{adapted} of {self.num_experts} experts, rank {rank}, scale {self.scale:g}"
+
+    def add(self, out: Tensor, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        """`out` plus the adapters' share; `rows` are sorted by `expert`, those of expert e end before `ends[e]`."""
+        if len(self.ids) == self.num_experts:
+            return out.add_(self.of(rows, ends))
+        adapted = torch.isin(expert, self.ids)
+        own_ends = torch.searchsorted(expert[adapted], self.ids, right=True).to(torch.int32)
+        return out.index_add(0, adapted.nonzero().squeeze(1), self.of(rows[adapted], own_ends))
+
+    def of(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """The adapters' output for rows of the adapted experts alone."""
+        inner = grouped(rows, self.a.transpose(1, 2), ends) * self.scale
+        return grouped(inner, self.b.transpose(1, 2), ends)
+
+    def delta(self) -> Float[Tensor, "adapted out in"]:
+        """What merging adds to the weights."""
+        return torch.bmm(self.b, self.a) * self.scale
+
+
+def grouped(
+    rows: Float[Tensor, "rows fan_in"], weight: Float[Tensor, "experts fan_in fan_out"], ends: Int[Tensor, " experts"]
+) -> Float[Tensor, "rows fan_out"]:
+    """Each row times the matrix of its expert; one product per expert where torch has no grouped one for this width."""
+    if fits(weight):
+        return cast("Tensor", torch.nn.functional.grouped_mm(rows, weight, offs=ends))
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight.unbind(), strict=True)])
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether torch has a grouped product for matrices of this shape; one without data takes any."""
+    return is_fake(weight) or all(size * weight.element_size() % BYTES == 0 for size in weight.shape[1:])
+
+
+def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Stacked experts with their adapters: what transformers calls in place of its own implementation."""
+    tokens, top_k = top_k_index.shape
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).to(torch.int32)
+
+    def linear(name: str, rows: Tensor) -> Tensor:
+        weight = getattr(self, name)
+        out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
+        out = self.lora[name].add(out, rows, expert, ends) if name in self.lora else out
+        return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
+
+    rows = hidden[order // top_k]
+    inner = self._apply_gate(linear("gate_up_proj", rows)) if self.has_gate else self.act_fn(linear("up_proj", rows))
+    out = linear("down_proj", inner)
+    if self.has_post_expert_norm:
+        out = self.post_expert_norm(out)
+
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    weighted = (out * top_k_weights.reshape(-1)[order].unsqueeze(1))[back]
+    return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def check_rank(rank: int, dtype: torch.dtype) -> None:
+    """Raises BadValue for a rank that the grouped products of stacked experts do not take."""
+    step = BYTES // dtype.itemsize
+    if rank < 1 or rank % step:
+        raise BadValue(
+            f"training.tuning.rank = {rank}, but adapters of stacked experts in {str(dtype).removeprefix('torch.')} "
+            f"need a multiple of {step}; try {max(step, round(rank / step) * step)}"
+        )
+
+
+def matrices(experts: nn.Module) -> list[str]:
+    """Names of the stacked matrices of `experts`."""
+    return [name for name, value in experts.named_parameters(recurse=False) if value.ndim == 3]
+
+
+def attach_experts(model: nn.Module, rank: int, alpha: float, seed: str, adapt: Experts | None = None) -> None:
+    """Puts an adapter on every stacked matrix of all experts, or of those in `adapt` (indices into the model's stacks).
+
+    B starts at zero and A is drawn from `seed`, block, matrix and expert alone, so an expert's A is the same in the full
+    model and in each model that was cut from it. Experts that are no stack (Switch) are left alone.
+    """
+    stacked = {name: block for name, block in blocks(model).items() if not block.is_switch}
+    held = kept_experts(model)
+    for name, block in stacked.items():
+        chosen = tuple(range(len(held[name]))) if adapt is None else tuple(sorted(adapt.get(name, ())))
+        known = [f"{seed}/{name}/{held[name][expert]}" for expert in chosen]
+        adapters = {each: expert_lora(block, each, chosen, rank, alpha, known) for each in matrices(block.experts) if chosen}
+        block.experts.lora = nn.ModuleDict(adapters)
+    if stacked:
+        cast("Any", model).set_experts_implementation(IMPLEMENTATION)
+
+
+def expert_lora(block: Block, matrix: str, chosen: tuple[int, ...], rank: int, alpha: float, seeds: list[str]) -> ExpertLoRA:
+    """A new adapter of one stacked matrix, for the `chosen` experts."""
+    weight = cast("Tensor", getattr(block.experts, matrix))
+    check_rank(rank, weight.dtype)
+    transposed = bool(cast("Any", block.experts).is_transposed)
+    wide, narrow = (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
+    a = torch.stack([uniform((rank, wide), f"{seed}/{matrix}", weight) for seed in seeds])
+    return ExpertLoRA(a, weight.new_zeros(len(chosen), narrow, rank), alpha / rank, chosen, block.shape.num_experts)
+
+
+def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha: float, seed: str) -> None:
+    """Puts peft's adapter on the named linear layers (path → the name that its A is drawn from); B starts at zero."""
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(names), lora_dropout=0.0, bias="none")
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # On meta, so that peft draws nothing from torch's global generator.
+    peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    for path, known in names.items():
+        layer = cast("Any", model.get_submodule(path))
+        weight = layer.get_base_layer().weight
+        layer.lora_A["default"].weight = nn.Parameter(uniform((rank, layer.in_features), f"{seed}/{known}", weight))
+        layer.lora_B["default"].weight = nn.Parameter(weight.new_zeros(layer.out_features, rank))
+    for parameter in learning:  # which peft has frozen
+        parameter.requires_grad_(True)
+
+
+def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:
+    """The start of an A as peft draws it, U(-1/sqrt(in), 1/sqrt(in)), from a generator of `seed`; empty on meta."""
+    if like.is_meta:
+        return like.new_empty(shape)
+    generator = torch.Generator().manual_seed(Random(seed).getrandbits(63))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(like.device, like.dtype)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """`model` with its adapters added into its weights and taken off, in place; weights shared with others are not written."""
+    for block in blocks(model).values():
+        if "lora" in block.experts._modules:
+            merge_stack(block.experts)
+    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]:
+        base = layer.get_base_layer()
+        base.weight = nn.Parameter(base.weight + layer.get_delta_weight("default"), requires_grad=False)
+        model.set_submodule(path, base)
+    if hasattr(model, "peft_config"):  # left behind by peft's injection
+        del model.peft_config
+    return model
+
+
+def merge_stack(experts: nn.Module) -> None:
+    """Adds the adapters of one block's stacked experts into their weights and takes them off."""
+    for name, adapter in cast("nn.ModuleDict", experts.lora).items():
+        assert isinstance(adapter, ExpertLoRA)
+        delta = adapter.delta().transpose(1, 2) if experts.is_transposed else adapter.delta()
+        weight = getattr(experts, name)
+        setattr(experts, name, nn.Parameter(weight.index_add(0, adapter.ids, delta), requires_grad=False))
+    del experts.lora
+    whole = all(fits(getattr(experts, name)) for name in matrices(experts))
+    cast("Any", experts).config._experts_implementation = "grouped_mm" if whole else "eager"
+
+
+def a_to_peft(a: Float[Tensor, "experts rank in"]) -> Float[Tensor, "experts_rank in"]:
+    """peft's A; row `e * rank + r` is rank r of expert e."""
+    return a.reshape(-1, a.shape[2])
+
+
+def b_to_peft(b: Float[Tensor, "experts out rank"]) -> Float[Tensor, "out rank_experts"]:
+    """peft's B; column `r * experts + e` is rank r of expert e."""
+    return b.permute(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def a_from_peft(a: Float[Tensor, "experts_rank in"], experts: int) -> Float[Tensor, "{experts} rank in"]:
+    """A view of peft's A, by expert."""
+    return a.view(experts, -1, a.shape[1])
+
+
+def b_from_peft(b: Float[Tensor, "out rank_experts"], experts: int) -> Float[Tensor, "{experts} out rank"]:
+    """A view of peft's B, by expert: in B, unlike in A, the expert is what changes fastest."""
+    return b.view(b.shape[0], -1, experts).permute(2, 0, 1)
