@@ -270,7 +270,7 @@ def pm(value: Interval | None, unit: str, sign: str = "") -> str:
         return NONE
     digits = 1 if unit == "%" or abs(value.mean) >= 10 or value.mean == 0 else 2
     digits = 0 if abs(value.mean) >= 1000 else digits
-    half = "" if value.half is None else f" ± {value.half:,.{digits}f}"
+    half = "" if value.half is None else f" ± {value.half:,.{digits}f}" if value.half else " ± 0"
     return f"{value.mean:{sign},.{digits}f}{half}"
 
 
@@ -292,8 +292,9 @@ def to_rich(table: Table) -> RichTable:
 
 
 def width(table: Table) -> int:
-    """Characters a line of `to_rich` takes without breaking a cell."""
-    return sum(max(map(len, cells)) + 2 for cells in zip(table.columns, *table.rows, strict=True))
+    """Characters a line of `to_rich` takes without breaking a cell; heads may break between their words."""
+    heads = [max(head.split(), key=len, default="") for head in table.columns]
+    return sum(max(map(len, cells)) + 2 for cells in zip(heads, *table.rows, strict=True)) + 2
 
 
 def to_csv(groups: Groups, baseline: str) -> str:

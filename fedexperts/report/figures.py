@@ -1,0 +1,378 @@
+"""Figures of one run and of several, as plotly values; page.js gives them the colours of the reader's theme.
+
+Text that comes from a run's files is escaped: plotly reads a few HTML tags in names.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+from fedexperts.report import measures as m
+from fedexperts.report.read import Holds, RunResults
+from fedexperts.report.stats import Interval, interval
+from fedexperts.report.tables import Groups
+
+# Told apart by people who see colours differently, and readable on a white and on a dark page.
+PALETTE = ("#3b82d6", "#d9822b", "#2f9e6e", "#b5489a", "#8a6fd1", "#c8463a", "#7f8f1f", "#4a9fb0")
+DASHES = ("solid", "dash", "dot", "dashdot")
+INK = {"theme": "ink"}  # page.js draws what has this `meta` in the colour of the text
+LINE_OF_A_ROW = 22  # pixels
+MANY_CLIENTS = 60  # more are not drawn one by one in the map of the partition
+
+Points = list[tuple[float, float]]
+Axis = Callable[[RunResults], Callable[[int], float]]  # of a run, where a round lies on the horizontal axis
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, what it shows in one line, and what one must know to read it."""
+
+    title: str
+    caption: str
+    drawing: go.Figure
+
+
+def rounds(run: RunResults) -> Callable[[int], float]:
+    """Horizontal axis: rounds."""
+    return float
+
+
+def sent(run: RunResults) -> Callable[[int], float]:
+    """Horizontal axis: MB down and up of all clients together by the end of a round."""
+    until = m.bytes_until(run)
+    return lambda round: until(round) / m.MB
+
+
+AXES: Mapping[str, tuple[Axis, str]] = {
+    "rounds": (rounds, "round"),
+    "bytes": (sent, "sent so far, all clients, down and up (MB = 10^6 bytes)"),
+}
+
+
+def one_run(run: RunResults) -> list[Figure]:
+    """All figures of a single run; those without data are left out."""
+    figures = [curves(run, over, unit) for unit in ("%", "") for over in AXES]
+    figures += [experts_over_rounds(run), bytes_by_client(run), memory_by_client(run), partition(run)]
+    return [figure for figure in figures if figure.drawing.data]
+
+
+def several(groups: Groups) -> list[Figure]:
+    """All figures of several runs; those without data are left out."""
+    tasks = [None, *m.tasks([run for runs in groups.values() for run in runs])]
+    figures = [compared(groups, None, "rounds"), compared(groups, None, "bytes")]
+    figures += [tradeoff(groups, m.SENT), tradeoff(groups, m.PEAK)]
+    figures += [compared(groups, task, "rounds") for task in tasks if task is not None]
+    return [figure for figure in figures if figure.drawing.data]
+
+
+def curves(run: RunResults, over: str, unit: str) -> Figure:
+    """Quality of each task measured in `unit`, of each of its clients, and the mean over tasks."""
+    axis, label = AXES[over]
+    drawing = _drawing(label, f"quality ({unit})" if unit else "perplexity (lower is better)")
+    tasks = [task for task in m.tasks([run]) if m.unit([run], task) == unit]
+    for index, task in enumerate(tasks):
+        for client in m.clients_of(run, task):
+            points = _points(run, client, task, axis)
+            drawing.add_trace(_line(f"{client}: {task}", points, index, width=1, opacity=0.35, legend=False, group=task))
+    for index, task in enumerate(tasks):
+        name = f"{task} ({m.metric([run], task)})"
+        drawing.add_trace(_line(name, _points(run, None, task, axis), index, width=2, group=task))
+    if len(tasks) > 1 and m.unit([run], None) == unit:
+        drawing.add_trace(_line("mean over tasks", _points(run, None, None, axis), 0, width=4, meta=INK))
+    what = "Quality" if unit else "Perplexity"
+    caption = "Thick: the mean over tasks. Middle: each task. Thin: each client on its task."
+    return Figure(f"{what} over {over}", f"{caption} A click on a name hides it.", drawing)
+
+
+def experts_over_rounds(run: RunResults) -> Figure:
+    """How many experts the clients of each round held."""
+    drawing = _drawing("round", f"experts held, of {m.experts_of(run)}")
+    counts = {
+        row.round: [m.count(holds) for holds in row.holds.values()] for row in run.rounds if row.task == "train" and row.holds
+    }
+    shown = {"most": max, "mean": _mean, "least": min}
+    for index, (name, of) in enumerate(shown.items() if counts else ()):
+        points = [(float(round), float(of(each))) for round, each in sorted(counts.items())]
+        drawing.add_trace(_line(name, points, index, width=3 if name == "mean" else 1.5))
+    drawing.update_yaxes(rangemode="tozero")
+    return Figure("Experts held by the clients of each round", "Over all layers; each round shows who took part in it.", drawing)
+
+
+def bytes_by_client(run: RunResults) -> Figure:
+    """Bytes each client got and sent."""
+    names = list(m.walk_clients(run))
+    drawing = _bars("MB of the whole run (10^6 bytes)", len(names))
+    rows = m.counted(run)
+    down = {name: sum(row.bytes_down for row in rows if row.client == name) / m.MB for name in names}
+    up = {name: sum(row.bytes_up for row in rows if row.client == name) / m.MB for name in names}
+    for index, (name, values) in enumerate((("down", down), ("up", up)) if rows else ()):
+        drawing.add_trace(_bar(name, values, index))
+    drawing.update_layout(barmode="stack")
+    return Figure("Bytes of each client", "Down from the server and up to it; evaluations are not counted.", drawing)
+
+
+def memory_by_client(run: RunResults) -> Figure:
+    """Each client's largest measured peak against the memory it has."""
+    peak = {name: value / m.MB for name, value in m.peak_by_client(run).items() if value}
+    limits = {
+        client.name: client.memory_bytes / m.MB for client in run.plan.clients if client.memory_bytes is not None and client.name in peak
+    }
+    drawing = _bars("MB (10^6 bytes)", len(peak))
+    if peak:
+        drawing.add_trace(_bar("largest peak", peak, 0))
+    if limits:
+        names = [safe(name) for name in limits]
+        marker = {"symbol": "line-ns-open", "size": 16, "line": {"width": 3}}
+        trace = go.Scatter(x=list(limits.values()), y=names, mode="markers", name="memory it has", marker=marker, meta=INK)
+        drawing.add_trace(trace)
+    if peak and run.plan.full_bytes is not None:
+        drawing.add_vline(x=run.plan.full_bytes / m.MB, line={"dash": "dot", "color": PALETTE[5]})
+    note = " Dotted: what training with all experts was planned to take." if run.plan.full_bytes is not None else ""
+    return Figure("Memory of each client", f"Bar: the largest measured peak. Mark: the memory the client has.{note}", drawing)
+
+
+def partition(run: RunResults) -> Figure:
+    """Training examples of each task at each client."""
+    clients = run.plan.clients[:MANY_CLIENTS]
+    names = list(dict.fromkeys(task for client in clients for task in client.tasks or (client.task,)))
+    counts = [[(client.tasks or {client.task: client.examples}).get(name) for name in names] for client in clients]
+    drawing = _drawing("task", "client", height=110 + LINE_OF_A_ROW * len(clients))
+    if clients:
+        drawing.add_trace(
+            go.Heatmap(
+                z=counts,
+                x=[safe(name) for name in names],
+                y=[safe(client.name) for client in clients],
+                texttemplate="%{z}",
+                colorbar={"title": {"text": "examples"}, "thickness": 12},
+                hovertemplate="%{y}: %{z} examples of %{x}<extra></extra>",
+                meta={"theme": "heat"},
+                zmin=0,
+                xgap=1,
+                ygap=1,
+            )
+        )
+    drawing.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    drawing.update_xaxes(type="category", showgrid=False)
+    left = len(run.plan.clients) - len(clients)
+    more = f" The first {len(clients)} clients; {left} more are in the table." if left else ""
+    return Figure("Training examples: clients × tasks", f"An empty cell: the client has none of that task.{more}", drawing)
+
+
+def compared(groups: Groups, task: str | None, over: str) -> Figure:
+    """One line for each method: the mean over seeds, with the 95 % interval as a band where there are seeds for one."""
+    axis, label = AXES[over]
+    unit = m.unit([run for runs in groups.values() for run in runs], task)
+    what = "overall" if task is None else task
+    drawing = _drawing(label, f"{what} ({unit or 'lower is better'})")
+    for index, (method, runs) in enumerate(groups.items()):
+        points = list(_mean_points(runs, task, axis))
+        if points and all(each.half is not None for _, each in points):
+            drawing.add_trace(_band(points, index, method))
+        if points:
+            drawing.add_trace(_line(method, [(x, each.mean) for x, each in points], index, width=2.5, group=method))
+    title = "Overall quality" if task is None else task
+    band = "Line: mean over seeds. Band: 95 % Student t interval." if max(map(len, groups.values())) > 1 else "One seed each."
+    return Figure(f"{title} over {over}", band, drawing)
+
+
+def tradeoff(groups: Groups, cost: m.Measure) -> Figure:
+    """Overall quality against a cost: each seed, each method's mean, and the methods nothing beats on both."""
+    runs = [run for members in groups.values() for run in members]
+    quality = m.quality_measures(runs)[-1]
+    drawing = _drawing(cost.label, quality.label)
+    means = {}
+    for index, (method, members) in enumerate(groups.items()):
+        pairs = [(cost.of(run), quality.of(run)) for run in members]
+        points = [(x, y) for x, y in pairs if x is not None and y is not None]
+        if points:
+            means[method] = (interval([x for x, _ in points]), interval([y for _, y in points]))
+            drawing.add_trace(_dots(method, points, index))
+            drawing.add_trace(_mean_dot(method, *means[method], index))
+    best = front([(x.mean, y.mean) for x, y in means.values()], higher_is_better=quality.unit == "%")
+    if len(best) > 1:
+        drawing.add_trace(_line("nothing better on both", best, 0, width=1, dash="dot", meta=INK))
+    drawing.update_xaxes(rangemode="tozero")
+    caption = "Large: mean over seeds with its 95 % interval; small: each seed. Upper left is better."
+    return Figure(f"Quality against {cost.name}", caption, drawing)
+
+
+def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> Points:
+    """The Pareto front of (cost, quality), by cost: each point that costs less than all of at least its quality."""
+    sign = 1 if higher_is_better else -1
+    best: Points = []
+    for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not best or sign * y > sign * best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def experts_map(label: str, run: RunResults) -> dict[str, Any]:
+    """What page.js draws the experts × layers map from: for each client, what it held from which round on.
+
+    A layer's experts are a hexadecimal number whose bit e is expert e. What did not change is not repeated.
+    """
+    blocks = run.plan.model.blocks
+    labels = block_labels(list(blocks))
+    return {
+        "run": label,
+        "blocks": [{"label": labels[name], "experts": block.num_experts} for name, block in blocks.items()],
+        "rounds": sorted({row.round for row in run.rounds if row.task == "train" and row.holds}),
+        "clients": [{"name": name, "holds": _changes(held, list(blocks))} for name, held in m.history(run).items()],
+    }
+
+
+def block_labels(names: Sequence[str]) -> dict[str, str]:
+    """`layer N` where the last number in the names tells the blocks apart, else their full names."""
+    found = [re.findall(r"\d+", name) for name in names]
+    short = [f"layer {numbers[-1]}" if numbers else name for name, numbers in zip(names, found, strict=True)]
+    return dict(zip(names, short if len(set(short)) == len(names) else names, strict=True))
+
+
+def safe(text: str) -> str:
+    """`text` as plotly shows it literally."""
+    return escape(text, quote=False)
+
+
+
+
+def _changes(held: Sequence[tuple[int, Holds]], blocks: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """The rounds in which a client's experts were not those of the time before."""
+    found: list[tuple[int, list[str]]] = []
+    for round, holds in held:
+        masks = [f"{sum(1 << expert for expert in set(holds.get(block, ()))):x}" for block in blocks]
+        if not found or found[-1][1] != masks:
+            found.append((round, masks))
+    return found
+
+
+def _points(run: RunResults, client: str | None, task: str | None, axis: Axis) -> Points:
+    place, unit = axis(run), m.unit([run], task)
+    rows = m.evaluated(run, client, task)
+    return [(place(row.round), m.shown(row.value, unit)) for row in rows if row.value is not None]
+
+
+def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> Iterator[tuple[float, Interval]]:
+    """The rounds that all seeds have evaluated: where they lie on average, and the interval of their values."""
+    places = [axis(run) for run in runs]
+    values = [{row.round: row.value for row in m.evaluated(run, None, task)} for run in runs]
+    unit = m.unit(runs, task)
+    for round in sorted(set.intersection(*(set(each) for each in values))):
+        each = [m.shown(value, unit) for value in (of[round] for of in values) if value is not None]
+        yield _mean([place(round) for place in places]), interval(each)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _drawing(x: str, y: str, height: int = 420) -> go.Figure:
+    drawing = go.Figure()
+    drawing.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 56, "r": 16, "t": 12, "b": 48},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0},
+        hovermode="closest",
+        hoverlabel={"namelength": -1},
+    )
+    drawing.update_xaxes(title={"text": safe(x)}, automargin=True, zeroline=False)
+    drawing.update_yaxes(title={"text": safe(y)}, automargin=True, zeroline=False)
+    return drawing
+
+
+def _bars(x: str, number: int) -> go.Figure:
+    drawing = _drawing(x, "client", height=130 + LINE_OF_A_ROW * number)
+    drawing.update_yaxes(autorange="reversed", type="category")
+    drawing.update_layout(legend={"y": 1, "yanchor": "bottom"}, margin={"t": 40})
+    return drawing
+
+
+def _bar(name: str, values: Mapping[str, float], index: int) -> go.Bar:
+    names = [safe(client) for client in values]
+    text = "%{y}: %{x:,.2f} MB<extra>" + name + "</extra>"
+    return go.Bar(
+        x=list(values.values()),
+        y=names,
+        orientation="h",
+        name=name,
+        marker={"color": PALETTE[index]},
+        hovertemplate=text,
+    )
+
+
+def _line(
+    name: str,
+    points: Points,
+    index: int,
+    width: float,
+    opacity: float = 1.0,
+    legend: bool = True,
+    group: str | None = None,
+    dash: str | None = None,
+    meta: Mapping[str, str] | None = None,
+) -> go.Scatter:
+    style = dash or DASHES[index // len(PALETTE) % len(DASHES)]
+    return go.Scatter(
+        x=[x for x, _ in points],
+        y=[y for _, y in points],
+        name=safe(name),
+        mode="lines+markers" if width > 1 else "lines",
+        line={"color": PALETTE[index % len(PALETTE)], "width": width, "dash": style},
+        marker={"size": 5},
+        opacity=opacity,
+        showlegend=legend,
+        legendgroup=safe(group or name),
+        meta=meta,
+    )
+
+
+def _band(points: Sequence[tuple[float, Interval]], index: int, method: str) -> go.Scatter:
+    """A closed area from all lower ends to all upper ends and back."""
+    ends = [(x, each.mean - (each.half or 0.0), each.mean + (each.half or 0.0)) for x, each in points]
+    return go.Scatter(
+        x=[x for x, _, _ in ends] + [x for x, _, _ in reversed(ends)],
+        y=[low for _, low, _ in ends] + [high for _, _, high in reversed(ends)],
+        fill="toself",
+        fillcolor=PALETTE[index % len(PALETTE)],
+        opacity=0.15,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=safe(method),
+    )
+
+
+def _dots(method: str, points: Points, index: int) -> go.Scatter:
+    return go.Scatter(
+        x=[x for x, _ in points],
+        y=[y for _, y in points],
+        name=safe(f"{method}, each seed"),
+        mode="markers",
+        marker={"color": PALETTE[index % len(PALETTE)], "size": 6},
+        opacity=0.5,
+        showlegend=False,
+        legendgroup=safe(method),
+    )
+
+
+def _mean_dot(method: str, x: Interval, y: Interval, index: int) -> go.Scatter:
+    return go.Scatter(
+        x=[x.mean],
+        y=[y.mean],
+        error_x=_error(x),
+        error_y=_error(y),
+        name=safe(method),
+        mode="markers",
+        marker={"color": PALETTE[index % len(PALETTE)], "size": 13},
+        legendgroup=safe(method),
+    )
+
+
+def _error(value: Interval) -> dict[str, Any]:
+    return {"visible": False} if value.half is None else {"type": "data", "array": [value.half], "thickness": 1}

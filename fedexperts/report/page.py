@@ -1,0 +1,276 @@
+"""One HTML file with everything in it: no network, light and dark, wide and narrow.
+
+Every text from a run's files is escaped. Beside that, the page allows only the two scripts it was written with, by their
+hashes, and no connection at all, so nothing in a results folder can run in the reader's browser.
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from fedexperts.report import figures, tables
+from fedexperts.report import measures as m
+from fedexperts.report.figures import Figure
+from fedexperts.report.read import RunResults
+from fedexperts.report.tables import Groups, Table
+
+LONG_TABLE = 25  # rows; longer ones are folded
+
+
+def one_run(run: RunResults) -> str:
+    """The page of a single run."""
+    title = f"{run.plan.method} on {run.plan.model.name}"
+    found = {table.title: table for table in tables.one_run(run)}
+    drawn = figures.one_run(run)
+    quality = [figure for figure in drawn if figure.title.startswith(("Quality", "Perplexity"))]
+    data = [figure for figure in drawn if figure.title.startswith("Training examples")]
+    costs = [figure for figure in drawn if figure not in quality and figure not in data and "Experts" not in figure.title]
+    experts = [figure for figure in drawn if "Experts" in figure.title]
+    maps = _maps({run.plan.method: [run]})
+    first = _take(found, "Quality")
+    sections = {
+        "Quality": [_figures(quality), *_take(found, "All metrics")],
+        "Experts": [_map(maps), _figures(experts), *_take(found, "Experts held")],
+        "Bytes and memory": [*_take(found, "Costs"), *_take(found, "Clients over"), _figures(costs)],
+        "Failures": _take(found, "Failures") or ["<p>None.</p>"],
+        "Data": [_figures(data), *_take(found, "Training examples")],
+        "Clients": _take(found, "Clients"),
+        "Run file": [_files(run)],
+    }
+    intro = [f"<h1>{escape(title)}</h1>", _asked(_what_was_asked(run)), _cards(_what_came_out(run)), *first]
+    return _page(title, intro, sections, quality + experts + costs + data, maps)
+
+
+def several(groups: Groups, baseline: str) -> str:
+    """The page of several runs side by side."""
+    title = f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds"
+    drawn = figures.several(groups)
+    main = drawn[:-_number_of_tasks(groups)] if _number_of_tasks(groups) else drawn
+    by_task = drawn[len(main) :]
+    maps = _maps(groups)
+    sections = {
+        "Against each other": [_figures(main)],
+        "Each task": [_figures(by_task)] if by_task else [],
+        "All measures": [_table(tables.comparison(groups)), *_versus(groups, baseline)],
+        "Experts": [_map(maps)],
+        "Failures": [_table(_all_failures(groups))],
+        "Run files": [_files(run, label) for label, runs in groups.items() for run in runs],
+    }
+    intro = [f"<h1>{escape(title)}</h1>", _asked(_what_was_compared(groups)), _table(tables.final(groups))]
+    return _page(title, intro, sections, drawn, maps)
+
+
+def _page(
+    title: str,
+    intro: Sequence[str],
+    sections: Mapping[str, Sequence[str]],
+    drawn: Sequence[Figure],
+    maps: Sequence[Mapping[str, Any]],
+) -> str:
+    scripts = [get_plotlyjs(), _own("page.js")]
+    allowed = " ".join(f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    shown = {name: [part for part in parts if part] for name, parts in sections.items()}
+    shown = {name: parts for name, parts in shown.items() if parts}
+    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in shown)
+    values = [{"id": _id(figure), **json.loads(figure.drawing.to_json())} for figure in drawn]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title><style>{_own('page.css')}</style></head><body><main>",
+            *intro,
+            f'<nav aria-label="Sections">{links}</nav>',
+            *(_section(name, parts) for name, parts in shown.items()),
+            "</main>",
+            _data("figures", values),
+            _data("maps", maps),
+            *(f"<script>{script}</script>" for script in scripts),
+            "</body></html>\n",
+        ]
+    )
+
+
+def _what_was_asked(run: RunResults) -> dict[str, str]:
+    asked, done = m.rounds_asked(run), m.rounds_done(run)
+    each = m.settings(run).get("federation", {}).get("clients_per_round")
+    progress = f"{done} done" if asked is None else str(asked) if done >= asked else f"{done} of {asked} done so far"
+    method = {key: value for key, value in m.settings(run).get("method", {}).items() if key != "name"}
+    memory = [client.memory_bytes for client in run.plan.clients if client.memory_bytes is not None]
+    return {
+        "method": run.plan.method + (f", {_inline(method)}" if method else ""),
+        "model": f"{run.plan.model.name}: {run.plan.model.parameters:,} parameters, {_shape(run)}",
+        "clients": f"{len(run.plan.clients)}" + (f", {each} in each round" if each is not None else ""),
+        "their memory": f"{tables.megabytes(min(memory))} to {tables.megabytes(max(memory))} MB" if memory else "not limited",
+        "data": ", ".join(m.tasks([run]) or dict.fromkeys(client.task for client in run.plan.clients)),
+        "divided": _inline(run.plan.partition) or "as given",
+        "rounds": progress,
+        "seed": str(run.plan.seed),
+    }
+
+
+def _what_came_out(run: RunResults) -> dict[str, str]:
+    rows, unit = m.evaluated(run, None, None), m.unit([run], None)
+    ends = [tables.quality_value(row.value, unit) for row in (rows[0], rows[-1])] if rows else []
+    held = m.held_last(run)
+    over = m.over_memory(run)
+    return {
+        f"overall quality ({unit})" if unit else "overall quality": " → ".join(ends) or tables.NONE,
+        "sent per client and round, down and up": f"{tables.megabytes(m.bytes_per_client_round(run))} MB",
+        "sent in total": f"{tables.megabytes(m.carried(m.counted(run)))} MB",
+        "largest peak memory of a client": f"{tables.megabytes(m.largest_peak(run))} MB",
+        f"experts held by a client, of {m.experts_of(run)} (mean, least–most)": _held(held),
+        "clients over their memory": str(len(over)),
+        "failures": str(len(m.failures(run))),
+    }
+
+
+def _what_was_compared(groups: Groups) -> dict[str, str]:
+    runs = [run for members in groups.values() for run in members]
+    unfinished = [
+        f"{label}, seed {run.plan.seed} ({m.rounds_done(run)} of {m.rounds_asked(run)} rounds)"
+        for label, members in groups.items()
+        for run in members
+        if m.rounds_done(run) < (m.rounds_asked(run) or 0)
+    ]
+    facts = {
+        "methods": ", ".join(groups),
+        "models": ", ".join(dict.fromkeys(run.plan.model.name for run in runs)),
+        "data": ", ".join(m.tasks(runs)),
+        "clients": ", ".join(dict.fromkeys(str(len(run.plan.clients)) for run in runs)),
+        "rounds": ", ".join(dict.fromkeys(str(m.rounds_done(run)) for run in runs)),
+        "seeds": ", ".join(map(str, sorted({run.plan.seed for run in runs}))),
+    }
+    return {**facts, "not finished": "; ".join(unfinished)} if unfinished else facts
+
+
+def _versus(groups: Groups, baseline: str) -> list[str]:
+    return [_table(tables.differences(groups, baseline))] if len(groups) > 1 else []
+
+
+def _all_failures(groups: Groups) -> Table:
+    rows = tuple(
+        (label, str(run.plan.seed), *row) for label, runs in groups.items() for run in runs for row in tables.failures(run).rows
+    )
+    columns = ("method", "seed", "round", "client", "work", "reason")
+    return Table("Failures" if rows else "No failures", columns, rows, text_columns=(0, 3, 4, 5))
+
+
+def _number_of_tasks(groups: Groups) -> int:
+    return len(m.tasks([run for runs in groups.values() for run in runs]))
+
+
+def _shape(run: RunResults) -> str:
+    blocks = list(run.plan.model.blocks.values())
+    sizes = " or ".join(dict.fromkeys(str(block.num_experts) for block in blocks))
+    chosen = " or ".join(dict.fromkeys(str(block.top_k) for block in blocks))
+    return f"{len(blocks)} MoE layers of {sizes} experts, {chosen} for each token"
+
+
+def _held(held: m.Held | None) -> str:
+    return f"{held.mean:.1f} ({held.least}–{held.most})" if held else tables.NONE
+
+
+def _inline(values: Mapping[str, Any]) -> str:
+    """A small table of settings on one line."""
+    return ", ".join(f"{key} {_inline(value) if isinstance(value, Mapping) else value}" for key, value in values.items())
+
+
+def _asked(facts: Mapping[str, str]) -> str:
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    return f'<dl class="asked">{rows}</dl>'
+
+
+def _cards(facts: Mapping[str, str]) -> str:
+    cards = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="cards">{cards}</dl>'
+
+
+def _section(name: str, parts: Sequence[str]) -> str:
+    return f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>\n' + "\n".join(parts) + "</section>"
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _take(found: Mapping[str, Table], start: str) -> list[str]:
+    return [_table(table) for title, table in found.items() if title.startswith(start) and (start != "Clients" or title == start)]
+
+
+def _table(table: Table) -> str:
+    """Accessible markup: a caption, heads with their scope, and a frame that scrolls by keyboard too."""
+    kinds = ["text" if index in table.text_columns else "" for index in range(len(table.columns))]
+    heads = "".join(f'<th scope="col" class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, table.columns, strict=True))
+    note = f'<span class="note">{escape(table.note)}</span>' if table.note else ""
+    body = "\n".join(_row(kinds, row) for row in table.rows)
+    caption = f"<caption>{escape(table.title)}{note}</caption>"
+    markup = f"<table>{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
+    frame = f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">{markup}</div>'
+    long = len(table.rows) > LONG_TABLE
+    return f"<details><summary>{escape(table.title)}: {len(table.rows)} rows</summary>{frame}</details>" if long else frame
+
+
+def _row(kinds: Sequence[str], row: Sequence[str]) -> str:
+    cells = "".join(f'<td class="{kind}">{escape(text)}</td>' for kind, text in zip(kinds[1:], row[1:], strict=True))
+    return f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>'
+
+
+def _figures(drawn: Sequence[Figure]) -> str:
+    return f'<div class="figures">{"".join(map(_figure, drawn))}</div>' if drawn else ""
+
+
+def _figure(figure: Figure) -> str:
+    caption = f"<figcaption>{escape(figure.title)}<span>{escape(figure.caption)}</span></figcaption>"
+    return f'<figure>{caption}<div class="drawing" id="{_id(figure)}"></div></figure>'
+
+
+def _id(figure: Figure) -> str:
+    """The same for the same title, and safe as an id whatever stands in it."""
+    return f"figure-{sha256(figure.title.encode()).hexdigest()[:12]}"
+
+
+def _maps(groups: Groups) -> list[dict[str, Any]]:
+    runs = [(f"{label}, seed {run.plan.seed}", run) for label, members in groups.items() for run in members]
+    every = [figures.experts_map(label, run) for label, run in runs]
+    return [each for each in every if each["rounds"] and each["blocks"]]
+
+
+def _map(maps: Sequence[Mapping[str, Any]]) -> str:
+    if not maps:
+        return ""
+    options = "".join(f'<option value="{index}">{escape(each["run"])}</option>' for index, each in enumerate(maps))
+    return (
+        "<figure><figcaption>Who holds what: experts × layers<span>Colour: how many clients worked with the expert "
+        "when they last trained, by the end of the chosen round.</span></figcaption>"
+        '<div class="controls">'
+        f'<label>run <select id="map-run">{options}</select></label>'
+        '<label>client <select id="map-client"></select></label>'
+        '<label>until <input type="range" id="map-round" min="0" value="0"><output id="map-shown"></output></label></div>'
+        '<p class="note" id="map-note" aria-live="polite"></p><div class="drawing" id="map"></div></figure>'
+    )
+
+
+def _files(run: RunResults, label: str | None = None) -> str:
+    name = f"{label}, seed {run.plan.seed}" if label else "run.toml, as resolved"
+    versions = f"<p>{escape(_inline(run.versions))}</p>" if run.versions else ""
+    folder = f'<p class="soft">{escape(str(run.folder))}</p>'
+    return f"<details><summary>{escape(name)}</summary>{folder}{versions}<pre>{escape(run.run_file)}</pre></details>"
+
+
+def _data(name: str, value: object) -> str:
+    """JSON that no text in it can end; NaN is no JSON, so it is refused."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
+
+
+def _own(name: str) -> str:
+    return (files("fedexperts.report") / name).read_text(encoding="utf-8")
