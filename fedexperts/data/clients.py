@@ -1,0 +1,270 @@
+"""From the `data` table of a run to clients: each with its own training, validation and test examples.
+
+No leak, by the normalised prompt (case and blanks aside; the response where there is no prompt): a training example that
+repeats another, or any test example of any source, is left out before anything is divided. So no client's training or validation
+holds a test prompt of any client, and no two clients share a prompt to train on.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedexperts.data import partition as divide_by
+from fedexperts.data.partition import Clusters, Indices, Partition, apportion, shuffled
+from fedexperts.data.settings import DataSettings, PartitionSettings
+from fedexperts.data.sources import load
+from fedexperts.errors import BadData
+from fedexperts.files import write_text
+from fedexperts.types import Client, Example, Split
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Indices of one client: training and validation into the training pool, test into the test pool."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All examples there are to divide, without repeats, and the sha256 of each source they came from."""
+
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    hashes: Mapping[str, str]
+    left_out: int = 0  # examples that repeated others
+
+
+@dataclass(frozen=True)
+class Clients(Mapping[str, Split]):
+    """Name → examples. Holds indices into one pool; a client's Split is made when it is asked for."""
+
+    pool: Pool
+    shares: Mapping[str, Shares]
+    partition: Partition
+
+    def __getitem__(self, name: str) -> Split:
+        share = self.shares[name]
+        return Split(
+            train=tuple(self.pool.train[index] for index in share.train),
+            validation=tuple(self.pool.train[index] for index in share.validation),
+            test=tuple(self.pool.test[index] for index in share.test),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shares)
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def tasks(self, name: str) -> dict[str, int]:
+        """Training examples of each task, most first."""
+        return dict(Counter(self.pool.train[index].task for index in self.shares[name].train).most_common())
+
+    def client(self, name: str) -> Client:
+        """What the server may know of a client; its memory is for others to say."""
+        return Client(name, len(self.shares[name].train), task=next(iter(self.tasks(name))))
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """Source → sha256 of what was read."""
+        return self.pool.hashes
+
+    def manifest(self) -> dict[str, Any]:
+        """Who has which examples of what data, as JSON: the partition, and each client's three lists of indices."""
+        return {
+            "hashes": dict(self.hashes),
+            "left_out": self.pool.left_out,
+            "partition": self.partition.as_json(),
+            "clients": {name: vars(share) for name, share in self.shares.items()},
+        }
+
+    def save(self, path: Path) -> None:
+        """Writes the manifest, all of it or nothing."""
+        write_text(path, json.dumps(self.manifest()))
+
+
+def make_clients(settings: DataSettings, seed: int | str) -> Clients:
+    """Loads all sources and divides them. The seed decides who gets what, never which examples there are.
+
+    Raises:
+        BadData: data that cannot be read, or too little of it for so many clients.
+    """
+    pool = load_pool(settings)
+    parts, groups = _parts(pool, settings.partition, settings.clients, str(seed), settings.minimum)
+    made = Partition(tuple(map(tuple, parts)), str(seed), settings.partition.model_dump())
+    return _clients(pool, made, groups, settings)
+
+
+def divide(pool: Pool, made: Partition, settings: DataSettings) -> Clients:
+    """Clients of a partition that was loaded, or made elsewhere; its indices are those of `pool.train`."""
+    if made.indices and max(map(max, filter(None, made.indices)), default=-1) >= len(pool.train):
+        raise BadData(f"the partition names examples beyond the {len(pool.train)} there are; it was made of other data")
+    return _clients(pool, made, _kinds(pool), settings)
+
+
+def load_pool(settings: DataSettings) -> Pool:
+    """The examples of all sources."""
+    sources = [load(source, settings) for source in settings.sources]
+    train = [example for source in sources for example in source.train]
+    test = [example for source in sources for example in source.test]
+    return pooled(train, test, {source.name: source.hash for source in sources})
+
+
+def pooled(train: Sequence[Example], test: Sequence[Example], hashes: Mapping[str, str] | None = None) -> Pool:
+    """`train` and `test` without repeats; of a pair across the two, the test example stays."""
+    tests = {key(example): example for example in reversed(test)}
+    trains = {key(example): example for example in reversed(train) if key(example) not in tests}
+    left_out = len(train) + len(test) - len(tests) - len(trains)
+    return Pool(tuple(reversed(trains.values())), tuple(reversed(tests.values())), dict(hashes or {}), left_out)
+
+
+def key(example: Example) -> str:
+    """Two examples with one key are the same to us."""
+    return " ".join((example.prompt or example.response).casefold().split())
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a client's test examples must resemble its training examples in: the group of each example of a pool."""
+
+    train: Sequence[Hashable]
+    test: Sequence[Hashable]
+
+
+def _kinds(pool: Pool) -> Groups:
+    return Groups([_kind(example) for example in pool.train], [_kind(example) for example in pool.test])
+
+
+def _kind(example: Example) -> Hashable:
+    return example.task, example.label
+
+
+def _parts(pool: Pool, settings: PartitionSettings, clients: int, seed: str, minimum: int) -> tuple[Indices, Groups]:
+    """Who gets what, and the groups by which test examples follow."""
+    if settings.by != "task":
+        groups = _groups(pool, settings, seed)
+        return _one_level(groups.train, settings, clients, seed, minimum), groups
+    within = settings.within or PartitionSettings(by="iid")
+    groups = _groups_by_task(pool, within, seed)
+
+    def inside(members: Sequence[int], clients: int, seed: str) -> Indices:
+        chosen = [groups.train[index] for index in members]
+        return divide_by.at(members, _one_level(chosen, within, clients, seed, minimum))
+
+    tasks = [example.task for example in pool.train]
+    return divide_by.by_task(tasks, clients, seed, settings.clients_per_task, inside), groups
+
+
+def _one_level(groups: Sequence[Hashable], settings: PartitionSettings, clients: int, seed: str, minimum: int) -> Indices:
+    """Examples of these groups, divided as `settings` say."""
+    if settings.by == "iid":
+        return divide_by.iid(len(groups), clients, seed, minimum)
+    if settings.by == "quantity":
+        return divide_by.quantity(len(groups), clients, settings.alpha, seed, minimum)
+    if settings.by == "pathological":
+        return divide_by.pathological(groups, clients, settings.labels_per_client, seed, minimum)
+    return divide_by.dirichlet(groups, clients, settings.alpha, seed, minimum)
+
+
+def _groups(pool: Pool, settings: PartitionSettings, seed: str) -> Groups:
+    """Task and label; clusters of texts where they are asked for, or where labels are and all have the same."""
+    kinds = _kinds(pool)
+    needed = settings.by in ("dirichlet", "pathological") and len(set(kinds.train)) == 1
+    if settings.by != "clusters" and not needed:
+        return kinds
+    clusters = Clusters([_text(example) for example in pool.train], settings.clusters, f"{seed}/clusters")
+    return Groups(*(clusters.of([_text(example) for example in side]) for side in (pool.train, pool.test)))
+
+
+def _groups_by_task(pool: Pool, within: PartitionSettings, seed: str) -> Groups:
+    """The groups of each task's own examples, told apart by the task."""
+    train, test = (divide_by.by_value([example.task for example in side]) for side in (pool.train, pool.test))
+    of_train, of_test = list(_kinds(pool).train), list(_kinds(pool).test)
+    for task, members in train.items():
+        tests = test.get(task, [])
+        own = Pool(tuple(pool.train[index] for index in members), tuple(pool.test[index] for index in tests), {})
+        groups = _groups(own, within, f"{seed}/{task}")
+        for index, group in zip(members, groups.train, strict=True):
+            of_train[index] = (task, group)
+        for index, group in zip(tests, groups.test, strict=True):
+            of_test[index] = (task, group)
+    return Groups(of_train, of_test)
+
+
+def _text(example: Example) -> str:
+    return example.prompt or example.response
+
+
+def _clients(pool: Pool, made: Partition, groups: Groups, settings: DataSettings) -> Clients:
+    """Each client's part divided into training and validation, and a test set that resembles it."""
+    width = max(2, len(str(len(made.indices))))
+    names = [f"c{number:0{width}}" for number in range(1, len(made.indices) + 1)]
+    tests = Tests(pool, groups, made.seed)
+    shares = {}
+    for name, part in zip(names, made.indices, strict=True):
+        if len(part) < 2:
+            raise BadData(
+                f"client {name} has {len(part)} examples, but needs 1 to train and 1 to validate; ask for fewer clients"
+            )
+        order = shuffled(part, f"{made.seed}/{name}/validation")
+        held = min(max(1, round(settings.validation * len(part))), len(part) - 1)
+        test = tests.like(part, settings.test_examples)
+        if not test:
+            raise BadData(f"client {name} has no test example of its tasks; give its source a test split")
+        shares[name] = Shares(tuple(sorted(order[held:])), tuple(sorted(order[:held])), tuple(test))
+    return Clients(pool, shares, made)
+
+
+class Tests:
+    """Deals out test examples, group by group in a shuffled circle: one comes again only when all of its group were dealt."""
+
+    def __init__(self, pool: Pool, groups: Groups, seed: str) -> None:
+        self.groups = groups
+        self.tasks = [example.task for example in pool.train]
+        self.of_group = _circles(groups.test, seed)
+        self.of_task = _circles([example.task for example in pool.test], seed)
+
+    def like(self, part: Sequence[int], number: int) -> list[int]:
+        """At most `number` different test examples whose groups stand to each other as those of `part` do.
+
+        What a group cannot give, the tasks of `part` give.
+        """
+        wanted = Counter(self.groups.train[index] for index in part)
+        found: dict[int, None] = {}
+        for group, count in zip(wanted, apportion(wanted.values(), number), strict=True):
+            found.update(dict.fromkeys(self.of_group[group].take(count)))
+        for task, _ in Counter(self.tasks[index] for index in part).most_common():
+            found.update(dict.fromkeys(self.of_task[task].take(number - len(found), but=found)))
+        return sorted(found)
+
+
+class Circle:
+    """Indices that are dealt out in turn, from the start again when they are used up."""
+
+    def __init__(self, members: Sequence[int] = ()) -> None:
+        self.members, self.dealt = members, 0
+
+    def take(self, number: int, but: Mapping[int, None] | None = None) -> list[int]:
+        """The next `number` different ones outside `but`, or as many as there are."""
+        found: list[int] = []
+        for _ in self.members:
+            if len(found) == number:
+                break
+            index = self.members[self.dealt % len(self.members)]
+            self.dealt += 1
+            if index not in (but or {}):
+                found.append(index)
+        return found
+
+
+def _circles(values: Sequence[Hashable], seed: str) -> defaultdict[Hashable, Circle]:
+    circles: defaultdict[Hashable, Circle] = defaultdict(Circle)
+    for value, members in divide_by.by_value(values).items():
+        circles[value] = Circle(shuffled(members, f"{seed}/test/{value}"))
+    return circles

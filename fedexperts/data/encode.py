@@ -1,0 +1,145 @@
+"""Examples as tensors, with any fast tokenizer of transformers.
+
+Prompt and response are tokenised apart and joined as ids, so a model is trained on exactly the prompt ids that generation
+shows it. How much of a prompt is kept never depends on its response: else the length of a cut prompt would tell the answer.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedexperts.errors import BadValue
+from fedexperts.types import Example
+
+IGNORED = -100  # a label that takes no part in the loss
+
+
+class Encoder:
+    """Tokenises examples, pads them, and hides the prompt from the loss.
+
+    A sequence has at most `max_tokens` tokens, special ones included. Of these, room is kept for the response: as much as
+    the longest of its `choices` needs, or `response_tokens` (a quarter of `max_tokens` unless told) where the answer is
+    free, or all but one where there is no prompt. A prompt that does not fit in the rest loses its middle: instructions stand
+    at its start, the question at its end. A response may fill whatever its prompt leaves; a longer one is cut and then has
+    no end token, since it does not end there. For an encoder-decoder both have `max_tokens` to themselves.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        encoder_decoder: bool = False,
+        response_tokens: int | None = None,
+    ) -> None:
+        if max_tokens < 4:
+            raise BadValue(f"max_tokens is {max_tokens}, but a prompt and a response need at least 4 tokens; give more")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.encoder_decoder = encoder_decoder
+        self.response_tokens = min(response_tokens or max_tokens // 4, max_tokens - 2)
+        self.eos = end_token(tokenizer)
+        self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.before, self.after = special_tokens(tokenizer)
+        self._longest: dict[tuple[str, ...], int] = {}
+
+    def batch(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "examples tokens"]]:
+        """`input_ids`, `attention_mask` and `labels`, padded on the right; only response and end token have labels."""
+        prompts, responses = self._prompts(examples), self._ids([example.response for example in examples])
+        if self.encoder_decoder:
+            ended = [self._ended(response, self.max_tokens) for response in responses]
+            return {**self._padded(prompts), "labels": pad_right(ended, IGNORED)}
+        ended = [self._ended(answer, self.max_tokens - len(asked)) for asked, answer in zip(prompts, responses, strict=True)]
+        whole = [asked + answer for asked, answer in zip(prompts, ended, strict=True)]
+        labels = [[IGNORED] * len(asked) + answer for asked, answer in zip(prompts, ended, strict=True)]
+        return {**self._padded(whole), "labels": pad_right(labels, IGNORED)}
+
+    def prompts(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "examples tokens"]]:
+        """`input_ids` and `attention_mask` to generate from, padded on the left."""
+        prompts = self._prompts(examples)
+        return {"input_ids": pad_left(prompts, self.pad), "attention_mask": pad_left([[1] * len(ids) for ids in prompts], 0)}
+
+    def decode(self, ids: Int[Tensor, "examples tokens"]) -> list[str]:
+        """The text of generated `ids` up to the first end token, without special tokens and outer blanks."""
+        texts = [self._until_end(row) for row in ids.tolist()]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
+
+    def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The prompt's ids of each example, special tokens included, cut to fit; an empty prompt is one end token."""
+        after = self.after if self.encoder_decoder else []
+        rooms = self._rooms(examples)
+        inner = [room - len(self.before) - len(after) for room in rooms]
+        asked = self._ids([example.prompt for example in examples])
+        cut = [self.before + without_middle(ids, max(room, 1)) + after for ids, room in zip(asked, inner, strict=True)]
+        return [ids or [self.eos] for ids in cut]
+
+    def _rooms(self, examples: Sequence[Example]) -> list[int]:
+        """The most tokens each prompt may have."""
+        if self.encoder_decoder:
+            return [self.max_tokens] * len(examples)
+        return [max(self.max_tokens - self._answer(example.choices), self.max_tokens // 4) for example in examples]
+
+    def _answer(self, choices: tuple[str, ...]) -> int:
+        """Tokens kept for an answer and its end token; remembered, since a batch asks for the same few sets of choices."""
+        if not choices:
+            return self.response_tokens
+        if choices not in self._longest:
+            self._longest[choices] = max(map(len, self._ids(choices))) + 1
+        return self._longest[choices]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            raise BadValue("a batch of no examples was to be encoded; give at least one")
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _ended(self, response: list[int], room: int) -> list[int]:
+        return [*response, self.eos][:room]
+
+    def _padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        return {"input_ids": pad_right(rows, self.pad), "attention_mask": pad_right([[1] * len(ids) for ids in rows], 0)}
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        """`ids` before the first end token; some encoder-decoders start with one, which does not count."""
+        start = 1 if self.encoder_decoder else 0
+        return ids[start : ids.index(self.eos, start)] if self.eos in ids[start:] else ids[start:]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a text.
+
+    Raises:
+        BadValue: the tokenizer has none.
+    """
+    if not isinstance(tokenizer.eos_token_id, int):
+        name = type(tokenizer).__name__
+        raise BadValue(f"the tokenizer ({name}) has no end token, but answers must end; set its eos_token")
+    return tokenizer.eos_token_id
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text by itself."""
+    marked: list[int] = tokenizer("a")["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(place for place in range(len(marked)) if marked[place : place + len(plain)] == plain)
+    return marked[:start], marked[start + len(plain) :]
+
+
+def without_middle(ids: list[int], room: int) -> list[int]:
+    """`ids`, or its first and last `room` / 2 where there are more."""
+    head = room // 2
+    return ids if len(ids) <= room else ids[:head] + ids[len(ids) - (room - head) :]
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "rows width"]:
+    """One int64 row each, filled up on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "rows width"]:
+    """One int64 row each, filled up on the left."""
+    width = max(map(len, rows))
+    return torch.tensor([[*[value] * (width - len(row)), *row] for row in rows])

@@ -1,0 +1,109 @@
+"""What a run file says about data: sources, how they are divided among clients, and how much of them is used."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+By = Literal["task", "iid", "pathological", "dirichlet", "clusters", "quantity"]
+NUMBER_OF: Mapping[str, str] = {
+    "dirichlet": "alpha",
+    "quantity": "alpha",
+    "pathological": "labels_per_client",
+    "clusters": "clusters",
+}
+"""The number a short form such as `{ dirichlet = 0.5 }` gives."""
+
+
+class PartitionSettings(BaseModel):
+    """How examples are divided among clients.
+
+    by = task: each client has one task; `within` divides a task among its clients (iid unless told).
+    by = dirichlet: each label's shares are drawn from Dirichlet(alpha); clusters of texts stand in where nothing has a label.
+    by = clusters: the same over `clusters` K-means clusters of texts, labels or not.
+    by = pathological: each client has only `labels_per_client` labels.
+    by = quantity: sizes are drawn from Dirichlet(alpha), contents at random.
+
+    Short forms: "iid", { dirichlet = 0.5 }, { quantity = 1.0 }, { pathological = 2 },
+    { by = "task", within = { dirichlet = 0.5 } }.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: By = "task"
+    alpha: float = Field(0.5, gt=0)
+    labels_per_client: int = Field(2, ge=1)
+    clusters: int = Field(10, ge=1)
+    clients_per_task: dict[str, int] = {}  # with by = task; empty: as even as it goes
+    within: "PartitionSettings | None" = None  # with by = task
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: object) -> object:
+        if isinstance(given, str):
+            return {"by": given}
+        if isinstance(given, dict) and "by" not in given:
+            return _long_form(given)
+        return given
+
+    @model_validator(mode="after")
+    def _only_tasks_have_an_inside(self) -> Self:
+        if self.by != "task" and (self.within is not None or self.clients_per_task):
+            raise ValueError(f'within and clients_per_task go with by = "task", but by is "{self.by}"; leave them out')
+        if self.within is not None and self.within.by == "task":
+            raise ValueError('within divides one task, so it cannot be by = "task"; choose iid, dirichlet, clusters or another')
+        return self
+
+
+def _long_form(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`{dirichlet: 0.5}` as `{by: dirichlet, alpha: 0.5}`; whatever else stands there is kept."""
+    name = next((name for name in NUMBER_OF if name in given), None)
+    if name is None:
+        return dict(given)
+    others = {key: value for key, value in given.items() if key != name}
+    return {"by": name, NUMBER_OF[name]: given[name], **others}
+
+
+class SourceSettings(BaseModel):
+    """One source of examples: a name alone, or a table that says how its rows are read.
+
+    `name` is a set we know ("ag_news", "dolly", "dolly/closed_qa", "superni/task875"), a generated task ("synthetic/sort"),
+    a .jsonl, .csv or .parquet file (.gz or not), or "hub:owner/set" (also "hub:" and a local folder) through `datasets`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    test: str | None = None  # a file with the test rows
+    config: str | None = None  # of a set on the hub
+    split: str = "train"  # of a set on the hub
+    test_split: str | None = None  # of a set on the hub; otherwise its test, or else validation, split
+    prompt: str | None = None  # a field, or a text with {field}s in it
+    response: str | None = None  # a field, or a text with {field}s in it
+    label: str | None = None  # the field of the class; without `response` its name is the answer
+    task: str | None = None  # results are reported under this name
+    metric: str | None = None
+    limit: int | None = Field(None, ge=1)  # training examples, drawn at random
+
+
+class DataSettings(BaseModel):
+    """The `data` table of a run file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    clients: int = Field(10, ge=1)
+    partition: PartitionSettings = PartitionSettings()
+    limit: int | None = Field(None, ge=1)  # training examples of each source that sets none itself
+    minimum: int = Field(4, ge=2)  # examples per client, validation included
+    validation: float = Field(0.15, gt=0, lt=1)  # share of a client's training examples
+    test_examples: int = Field(50, ge=1)  # per client, distributed over labels as its training examples are
+    max_tokens: int = Field(256, ge=4)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _names_are_tables(cls, given: object) -> object:
+        given = [given] if isinstance(given, str | dict) else given
+        if isinstance(given, list | tuple):
+            return tuple({"name": source} if isinstance(source, str) else source for source in given)
+        return given
