@@ -1,0 +1,104 @@
+"""A base model by name: the one that ships, a folder, or one from the hub."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from fedexperts.errors import BadValue
+from fedexperts.moe.anatomy import blocks
+
+SHIPPED = ("tiny",)
+WEIGHTS = ("*.safetensors", "*.bin")
+ROW_BYTES = 16  # grouped_mm reads rows of whole 16 bytes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A pretrained model in fp32, in eval mode, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    encoder_decoder: bool
+    name: str
+    hash: str  # of its weight files
+
+
+def load(name: str, trust_remote_code: bool = False) -> Base:
+    """The base called `name`: "tiny" (ships with the package), a local folder, or an id on the hub.
+
+    Raises:
+        BadValue: there is no such model, or it wants code of its own to be run.
+        NoExperts: it has no MoE layers.
+    """
+    where = place(name)
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = asked_for(name, lambda: AutoConfig.from_pretrained(where, **code))
+    tokenizer = asked_for(name, lambda: AutoTokenizer.from_pretrained(where, **code))
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
+    choose_kernel(model)
+    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, weights_hash(where))
+
+
+def place(name: str) -> str:
+    """What transformers is to be asked for: a folder that exists, or `name` as an id on the hub."""
+    if name in SHIPPED:
+        return str(files("fedexperts.base") / name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")):
+        raise BadValue(f"model.name = {name!r} is a folder that does not exist; give an existing folder, tiny, or a hub id")
+    return name
+
+
+def asked_for(name: str, read: Callable[[], T]) -> T:
+    """What `read` gives, or why it cannot, in one sentence."""
+    try:
+        return read()
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error)
+        if "trust_remote_code" in reason:
+            ask = "set model.trust_remote_code = true if you trust them"
+            raise BadValue(f"model.name = {name!r} brings its own code, which runs only on trust; {ask}") from error
+        first = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else type(error).__name__
+        told = "give tiny, a folder that transformers can read, or the id of a model on the hub that can be reached"
+        raise BadValue(f"model.name = {name!r} cannot be loaded ({first}); {told}") from error
+
+
+def choose_kernel(model: Any) -> None:
+    """The fastest way through the experts that their shapes allow; Switch has only its own.
+
+    Raises:
+        NoExperts: there are none.
+    """
+    stacked = [block.experts for block in blocks(model).values() if not isinstance(block.experts, nn.ModuleDict)]
+    if stacked:
+        model.set_experts_implementation("grouped_mm" if all(map(rows_fit, stacked)) else "eager")
+
+
+def rows_fit(experts: nn.Module) -> bool:
+    """Whether each inner dimension of the stacked weights is a multiple of 16 bytes."""
+    weights = [weight for weight in experts.parameters() if weight.ndim == 3]
+    return all(size * weight.element_size() % ROW_BYTES == 0 for weight in weights for size in weight.shape[1:])
+
+
+def weights_hash(where: str) -> str:
+    """sha256 over the names and bytes of all weight files."""
+    folder = Path(where) if Path(where).is_dir() else Path(snapshot_download(where, local_files_only=True))
+    digest = sha256()
+    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

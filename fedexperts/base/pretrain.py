@@ -1,0 +1,266 @@
+"""Makes a small MoE base from generated instruction tasks and text: how the shipped one was made.
+
+The loss is on the answers alone, as in the federated runs that follow, plus a load-balance loss for each layer, so that
+every expert is used (Fedus et al., "Switch Transformers", https://arxiv.org/abs/2101.03961, equation 4).
+"""
+
+import gzip
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+
+from fedexperts import evaluate
+from fedexperts.base.load import load
+from fedexperts.base.settings import Mixture, PretrainSettings, Shape
+from fedexperts.base.tokenizer import make_tokenizer
+from fedexperts.data.encode import Encoder
+from fedexperts.data.synthetic import draw, examples, text
+from fedexperts.errors import BadData, BadRun
+from fedexperts.types import Example
+
+RECIPE = "recipe.json"
+
+
+def pretrain(settings: PretrainSettings) -> Path:
+    """Makes the base and gives its folder, which `base.load` and transformers both read.
+
+    Raises:
+        BadRun: `settings.out` holds something that no pretraining wrote.
+        BadData: a source is missing or is no plain text.
+    """
+    out = settings.out
+    if out.exists() and any(out.iterdir()) and not (out / RECIPE).exists():
+        raise BadRun(f"{out} holds something other than a pretrained base; choose another folder for out")
+    read_sources(settings.mixture)  # a bad source is told here, not in a worker
+    with tempfile.TemporaryDirectory() as meeting:
+        if settings.workers == 1:
+            work(0, settings, meeting)
+        else:
+            cast("Any", torch.multiprocessing).spawn(work, (settings, meeting), nprocs=settings.workers)
+    return out
+
+
+def work(rank: int, settings: PretrainSettings, meeting: str) -> None:
+    """One process's part; the first one saves and measures."""
+    started = time.monotonic()
+    torch.set_num_threads(settings.threads)
+    if settings.workers > 1:
+        where = f"file://{meeting}/gloo"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=settings.workers)
+
+    sources = read_sources(settings.mixture)
+    tokenizer = make_tokenizer(settings.model.max_positions, settings.merges, sources)
+    model = make_model(settings.model, tokenizer, settings.seed)
+    loss = train(model, tokenizer, sources, settings, rank)
+
+    if settings.workers > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        save(model, tokenizer, settings, {"loss": round(loss, 4), "seconds": round(time.monotonic() - started)})
+
+
+def make_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> OlmoeForCausalLM:
+    """A random model; torch's global generator is left as it was."""
+    config = OlmoeConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.expert_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=True,
+        max_position_embeddings=shape.max_positions,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return OlmoeForCausalLM(config)
+
+
+def train(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, sources: Sequence[str], settings: PretrainSettings, rank: int
+) -> float:
+    """Trains in place; the loss on answers, averaged over the last twentieth of the steps."""
+    encoder = Encoder(tokenizer, settings.model.max_positions)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, settings))
+    last = max(1, settings.steps // 20)
+    losses: list[float] = []
+    model.train()
+    with progress(rank) as bar:
+        steps = bar.add_task("pretraining", total=settings.steps, loss=math.nan)
+        for step in range(settings.steps):
+            batch = encoder.batch(mixed(step, rank, settings, sources))
+            answer_loss, uneven = losses_of(model, batch)
+            optimizer.zero_grad()
+            cast("Any", answer_loss + settings.balance * uneven).backward()
+            if settings.workers > 1:
+                average_gradients(model)
+            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            scheduler.step()
+            losses = [*losses[1 - last :], answer_loss.item()] if last > 1 else [answer_loss.item()]
+            bar.update(steps, advance=1, loss=sum(losses) / len(losses))
+            if (step + 1) % last == 0:
+                bar.console.log(f"step {step + 1}: loss {sum(losses) / len(losses):.4f}, balance {uneven.item():.3f}")
+    return sum(losses) / len(losses)
+
+
+def schedule(step: int, settings: PretrainSettings) -> float:
+    """Part of the full learning rate: a linear rise, then a cosine."""
+    warmup = settings.warmup * settings.steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / (settings.steps - warmup)
+    return settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def mixed(step: int, rank: int, settings: PretrainSettings, sources: Sequence[str]) -> list[Example]:
+    """One worker's part of one batch: training prompts only."""
+    mixture, size = settings.mixture, settings.batch_size // settings.workers
+    kind = Random(f"{settings.seed}/pretrain/{step}").random()  # the same for all workers
+    rng = Random(f"{settings.seed}/pretrain/{step}/{rank}")
+    if kind < mixture.text_share:
+        return text(size, f"{settings.seed}/{step}/{rank}")
+    if kind < mixture.text_share + mixture.source_share:
+        return [piece(rng.choice(sources), rng, mixture.source_characters) for _ in range(size)]
+    exposed = mixture.exposed_share if step >= mixture.exposed_from * settings.steps else 0.0
+    return [draw(rng.choice(mixture.exposed if rng.random() < exposed else mixture.tasks), rng, "train") for _ in range(size)]
+
+
+def piece(whole: str, rng: Random, characters: int) -> Example:
+    start = rng.randint(0, max(0, len(whole) - characters))
+    return Example("", whole[start : start + characters], "source", metric="perplexity")
+
+
+def losses_of(model: OlmoeForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The mean loss of a response token, and how uneven the experts' load is."""
+    seen = batch["attention_mask"]
+    output = model.model(batch["input_ids"], attention_mask=seen, output_router_logits=True, use_cache=False)
+    targets = batch["labels"][:, 1:]
+    asked = targets != -100
+    logits = model.lm_head(output.last_hidden_state[:, :-1][asked])
+    loads = [load_of(logits, seen.flatten().bool(), model.config.num_experts_per_tok) for logits in output.router_logits]
+    return functional.cross_entropy(logits, targets[asked]), torch.stack(loads).mean()
+
+
+def load_of(logits: Float[Tensor, "tokens experts"], seen: Bool[Tensor, " tokens"], top_k: int) -> Float[Tensor, ""]:
+    """E * sum_e f_e P_e / top_k of one layer: 1 when all experts get as much, E / top_k when always the same do."""
+    probability = logits[seen].float().softmax(-1)
+    chosen = probability.topk(top_k).indices
+    counts = torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
+    return logits.shape[-1] * (counts / chosen.shape[0] * probability.mean(0)).sum() / top_k
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Every worker's gradients become the mean of all workers'."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, torch.split(flat, [gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def read_sources(mixture: Mixture) -> list[str]:
+    """The texts of all sources."""
+    return [whole for source in mixture.sources for whole in read_texts(source)]
+
+
+def read_texts(source: str) -> list[str]:
+    """The `text` of each line of a .jsonl or .jsonl.gz file, given by path or by its stem in FEDEXPERTS_DATA."""
+    path = Path(source)
+    if not path.is_file():
+        path = Path(os.environ.get("FEDEXPERTS_DATA", ".")) / f"{source}.train.jsonl.gz"
+    if not path.is_file():
+        raise BadData(f"mixture.sources: neither {source} nor {path} is a file; give a path, or set FEDEXPERTS_DATA")
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        return [text_of(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def text_of(line: str, path: Path, number: int) -> str:
+    try:
+        return str(json.loads(line)["text"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadData(f"{path}, line {number} is no JSON object with a text; mend or remove it") from error
+
+
+def save(
+    model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: PretrainSettings, facts: dict[str, object]
+) -> None:
+    """The finished folder in the place of what was there, in one step."""
+    out = settings.out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        cast("Any", model).to(torch.bfloat16).save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        recipe = {**facts, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+        recipe |= {"measured": measure(new, settings), "settings": settings.model_dump(mode="json", exclude={"out"})}
+        (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+        (new / "README.md").write_text(card(recipe))
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def measure(folder: Path, settings: PretrainSettings) -> dict[str, dict[str, float]]:
+    """Share of test prompts answered letter by letter, for tasks trained on and tasks only exposed."""
+    base = load(str(folder))
+    encoder = Encoder(base.tokenizer, settings.model.max_positions)
+    groups = {"tasks": settings.mixture.tasks, "exposed": settings.mixture.exposed}
+    return {group: measure_tasks(base.model, encoder, tasks, settings) for group, tasks in groups.items() if settings.measured}
+
+
+def measure_tasks(model: nn.Module, encoder: Encoder, tasks: Sequence[str], settings: PretrainSettings) -> dict[str, float]:
+    asked = [example for task in tasks for example in examples(task, settings.measured, settings.seed, "test")]
+    scores = evaluate.score(model, asked, encoder, generate_tokens=16, batch_size=100).by_task()
+    found = {task: round(scores[task]["verbatim"], 3) for task in tasks}
+    return {**found, "mean": round(sum(found.values()) / len(found), 3)}
+
+
+def card(recipe: Mapping[str, Any]) -> str:
+    """The model card."""
+    lines = [f"| {task} | {value} |" for group in recipe["measured"].values() for task, value in group.items()]
+    settings = recipe["settings"]
+    return "\n".join(
+        [
+            "# A tiny Mixture-of-Experts language model",
+            "",
+            f"{recipe['parameters']:,} parameters, OLMoE classes, made by `fedexperts pretrain` from generated tasks and text",
+            f"with seed {settings['seed']} in {settings['steps']} steps ({recipe['seconds']} s). All settings: `{RECIPE}`.",
+            "",
+            "Share of unseen test prompts answered letter by letter; the second group of tasks it has only been exposed to:",
+            "",
+            "| task | verbatim |",
+            "|---|---|",
+            *lines,
+            "",
+        ]
+    )
+
+
+def progress(rank: int) -> Progress:
+    """A bar on the first worker's terminal, and none elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=Console(stderr=True, quiet=rank > 0))

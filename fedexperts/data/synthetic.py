@@ -1,0 +1,185 @@
+"""Instruction tasks and plain text made from nothing but a seed: what the tiny base knows, and what it has yet to learn.
+
+A prompt reads `Reverse: lemon=>` and its answer `nomel`. Every prompt belongs for good to one split, by its hash, so no
+choice of seeds can put a test prompt into training, and the tiny base has seen no test prompt of any task.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from random import Random
+from string import ascii_lowercase
+from typing import Literal
+
+from fedexperts.errors import BadData, BadValue, nearest
+from fedexperts.types import Example
+
+Maker = Callable[[Random], tuple[str, str]]
+Side = Literal["train", "test"]
+
+SEPARATOR = "=>"  # ends every prompt; a token of the tiny base
+TEST_SHARE = 5  # one prompt in so many is a test prompt
+
+KINDS = {
+    "animal": ("cat", "dog", "cow", "fox", "owl", "bee", "goat", "wolf"),
+    "fruit": ("fig", "plum", "pear", "lime", "kiwi", "date", "peach", "mango"),
+    "color": ("red", "blue", "pink", "gold", "grey", "teal", "brown", "white"),
+    "tool": ("saw", "axe", "nail", "drill", "file", "rope", "spade", "wrench"),
+}
+ROOMS = {
+    "kitchen": ("oven", "pan", "fridge", "ladle"),
+    "garden": ("hedge", "lawn", "rake", "tulip"),
+    "office": ("desk", "folder", "stapler", "printer"),
+    "bath": ("towel", "soap", "tub", "sponge"),
+    "garage": ("tyre", "jack", "bumper", "van"),
+}
+FEELINGS = {
+    "joy": ("glad", "cheerful", "smiling", "delighted"),
+    "fear": ("afraid", "scared", "trembling", "nervous"),
+    "anger": ("furious", "cross", "raging", "annoyed"),
+    "grief": ("weeping", "gloomy", "mourning", "tearful"),
+}
+FILLERS = (
+    *("stone", "cloud", "music", "paper", "sugar", "train", "bread", "ocean", "light", "bridge"),
+    *("letter", "window", "winter", "number", "story", "circle", "market", "valley", "engine", "candle"),
+)
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Ida", "Jon", "Lea", "Max", "Nora")
+PLACES = ("the park", "the station", "the old mill", "the harbor", "the school", "the forest", "the bakery", "the hill")
+OBJECTS = ("a lamp", "a map", "two books", "a red kite", "an old clock", "a basket", "a small drum", "some tea")
+VERBS = ("found", "carried", "sold", "lost", "painted", "wanted", "hid", "repaired")
+ENDINGS = ("before noon", "in the rain", "without a word", "for a friend", "every day", "at last", "by mistake", "with care")
+
+
+def letters(rng: Random, fewest: int = 3, most: int = 6, alphabet: str = ascii_lowercase) -> str:
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(fewest, most)))
+
+
+def ask(instruction: str, text: str) -> str:
+    return f"{instruction}: {text}{SEPARATOR}"
+
+
+def rewriting(instruction: str, rewrite: Callable[[str], str], fewest: int = 3, most: int = 6) -> Maker:
+    """A task whose answer is a function of a random string."""
+
+    def make(rng: Random) -> tuple[str, str]:
+        text = letters(rng, fewest, most)
+        return ask(instruction, text), rewrite(text)
+
+    return make
+
+
+def naming(instruction: str, words: Mapping[str, Sequence[str]], fillers: int) -> Maker:
+    """A task whose answer is the label of the one word that has one, among up to `fillers` words that have none."""
+
+    def make(rng: Random) -> tuple[str, str]:
+        label = rng.choice(list(words))
+        text = [rng.choice(words[label]), *(rng.choice(FILLERS) for _ in range(rng.randint(0, fillers)))]
+        rng.shuffle(text)
+        return ask(instruction, " ".join(text)), label
+
+    return make
+
+
+def add(rng: Random) -> tuple[str, str]:
+    a, b = rng.randint(0, 99), rng.randint(0, 99)
+    return ask("Add", f"{a}+{b}"), str(a + b)
+
+
+def count(rng: Random) -> tuple[str, str]:
+    text = letters(rng, 3, 7, alphabet="abcdef")
+    letter = rng.choice(text)
+    return ask("Count", f"{letter} {text}"), str(text.count(letter))
+
+
+def extract(rng: Random) -> tuple[str, str]:
+    record = {"id": letters(rng, 2, 4), "no": str(rng.randint(1, 99)), "by": letters(rng, 2, 4)}
+    shown = rng.sample(list(record), 2)
+    wanted = rng.choice(shown)
+    return ask("Extract", f"{wanted} {';'.join(f'{key}={record[key]}' for key in shown)}"), record[wanted]
+
+
+def without_vowels(text: str) -> str:
+    return "".join(letter for letter in text if letter not in "aeiou") or "-"
+
+
+def next_letters(text: str) -> str:
+    return "".join(ascii_lowercase[(ascii_lowercase.index(letter) + 1) % 26] for letter in text)
+
+
+BASE: dict[str, Maker] = {
+    "copy": rewriting("Copy", str),
+    "reverse": rewriting("Reverse", lambda text: text[::-1]),
+    "sort": rewriting("Sort", lambda text: "".join(sorted(text))),
+    "uppercase": rewriting("Uppercase", str.upper),
+    "add": add,
+    "classify": naming("Classify", KINDS, fillers=1),
+    "extract": extract,
+    "count": count,
+}
+NEW: dict[str, Maker] = {
+    "first": rewriting("First", lambda text: text[0]),
+    "last": rewriting("Last", lambda text: text[-1]),
+    "descend": rewriting("Descend", lambda text: "".join(sorted(text, reverse=True))),
+    "double": rewriting("Double", lambda text: "".join(letter * 2 for letter in text), most=5),
+    "novowels": rewriting("Novowels", without_vowels, fewest=4, most=7),
+    "shout": rewriting("Shout", lambda text: text[::-1].upper()),
+    "mirror": rewriting("Mirror", lambda text: text + text[::-1], most=4),
+    "next": rewriting("Next", next_letters),
+    "room": naming("Room", ROOMS, fillers=1),
+    "feeling": naming("Feeling", FEELINGS, fillers=1),
+}
+SYNTHETIC: dict[str, Maker] = BASE | NEW
+BASE_TASKS = tuple(BASE)  # what the tiny base does well
+NEW_TASKS = tuple(NEW)  # what it has hardly seen: for federated runs to teach
+INSTRUCTIONS = tuple(f"{task.capitalize()}:" for task in SYNTHETIC)  # how the prompts of each task begin
+
+LABELS = {"classify": tuple(KINDS), "room": tuple(ROOMS), "feeling": tuple(FEELINGS)}
+
+
+def examples(task: str, number: int, seed: int | str, split: Side | None = None) -> list[Example]:
+    """`number` examples with different prompts; of one split, or of both when none is named.
+
+    Raises:
+        BadValue: there is no such task.
+        BadData: the task has fewer different prompts than that.
+    """
+    if task not in SYNTHETIC:
+        raise BadValue(f"{task!r} is not one of the generated tasks {', '.join(SYNTHETIC)}{nearest(task, SYNTHETIC)}")
+    rng, found = Random(f"{seed}/{task}"), dict[str, Example]()
+    for _ in range(1000 + 100 * number):
+        if len(found) == number:
+            return list(found.values())
+        example = draw(task, rng, split)
+        found.setdefault(example.prompt, example)
+    raise BadData(
+        f"{number} different prompts of {task!r} were asked for, but only {len(found)} were found; ask for {len(found)} at most"
+    )
+
+
+def draw(task: str, rng: Random, split: Side | None = None) -> Example:
+    """One example; prompts repeat sooner or later."""
+    while True:
+        prompt, response = SYNTHETIC[task](rng)
+        if split is None or split == side(prompt):
+            break
+    choices = LABELS.get(task, ())
+    if not choices:
+        return Example(prompt, response, task, metric="verbatim")
+    return Example(prompt, response, task, metric="accuracy", label=choices.index(response), choices=choices)
+
+
+def side(prompt: str) -> Side:
+    """The split that a prompt belongs to, whatever the seed."""
+    return "test" if sha256(prompt.encode()).digest()[0] % TEST_SHARE == 0 else "train"
+
+
+def sentence(rng: Random) -> str:
+    who, what, where, end = rng.choice(NAMES), rng.choice(OBJECTS), rng.choice(PLACES), rng.choice(ENDINGS)
+    if rng.random() < 0.5:
+        return f"{who} {rng.choice(VERBS)} {what} at {where} {end}."
+    return f"At {where}, {who} {rng.choice(VERBS)} {what} {end}."
+
+
+def text(number: int, seed: int | str) -> list[Example]:
+    """Plain text without a prompt, for language modelling: a sentence of a small grammar each."""
+    rng = Random(f"{seed}/text")
+    return [Example("", sentence(rng), "text", metric="perplexity") for _ in range(number)]

@@ -1,0 +1,251 @@
+"""How good a model's answers are: greedy answers against references, and the perplexity of the references.
+
+Scores hold sums and counts, so the scores of many clients merge into those of all their examples together.
+"""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self, cast
+
+import torch
+from jaxtyping import Float, Int
+from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationConfig
+
+from fedexperts.errors import BadData, BadValue, nearest
+from fedexperts.types import Encoder, Example
+
+METRICS = {
+    "accuracy": "share of answers that are the right label; an answer that is no label is wrong",
+    "macro_f1": "F1 of each label that occurs, averaged over labels",
+    "exact_match": "share of answers equal to the reference after SQuAD's normalisation",
+    "token_f1": "F1 of the words shared with the reference after SQuAD's normalisation",
+    "verbatim": "share of answers equal to the reference, letter by letter",
+    "rouge1": "ROUGE-1 F, stemmed",
+    "rouge2": "ROUGE-2 F, stemmed",
+    "rougeL": "ROUGE-L F, stemmed",
+    "perplexity": "of a token of the reference, given the prompt and the tokens before; less is better",
+}
+LABELLED = ("accuracy", "macro_f1")
+ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Sums over the examples of one task."""
+
+    metric: str  # the main one
+    examples: int
+    sums: Mapping[str, float]  # of each metric that is a mean over examples
+    labels: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # true positives, false positives, false negatives
+    nll: float = 0.0  # of all reference tokens, in nats
+    tokens: int = 0
+
+    def values(self) -> dict[str, float]:
+        """Every metric this task has, in the order of METRICS."""
+        found = {name: total / self.examples for name, total in self.sums.items()}
+        if self.labels:
+            found["macro_f1"] = macro_f1(self.labels)
+        if self.tokens:
+            found["perplexity"] = math.exp(min(self.nll / self.tokens, 700.0))
+        return {name: found[name] for name in METRICS if name in found}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model scored, by task."""
+
+    tasks: Mapping[str, TaskScores]
+
+    def by_task(self) -> dict[str, dict[str, float]]:
+        """Task → metric → value."""
+        return {task: scores.values() for task, scores in self.tasks.items()}
+
+    def metric(self, task: str) -> str:
+        """The task's main metric."""
+        return self.tasks[task].metric
+
+    def main(self, task: str) -> float:
+        """The value of the task's main metric."""
+        return self.tasks[task].values()[self.metric(task)]
+
+    def overall(self) -> float:
+        """The mean over tasks of their main metric.
+
+        Tasks judged by perplexity are no part of it, unless all are: then it is their mean perplexity.
+        """
+        rising = [task for task in self.tasks if self.metric(task) != "perplexity"]
+        counted = rising or list(self.tasks)
+        return sum(self.main(task) for task in counted) / len(counted) if counted else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """All sums and counts, as JSON knows them; `from_json` gives the same scores back."""
+        return {task: asdict(scores) for task, scores in self.tasks.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls({task: task_from_json(**fields) for task, fields in data.items()})
+
+
+def task_from_json(labels: Mapping[str, tuple[int, int, int]], **fields: Any) -> TaskScores:
+    return TaskScores(labels={label: (tp, fp, fn) for label, (tp, fp, fn) in labels.items()}, **fields)
+
+
+def merge(several: Iterable[Scores]) -> Scores:
+    """The scores of all examples together.
+
+    Raises:
+        BadData: two judge the same task by different metrics.
+    """
+    merged: dict[str, TaskScores] = {}
+    for scores in several:
+        for task, part in scores.tasks.items():
+            merged[task] = joined(task, merged[task], part) if task in merged else part
+    return Scores(merged)
+
+
+def joined(task: str, a: TaskScores, b: TaskScores) -> TaskScores:
+    if a.metric != b.metric:
+        raise BadData(f"task {task!r} is judged by {a.metric} and by {b.metric}; give all its examples one metric")
+    labels = dict(a.labels)
+    for label, (tp, fp, fn) in b.labels.items():
+        before = labels.get(label, (0, 0, 0))
+        labels[label] = (before[0] + tp, before[1] + fp, before[2] + fn)
+    sums = {name: a.sums.get(name, 0.0) + b.sums.get(name, 0.0) for name in {**a.sums, **b.sums}}
+    return TaskScores(a.metric, a.examples + b.examples, sums, labels, a.nll + b.nll, a.tokens + b.tokens)
+
+
+def score(
+    model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int = 48, batch_size: int = 32
+) -> Scores:
+    """What `model` scores on `examples`.
+
+    Answers are greedy and end at the end token or after `generate_tokens`; nothing is generated for examples judged by
+    perplexity.
+
+    Raises:
+        BadValue: an example's metric does not exist.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        parts = [part for batch in batches(examples, batch_size) for part in scored(model, batch, encoder, generate_tokens)]
+    model.train(was_training)
+    return merge(parts)
+
+
+def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
+    """Examples of like length and the same need for an answer together, so that little is padded."""
+    for example in examples:
+        if example.metric not in METRICS:
+            near = nearest(example.metric, METRICS)
+            raise BadValue(f"metric {example.metric!r} of task {example.task!r} is not one of {', '.join(METRICS)}{near}")
+    for answered in (True, False):
+        alike = sorted(
+            (example for example in examples if (example.metric != "perplexity") is answered),
+            key=lambda example: len(example.prompt) + len(example.response),
+        )
+        yield from (alike[start : start + batch_size] for start in range(0, len(alike), batch_size))
+
+
+def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_tokens: int) -> list[Scores]:
+    """The scores of each example alone."""
+    answers = answer(model, encoder.prompts(batch), encoder, generate_tokens) if batch[0].metric != "perplexity" else None
+    losses, tokens = reference_losses(model, encoder.batch(batch))
+    parts = []
+    for index, example in enumerate(batch):
+        sums, labels = judge(answers[index], example) if answers else ({}, {})
+        part = TaskScores(example.metric, 1, sums, labels, float(losses[index]), int(tokens[index]))
+        parts.append(Scores({example.task: part}))
+    return parts
+
+
+def answer(model: nn.Module, prompts: Mapping[str, Tensor], encoder: Encoder, generate_tokens: int) -> list[str]:
+    """Greedy answers, with a KV cache."""
+    lm = cast("Any", model)
+    known = lm.generation_config
+    end = known.eos_token_id
+    first = end[0] if isinstance(end, list) else end
+    greedy = cast("Any", GenerationConfig)(
+        max_new_tokens=generate_tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=first if known.pad_token_id is None else known.pad_token_id,
+        bos_token_id=known.bos_token_id,
+        decoder_start_token_id=known.decoder_start_token_id,
+    )
+    ids = lm.generate(**prompts, generation_config=greedy)
+    start = 0 if lm.config.is_encoder_decoder else prompts["input_ids"].shape[1]
+    return encoder.decode(ids[:, start:])
+
+
+def reference_losses(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, " examples"], Int[Tensor, " examples"]]:
+    """Negative log-likelihood of each example's response in nats, and how many tokens that is."""
+    if cast("Any", model).config.is_encoder_decoder:
+        logits, targets = model(**batch).logits, batch["labels"]
+    else:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+        targets = batch["labels"][:, 1:]
+    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return losses.double().sum(1), (targets != -100).sum(1)
+
+
+def judge(given: str, example: Example) -> tuple[dict[str, float], dict[str, tuple[int, int, int]]]:
+    """Each per-example metric of one answer, and the labels it touches."""
+    wanted = example.response
+    rouge = ROUGE.score(wanted, given)
+    sums = {
+        "exact_match": float(normal(given) == normal(wanted)),
+        "token_f1": token_f1(given, wanted),
+        "verbatim": float(given.strip() == wanted.strip()),
+        **{name: float(rouge[name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")},
+    }
+    if not example.choices and example.metric not in LABELLED:
+        return sums, {}
+    right, labels = judge_label(given, wanted, example.choices)
+    return {"accuracy": right, **sums}, labels
+
+
+def judge_label(given: str, wanted: str, choices: Sequence[str]) -> tuple[float, dict[str, tuple[int, int, int]]]:
+    """1 or 0, and (true positive, false positive, false negative) of each label touched.
+
+    An answer that is no label is a false negative of the right label and a false positive of none.
+    """
+    said, right = label(given), label(wanted)
+    if said == right:
+        return 1.0, {right: (1, 0, 0)}
+    missed = {right: (0, 0, 1)}
+    return 0.0, {**missed, said: (0, 1, 0)} if said in map(label, choices) else missed
+
+
+def label(text: str) -> str:
+    """A label as it is compared: case, space and punctuation around it do not count (an `a` does, unlike in SQuAD's)."""
+    return " ".join(text.lower().split()).strip(string.punctuation + " ")
+
+
+def normal(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def token_f1(given: str, wanted: str) -> float:
+    """SQuAD's F1 of two bags of words; two empty ones are alike."""
+    said, right = normal(given).split(), normal(wanted).split()
+    if not said or not right:
+        return float(said == right)
+    shared = (Counter(said) & Counter(right)).total()
+    return 2 * shared / (len(said) + len(right))
+
+
+def macro_f1(labels: Mapping[str, tuple[int, int, int]]) -> float:
+    """The mean F1 of the labels that occur in answers or references."""
+    return sum(2 * tp / (2 * tp + fp + fn) for tp, fp, fn in labels.values()) / len(labels)
