@@ -21,7 +21,7 @@ PALETTE = ("#3b82d6", "#d9822b", "#2f9e6e", "#b5489a", "#8a6fd1", "#c8463a", "#7
 DASHES = ("solid", "dash", "dot", "dashdot")
 INK = {"theme": "ink"}  # page.js draws what has this `meta` in the colour of the text
 LINE_OF_A_ROW = 22  # pixels
-MANY_CLIENTS = 60  # more are not drawn one by one in the map of the partition
+MANY_CLIENTS = 60  # more are not drawn one by one; the tables name all
 
 Points = list[tuple[float, float]]
 Axis = Callable[[RunResults], Callable[[int], float]]  # of a run, where a round lies on the horizontal axis
@@ -49,7 +49,7 @@ def sent(run: RunResults) -> Callable[[int], float]:
 
 AXES: Mapping[str, tuple[Axis, str]] = {
     "rounds": (rounds, "round"),
-    "bytes": (sent, "sent so far, all clients, down and up (MB = 10^6 bytes)"),
+    "bytes": (sent, "MB sent so far (10^6 bytes)"),
 }
 
 
@@ -74,8 +74,10 @@ def curves(run: RunResults, over: str, unit: str) -> Figure:
     axis, label = AXES[over]
     drawing = _drawing(label, f"quality ({unit})" if unit else "perplexity (lower is better)")
     tasks = [task for task in m.tasks([run]) if m.unit([run], task) == unit]
+    every = list(m.walk_clients(run))
+    drawn = set(every[:MANY_CLIENTS])
     for index, task in enumerate(tasks):
-        for client in m.clients_of(run, task):
+        for client in (name for name in m.clients_of(run, task) if name in drawn):
             points = _points(run, client, task, axis)
             drawing.add_trace(_line(f"{client}: {task}", points, index, width=1, opacity=0.35, legend=False, group=task))
     for index, task in enumerate(tasks):
@@ -84,8 +86,8 @@ def curves(run: RunResults, over: str, unit: str) -> Figure:
     if len(tasks) > 1 and m.unit([run], None) == unit:
         drawing.add_trace(_line("mean over tasks", _points(run, None, None, axis), 0, width=4, meta=INK))
     what = "Quality" if unit else "Perplexity"
-    caption = "Thick: the mean over tasks. Middle: each task. Thin: each client on its task."
-    return Figure(f"{what} over {over}", f"{caption} A click on a name hides it.", drawing)
+    caption = f"Thick: the mean over tasks. Middle: each task. Thin: {_clients_drawn(every, 'each client')} on its task."
+    return Figure(f"{what} over {over}", f"{caption} {_axis_note(over)}".strip(), drawing)
 
 
 def experts_over_rounds(run: RunResults) -> Figure:
@@ -94,7 +96,7 @@ def experts_over_rounds(run: RunResults) -> Figure:
     counts = {
         row.round: [m.count(holds) for holds in row.holds.values()] for row in run.rounds if row.task == "train" and row.holds
     }
-    shown = {"most": max, "mean": _mean, "least": min}
+    shown: dict[str, Callable[[list[int]], float]] = {"most": max, "mean": _mean, "least": min}
     for index, (name, of) in enumerate(shown.items() if counts else ()):
         points = [(float(round), float(of(each))) for round, each in sorted(counts.items())]
         drawing.add_trace(_line(name, points, index, width=3 if name == "mean" else 1.5))
@@ -104,22 +106,28 @@ def experts_over_rounds(run: RunResults) -> Figure:
 
 def bytes_by_client(run: RunResults) -> Figure:
     """Bytes each client got and sent."""
-    names = list(m.walk_clients(run))
-    drawing = _bars("MB of the whole run (10^6 bytes)", len(names))
-    rows = m.counted(run)
-    down = {name: sum(row.bytes_down for row in rows if row.client == name) / m.MB for name in names}
-    up = {name: sum(row.bytes_up for row in rows if row.client == name) / m.MB for name in names}
-    for index, (name, values) in enumerate((("down", down), ("up", up)) if rows else ()):
+    every = list(m.walk_clients(run))
+    work = {name: m.counted(run, name) for name in every[:MANY_CLIENTS]}
+    drawing = _bars("MB of the whole run (10^6 bytes)", len(work))
+    down = {name: sum(row.bytes_down for row in rows) / m.MB for name, rows in work.items()}
+    up = {name: sum(row.bytes_up for row in rows) / m.MB for name, rows in work.items()}
+    for index, (name, values) in enumerate((("down", down), ("up", up)) if run.ledger else ()):
         drawing.add_trace(_bar(name, values, index))
-    drawing.update_layout(barmode="stack")
-    return Figure("Bytes of each client", "Down from the server and up to it; evaluations are not counted.", drawing)
+    drawing.update_layout(barmode="stack", legend={"traceorder": "normal"})
+    which = _clients_drawn(every, "each client")
+    return Figure(
+        "Bytes of each client", f"For {which}: down from the server and up to it; evaluations are not counted.", drawing
+    )
 
 
 def memory_by_client(run: RunResults) -> Figure:
     """Each client's largest measured peak against the memory it has."""
-    peak = {name: value / m.MB for name, value in m.peak_by_client(run).items() if value}
+    every, measured = list(m.walk_clients(run)), m.peak_by_client(run)
+    peak = {name: measured[name] / m.MB for name in every[:MANY_CLIENTS] if name in measured}
     limits = {
-        client.name: client.memory_bytes / m.MB for client in run.plan.clients if client.memory_bytes is not None and client.name in peak
+        client.name: client.memory_bytes / m.MB
+        for client in run.plan.clients
+        if client.memory_bytes is not None and client.name in peak
     }
     drawing = _bars("MB (10^6 bytes)", len(peak))
     if peak:
@@ -132,7 +140,11 @@ def memory_by_client(run: RunResults) -> Figure:
     if peak and run.plan.full_bytes is not None:
         drawing.add_vline(x=run.plan.full_bytes / m.MB, line={"dash": "dot", "color": PALETTE[5]})
     note = " Dotted: what training with all experts was planned to take." if run.plan.full_bytes is not None else ""
-    return Figure("Memory of each client", f"Bar: the largest measured peak. Mark: the memory the client has.{note}", drawing)
+    return Figure(
+        "Memory of each client",
+        f"Of {_clients_drawn(every, 'each client')}. Bar: the largest measured peak. Mark: the memory it has.{note}",
+        drawing,
+    )
 
 
 def partition(run: RunResults) -> Figure:
@@ -158,9 +170,8 @@ def partition(run: RunResults) -> Figure:
         )
     drawing.update_yaxes(autorange="reversed", type="category", showgrid=False)
     drawing.update_xaxes(type="category", showgrid=False)
-    left = len(run.plan.clients) - len(clients)
-    more = f" The first {len(clients)} clients; {left} more are in the table." if left else ""
-    return Figure("Training examples: clients × tasks", f"An empty cell: the client has none of that task.{more}", drawing)
+    which = _clients_drawn([client.name for client in run.plan.clients], "each client")
+    return Figure("Training examples: clients × tasks", f"Of {which}. An empty cell: none of that task.", drawing)
 
 
 def compared(groups: Groups, task: str | None, over: str) -> Figure:
@@ -177,23 +188,23 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
             drawing.add_trace(_line(method, [(x, each.mean) for x, each in points], index, width=2.5, group=method))
     title = "Overall quality" if task is None else task
     band = "Line: mean over seeds. Band: 95 % Student t interval." if max(map(len, groups.values())) > 1 else "One seed each."
-    return Figure(f"{title} over {over}", band, drawing)
+    return Figure(f"{title} over {over}", f"{band} {_axis_note(over)}".strip(), drawing)
 
 
 def tradeoff(groups: Groups, cost: m.Measure) -> Figure:
     """Overall quality against a cost: each seed, each method's mean, and the methods nothing beats on both."""
     runs = [run for members in groups.values() for run in members]
-    quality = m.quality_measures(runs)[-1]
-    drawing = _drawing(cost.label, quality.label)
+    overall, *_ = m.quality_measures(runs)
+    drawing = _drawing(cost.label, overall.label)
     means = {}
     for index, (method, members) in enumerate(groups.items()):
-        pairs = [(cost.of(run), quality.of(run)) for run in members]
+        pairs = [(cost.of(run), overall.of(run)) for run in members]
         points = [(x, y) for x, y in pairs if x is not None and y is not None]
         if points:
             means[method] = (interval([x for x, _ in points]), interval([y for _, y in points]))
             drawing.add_trace(_dots(method, points, index))
             drawing.add_trace(_mean_dot(method, *means[method], index))
-    best = front([(x.mean, y.mean) for x, y in means.values()], higher_is_better=quality.unit == "%")
+    best = front([(x.mean, y.mean) for x, y in means.values()], higher_is_better=overall.unit == "%")
     if len(best) > 1:
         drawing.add_trace(_line("nothing better on both", best, 0, width=1, dash="dot", meta=INK))
     drawing.update_xaxes(rangemode="tozero")
@@ -238,8 +249,6 @@ def safe(text: str) -> str:
     return escape(text, quote=False)
 
 
-
-
 def _changes(held: Sequence[tuple[int, Holds]], blocks: Sequence[str]) -> list[tuple[int, list[str]]]:
     """The rounds in which a client's experts were not those of the time before."""
     found: list[tuple[int, list[str]]] = []
@@ -266,6 +275,14 @@ def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> It
         yield _mean([place(round) for place in places]), interval(each)
 
 
+def _clients_drawn(clients: Sequence[str], all_of_them: str) -> str:
+    return all_of_them if len(clients) <= MANY_CLIENTS else f"the first {MANY_CLIENTS} of {len(clients)} clients"
+
+
+def _axis_note(over: str) -> str:
+    return "Bytes: down and up, all clients together, evaluations apart." if over == "bytes" else ""
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -275,8 +292,8 @@ def _drawing(x: str, y: str, height: int = 420) -> go.Figure:
     drawing.update_layout(
         template="none",
         height=height,
-        margin={"l": 56, "r": 16, "t": 12, "b": 48},
-        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "xanchor": "left", "x": 0},
+        margin={"l": 56, "r": 16, "t": 32, "b": 48},
+        legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "xanchor": "left", "x": 0},
         hovermode="closest",
         hoverlabel={"namelength": -1},
     )
@@ -288,7 +305,6 @@ def _drawing(x: str, y: str, height: int = 420) -> go.Figure:
 def _bars(x: str, number: int) -> go.Figure:
     drawing = _drawing(x, "client", height=130 + LINE_OF_A_ROW * number)
     drawing.update_yaxes(autorange="reversed", type="category")
-    drawing.update_layout(legend={"y": 1, "yanchor": "bottom"}, margin={"t": 40})
     return drawing
 
 

@@ -83,12 +83,12 @@ def rounds_done(run: RunResults) -> int:
 
 def tasks(runs: Sequence[RunResults]) -> list[str]:
     """All tasks that were evaluated, in the order in which they first come."""
-    return list(dict.fromkeys(row.task for run in runs for row in run.evaluations if row.task is not None))
+    return list(dict.fromkeys(task for run in runs for _, task in run.evaluations_of if task is not None))
 
 
 def evaluated(run: RunResults, client: str | None, task: str | None) -> list[Evaluation]:
     """The evaluations of `client` on `task` (None: over all) that gave a number, by round."""
-    rows = [row for row in run.evaluations if row.client == client and row.task == task]
+    rows = run.evaluations_of.get((client, task), ())
     return sorted((row for row in rows if row.value is not None and isfinite(row.value)), key=lambda row: row.round)
 
 
@@ -100,7 +100,8 @@ def last(run: RunResults, client: str | None, task: str | None) -> Evaluation | 
 
 def metric(runs: Sequence[RunResults], task: str) -> str:
     """The main metric of `task`; empty when nothing was evaluated."""
-    return next((row.metric for run in runs for row in run.evaluations if row.task == task and row.metric), "")
+    rows = (row for run in runs for row in run.evaluations_of.get((None, task), ()))
+    return next((row.metric for row in rows if row.metric), "")
 
 
 def unit(runs: Sequence[RunResults], task: str | None) -> str:
@@ -116,12 +117,13 @@ def shown(value: float, unit: str) -> float:
 
 def clients_of(run: RunResults, task: str) -> list[str]:
     """The clients that `task` was evaluated on."""
-    return list(dict.fromkeys(row.client for row in run.evaluations if row.task == task and row.client is not None))
+    return [client for client, evaluated in run.evaluations_of if evaluated == task and client is not None]
 
 
-def counted(run: RunResults) -> list[LedgerRow]:
-    """The rows that cost the method something: all but the evaluations."""
-    return [row for row in run.ledger if row.task != "evaluate"]
+def counted(run: RunResults, client: str | None = None) -> list[LedgerRow]:
+    """The rows that cost the method something: all but the evaluations; those of `client` where one is named."""
+    rows = run.ledger if client is None else run.work_of.get(client, ())
+    return [row for row in rows if row.task != "evaluate"]
 
 
 def trained(run: RunResults) -> list[LedgerRow]:
@@ -210,10 +212,8 @@ def over_memory(run: RunResults) -> list[Over]:
 
 def peak_by_client(run: RunResults) -> dict[str, int]:
     """Each client's largest measured peak."""
-    largest: dict[str, int] = {}
-    for row in counted(run):
-        largest[row.client] = max(largest.get(row.client, 0), row.peak_bytes)
-    return largest
+    most = {client: max((row.peak_bytes for row in counted(run, client)), default=0) for client in run.work_of}
+    return {client: peak for client, peak in most.items() if peak}
 
 
 def measures(runs: Sequence[RunResults]) -> list[Measure]:
@@ -222,8 +222,8 @@ def measures(runs: Sequence[RunResults]) -> list[Measure]:
 
 
 def quality_measures(runs: Sequence[RunResults]) -> list[Measure]:
-    """The main metric of each task over all its clients after the last evaluated round, and their mean."""
-    return [_quality(runs, task) for task in [*tasks(runs), None]]
+    """The mean over tasks, then the main metric of each over all its clients: at the last evaluation."""
+    return [_quality(runs, task) for task in [None, *tasks(runs)]]
 
 
 def by_seed(measure: Measure, runs: Sequence[RunResults]) -> dict[int, float]:
@@ -270,4 +270,4 @@ COSTS = (SENT_EACH, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
 
 def walk_clients(run: RunResults) -> Iterator[str]:
     """All clients by name: the planned ones, then any that only the ledger knows."""
-    yield from dict.fromkeys([client.name for client in run.plan.clients] + [row.client for row in run.ledger])
+    yield from dict.fromkeys([*(client.name for client in run.plan.clients), *run.work_of])

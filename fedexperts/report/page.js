@@ -2,12 +2,17 @@
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const maps = JSON.parse(document.getElementById("maps").textContent);
 const coarse = matchMedia("(pointer: coarse)").matches;
-const config = { responsive: true, displaylogo: false, displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+const config = {
+  responsive: true, displaylogo: false, displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"],
+  // plotly.js 4 shows a button that uploads the chart to its maker's cloud unless told not to
+  showSendToCloud: false, plotlyServerURL: "",
+};
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
 function themedLayout(layout) {
   const themed = {
-    ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: color("text"), size: 13 },
+    ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: color("text"), size: 13, family: getComputedStyle(document.body).fontFamily },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: color("line"), activecolor: color("soft") },
     dragmode: coarse ? false : "zoom", hoverlabel: { ...layout.hoverlabel, bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
   };
   for (const axis of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
@@ -77,7 +82,7 @@ function drawMap() {
     meta: { theme: "heat" }, xgap: 1, ygap: 1, showscale: all, colorbar: { title: { text: "clients" }, thickness: 12 },
     hovertemplate: all ? "%{y}, expert %{x}: held by %{z} clients<extra></extra>" : "%{y}, expert %{x}: %{z}<extra></extra>",
   }], {
-    height: 110 + Math.max(rows * 22, 90), margin: { l: 56, r: 16, t: 8, b: 44 },
+    height: 130 + Math.max(rows * 22, 90), margin: { l: 56, r: 16, t: 32, b: 44 },
     xaxis: { title: { text: "expert" }, showgrid: false, zeroline: false, automargin: true },
     yaxis: { type: "category", autorange: "reversed", showgrid: false, automargin: true },
   });

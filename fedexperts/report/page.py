@@ -51,7 +51,7 @@ def several(groups: Groups, baseline: str) -> str:
     """The page of several runs side by side."""
     title = f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds"
     drawn = figures.several(groups)
-    main = drawn[:-_number_of_tasks(groups)] if _number_of_tasks(groups) else drawn
+    main = drawn[: -_number_of_tasks(groups)] if _number_of_tasks(groups) else drawn
     by_task = drawn[len(main) :]
     maps = _maps(groups)
     sections = {
@@ -75,7 +75,7 @@ def _page(
 ) -> str:
     scripts = [get_plotlyjs(), _own("page.js")]
     allowed = " ".join(f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
-    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
     shown = {name: [part for part in parts if part] for name, parts in sections.items()}
     shown = {name: parts for name, parts in shown.items() if parts}
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in shown)
@@ -176,7 +176,7 @@ def _shape(run: RunResults) -> str:
 
 
 def _held(held: m.Held | None) -> str:
-    return f"{held.mean:.1f} ({held.least}–{held.most})" if held else tables.NONE
+    return f"{tables.whole(held.mean)} ({held.least}–{held.most})" if held else tables.NONE
 
 
 def _inline(values: Mapping[str, Any]) -> str:
@@ -209,7 +209,9 @@ def _take(found: Mapping[str, Table], start: str) -> list[str]:
 def _table(table: Table) -> str:
     """Accessible markup: a caption, heads with their scope, and a frame that scrolls by keyboard too."""
     kinds = ["text" if index in table.text_columns else "" for index in range(len(table.columns))]
-    heads = "".join(f'<th scope="col" class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, table.columns, strict=True))
+    heads = "".join(
+        f'<th scope="col" class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, table.columns, strict=True)
+    )
     note = f'<span class="note">{escape(table.note)}</span>' if table.note else ""
     body = "\n".join(_row(kinds, row) for row in table.rows)
     caption = f"<caption>{escape(table.title)}{note}</caption>"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +115,22 @@ class RunResults:
     evaluations: tuple[Evaluation, ...] = ()
     run_file: str = ""  # run.toml, as resolved
     versions: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def evaluations_of(self) -> Mapping[tuple[str | None, str | None], Sequence[Evaluation]]:
+        """(client, task) → its evaluations, as they were written."""
+        found: dict[tuple[str | None, str | None], list[Evaluation]] = {}
+        for row in self.evaluations:
+            found.setdefault((row.client, row.task), []).append(row)
+        return found
+
+    @cached_property
+    def work_of(self) -> Mapping[str, Sequence[LedgerRow]]:
+        """Client → its rows of the ledger, as they were written."""
+        found: dict[str, list[LedgerRow]] = {}
+        for row in self.ledger:
+            found.setdefault(row.client, []).append(row)
+        return found
 
 
 Row = TypeVar("Row")

@@ -65,13 +65,13 @@ def quality(run: RunResults) -> Table:
     """Each task's main metric at the first and the last evaluation, and the worst, median and best client at the last."""
     rows = tuple(_quality_row(run, task) for task in m.tasks([run]))
     overall = _first_and_last(run, None)
-    total = ("overall", "mean over tasks", m.unit([run], None), "", *overall, "", "", "", "")
+    total = ("overall", *overall, "", "", "", "", "", _with_unit("mean over tasks", m.unit([run], None)))
     return Table(
         "Quality",
-        ("task", "metric", "unit", "examples", "first", "last", "clients", "worst client", "median client", "best client"),
+        ("task", "first", "last", "worst client", "median client", "best client", "clients", "examples", "metric"),
         (*rows, total) if rows else (),
         note=f"First and last evaluation: {_evaluated_rounds(run)}. A task's value is over the examples of all its clients.",
-        text_columns=(0, 1, 2),
+        text_columns=(0, 8),
     )
 
 
@@ -81,7 +81,7 @@ def all_metrics(run: RunResults) -> Table:
     names = list(dict.fromkeys(name for row in rows.values() if row for name in row.metrics))
     return Table(
         "All metrics at the last evaluation",
-        ("task", *(f"{name} (%)" if name not in m.LOWER_IS_BETTER else name for name in names)),
+        ("task", *(_with_unit(name, "" if name in m.LOWER_IS_BETTER else "%") for name in names)),
         tuple((task, *(_metric(row.metrics.get(name), name) for name in names)) for task, row in rows.items() if row),
     )
 
@@ -156,7 +156,7 @@ def clients(run: RunResults) -> Table:
     history, peak = m.history(run), m.peak_by_client(run)
     rows = []
     for name in m.walk_clients(run):
-        plan, work = plans.get(name), [row for row in m.counted(run) if row.client == name]
+        plan, work = plans.get(name), m.counted(run, name)
         counts = [m.count(holds) for _, holds in history.get(name, [])]
         rows.append(
             (
@@ -196,7 +196,9 @@ def clients(run: RunResults) -> Table:
 
 def partition(run: RunResults) -> Table:
     """Training examples of each task at each client."""
-    names = list(dict.fromkeys(task for client in run.plan.clients for task in _tasks(client.tasks, client.task, client.examples)))
+    names = list(
+        dict.fromkeys(task for client in run.plan.clients for task in _tasks(client.tasks, client.task, client.examples))
+    )
     rows = []
     for client in run.plan.clients:
         each = _tasks(client.tasks, client.task, client.examples)
@@ -302,8 +304,10 @@ def to_csv(groups: Groups, baseline: str) -> str:
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["method", "measure", "task", "unit", "seeds", "mean", "low", "high", "baseline", "shared_seeds"]
-        + ["difference", "difference_low", "difference_high"]
+        (
+            *("method", "measure", "task", "unit", "seeds", "mean", "low", "high"),
+            *("baseline", "shared_seeds", "difference", "difference_low", "difference_high"),
+        )
     )
     for label, runs in groups.items():
         for measure in _measures(groups):
@@ -353,7 +357,12 @@ def _quality_row(run: RunResults, task: str) -> tuple[str, ...]:
     end = m.last(run, None, task)
     examples = whole(end.examples) if end else NONE
     shown = (quality_value(value, unit) for value in spread)
-    return (task, m.metric([run], task), unit, examples, *_first_and_last(run, task), str(len(values)), *shown)
+    main = _with_unit(m.metric([run], task), unit)
+    return (task, *_first_and_last(run, task), *shown, str(len(values)), examples, main)
+
+
+def _with_unit(name: str, unit: str) -> str:
+    return f"{name} ({unit})" if unit else name
 
 
 def _first_and_last(run: RunResults, task: str | None) -> tuple[str, str]:

@@ -44,9 +44,10 @@ def write_run(
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "versions.json").write_text(json.dumps({"torch": "2.13.0", "fedexperts": "0.1.0", "commit": "0123abc"}))
+    asked, each = planned_rounds or rounds, max(len(names) // 2, 1)
     (folder / "run.toml").write_text(
         f'seed = {seed}\nmodel = {{ name = "tiny" }}\nmethod = {{ name = {json.dumps(method)} }}\n'
-        f'federation = {{ rounds = {planned_rounds or rounds}, clients_per_round = {max(len(names) // 2, 1)}, engine = "local" }}\n'
+        f'federation = {{ rounds = {asked}, clients_per_round = {each}, engine = "local" }}\n'
     )
     log, ledger, evals = [], [], []
     if method == "fedmoe":
@@ -54,7 +55,7 @@ def write_run(
         ledger += [_row(rng, 0, name, "profile", holds[name], uploads=False) for name in names]
     evals += _evaluations(rng, 0, home, 0.1)
     for number in range(1, rounds + 1):
-        chosen = sorted(rng.sample(names, max(len(names) // 2, 1)))
+        chosen = sorted(rng.sample(names, each))
         failed = {chosen[0]: "its update holds NaN in 2 of 14 tensors"} if number == 5 else {}
         if method == "random_moe":
             holds |= {name: _subset(rng, layers, num_experts, 0.4) for name in chosen}
