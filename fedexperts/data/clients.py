@@ -8,7 +8,7 @@ holds a test prompt of any client, and no two clients share a prompt to train on
 import json
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from fedexperts.data.sources import load
 from fedexperts.errors import BadData
 from fedexperts.files import write_text
 from fedexperts.types import Client, Example, Split
+
+IID = PartitionSettings(by="iid")
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,29 @@ def make_clients(settings: DataSettings, seed: int | str) -> Clients:
         BadData: data that cannot be read, or too little of it for so many clients.
     """
     pool = load_pool(settings)
-    parts, groups = _parts(pool, settings.partition, settings.clients, str(seed), settings.minimum)
+    groups = _groups(pool, settings.partition, str(seed))
+    parts = _parts(pool, groups, settings, str(seed))
     made = Partition(tuple(map(tuple, parts)), str(seed), settings.partition.model_dump())
     return _clients(pool, made, groups, settings)
 
 
 def divide(pool: Pool, made: Partition, settings: DataSettings) -> Clients:
-    """Clients of a partition that was loaded, or made elsewhere; its indices are those of `pool.train`."""
-    if made.indices and max(map(max, filter(None, made.indices)), default=-1) >= len(pool.train):
+    """Clients of a partition that was made before; its indices are those of `pool.train`."""
+    if max((index for part in made.indices for index in part), default=-1) >= len(pool.train):
         raise BadData(f"the partition names examples beyond the {len(pool.train)} there are; it was made of other data")
-    return _clients(pool, made, _kinds(pool), settings)
+    return _clients(pool, made, _groups(pool, settings.partition, made.seed), settings)
+
+
+def clients_from(train: Sequence[Example], made: Partition, test: Sequence[Example], settings: DataSettings) -> Clients:
+    """Clients of a partition from elsewhere (`partition.from_object`); its indices are those of `train`.
+
+    Repeats are left out here too: of two clients with the same example the first keeps it.
+    """
+    pool = pooled(train, test)
+    places = {key(example): place for place, example in enumerate(pool.train)}
+    kept = [places.pop(key(example), None) for example in train]
+    indices = tuple(tuple(place for index in part if (place := kept[index]) is not None) for part in made.indices)
+    return divide(pool, replace(made, indices=indices), settings)
 
 
 def load_pool(settings: DataSettings) -> Pool:
@@ -113,7 +128,12 @@ def load_pool(settings: DataSettings) -> Pool:
     sources = [load(source, settings) for source in settings.sources]
     train = [example for source in sources for example in source.train]
     test = [example for source in sources for example in source.test]
-    return pooled(train, test, {source.name: source.hash for source in sources})
+    pool = pooled(train, test, {source.name: source.hash for source in sources})
+    left = {example.task for example in pool.train}
+    for source in sources:
+        if not left & {example.task for example in source.train}:
+            raise BadData(f"source {source.name} has no training example that no other source or test set has; leave it out")
+    return pool
 
 
 def pooled(train: Sequence[Example], test: Sequence[Example], hashes: Mapping[str, str] | None = None) -> Pool:
@@ -138,27 +158,22 @@ class Groups:
 
 
 def _kinds(pool: Pool) -> Groups:
-    return Groups([_kind(example) for example in pool.train], [_kind(example) for example in pool.test])
+    """Task and label."""
+    return Groups(*([(example.task, example.label) for example in side] for side in (pool.train, pool.test)))
 
 
-def _kind(example: Example) -> Hashable:
-    return example.task, example.label
+def _parts(pool: Pool, groups: Groups, settings: DataSettings, seed: str) -> Indices:
+    """Who gets what."""
+    how, minimum = settings.partition, settings.minimum
+    if how.by != "task":
+        return _one_level(groups.train, how, settings.clients, seed, minimum)
 
-
-def _parts(pool: Pool, settings: PartitionSettings, clients: int, seed: str, minimum: int) -> tuple[Indices, Groups]:
-    """Who gets what, and the groups by which test examples follow."""
-    if settings.by != "task":
-        groups = _groups(pool, settings, seed)
-        return _one_level(groups.train, settings, clients, seed, minimum), groups
-    within = settings.within or PartitionSettings(by="iid")
-    groups = _groups_by_task(pool, within, seed)
-
-    def inside(members: Sequence[int], clients: int, seed: str) -> Indices:
+    def within(members: Sequence[int], clients: int, seed: str) -> Indices:
         chosen = [groups.train[index] for index in members]
-        return divide_by.at(members, _one_level(chosen, within, clients, seed, minimum))
+        return divide_by.at(members, _one_level(chosen, how.within or IID, clients, seed, minimum))
 
     tasks = [example.task for example in pool.train]
-    return divide_by.by_task(tasks, clients, seed, settings.clients_per_task, inside), groups
+    return divide_by.by_task(tasks, settings.clients, seed, how.clients_per_task, within)
 
 
 def _one_level(groups: Sequence[Hashable], settings: PartitionSettings, clients: int, seed: str, minimum: int) -> Indices:
@@ -173,7 +188,9 @@ def _one_level(groups: Sequence[Hashable], settings: PartitionSettings, clients:
 
 
 def _groups(pool: Pool, settings: PartitionSettings, seed: str) -> Groups:
-    """Task and label; clusters of texts where they are asked for, or where labels are and all have the same."""
+    """Task and label; clusters of texts where they are asked for, or where a label is needed and all have the same."""
+    if settings.by == "task":
+        return _groups_by_task(pool, settings.within or IID, seed)
     kinds = _kinds(pool)
     needed = settings.by in ("dirichlet", "pathological") and len(set(kinds.train)) == 1
     if settings.by != "clusters" and not needed:
@@ -185,7 +202,8 @@ def _groups(pool: Pool, settings: PartitionSettings, seed: str) -> Groups:
 def _groups_by_task(pool: Pool, within: PartitionSettings, seed: str) -> Groups:
     """The groups of each task's own examples, told apart by the task."""
     train, test = (divide_by.by_value([example.task for example in side]) for side in (pool.train, pool.test))
-    of_train, of_test = list(_kinds(pool).train), list(_kinds(pool).test)
+    kinds = _kinds(pool)
+    of_train, of_test = list(kinds.train), list(kinds.test)
     for task, members in train.items():
         tests = test.get(task, [])
         own = Pool(tuple(pool.train[index] for index in members), tuple(pool.test[index] for index in tests), {})

@@ -64,7 +64,7 @@ class Encoder:
     def decode(self, ids: Int[Tensor, "examples tokens"]) -> list[str]:
         """The text of generated `ids` up to the first end token, without special tokens and outer blanks."""
         texts = [self._until_end(row) for row in ids.tolist()]
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in texts]
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in texts]
 
     def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
         """The prompt's ids of each example, special tokens included, cut to fit; an empty prompt is one end token."""

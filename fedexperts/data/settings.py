@@ -13,6 +13,14 @@ NUMBER_OF: Mapping[str, str] = {
     "clusters": "clusters",
 }
 """The number a short form such as `{ dirichlet = 0.5 }` gives."""
+KEYS_OF: Mapping[By, tuple[str, ...]] = {
+    "task": ("within", "clients_per_task"),
+    "iid": (),
+    "pathological": ("labels_per_client", "clusters"),
+    "dirichlet": ("alpha", "clusters"),
+    "clusters": ("clusters", "alpha"),
+    "quantity": ("alpha",),
+}
 
 
 class PartitionSettings(BaseModel):
@@ -31,9 +39,9 @@ class PartitionSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     by: By = "task"
-    alpha: float = Field(0.5, gt=0)
-    labels_per_client: int = Field(2, ge=1)
-    clusters: int = Field(10, ge=1)
+    alpha: float = Field(default=0.5, gt=0)
+    labels_per_client: int = Field(default=2, ge=1)
+    clusters: int = Field(default=10, ge=1)
     clients_per_task: dict[str, int] = {}  # with by = task; empty: as even as it goes
     within: "PartitionSettings | None" = None  # with by = task
 
@@ -47,9 +55,12 @@ class PartitionSettings(BaseModel):
         return given
 
     @model_validator(mode="after")
-    def _only_tasks_have_an_inside(self) -> Self:
-        if self.by != "task" and (self.within is not None or self.clients_per_task):
-            raise ValueError(f'within and clients_per_task go with by = "task", but by is "{self.by}"; leave them out')
+    def _every_key_has_an_effect(self) -> Self:
+        fields = type(self).model_fields
+        changed = [name for name in fields if name != "by" and getattr(self, name) != fields[name].default]
+        if idle := [name for name in changed if name not in KEYS_OF[self.by]]:
+            keys = ", ".join(KEYS_OF[self.by]) or "no other key"
+            raise ValueError(f'{idle[0]} has no effect with by = "{self.by}", which takes {keys}; leave it out or change by')
         if self.within is not None and self.within.by == "task":
             raise ValueError('within divides one task, so it cannot be by = "task"; choose iid, dirichlet, clusters or another')
         return self
@@ -83,7 +94,7 @@ class SourceSettings(BaseModel):
     label: str | None = None  # the field of the class; without `response` its name is the answer
     task: str | None = None  # results are reported under this name
     metric: str | None = None
-    limit: int | None = Field(None, ge=1)  # training examples, drawn at random
+    limit: int | None = Field(default=None, ge=1)  # training examples, drawn at random
 
 
 class DataSettings(BaseModel):
@@ -92,13 +103,13 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: tuple[SourceSettings, ...] = Field(min_length=1)
-    clients: int = Field(10, ge=1)
+    clients: int = Field(default=10, ge=1)
     partition: PartitionSettings = PartitionSettings()
-    limit: int | None = Field(None, ge=1)  # training examples of each source that sets none itself
-    minimum: int = Field(4, ge=2)  # examples per client, validation included
-    validation: float = Field(0.15, gt=0, lt=1)  # share of a client's training examples
-    test_examples: int = Field(50, ge=1)  # per client, distributed over labels as its training examples are
-    max_tokens: int = Field(256, ge=4)
+    limit: int | None = Field(default=None, ge=1)  # training examples of each source that sets none itself
+    minimum: int = Field(default=4, ge=2)  # examples per client, validation included
+    validation: float = Field(default=0.15, gt=0, lt=1)  # share of a client's training examples
+    test_examples: int = Field(default=50, ge=1)  # per client, distributed over labels as its training examples are
+    max_tokens: int = Field(default=256, ge=4)
 
     @field_validator("sources", mode="before")
     @classmethod

@@ -71,32 +71,33 @@ PACKS: Mapping[str, Pack] = {
     "wikitext2": Pack(("text/wikitext2_valid",), "plain_text"),
 }
 ALIASES: Mapping[str, str] = {
-    "agnews": "ag_news",
-    "dbpedia": "dbpedia14",
-    "trec": "trec6",
-    "dolly15k": "dolly",
     "quoref": "superni/task002_quoref_answer_generation",
     "xsum": "superni/task1290_xsum_summarization",
 }
-KINDS: Mapping[str, str] = {
-    "dolly/closed_qa": "short_answer",
-    "superni/task002_quoref_answer_generation": "short_answer",
-    "superni/task064_all_elements_except_first_i": "exact",
-    "superni/task073_commonsenseqa_answer_generation": "closed",
-    "superni/task181_outcome_extraction": "short_answer",
-    "superni/task346_hybridqa_classification": "closed",
-    "superni/task363_sst2_polarity_classification": "closed",
-    "superni/task511_reddit_tifu_long_text_summarization": "summary",
-    "superni/task875_emotion_classification": "closed",
-    "superni/task1290_xsum_summarization": "summary",
-    "superni/task1510_evalution_relation_extraction": "short_answer",
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task, in a pack of many, that is not of the pack's kind."""
+
+    kind: str
+    question: str = ""  # shorter words for a long instruction, so that more of the text fits
+    metric: str | None = None
+
+
+PARTS: Mapping[str, Part] = {
+    "dolly/closed_qa": Part("instruction", metric="token_f1"),
+    "superni/task002_quoref_answer_generation": Part("short_answer", "Answer with a phrase from the passage."),
+    "superni/task064_all_elements_except_first_i": Part("exact"),
+    "superni/task073_commonsenseqa_answer_generation": Part("closed"),
+    "superni/task181_outcome_extraction": Part("short_answer"),
+    "superni/task346_hybridqa_classification": Part("closed"),
+    "superni/task363_sst2_polarity_classification": Part("closed"),
+    "superni/task511_reddit_tifu_long_text_summarization": Part("summary"),
+    "superni/task875_emotion_classification": Part("closed"),
+    "superni/task1290_xsum_summarization": Part("summary", "Summarize the article in a sentence."),
+    "superni/task1510_evalution_relation_extraction": Part("short_answer"),
 }
-"""Tasks of a pack of many tasks that are not of its kind."""
-QUESTIONS: Mapping[str, str] = {
-    "superni/task002_quoref_answer_generation": "Answer with a phrase from the passage.",
-    "superni/task1290_xsum_summarization": "Summarize the article in a sentence.",
-}
-"""Shorter words for long instructions, so that more of the text fits."""
 
 
 @dataclass(frozen=True)
@@ -159,30 +160,24 @@ def _generated(source: SourceSettings, limit: int | None) -> Source:
 def _from_pack(source: SourceSettings) -> Source:
     head, _, part = ALIASES.get(source.name, source.name).partition("/")
     pack, folder = PACKS[head], data_folder()
-    train = [folder / f"{stem}.train.jsonl.gz" for stem in pack.train]
-    test = [folder / f"{pack.test or pack.train[0]}.test.jsonl.gz"]
-    rows = {
-        "train": [placed for path in train for placed in read(path)],
-        "test": [placed for path in test for placed in read(path)],
-    }
-    hash = hashlib.sha256(b"".join(path.read_bytes() for path in train + test)).hexdigest()
+    train_files = [folder / f"{stem}.train.jsonl.gz" for stem in pack.train]
+    test_file = folder / f"{pack.test or pack.train[0]}.test.jsonl.gz"
+    train, test = [placed for path in train_files for placed in read(path)], read(test_file)
+    hash = hash_of([*train_files, test_file])
     if not pack.many_tasks:
         hints = Hints(source.task or source.name, source.metric, pack.question)
-        return Source(source.name, *_examples(rows["train"], rows["test"], pack.kind, hints), hash)
+        return Source(source.name, *_examples(train, test, pack.kind, hints), hash)
 
-    chosen = _tasks(rows["train"], part, source.name)
-    made: tuple[list[Example], list[Example]] = ([], [])
-    for task in chosen:
-        full = f"{head}/{task}"
-        hints = Hints(
-            source.task or (source.name if part or source.name in ALIASES else full), source.metric, QUESTIONS.get(full, "")
-        )
-        of_task = {side: [placed for placed in rows[side] if placed.row["task"] == task] for side in rows}
-        for examples, more in zip(
-            made, _examples(of_task["train"], of_task["test"], KINDS.get(full, pack.kind), hints), strict=True
-        ):
-            examples += more
-    return Source(source.name, *made, hash)
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    tasks = _tasks(train, part, source.name)
+    for task in tasks:
+        own = PARTS.get(f"{head}/{task}", Part(pack.kind))
+        name = source.task or (source.name if part and len(tasks) == 1 else f"{head}/{task}")
+        hints = Hints(name, source.metric or own.metric, own.question)
+        rows = [[placed for placed in side if placed.row["task"] == task] for side in (train, test)]
+        for side, examples in zip(sides, _examples(rows[0], rows[1], own.kind, hints), strict=True):
+            side += examples
+    return Source(source.name, *sides, hash)
 
 
 def _tasks(rows: Iterable[Placed], part: str, name: str) -> list[str]:
@@ -201,8 +196,7 @@ def _from_file(source: SourceSettings) -> Source:
     test = Path(source.test) if source.test else beside if beside != path and beside.exists() else None
     rows = read(path)
     train_rows, test_rows = (rows, read(test)) if test else split(rows, source.name)
-    hash = hashlib.sha256(b"".join(file.read_bytes() for file in (path, test) if file)).hexdigest()
-    return _custom(source, path.name.split(".")[0], train_rows, test_rows, hash)
+    return _custom(source, path.name.split(".")[0], train_rows, test_rows, hash_of([path, *([test] if test else [])]))
 
 
 def _from_hub(source: SourceSettings) -> Source:
@@ -245,39 +239,47 @@ def _hub_rows(table: Any, place: str, label: str | None) -> list[Placed]:
 def _custom(source: SourceSettings, task: str, train: list[Placed], test: list[Placed], hash: str) -> Source:
     """Examples of rows whose fields the user named, or whose fields we recognise."""
     if not train:
-        raise BadData(f"{source.name} holds no examples; give a file with at least one")
-    named = source.prompt is not None or source.response is not None
-    by_label = named and source.label is not None and source.response is None
-    kind = "classification" if by_label else "fields" if named else at_place(train[0], kind_of)
+        raise BadData(f"{source.name} holds no examples to train on; give at least two")
+    kind = at_place(train[0], lambda row: _kind(row, source))
     hints = Hints(source.task or task, source.metric, prompt=source.prompt, response=source.response, label=source.label)
-    if kind == "classification":
-        train, test = _numbered(train, test, source.label or "label")
     return Source(source.name, *_examples(train, test, kind, hints), hash)
 
 
-def _numbered(train: list[Placed], test: list[Placed], label: str) -> tuple[list[Placed], list[Placed]]:
-    """The same rows with class ids where classes are given by name."""
-    given = [placed.row.get(label) for placed in train + test]
-    if all(isinstance(value, int) for value in given):
-        return train, test
-    ids = {name: number for number, name in enumerate(sorted({str(value) for value in given if value is not None}))}
-
-    def numbered(placed: Placed) -> Placed:
-        name = placed.row.get(label)
-        return placed if name is None else Placed({**placed.row, label: ids[str(name)], "label_name": str(name)}, placed.place)
-
-    return [numbered(placed) for placed in train], [numbered(placed) for placed in test]
+def _kind(row: Row, source: SourceSettings) -> str:
+    """The template for rows like `row`, by the fields the user named or else by the row's own."""
+    if source.label is not None and source.response is None:
+        return "classification"
+    if source.prompt is not None or (source.response is not None and "prompt" in row):
+        return "fields"
+    return "plain_text" if source.response is not None else kind_of(row)
 
 
 def _examples(train: list[Placed], test: list[Placed], kind: str, hints: Hints) -> tuple[list[Example], list[Example]]:
     """Both splits through the template of `kind`, which learns the names of labels from both."""
-    names = names_of((placed.row for placed in train + test), kind, hints.label)
-    hints = replace(hints, names=names)
+    if kind == "classification":
+        train, test = _numbered(train, test, hints.label or "label")
     template = TEMPLATES[kind]
-    return (
-        [at_place(placed, lambda row: template(row, hints)) for placed in train],
-        [at_place(placed, lambda row: template(row, hints)) for placed in test],
-    )
+    hints = replace(hints, names=names_of((placed.row for placed in train + test), kind, hints.label))
+    made = [[at_place(placed, lambda row: template(row, hints)) for placed in side] for side in (train, test)]
+    return made[0], made[1]
+
+
+def _numbered(train: list[Placed], test: list[Placed], label: str) -> tuple[list[Placed], list[Placed]]:
+    """The same rows with class ids that count from 0, whatever the classes are called; ids keep the order of numbers or names."""
+
+    def called(row: Row) -> int | str:
+        return row[label] if isinstance(row[label], int) else str(row[label])
+
+    given = {called(placed.row) for placed in train + test if placed.row.get(label) is not None}
+    ids = {name: number for number, name in enumerate(sorted(given, key=lambda name: (isinstance(name, str), name)))}
+
+    def numbered(placed: Placed) -> Placed:
+        if placed.row.get(label) is None:
+            return placed  # its template will say so, with the line
+        name = called(placed.row)
+        return Placed({"label_name": str(name), **placed.row, label: ids[name]}, placed.place)
+
+    return [numbered(placed) for placed in train], [numbered(placed) for placed in test]
 
 
 def at_place(placed: Placed, make: Callable[[Row], T]) -> T:
@@ -308,6 +310,14 @@ def digest_of(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True, default=repr, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """sha256 of the bytes of all `files`, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -42,10 +42,8 @@ Template = Callable[[Row, Hints], Example]
 
 
 def classification(row: Row, hints: Hints) -> Example:
-    """`text` in, the readable name of `label` out."""
-    label = int(value(row, hints.label or "label"))
-    if not 0 <= label < len(hints.names):
-        raise BadData(f"its label is {label}, but there are only {len(hints.names)} names of labels")
+    """`text` in, the readable name of `label`, a class id, out."""
+    label = value(row, hints.label or "label")
     question = f"{hints.question}\n" if hints.question else ""
     text = filled(row, hints.prompt or "text")
     return Example(
@@ -96,7 +94,7 @@ def exact(row: Row, hints: Hints) -> Example:
 
 def plain_text(row: Row, hints: Hints) -> Example:
     """Text to be continued from nothing; its domain is its label."""
-    label = hints.names.index(row["domain"]) if hints.names else None
+    label = hints.names.index(str(value(row, "domain"))) if hints.names else None
     return Example("", filled(row, hints.response or "text"), hints.task, hints.metric or "perplexity", label)
 
 
@@ -147,15 +145,13 @@ def names_of(rows: Iterable[Row], kind: str, label: str | None = None) -> tuple[
     if kind == "classification":
         return class_names(rows, label or "label")
     field = {"closed": "output", "plain_text": "domain", "fields": label}.get(kind)
-    if field is None:
-        return ()
-    return tuple(sorted({str(row[field]).strip() for row in rows if field in row}))
+    return tuple(sorted({str(row[field]).strip() for row in rows if field in row})) if field else ()
 
 
 def class_names(rows: Iterable[Row], label: str) -> tuple[str, ...]:
-    """Readable names by class id; a class without `label_name` is called by its number."""
-    names = {int(value(row, label)): readable(str(row.get("label_name", row[label]))) for row in rows}
-    return tuple(names.get(number, str(number)) for number in range(max(names) + 1))
+    """Readable names in the order of the class ids, which count from 0; a class without `label_name` is called by its id."""
+    names = {row[label]: readable(str(row.get("label_name", row[label]))) for row in rows if row.get(label) is not None}
+    return tuple(names[number] for number in sorted(names))
 
 
 def readable(name: str) -> str:
