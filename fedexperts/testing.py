@@ -58,7 +58,7 @@ _SPECIFIC: Mapping[str, tuple[str, str | None, Mapping[str, Any]]] = {
         {**_DENSE_FIRST, **_LATENT_ATTENTION, "topk_method": "greedy"},
     ),
     "deepseek_v3": ("n_routed_experts", "num_experts_per_tok", {**_DENSE_FIRST, **_LATENT_ATTENTION}),
-    "phimoe": ("num_local_experts", "num_experts_per_tok", {"intermediate_size": 24}),
+    "phimoe": ("num_local_experts", "num_experts_per_tok", {"intermediate_size": 24, "input_jitter_noise": 0.0}),
     "gpt_oss": (
         "num_local_experts",
         "num_experts_per_tok",
@@ -84,6 +84,8 @@ _SPECIFIC: Mapping[str, tuple[str, str | None, Mapping[str, Any]]] = {
             "num_sparse_encoder_layers": 1,
             "num_sparse_decoder_layers": 1,
             "decoder_start_token_id": _PAD,
+            "dropout_rate": 0.0,
+            "router_jitter_noise": 0.0,
         },
     ),
 }
@@ -104,7 +106,7 @@ def tiny_model(family: str, num_experts: int = 8, top_k: int = 2, seed: int = 0,
     """A random model of `family` in eval mode, the same for the same arguments; torch's generator stays as it was.
 
     Its routers prefer some experts clearly (those of a fresh model are often zero), and their bias, where there is one,
-    is not zero either. Its dimensions suit grouped_mm.
+    is not zero either. Its dimensions suit grouped_mm. Training draws nothing at random, but for PhiMoE's router.
     """
     config = tiny_config(family, num_experts, top_k, **overrides)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

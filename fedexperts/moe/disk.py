@@ -52,7 +52,7 @@ def lazy_tensors(folder: Path, model: PreTrainedModel, experts: Experts) -> dict
     wanted = _Wanted(model, experts)
     tensors = {}
     for file in files:
-        checkpoint = safe_open(file, framework="pt")
+        checkpoint: Any = safe_open(file, framework="pt")
         for key in checkpoint.keys():  # noqa: SIM118  (safetensors' object is no dict)
             if (found := wanted.find(key)) is not None:
                 name, axis, ids = found

@@ -1,0 +1,180 @@
+"""Which experts a model picks: counted on every router, without padding; and the loss that keeps them balanced."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from inspect import signature
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fedexperts.errors import BadValue
+from fedexperts.moe.anatomy import Block, blocks
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How often each expert was picked, and of how many tokens; padding does not count."""
+
+    counts: Mapping[str, Tensor]  # MoE block → int64 [experts]
+    tokens: Mapping[str, int]  # MoE block → tokens that its router saw
+
+    def probabilities(self) -> dict[str, Tensor]:
+        """MoE block → share of the tokens that each expert got (p = n / N), float64 [experts]; 0 where no token came."""
+        return {name: counts.double() / max(self.tokens[name], 1) for name, counts in self.counts.items()}
+
+
+class Recorder:
+    """While it is on, counts what the routers of `model` pick in each forward pass.
+
+    Padding is left out by the attention mask; in the decoder of an encoder-decoder model by its own mask, else by the
+    labels (-100). What gradient checkpointing computes a second time, during backward, is not counted again.
+
+    With `keep_logits`, `logits` are the router's logits of each forward pass, of the tokens that count, with their graph.
+    """
+
+    def __init__(self, model: nn.Module, keep_logits: bool = False) -> None:
+        self.blocks = blocks(model)
+        self._keep_logits = keep_logits
+        self._logits: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.blocks}
+        self._scopes = _scopes(model)
+        self._scope_of = {name: self._innermost(name) for name in self.blocks}
+        self._counts = {name: torch.zeros(b.shape.num_experts, dtype=torch.int64) for name, b in self.blocks.items()}
+        self._tokens = {name: torch.zeros((), dtype=torch.int64) for name in self.blocks}
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> "Recorder":
+        for scope in self._scopes.values():
+            self._hooks.callback(scope.module.register_forward_pre_hook(scope.open, with_kwargs=True).remove)
+            self._hooks.callback(scope.module.register_forward_hook(scope.close, always_call=True).remove)
+        for name, block in self.blocks.items():
+            self._hooks.callback(block.router.register_forward_hook(self._see(name)).remove)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._hooks.close()
+
+    @property
+    def logits(self) -> dict[str, list[Float[Tensor, "tokens experts"]]]:
+        return {name: [logits[counts] for logits, counts in passes] for name, passes in self._logits.items()}
+
+    def routing(self) -> Routing:
+        """What was picked since the recorder was made."""
+        counts = {name: count.cpu().clone() for name, count in self._counts.items()}
+        return Routing(counts, {name: int(number) for name, number in self._tokens.items()})
+
+    def _innermost(self, name: str) -> str:
+        """The longest scope in which the block `name` lies."""
+        return max((scope for scope in self._scopes if name.startswith(scope)), key=len)
+
+    def _see(self, name: str) -> Any:
+        block, scope = self.blocks[name], self._scopes[self._scope_of[name]]
+
+        def hook(router: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
+            if not scope.is_open:  # gradient checkpointing computes this layer again
+                return
+            picked, logits = _picked(block, output), _logits(block, output)
+            counts = scope.counts(len(picked)).to(picked.device)
+            self._counts[name] = self._counts[name].to(picked.device) + (picked * counts[:, None]).sum(0)
+            self._tokens[name] = self._tokens[name].to(picked.device) + counts.sum()
+            if self._keep_logits:
+                # What is computed here would be missed when a checkpointed layer is computed again: select later.
+                self._logits[name].append((logits, counts))
+
+        return hook
+
+
+def balance_loss(recorder: Recorder) -> Float[Tensor, ""]:
+    """How unevenly the experts are used: 1 when all alike, as many as there are when one gets everything (top 1).
+
+    The mean over MoE blocks of E / k · Σ_e f_e · P_e: E the experts of this block, k picked per token, f_e the share of
+    tokens that picked e, P_e the mean probability the router gives it (Switch Transformers, eq. 4, for k > 1). Where the
+    router scores each expert by a sigmoid, the scores of a token are divided by their sum, as in DeepSeek-V3 (eq. 18).
+
+    Raises:
+        BadValue: the recorder kept no logits.
+    """
+    logits = {name: torch.cat(passes) for name, passes in recorder.logits.items() if passes}
+    seen = {name: each for name, each in logits.items() if len(each)}
+    if not seen:
+        raise BadValue("the recorder kept no router logits; use Recorder(model, keep_logits=True) around a forward pass")
+    shares = recorder.routing().probabilities()
+    return torch.stack([_imbalance(recorder.blocks[name], each, shares[name]) for name, each in seen.items()]).mean()
+
+
+def _imbalance(block: Block, logits: Float[Tensor, "tokens experts"], share: Float[Tensor, " experts"]) -> Float[Tensor, ""]:
+    logits = logits.float()
+    if block.sigmoid:
+        scores = logits.sigmoid()
+        probabilities = scores / scores.sum(-1, keepdim=True)
+    else:
+        probabilities = logits.softmax(-1)
+    shape = block.shape
+    return shape.num_experts / shape.top_k * (share.to(logits) * probabilities.mean(0)).sum()
+
+
+class _Scope:
+    """A part of the model whose routers share one mask; open while its forward pass runs."""
+
+    def __init__(self, module: nn.Module, mask_names: tuple[str, ...]) -> None:
+        self.module = module
+        self.is_open = False
+        self._mask_names = mask_names
+        self._mask: Bool[Tensor, "batch tokens"] | None = None
+
+    def open(self, module: nn.Module, args: tuple[object, ...], named: dict[str, Any]) -> None:
+        self.is_open = True
+        named = {**dict(zip(signature(module.forward).parameters, args, strict=False)), **named}
+        given = next(((name, named[name]) for name in self._mask_names if named.get(name) is not None), None)
+        if given is None:
+            self._mask = None
+        elif given[1].ndim != 2:
+            raise BadValue(f"{given[0]} has {given[1].ndim} axes; give [batch, tokens], so that padding can be told from tokens")
+        else:
+            self._mask = given[1] != (-100 if given[0] == "labels" else 0)
+
+    def close(self, module: nn.Module, args: object, output: object) -> None:
+        self.is_open = False
+
+    def counts(self, number: int) -> Bool[Tensor, " tokens"]:
+        """Which of the `number` tokens that a router sees are none of padding.
+
+        With a cache the mask also covers the tokens of earlier passes: this pass has the last columns.
+        """
+        if self._mask is None:
+            return torch.ones(number, dtype=torch.bool)
+        columns = number // len(self._mask)
+        return self._mask[:, -columns:].reshape(-1)
+
+
+def _scopes(model: nn.Module) -> dict[str, _Scope]:
+    """Prefix of module names → scope. An encoder is run by itself when text is generated, so it is one of its own."""
+    config: Any = model.config
+    if not config.is_encoder_decoder:
+        return {"": _Scope(model, ("attention_mask",))}
+    encoder = model.get_encoder()  # type: ignore[operator]  # transformers' method, unknown to nn.Module
+    name = next(name for name, module in model.named_modules() if module is encoder)
+    return {"": _Scope(model, ("decoder_attention_mask", "labels")), f"{name}.": _Scope(encoder, ("attention_mask",))}
+
+
+def _picked(block: Block, output: tuple[Tensor, ...]) -> Int[Tensor, "tokens experts"]:
+    """1 where a token picked an expert. Routers give their outputs in several orders: ids are the ones of int64."""
+    number = block.shape.num_experts
+    chosen = next(part for part in output if part.dtype == torch.int64)
+    if block.is_switch:
+        return chosen.reshape(-1, number)
+    picked = torch.zeros(len(chosen), number, dtype=torch.int64, device=chosen.device)
+    return picked.scatter_add_(1, chosen, torch.ones_like(chosen))
+
+
+def _logits(block: Block, output: tuple[Tensor, ...]) -> Float[Tensor, "tokens experts"]:
+    """The floats with a column for each expert; where the weights of the chosen have as many, logits come first.
+
+    Switch gives them last, after one probability per token.
+    """
+    number = block.shape.num_experts
+    floats = [part for part in output if part.is_floating_point() and part.shape[-1] == number]
+    return floats[-1].reshape(-1, number) if block.is_switch else floats[0]

@@ -1,0 +1,174 @@
+"""Counting what routers pick, and the balance loss."""
+
+import pytest
+import torch
+
+from fedexperts.errors import BadValue
+from fedexperts.moe.anatomy import blocks
+from fedexperts.moe.routing import Recorder, balance_loss
+from fedexperts.moe.shrink import shrink
+from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
+
+TOKENS, PADDING = 12, 3
+
+
+def counted(model, **batch):
+    with Recorder(model) as recorder, torch.no_grad():
+        model(**batch)
+    return recorder.routing()
+
+
+def same(one, other):
+    assert one.counts.keys() == other.counts.keys()
+    return one.tokens == other.tokens and all(torch.equal(one.counts[name], other.counts[name]) for name in one.counts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_counts_as_much_as_its_sequences_without_padding(family):
+    model = tiny_model(family)
+    batch = tiny_batch(family, tokens=TOKENS, padding=PADDING)
+    together = counted(model, **batch)
+
+    totals = {name: torch.zeros_like(counts) for name, counts in together.counts.items()}
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        alone = counted(model, input_ids=ids[mask == 1][None], labels=labels[labels != -100][None])
+        for name, counts in alone.counts.items():
+            totals[name] += counts
+
+    for name, counts in together.counts.items():
+        assert torch.equal(counts, totals[name])
+        assert together.tokens[name] == 2 * TOKENS - PADDING
+        assert counts.sum() == together.tokens[name] * blocks(model)[name].shape.top_k
+        assert torch.equal(together.probabilities()[name], counts.double() / (2 * TOKENS - PADDING))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_counts_nothing_twice(family):
+    model, batch = tiny_model(family), tiny_batch(family)
+    plain = counted(model, **batch)
+    model.activation_checkpointing_enable()
+    model.train()
+    if family == "phimoe":
+        for block in blocks(model).values():
+            block.router.eval()  # its choice is drawn at random while training
+    runs = []
+    for block in blocks(model).values():
+        block.router.register_forward_hook(lambda *_: runs.append(1))
+    with Recorder(model) as recorder:
+        model(**batch, use_cache=False).loss.backward()
+    assert len(runs) == 2 * len(blocks(model)), "each layer is computed a second time"
+    assert same(recorder.routing(), plain)
+
+
+def test_a_decoding_step_with_a_cache_counts_its_new_token_only():
+    model = tiny_model("qwen3_moe")
+    ids = tiny_batch("qwen3_moe", padding=0)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0  # prompts are padded on the left
+    with Recorder(model) as recorder:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert set(recorder.routing().tokens.values()) == {2 * TOKENS - 4 + 2 * 2}, "the prompts, then two tokens twice"
+
+
+def test_an_encoder_that_generation_runs_by_itself_is_counted():
+    model = tiny_model("switch_transformers")
+    batch = tiny_batch("switch_transformers", padding=PADDING)
+    del batch["labels"]
+    with Recorder(model) as recorder:
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    encoder, decoder = recorder.routing().tokens.values()
+    assert encoder == 2 * TOKENS - PADDING
+    assert decoder == 2 * 4
+
+
+def test_a_recorder_that_is_off_counts_nothing():
+    model, batch = tiny_model("mixtral"), tiny_batch("mixtral")
+    with Recorder(model) as recorder:
+        pass
+    model(**batch)
+    assert set(recorder.routing().tokens.values()) == {0}
+    assert not any(probabilities.any() for probabilities in recorder.routing().probabilities().values())
+
+
+def test_a_mask_given_by_position_is_seen_too():
+    model, batch = tiny_model("mixtral"), tiny_batch("mixtral")
+    with Recorder(model) as recorder:
+        model(batch["input_ids"], batch["attention_mask"])
+    assert set(recorder.routing().tokens.values()) == {2 * TOKENS - PADDING}
+
+
+def test_a_mask_of_attention_scores_is_refused():
+    model, batch = tiny_model("mixtral"), tiny_batch("mixtral")
+    with Recorder(model), pytest.raises(BadValue, match="attention_mask has 4 axes"):
+        model(batch["input_ids"], attention_mask=torch.ones(2, 1, TOKENS, TOKENS))
+
+
+def make_uniform(model):
+    """Every token is as likely to go to each expert, and each expert gets as many tokens: by symmetry of the logits."""
+    for block in blocks(model).values():
+        for path, _ in block.expert_axes().items():
+            if not path.startswith("experts."):
+                tensor = dict([*block.module.named_parameters(), *block.module.named_buffers()])[path]
+                tensor.detach().zero_()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_balance_loss_of_even_probabilities_is_one_in_layers_of_any_size(family):
+    model = tiny_model(family)
+    small = shrink(model, tiny_experts(model))
+    make_uniform(small)
+    with Recorder(small, keep_logits=True) as recorder:
+        small(**tiny_batch(family))
+    sizes = {block.shape.num_experts for block in blocks(small).values()}
+    assert len(sizes) > 1
+    assert balance_loss(recorder).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_balance_loss_equals_the_formula_written_out():
+    model = tiny_model("olmoe", num_hidden_layers=1)
+    batch = tiny_batch("olmoe")
+    hidden = []
+    blocks(model)["model.layers.0.mlp"].router.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    with Recorder(model, keep_logits=True) as recorder:
+        model(**batch)
+    weight = blocks(model)["model.layers.0.mlp"].router.weight
+    probabilities = torch.softmax(hidden[0].reshape(-1, 32) @ weight.T, dim=-1)[batch["attention_mask"].flatten() == 1]
+    picked = torch.zeros_like(probabilities)
+    for token, row in enumerate(probabilities):
+        for expert in row.argsort(descending=True)[:2]:
+            picked[token, expert] = 1
+    by_hand = sum(8 * picked[:, e].mean() * probabilities[:, e].mean() for e in range(8)) / 2
+    assert balance_loss(recorder).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_the_balance_loss_of_one_expert_that_gets_everything_is_the_number_of_experts():
+    model = tiny_model("switch_transformers", router_bias=True)
+    for block in blocks(model).values():
+        block.router.classifier.bias.data[3] = 1000.0
+    with Recorder(model, keep_logits=True) as recorder:
+        model(**tiny_batch("switch_transformers"))
+    assert balance_loss(recorder).item() == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_balance_loss_reaches_every_router(family, checkpointing):
+    model, batch = tiny_model(family), tiny_batch(family)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()
+    with Recorder(model, keep_logits=True) as recorder:
+        model(**batch, use_cache=False)
+    balance_loss(recorder).backward()
+    for block in blocks(model).values():
+        weight = block.router.classifier.weight if block.is_switch else block.router.weight
+        assert weight.grad.isfinite().all()
+        assert weight.grad.abs().sum() > 0
+
+
+def test_a_balance_loss_without_logits_is_refused():
+    model = tiny_model("mixtral")
+    with Recorder(model) as recorder:
+        model(**tiny_batch("mixtral"))
+    with pytest.raises(BadValue, match="keep_logits=True"):
+        balance_loss(recorder)
