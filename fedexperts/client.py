@@ -1,7 +1,7 @@
 """What a client can do: install what was sent, fit it to its examples, validate it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
@@ -128,7 +128,7 @@ def batches(chosen: Sequence[Example], size: int, steps: int, seed: str) -> Iter
         waiting = waiting[size:]
 
 
-def cross_entropy(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
+def cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
     """Mean cross-entropy over the tokens of the responses."""
     labels = batch["labels"]
     if model.config.is_encoder_decoder:
@@ -142,7 +142,7 @@ def cross_entropy(model: nn.Module, batch: dict[str, Tensor], label_smoothing: f
     )
 
 
-def seen(batch: dict[str, Tensor]) -> int:
+def seen(batch: Mapping[str, Tensor]) -> int:
     """Tokens of a batch that are no padding (of an encoder-decoder: the prompt's and the response's)."""
     return int(batch["attention_mask"].sum())
 

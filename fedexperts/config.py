@@ -37,6 +37,7 @@ class TrainingSettings(Settings):
     parts: tuple[Part, ...] | None = None  # None: all that `train` reaches
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0)
+    attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # that get LoRA
     lr: float = Field(1e-3, gt=0)
     batch_size: int = Field(8, ge=1)
     local_steps: int = Field(20, ge=1)
@@ -49,10 +50,13 @@ class TrainingSettings(Settings):
     threads: int = Field(1, ge=1)  # of each worker; the bits of a result depend on it
 
     def build(self) -> Training:
-        everything: tuple[Part, ...] = ("attention", "experts", "router", "dense")
-        parts = self.parts if self.parts is not None else everything if self.train == "full" else everything[:3]
-        own = self.model_dump(exclude={"train", "parts", "rank", "alpha"})
-        return Training(tuning=Tuning(self.train, parts, self.rank, self.alpha), **own)
+        tuning = {"train", "parts", "rank", "alpha", "attention_modules"}
+        return Training(tuning=Tuning(**self.model_dump(include=tuning)), **self.model_dump(exclude=tuning))
+
+    @model_validator(mode="after")
+    def tuning_is_possible(self) -> Self:
+        self.build().tuning.check()
+        return self
 
 
 class FederationSettings(Settings):
@@ -82,7 +86,7 @@ class RunConfig(Settings):
     method: Tree = Field({"name": "fedmoe"})
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
-    data: DataSettings = DataSettings()
+    data: DataSettings
     devices: DeviceSettings = DeviceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -104,7 +108,9 @@ class RunConfig(Settings):
         allowed = [field.name for field in dataclasses.fields(METHODS[name])]  # type: ignore[arg-type]  # all are dataclasses
         for key in fields:
             if key not in allowed:
-                raise BadValue(f"method.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}")
+                raise BadValue(
+                    f"method.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
+                )
         try:
             return TypeAdapter(METHODS[name]).validate_python(fields)
         except ValidationError as error:
@@ -125,7 +131,9 @@ def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
     try:
         tree = tomllib.loads(path.read_text())
     except OSError as error:
-        raise BadValue(f"{path} cannot be read ({error.strerror}); give the path of a run file, such as runs/quickstart.toml") from None
+        raise BadValue(
+            f"{path} cannot be read ({error.strerror}); give the path of a run file, such as runs/quickstart.toml"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadValue(f"{path} is not TOML: {error}") from None
     return build(with_settings(tree, settings))

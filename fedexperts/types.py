@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -155,13 +155,12 @@ class Training:
     lr: float = 1e-3
     batch_size: int = 8
     local_steps: int = 20
-    optimizer: str = "adamw"  # or sgd
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient; 0 for none
     label_smoothing: float = 0.1
     balance: float = 0.01  # weight of the load-balance loss, c_lb of FedMoE
     validation_examples: int = 64  # at most, in each round
-    generate_tokens: int = 48
     threads: int = 1
 
 

@@ -2,8 +2,9 @@
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from multiprocessing.connection import Connection, wait
 from typing import Self
 
@@ -35,7 +36,8 @@ class Site:
         kept = self.keeper.load(job)
         bench = Bench(self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept)
         try:
-            update = self.work(job, bench)
+            with own_chance(job.seed):
+                update = self.work(job, bench)
         except Exception as error:  # a client's device may fail in any way, and the round goes on without it
             return Failure(job.client, job.round, job.task, f"{type(error).__name__}: {error}")
         if kept and job.task != "evaluate":
@@ -133,6 +135,14 @@ def serve(site: Site, pipe: Connection) -> None:
     with suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send_bytes(pack_answer(site.answer(unpack_job(pipe.recv_bytes()))))
+
+
+@contextmanager
+def own_chance(seed: str) -> Iterator[None]:
+    """Torch's global generator seeded for one job and put back: dropout and PhiMoE's router draw from it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(sha256(seed.encode()).digest()[:8], "big"))
+        yield
 
 
 def death(exitcode: int | None) -> str:

@@ -55,8 +55,12 @@ class FedMoE:
         """Stage 1: the whole model, where the memory holds it. Stage 2: the client's experts."""
         require_minimum(server, client)
         if server.task == "profile":
-            return all_experts(server) if server.footprint.fits_whole(client.memory_bytes, self.profile_rank) else None
+            return all_experts(server) if self.can_profile(server, client) else None
         return Assignment(self.held(server, client))
+
+    def can_profile(self, server: Server, client: Client) -> bool:
+        """Whether the client's memory holds the frozen whole model and the adapters of all experts."""
+        return client.memory_bytes is None or server.footprint.adapting(self.profile_rank) <= client.memory_bytes
 
     def held(self, server: Server, client: Client) -> dict[str, tuple[int, ...]]:
         """S_k."""

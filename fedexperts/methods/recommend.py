@@ -57,4 +57,3 @@ def within_memory(server: Server, client: Client) -> Callable[[Experts], bool]:
 def at_least_top_k(server: Server) -> Callable[[Experts], bool]:
     blocks = server.anatomy.blocks
     return lambda experts: all(len(ids) >= blocks[block].fewest for block, ids in experts.items())
-

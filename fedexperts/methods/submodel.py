@@ -68,7 +68,9 @@ def require_minimum(server: Server, client: Client, p: Activation | None = None)
         )
 
 
-def predict(client: Client, known: Mapping[str, Float[Tensor, " all"]], clients: Mapping[str, Client]) -> Float[Tensor, " all"] | None:
+def predict(
+    client: Client, known: Mapping[str, Float[Tensor, " all"]], clients: Mapping[str, Client]
+) -> Float[Tensor, " all"] | None:
     """p of a client too small to measure it: the data-size-weighted mean over the clients of its task.
 
     Where none of its task was measured, over all that were (ours); None where none was.
@@ -90,13 +92,19 @@ def at_random(server: Server, client: Client, reserve: float, per_layer: int | N
     """
     require_minimum(server, client)
     orders = {block: rng.sample(range(shape.num_experts), shape.num_experts) for block, shape in server.anatomy.blocks.items()}
-    if per_layer is not None:
-        return first(orders, server.anatomy, per_layer)
-    if client.memory_bytes is None:
-        return server.anatomy.all_experts
+    return first(orders, server.anatomy, even_number(server, client, reserve) if per_layer is None else per_layer)
+
+
+def even_number(server: Server, client: Client, reserve: float = 1.0) -> int:
+    """How many experts in each layer, the same in all as far as they have them, fit into `reserve` · M_k; 0 where none do."""
     most = max(shape.num_experts for shape in server.anatomy.blocks.values())
-    sizes = [n for n in range(1, most + 1) if server.footprint.of(first(orders, server.anatomy, n)) <= reserve * client.memory_bytes]
-    return first(orders, server.anatomy, max(sizes, default=0))
+    if client.memory_bytes is None:
+        return most
+    sizes = {
+        n: {name: range(min(n, shape.num_experts)) for name, shape in server.anatomy.blocks.items()} for n in range(most + 1)
+    }
+    held = {n: {name: tuple(ids) for name, ids in each.items()} for n, each in sizes.items()}
+    return max((n for n in held if server.footprint.of(held[n]) <= reserve * client.memory_bytes), default=0)
 
 
 def first(orders: Mapping[str, list[int]], anatomy: Anatomy, number: int) -> Experts:

@@ -28,11 +28,20 @@ class Footprint:
     dense_bytes: int  # of all that is no routed expert and no router row
     expert_bytes: Mapping[str, int]  # MoE block → one expert with its router row
     activation_bytes: int
+    frozen_bytes: int = 0  # of the whole model's weights alone
+    sides: int = 0  # rows plus columns of all experts' matrices: what a LoRA of rank 1 on every expert has parameters
 
     def of(self, experts: Experts) -> int:
         """Bytes of the sub-model that holds `experts`."""
         held = sum(len(ids) * self.expert_bytes[block] for block, ids in experts.items())
         return self.dense_bytes + held + self.activation_bytes
+
+    def adapting(self, rank: int) -> int:
+        """Bytes of training LoRA of this rank on every expert of the whole model, all else frozen.
+
+        16 bytes for each parameter of the LoRA (fp32, AdamW); activations as in the run's own training.
+        """
+        return self.frozen_bytes + 16 * rank * self.sides + self.activation_bytes
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,14 @@ def footprint(
         twin = with_tensors(twin, lambda tensor: torch.empty_like(tensor, device="cpu" if device.type == "meta" else device))
         as_shapes(twin)
         activations = step_bytes(twin, batch, loss or next_token_loss)
-    return Footprint(dense, {block: expert[block] + row[block] for block in expert}, activations)
+    frozen = sum(parameter.nbytes for parameter in model.parameters())
+    return Footprint(dense, {block: expert[block] + row[block] for block in expert}, activations, frozen, expert_sides(model))
+
+
+def expert_sides(model: nn.Module) -> int:
+    """Rows plus columns of every matrix of every expert of `model`."""
+    matrices = [each.parameter.shape for each in located(model) if each.kind == "expert" and each.parameter.ndim >= 2]
+    return sum((shape[0] if len(shape) == 3 else 1) * sum(shape[-2:]) for shape in matrices)
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -144,7 +160,7 @@ def with_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Modul
 
 def as_shapes(twin: nn.Module) -> None:
     """Where a forward pass looks at values (which expert got which token), makes it go by shapes alone."""
-    if twin.get_experts_implementation() == "eager":  # type: ignore[operator]  # transformers' own method
+    if cast("Any", twin).get_experts_implementation() == "eager":
         cast("Any", twin).set_experts_implementation("grouped_mm")
     for block in blocks(twin).values():
         if block.is_switch:
@@ -184,7 +200,7 @@ def step_bytes(twin: nn.Module, batch: tuple[int, int], loss: Callable[[nn.Modul
 def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy as a training loop takes it."""
     labels = batch["labels"]
-    if model.config.is_encoder_decoder:
+    if cast("Any", model).config.is_encoder_decoder:
         logits = model(**batch, use_cache=False).logits
     else:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
@@ -227,7 +243,7 @@ def flops_estimated(model: nn.Module, batch: Batch) -> float:
 
 def per_step(model: nn.Module, read: list[int], written: list[int]) -> float:
     """flops_estimated for sequences of these lengths."""
-    two_sided = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]  # every transformers model has one
+    two_sided = bool(cast("Any", model).config.is_encoder_decoder)
 
     def lengths(name: str) -> list[int]:
         return written if two_sided and not name.startswith("encoder.") else read

@@ -1,0 +1,188 @@
+"""The `fedexperts` command."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would die in worker processes
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedexperts.errors import BadValue, FedExpertsError
+
+app = typer.Typer(
+    name="fedexperts",
+    help="Federated fine-tuning of Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting in place of the run file's: a.b=c. Again for more.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
+Hush = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+@app.command("run")
+def run_command(
+    run_file: RunFile,
+    set: Set = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the results folder.")] = False,
+    quiet: Hush = False,
+) -> None:
+    """Run it: progress, a table at the end, a report."""
+    from fedexperts import config, run
+
+    folder = out or Path("results") / run_file.stem
+    run.run(config.read(run_file, set or []), folder, resume=resume, progress=progress(quiet))
+    finish([folder], folder)
+
+
+@app.command()
+def compare(
+    run_file: RunFile,
+    methods: Annotated[str, typer.Option(help="Comma-separated; a variant is name:key=value, such as fedmoe:adjust=false.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the run file's on.")] = 1,
+    set: Set = None,
+    out: Out = None,
+    quiet: Hush = False,
+) -> None:
+    """Several methods over the same data and clients; a run that is done already stays, one that was stopped goes on."""
+    from fedexperts import config, run
+
+    settings = config.read(run_file, set or [])
+    folder = out or Path("results") / run_file.stem
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    run.compare(settings, names, range(settings.seed, settings.seed + seeds), folder, progress=progress(quiet))
+    finish([folder], folder)
+
+
+@app.command()
+def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What a run would work with, before anything runs: clients, data, memory, and who holds what."""
+    from json import dumps
+
+    from fedexperts import config, run
+
+    prepared = run.prepare_run(config.read(run_file, set or []))
+    planned = run.plan(prepared)
+    if json:
+        typer.echo(dumps(planned))
+    else:
+        for table in plan_tables(planned):
+            console.print(table)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="A config.json, a model folder, a name on the hub, or tiny.", show_default=False)],
+    keep: Annotated[int | None, typer.Option(help="Experts that a sub-model keeps in each layer.")] = None,
+    keep_total: Annotated[int | None, typer.Option(help="Experts that it keeps over all layers.")] = None,
+    lora: Annotated[str | None, typer.Option(help="Count adapters: attention, experts, or attention+experts.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    lora_modules: Annotated[str, typer.Option(help="The attention's projections that get one.")] = "q,k,v,o",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Layers, experts, parameters and bytes of a model, from its configuration alone, and what a sub-model of it costs."""
+    from json import dumps
+
+    from fedexperts.inspect import inspect
+
+    found = inspect(model, keep=keep, keep_total=keep_total, lora=lora, rank=rank, lora_modules=lora_modules.split(","))
+    if json:
+        typer.echo(dumps(found.to_json()))
+    else:
+        console.print(found.table())
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders, of run or compare.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="All numbers as CSV.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--md", help="The tables as Markdown.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The method that others are compared with.")] = None,
+) -> None:
+    """One run's report, or several side by side: a page that opens from disk."""
+    from fedexperts import report as reports
+
+    made = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline)
+    console.print(reports.table(folders))
+    for path in made.written:
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def pretrain(
+    run_file: RunFile, set: Set = None, out: Annotated[Path | None, typer.Option("--out", help="The model's folder.")] = None
+) -> None:
+    """Make a small MoE base from text and generated tasks (how the one that ships was made)."""
+    from fedexperts.base import pretrain as pretraining
+
+    folder = pretraining.run_file(run_file, set or [], out, console)
+    console.print(f"written: {folder}", soft_wrap=True, highlight=False)
+
+
+def progress(quiet: bool) -> "Shown | Quiet":  # noqa: F821
+    from fedexperts.progress import Quiet, Shown
+
+    return Quiet() if quiet else Shown(console)
+
+
+def finish(folders: Sequence[Path], out: Path) -> None:
+    """The table and the report that a run ends with."""
+    from fedexperts import report as reports
+
+    made = reports.write(folders, html=out / "report.html", csv=out / "report.csv", markdown=out / "report.md")
+    console.print(reports.table(folders))
+    for path in made.written:
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+
+
+def plan_tables(planned: dict) -> list[Table]:
+    """The plan for people."""
+    model, unit = planned["model"], 1e6
+    blocks = model["blocks"].values()
+    head = Table(title=f"{planned['method']} on {model['name']}", show_header=False)
+    head.add_row("parameters", f"{model['parameters']:,}")
+    head.add_row("MoE layers", f"{len(model['blocks'])}")
+    head.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
+    head.add_row("memory to train it all (estimated)", f"{planned['full_bytes'] / unit:.1f} MB")
+    head.add_row("what is trained, one way", f"{planned['full_patch_bytes'] / unit:.1f} MB")
+    table = Table(title="Clients")
+    for name in ("client", "task", "train", "validation", "test", "memory MB", "all experts fit", "experts that fit"):
+        table.add_column(name, justify="left" if name in ("client", "task") else "right")
+    for client in planned["clients"]:
+        memory = client["memory_bytes"]
+        table.add_row(
+            client["name"],
+            client["task"],
+            *(str(client[key]) for key in ("examples", "validation", "test")),
+            "any" if memory is None else f"{memory / unit:.1f}",
+            "yes" if client["full_fits"] else "no",
+            str(client["experts_fit"]),
+        )
+    return [head, table]
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+    try:
+        app()
+    except FedExpertsError as error:
+        sys.exit(fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted; what was done is saved, and the same command with --resume continues it", 130))
+
+
+def fail(sentence: str, code: int) -> int:
+    print(f"fedexperts: {sentence}", file=sys.stderr)
+    return code
