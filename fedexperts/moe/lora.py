@@ -12,7 +12,7 @@ from typing import Any, cast
 import peft
 import torch
 from jaxtyping import Float, Int
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LinearLoRA
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -68,7 +68,7 @@ def grouped(
 ) -> Float[Tensor, "rows fan_out"]:
     """Each row times the matrix of its expert; one product per expert where torch has no grouped one for this width."""
     if fits(weight):
-        return cast("Tensor", torch.nn.functional.grouped_mm(rows, weight, offs=ends))
+        return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight.unbind(), strict=True)])
 
@@ -149,7 +149,7 @@ def expert_lora(block: Block, matrix: str, chosen: tuple[int, ...], rank: int, a
 
 def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha: float, seed: str) -> None:
     """Puts peft's adapter on the named linear layers (path → the name that its A is drawn from); B starts at zero."""
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(names), lora_dropout=0.0, bias="none")
+    config = peft.LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=sorted(names), lora_dropout=0.0, bias="none")
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # On meta, so that peft draws nothing from torch's global generator.
     peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
@@ -177,8 +177,8 @@ def merge(model: nn.Module) -> nn.Module:
     for block in blocks(model).values():
         if "lora" in block.experts._modules:
             merge_stack(block.experts)
-    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]:
-        base = layer.get_base_layer()
+    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]:
+        base: Any = layer.get_base_layer()
         base.weight = nn.Parameter(base.weight + layer.get_delta_weight("default"), requires_grad=False)
         model.set_submodule(path, base)
     if hasattr(model, "peft_config"):  # left behind by peft's injection
