@@ -1,11 +1,62 @@
 """Every test runs on one thread, and every call of fedexperts.moe has its types and shapes checked."""
 
+from contextlib import contextmanager
+
 from jaxtyping import install_import_hook
 
 install_import_hook("fedexperts.moe", "beartype.beartype")  # before anything imports the library
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+
+from fedexperts.moe.anatomy import blocks  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
+
+
+class MinusInfinity(TorchFunctionMode):
+    """Sets the logits and the bias of experts that are not kept to −inf, inside the routers of a whole model."""
+
+    def __init__(self, model, experts):
+        super().__init__()
+        self.calls = []
+        self.dropped, self.biases = {}, []
+        for name, block in blocks(model).items():
+            if name in experts:
+                dropped = torch.ones(block.shape.num_experts, dtype=torch.bool)
+                dropped[list(experts[name])] = False
+                weight = block.router.classifier.weight if block.is_switch else block.router.weight
+                self.dropped[weight.data_ptr()] = dropped
+                self.biases += [(t, dropped) for n, t in named_tensors(block.router) if n.endswith("e_score_correction_bias")]
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear and args[1].data_ptr() in self.dropped:
+            self.calls.append(function)
+            return output.masked_fill(self.dropped[args[1].data_ptr()], float("-inf"))
+        return output
+
+
+def named_tensors(module):
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+@pytest.fixture
+def masked():
+    """A context in which a whole model routes among some experts only: what a shrunk model must equal."""
+
+    @contextmanager
+    def masking(model, experts):
+        mode = MinusInfinity(model, experts)
+        before = [bias.detach().clone() for bias, _ in mode.biases]
+        for bias, dropped in mode.biases:
+            bias.detach()[..., dropped] = float("-inf")
+        with mode:
+            yield mode.calls
+        for (bias, _), old in zip(mode.biases, before, strict=True):
+            bias.detach().copy_(old)
+
+    return masking

@@ -68,13 +68,13 @@ def load_part(folder: Path | str, experts: Experts) -> nn.Module:
     """
     folder = Path(folder)
     config, model_class = _description(folder)
-    held = config.__dict__.pop("kept_experts", {})
+    held = {name: tuple(ids) for name, ids in vars(config).pop("kept_experts", {}).items()}
     with torch.device("meta"):
         skeleton = model_class(copy.deepcopy(config))
     _cut_all(skeleton, held)
     check(anatomy(skeleton), experts)
 
-    chosen = {name: [ids[e] for e in experts.get(name, range(len(ids)))] for name, ids in kept_experts(skeleton).items()}
+    chosen = _choose(kept_experts(skeleton), experts)
     model, report = _sub_class(model_class, chosen).from_pretrained(
         None,
         config=config,
@@ -104,12 +104,12 @@ def _description(folder: Path) -> tuple[Any, Any]:
     return config, getattr(transformers, name)
 
 
-def _sub_class(model_class: Any, experts: dict[str, list[int]]) -> Any:
+def _sub_class(model_class: Any, experts: Experts) -> Any:
     """A class whose models are born with only `experts`: transformers then sees no tensor of another shape."""
 
     def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
         model_class.__init__(self, config, *args, **options)
-        _cut_all(self, {name: tuple(ids) for name, ids in experts.items()})
+        _cut_all(self, experts)
         for block in blocks(self).values():
             if block.is_switch:  # transformers would initialise config.num_experts of them; ours all come from disk
                 cast("Any", block.module)._is_hf_initialized = True
@@ -144,8 +144,12 @@ def _cut_all(model: nn.Module, experts: Experts) -> None:
     for name, block in blocks(model).items():
         if name in experts and len(experts[name]) < block.shape.num_experts:
             _cut(block, experts[name])
-    chosen = {name: [ids[expert] for expert in experts.get(name, range(len(ids)))] for name, ids in held.items()}
-    cast("Any", model.config).kept_experts = chosen
+    cast("Any", model.config).kept_experts = {name: list(ids) for name, ids in _choose(held, experts).items()}
+
+
+def _choose(held: Experts, experts: Experts) -> Experts:
+    """Those of `held` that stand at the positions `experts`; a block that is absent keeps all."""
+    return {name: tuple(ids[expert] for expert in experts.get(name, range(len(ids)))) for name, ids in held.items()}
 
 
 def _cut(block: Block, ids: Sequence[int]) -> None:
