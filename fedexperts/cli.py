@@ -77,8 +77,8 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
     if json:
         typer.echo(dumps(planned))
     else:
-        for table in plan_tables(planned):
-            console.print(table)
+        for shown in [*plan_tables(planned), *planned["warnings"]]:
+            console.print(shown)
 
 
 @app.command("inspect")
@@ -157,8 +157,20 @@ def plan_tables(planned: dict) -> list[Table]:
     head.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
     head.add_row("memory to train it all (estimated)", f"{planned['full_bytes'] / unit:.1f} MB")
     head.add_row("what is trained, one way", f"{planned['full_patch_bytes'] / unit:.1f} MB")
+    head.add_row("a client's round on all of it, at most (estimated)", f"{planned['round_flops_estimated'] / 1e9:,.0f} GFLOP")
     table = Table(title="Clients")
-    for name in ("client", "task", "train", "validation", "test", "memory MB", "all experts fit", "experts that fit"):
+    first = f"({planned['clients'][0]['first_task']})"
+    for name in (
+        "client",
+        "task",
+        "train",
+        "valid.",
+        "test",
+        "memory MB",
+        "experts fit",
+        f"first job {first}: experts",
+        "MB down",
+    ):
         table.add_column(name, justify="left" if name in ("client", "task") else "right")
     for client in planned["clients"]:
         memory = client["memory_bytes"]
@@ -167,8 +179,9 @@ def plan_tables(planned: dict) -> list[Table]:
             client["task"],
             *(str(client[key]) for key in ("examples", "validation", "test")),
             "any" if memory is None else f"{memory / unit:.1f}",
-            "yes" if client["full_fits"] else "no",
-            str(client["experts_fit"]),
+            "all" if client["full_fits"] else str(client["experts_fit"]),
+            str(client["first_experts"] or "–"),
+            f"{client['first_bytes_down'] / unit:.1f}",
         )
     return [head, table]
 

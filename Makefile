@@ -1,0 +1,46 @@
+# `make` alone says what there is. Everything runs in .venv, which the targets make when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+help: ## what the targets do
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: .venv/installed ## make .venv and install the package with the locked requirements
+
+.venv/installed: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "FedExperts needs Python 3.11 or newer; run make PYTHON=python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+quickstart: install ## FedMoE against FedAvg, random sub-models and local training; under 3 minutes on two cores
+	$(BIN)/fedexperts compare runs/quickstart.toml --methods fedmoe,random_moe,fedavg,local --out results/quickstart
+
+test: install ## the whole suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: install lint types test ## all that has to hold: format, lint, types, tests
+
+lint: install ## ruff: format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install ## mypy, strict
+	$(BIN)/mypy
+
+format: install ## mend the format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## the measurements of benchmarks/
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean: ## remove what was made, except .venv
+	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+.PHONY: help install quickstart test check lint types format bench clean
+.DEFAULT_GOAL := help
