@@ -20,6 +20,7 @@ from fedexperts.report.figures import Figure
 from fedexperts.report.read import RunResults
 from fedexperts.report.tables import Groups, Table
 
+POLICY = "style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
 LONG_TABLE = 25  # rows; longer ones are folded
 
 
@@ -75,7 +76,7 @@ def _page(
 ) -> str:
     scripts = [get_plotlyjs(), _own("page.js")]
     allowed = " ".join(f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
-    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
+    policy = f"default-src 'none'; script-src {allowed}; {POLICY}"
     shown = {name: [part for part in parts if part] for name, parts in sections.items()}
     shown = {name: parts for name, parts in shown.items() if parts}
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in shown)

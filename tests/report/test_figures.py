@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from fedexperts.report import figures
+from fedexperts.report import measures as m
+from fedexperts.report.read import grouped, read, read_all
+
+from .fake import TASKS, write_comparison, write_run
+
+
+def held_at(client: dict, round: int) -> list[str] | None:
+    """What page.js does."""
+    until = [masks for since, masks in client["holds"] if since <= round]
+    return until[-1] if until else None
+
+
+def test_the_map_gives_back_what_each_client_held_in_each_round(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=6))
+    found = figures.experts_map("fedmoe", run)
+    clients = {client["name"]: client for client in found["clients"]}
+    checked = 0
+    for row in (row for row in run.rounds if row.task == "train"):
+        for name, holds in row.holds.items():
+            masks = held_at(clients[name], row.round)
+            assert masks is not None
+            for mask, experts in zip(masks, holds.values(), strict=True):
+                assert [expert for expert in range(16) if int(mask, 16) >> expert & 1] == list(experts)
+                checked += 1
+    assert checked == 6 * 4 * 4  # rounds, clients in each, layers
+    assert found["rounds"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_map_repeats_nothing_that_did_not_change(tmp_path: Path):
+    run = read(write_run(tmp_path, method="fedavg", rounds=6))
+    assert [len(client["holds"]) for client in figures.experts_map("fedavg", run)["clients"]] == [1] * 8
+
+
+def test_layers_are_numbered_only_where_the_numbers_tell_them_apart():
+    assert figures.block_labels(["model.layers.1.mlp", "model.layers.3.mlp"]) == {
+        "model.layers.1.mlp": "layer 1",
+        "model.layers.3.mlp": "layer 3",
+    }
+    both = ["encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp"]
+    assert figures.block_labels(both) == {name: name for name in both}
+
+
+def test_curves_show_each_task_each_client_and_the_mean(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=4))
+    names = [trace.name for trace in figures.curves(run, "rounds", "%").drawing.data]
+    assert names == [
+        *(f"{client}: {task}" for task in TASKS for client in m.clients_of(run, task)),
+        *(f"{task} ({metric})" for task, metric in TASKS.items()),
+        "mean over tasks",
+    ]
+    assert len(names) == 8 + 4 + 1
+
+
+def test_over_bytes_a_curve_lies_where_the_ledger_says(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=4))
+    mean = figures.curves(run, "bytes", "%").drawing.data[-1]
+    counted = [sum(row.bytes_down + row.bytes_up for row in m.counted(run) if row.round <= number) / 1e6 for number in (0, 2, 4)]
+    assert list(mean.x) == pytest.approx(counted)
+
+
+def test_a_band_is_drawn_only_where_there_are_seeds_for_it(tmp_path: Path):
+    several = grouped(read_all([write_comparison(tmp_path / "three", methods=("fedmoe",), seeds=3)]))
+    single = grouped(read_all([write_comparison(tmp_path / "one", methods=("fedmoe",), seeds=1)]))
+    assert [trace.fill for trace in figures.compared(several, None, "rounds").drawing.data] == ["toself", None]
+    assert [trace.fill for trace in figures.compared(single, None, "rounds").drawing.data] == [None]
+
+
+def test_the_front_leaves_out_what_costs_more_and_is_not_better():
+    points = [(5.0, 80.0), (1.0, 40.0), (3.0, 70.0), (4.0, 60.0), (3.0, 65.0)]
+    assert figures.front(points) == [(1.0, 40.0), (3.0, 70.0), (5.0, 80.0)]
+    assert figures.front([(1.0, 9.0), (2.0, 3.0), (3.0, 5.0)], higher_is_better=False) == [(1.0, 9.0), (2.0, 3.0)]
+
+
+def test_names_are_no_markup_for_plotly(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=2, clients=["<b>a</b>", "b"]))
+    bars = figures.bytes_by_client(run).drawing.data[0]
+    assert list(bars.y) == ["&lt;b&gt;a&lt;/b&gt;", "b"]
+
+
+def test_more_clients_than_can_be_seen_are_drawn_in_part_and_said_so(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=1, clients=[f"c{number:03}" for number in range(70)]))
+    figure = figures.bytes_by_client(run)
+    assert len(figure.drawing.data[0].y) == figures.MANY_CLIENTS
+    assert "the first 60 of 70 clients" in figure.caption

@@ -1,0 +1,174 @@
+import base64
+import json
+import re
+from hashlib import sha256
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedexperts import report
+from fedexperts.errors import BadRun
+from fedexperts.report.disk import save
+
+from .fake import write_comparison, write_run
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+class Elements(HTMLParser):
+    """All elements of a page with their attributes, and the text of those that are scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.in_script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self.in_script = tag == "script"
+        if self.in_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self.in_script:
+            self.scripts[-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def page_of(folder: Path, out: Path) -> str:
+    report.write([folder], html=out)
+    return out.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("single")
+    return page_of(write_run(folder / "run", rounds=4, planned_rounds=10), folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("several")
+    return page_of(write_comparison(folder / "runs", seeds=2), folder / "report.html")
+
+
+@pytest.mark.parametrize("which", ["single", "several"])
+def test_a_page_loads_nothing_from_anywhere(which: str, request: pytest.FixtureRequest):
+    elements = Elements(request.getfixturevalue(which))
+    assert len(elements.all("script")) == 4  # figures, maps, plotly, page.js
+    assert all("src" not in script for script in elements.all("script"))
+    assert elements.all("link") == elements.all("iframe") == elements.all("img") == []
+    assert all((link["href"] or "").startswith("#") for link in elements.all("a"))
+
+
+def test_only_the_scripts_of_the_page_may_run(single: str):
+    elements = Elements(single)
+    policy = next(meta["content"] or "" for meta in elements.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    own = [script for script, kind in zip(elements.scripts, elements.all("script"), strict=True) if "type" not in kind]
+    hashes = [f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in own]
+    assert len(hashes) == 2
+    assert f"default-src 'none'; script-src {' '.join(hashes)};" in policy
+    assert "connect-src" not in policy
+
+
+def test_plotly_offers_no_upload(single: str):
+    assert 'showSendToCloud: false, plotlyServerURL: ""' in single
+    assert "form-action 'none'" in single
+
+
+@pytest.mark.parametrize("which", ["single", "several"])
+def test_every_figure_of_the_page_has_its_place(which: str, request: pytest.FixtureRequest):
+    elements = Elements(request.getfixturevalue(which))
+    drawn = [figure["id"] for figure in json.loads(elements.scripts[0])]
+    places = [element["id"] for element in elements.all("div") if element.get("class") == "drawing"]
+    assert len(drawn) == len(set(drawn)) >= 6
+    assert sorted(places) == sorted([*drawn, "map"])
+
+
+@pytest.mark.parametrize("which", ["single", "several"])
+def test_every_table_has_a_caption_and_heads_with_a_scope(which: str, request: pytest.FixtureRequest):
+    elements = Elements(request.getfixturevalue(which))
+    assert len(elements.all("table")) == len(elements.all("caption")) >= 4
+    assert {head.get("scope") for head in elements.all("th")} == {"col", "row"}
+
+
+def test_every_link_within_the_page_has_its_target(single: str):
+    elements = Elements(single)
+    targets = {element.get("id") for element in elements.all("section")}
+    links = [(link["href"] or "").removeprefix("#") for link in elements.all("a")]
+    assert links == ["quality", "experts", "bytes-and-memory", "failures", "data", "clients", "run-file"]
+    assert set(links) <= targets
+
+
+def test_a_run_in_progress_says_how_far_it_is(single: str):
+    assert "4 of 10 done so far" in single
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    for name in ("rounds.jsonl", "ledger.jsonl", "evals.jsonl", "run.toml"):
+        (folder / name).unlink()
+    assert "<h1>fedmoe on tiny</h1>" in page_of(folder, tmp_path / "report.html")
+
+
+def test_text_from_the_files_is_text_on_the_page(tmp_path: Path):
+    names = [EVIL, "</script><b>", "c"]
+    folder = write_run(tmp_path / "run", method=EVIL, rounds=6, clients=names)
+    text = page_of(folder, tmp_path / "report.html")
+    elements = Elements(text)
+    assert len(elements.all("script")) == 4
+    assert elements.all("img") == elements.all("b") == []
+    assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
+    clients = json.loads(elements.scripts[1])[0]["clients"]
+    assert {client["name"] for client in clients} == set(names)
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path):
+    folder = write_run(tmp_path / "run", rounds=2)
+    assert page_of(folder, tmp_path / "one.html") == page_of(folder, tmp_path / "two.html")
+
+
+def test_a_comparison_writes_all_it_was_asked_for(tmp_path: Path):
+    runs = write_comparison(tmp_path / "runs", seeds=2)
+    found = report.write([runs], tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["r.csv", "r.html", "r.md"]
+    assert found.written == (tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
+    assert [table.title for table in found.tables] == ["Results", "Comparison", "Difference from fedavg"]
+    assert re.findall("^### (.*)$", (tmp_path / "out/r.md").read_text(), re.M) == [table.title for table in found.tables]
+
+
+def test_nothing_is_written_when_a_folder_holds_no_run(tmp_path: Path):
+    write_run(tmp_path / "run", rounds=1)
+    with pytest.raises(BadRun):
+        report.write([tmp_path / "run", tmp_path / "gone"], html=tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        save(path, "\ud800")
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("r.html", "old")]
+
+
+@pytest.mark.parametrize(("width", "turned"), [(200, False), (80, True)])
+def test_the_final_table_turns_where_the_terminal_is_narrow(tmp_path: Path, width: int, turned: bool):
+    runs = write_comparison(tmp_path, seeds=2)
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(report.table([runs], width=width))
+    text = console.export_text()
+    for name in ("fedmoe", "fedavg", "local", "random_moe", "overall", "experts held", "failures"):
+        assert name in text
+    heads = next(line for line in text.splitlines() if "method" in line)
+    assert ("fedavg" in heads) == turned

@@ -1,0 +1,189 @@
+import csv
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedexperts.errors import BadValue
+from fedexperts.report import measures as m
+from fedexperts.report import tables
+from fedexperts.report.read import BlockPlan, ClientPlan, Evaluation, LedgerRow, ModelPlan, Plan, Round, RunResults
+from fedexperts.report.stats import Interval
+
+
+def run(
+    method: str = "fedmoe",
+    seed: int = 0,
+    ledger: tuple[LedgerRow, ...] = (),
+    evaluations: tuple[Evaluation, ...] = (),
+    rounds: tuple[Round, ...] = (),
+    clients: tuple[ClientPlan, ...] = (),
+) -> RunResults:
+    model = ModelPlan("tiny", 1000, {"layers.0": BlockPlan(4, 2), "layers.1": BlockPlan(4, 2)})
+    return RunResults(Path("results"), Plan(method, seed, model, clients), rounds, ledger, evaluations)
+
+
+def scored(method: str, seed: int, overall: float) -> RunResults:
+    return run(method, seed, evaluations=(Evaluation(1, metric="mean", value=overall),))
+
+
+def cell(table: tables.Table, row: str, column: str) -> str:
+    return next(cells for cells in table.rows if cells[0] == row)[table.columns.index(column)]
+
+
+WORK = (
+    LedgerRow(
+        0, "a", "profile", bytes_down=1_000_000, bytes_up=0, seconds=1, tokens=10, peak_bytes=5_000_000, flops_estimated=1e12
+    ),
+    LedgerRow(1, "a", "train", bytes_down=2_000_000, bytes_up=2_000_000, seconds=2, tokens=20, peak_bytes=7_000_000),
+    LedgerRow(1, "b", "train", bytes_down=4_000_000, bytes_up=0, seconds=3, failed="killed"),
+    LedgerRow(2, "b", "train", bytes_down=4_000_000, bytes_up=4_000_000, seconds=4, tokens=40, peak_bytes=9_000_000),
+    LedgerRow(2, "a", "evaluate", bytes_down=9_000_000, bytes_up=9_000_000, seconds=9, tokens=9, peak_bytes=99_000_000),
+)
+
+
+def test_costs_are_sums_over_all_but_evaluations():
+    table = tables.costs(run(ledger=WORK))
+    assert cell(table, "total", "down (MB)") == "11.0"  # 1 + 2 + 4 + 4
+    assert cell(table, "total", "up (MB)") == "6.00"  # 2 + 4
+    assert cell(table, "total", "client seconds") == "10.0"
+    assert cell(table, "total", "tokens") == "70"
+    assert cell(table, "total", "median peak (MB)") == "7.00"  # of 5, 7, 9: failed work has no peak
+    assert cell(table, "total", "largest peak (MB)") == "9.00"
+    assert cell(table, "total", "failed") == "1"
+    assert cell(table, "evaluate (not in the total)", "down (MB)") == "9.00"
+
+
+def test_bytes_per_client_and_round_are_those_of_training_alone():
+    assert m.bytes_per_client_round(run(ledger=WORK)) == (4_000_000 + 4_000_000 + 8_000_000) / 3
+
+
+def test_bytes_until_a_round_start_with_the_stages_before_it():
+    until = m.bytes_until(run(ledger=WORK))
+    assert [until(number) for number in (0, 1, 2)] == [1_000_000, 9_000_000, 17_000_000]
+
+
+def test_a_client_over_its_memory_is_named_with_both_numbers():
+    clients = (ClientPlan("a", memory_bytes=5_000_000), ClientPlan("b", memory_bytes=9_000_000), ClientPlan("c"))
+    table = tables.over_memory(run(ledger=WORK, clients=clients))
+    assert table.rows == (("a", "7.00", "5.00", "40.0"),)
+
+
+def test_experts_held_are_counted_over_layers_at_each_clients_first_and_last_training():
+    held = {"layers.0": (0, 1), "layers.1": (0, 1, 2)}
+    rounds = (
+        Round(0, "profile", holds={"a": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
+        Round(1, holds={"a": held, "b": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
+        Round(2, holds={"a": {"layers.0": (3, 2), "layers.1": (0, 1)}}),
+    )
+    table = tables.held(run(rounds=rounds))
+    assert table.rows == (("first round of each client", "6.5", "5", "8"), ("last round of each client", "6.0", "4", "8"))
+    assert table.title.endswith("of 8")
+
+
+def test_quality_shows_first_and_last_and_the_clients_at_the_end():
+    evaluations = (
+        Evaluation(0, None, "sort", 30, "accuracy", 0.1),
+        Evaluation(5, None, "sort", 30, "accuracy", 0.5),
+        *(Evaluation(5, name, "sort", 10, "accuracy", value) for name, value in (("a", 0.3), ("b", 0.8), ("c", 0.4))),
+    )
+    row = tables.quality(run(evaluations=evaluations)).rows[0]
+    assert row == ("sort", "10.0", "50.0", "30.0", "40.0", "80.0", "3", "30", "accuracy (%)")
+
+
+def test_the_worst_client_by_perplexity_has_the_highest():
+    evaluations = (
+        Evaluation(1, None, "text", 20, "perplexity", 5.0),
+        *(Evaluation(1, name, "text", 10, "perplexity", value) for name, value in (("a", 2.0), ("b", 8.0))),
+    )
+    table = tables.quality(run(evaluations=evaluations))
+    assert (cell(table, "text", "worst client"), cell(table, "text", "best client")) == ("8.00", "2.00")
+    assert cell(table, "text", "metric") == "perplexity"
+
+
+def test_a_failure_in_both_the_round_and_the_ledger_is_one():
+    rounds = (Round(1, failed={"b": "killed by signal 9"}),)
+    assert m.failures(run(ledger=WORK, rounds=rounds)) == [m.Failed(1, "b", "train", "killed by signal 9")]
+
+
+def test_a_comparison_shows_mean_and_interval_over_seeds():
+    groups = {"fedmoe": [scored("fedmoe", seed, value) for seed, value in enumerate((0.1, 0.2, 0.3))]}
+    assert cell(tables.comparison(groups), "fedmoe", "overall (%)") == "20.0 ± 24.8"  # 4.302653 · 10 / √3
+
+
+def test_a_single_seed_shows_no_interval():
+    assert cell(tables.comparison({"fedmoe": [scored("fedmoe", 0, 0.2)]}), "fedmoe", "overall (%)") == "20.0"
+
+
+def test_differences_are_paired_over_the_shared_seeds():
+    groups = {
+        "fedavg": [scored("fedavg", seed, value) for seed, value in enumerate((0.10, 0.50, 0.90))],
+        "fedmoe": [scored("fedmoe", seed, value) for seed, value in enumerate((0.12, 0.53, 0.91))],
+        "local": [scored("local", 2, 0.40)],
+    }
+    table = tables.differences(groups, "fedavg")
+    assert [row[0] for row in table.rows] == ["fedmoe", "local"]
+    assert cell(table, "fedmoe", "overall (%)") == "+2.0 ± 2.5"  # 2, 3, 1: 4.302653 / √3
+    assert (cell(table, "local", "shared seeds"), cell(table, "local", "overall (%)")) == ("1", "-50.0")
+
+
+def test_the_baseline_is_the_given_one_else_fedavg_else_the_first():
+    assert tables.baseline_of({"local": [], "fedavg": []}) == "fedavg"
+    assert tables.baseline_of({"local": [], "fedmoe": []}) == "local"
+    assert tables.baseline_of({"local": [], "fedavg": []}, "local") == "local"
+    with pytest.raises(BadValue, match="did you mean fedavg"):
+        tables.baseline_of({"local": [], "fedavg": []}, "fedavgg")
+
+
+def test_csv_gives_interval_and_difference_of_each_measure():
+    groups = {
+        "fedavg": [scored("fedavg", 0, 0.1), scored("fedavg", 1, 0.3)],
+        "fedmoe": [scored("fedmoe", 0, 0.2), scored("fedmoe", 1, 0.4)],
+    }
+    rows = list(csv.DictReader(StringIO(tables.to_csv(groups, "fedavg"))))
+    assert len(rows) == 2 * (1 + len(m.COSTS))
+    row = next(row for row in rows if row["method"] == "fedmoe" and row["measure"] == "quality")
+    assert (row["task"], row["unit"], row["seeds"], row["baseline"]) == ("", "%", "2", "fedavg")
+    assert float(row["mean"]) == pytest.approx(30)
+    assert float(row["high"]) - float(row["mean"]) == pytest.approx(12.706205 * 10, rel=1e-6)  # s = 10·√2, n = 2
+    assert float(row["difference"]) == pytest.approx(10)
+
+
+def test_markdown_takes_nothing_in_a_cell_as_markup():
+    table = tables.Table("T", ("name", "value"), (("a|b<script>*\n_", "1"),))
+    lines = tables.to_markdown(table).splitlines()
+    assert lines[2:] == ["| name | value |", "| --- | ---: |", "| a\\|b&lt;script&gt;\\* \\_ | 1 |"]
+
+
+def test_the_terminal_takes_nothing_in_a_cell_as_markup_or_control():
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(tables.to_rich(tables.Table("T", ("name",), (("[red]\x1b[2Jx",),))))
+    text = console.export_text(styles=True)
+    assert "[red]�[2Jx" in text
+
+
+def test_a_table_turned_twice_is_the_same():
+    table = tables.Table("T", ("method", "a", "b"), (("x", "1", "2"), ("y", "3", "4")))
+    assert table.transposed().rows == (("a", "1", "3"), ("b", "2", "4"))
+    assert table.transposed().transposed() == table
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "sign", "shown"),
+    [
+        (Interval(61.25, 4.04, 3), "%", "", "61.2 ± 4.0"),
+        (Interval(1.234, 0.5, 3), "", "", "1.23 ± 0.50"),
+        (Interval(12345.6, None, 1), "MB", "", "12,346"),
+        (Interval(2.0, 0.0, 2), "%", "+", "+2.0 ± 0"),
+        (None, "%", "", "–"),
+    ],
+)
+def test_a_mean_is_shown_with_the_digits_that_matter(value: Interval | None, unit: str, sign: str, shown: str):
+    assert tables.pm(value, unit, sign) == shown
+
+
+def test_a_run_without_results_has_tables_without_rows():
+    empty = run()
+    assert tables.one_run(empty) == ()
+    assert cell(tables.final({"fedmoe": [empty]}), "fedmoe", "overall (%)") == "–"
