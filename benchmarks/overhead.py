@@ -1,0 +1,175 @@
+"""What a federated run costs over a bare training loop, what a second worker brings, and what a hundred clients hold.
+
+    python benchmarks/overhead.py [--repeat 5]
+
+1. Tokens a second inside a whole run (cutting, sending, installing, training, validating, merging, checkpoints, logs; no
+   evaluation) over those of a bare loop (encode, forward, cross-entropy, backward, clip, AdamW) on the same model, batches
+   and number of steps, alternating in one process, one thread: with LoRA (FedAvg), and with FedMoE's sub-models. The bare
+   loop trains each client's sub-model as its run did, so the ratio shows what federation costs, not what a small model saves.
+2. Seconds of the rounds with one worker over those with two.
+3. Peak memory (VmHWM) of a whole process that runs 10 clients and of one that runs 100, each of the same size, 4 a round.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from fedexperts import run
+from fedexperts.client import batches, cross_entropy, optimizer_for
+from fedexperts.config import RunConfig, build
+from fedexperts.data.encode import Encoder
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import prepare
+from fedexperts.evaluate import Scores
+from fedexperts.progress import Quiet
+from fedexperts.report.read import read
+from fedexperts.types import Server
+
+LORA = {"train": "lora", "parts": ["attention", "experts"], "rank": 8}
+
+
+def config(method: dict, training: dict, *, clients: int = 8, rounds: int = 2, workers: int = 1) -> RunConfig:
+    return build(
+        {
+            "model": {"name": "tiny"},
+            "method": method,
+            "training": {"batch_size": 16, "local_steps": 20, **training},
+            "federation": {"rounds": rounds, "clients_per_round": 4, "workers": workers},
+            "devices": {"memory_share": {"uniform": [0.7, 1.3]}},
+            "evaluation": {"every": 1000},
+            "data": {
+                "sources": ["synthetic/double", "synthetic/first", "synthetic/descend", "synthetic/next"],
+                "clients": clients,
+                "limit": 25 * clients,
+                "test_examples": 4,
+                "max_tokens": 64,
+            },
+        }
+    )
+
+
+class Clock(Quiet):
+    """Seconds of the training rounds, with all that belongs to them, and without stages and evaluations."""
+
+    seconds = 0.0
+
+    def start(self, label: str, seed: int, done: int, total: int) -> None:
+        self.since = perf_counter()
+
+    def evaluating(self, clients: int) -> None:
+        self.seconds += perf_counter() - self.since
+
+    def scored(self, server: Server, scores: Scores) -> None:
+        self.since = perf_counter()
+
+    def round(self, server: Server) -> None:
+        self.seconds += perf_counter() - self.since if server.round else -self.seconds
+        self.since = perf_counter()
+
+
+def federated(settings: RunConfig, out: Path) -> tuple[float, int]:
+    """Seconds of the training rounds (with checkpoints and logs, without evaluation), and their tokens."""
+    clock = Clock()
+    run.run(settings, out, progress=clock)
+    return clock.seconds, sum(row.tokens for row in read(out).ledger if row.task == "train")
+
+
+def bare(settings: RunConfig, out: Path) -> tuple[float, int]:
+    """Seconds and tokens of plain training loops over the sub-models and batches of the run in `out`."""
+    prepared = run.prepare_run(settings)
+    training = settings.training.build()
+    encoder = Encoder(prepared.base.tokenizer, settings.data.max_tokens)
+    seconds, tokens = 0.0, 0
+    for row in read(out).rounds:
+        if row.task != "train":
+            continue
+        for client, held in row.holds.items():
+            model = prepare(shrink(prepared.base.model, {name: tuple(ids) for name, ids in held.items()}), training.tuning, "0")
+            chosen = list(batches(prepared.clients[client].train, training.batch_size, training.local_steps, "0"))
+            started = perf_counter()
+            tokens += plain_loop(model, encoder, chosen, training)
+            seconds += perf_counter() - started
+    return seconds, tokens
+
+
+def plain_loop(model: nn.Module, encoder: Encoder, chosen: list, training: object) -> int:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizer_for(trained, training)
+    tokens = 0
+    model.train()
+    for examples in chosen:
+        batch = encoder.batch(examples)
+        cross_entropy(model, batch, training.label_smoothing).backward()
+        nn.utils.clip_grad_norm_(trained, training.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += int(batch["attention_mask"].sum())
+    return tokens
+
+
+def overhead(method: dict, training: dict, repeat: int) -> list[float]:
+    """Tokens a second of the run over those of the bare loop, `repeat` times."""
+    ratios = []
+    for _ in range(repeat):
+        with tempfile.TemporaryDirectory() as folder:
+            settings = config(method, training)
+            seconds, tokens = federated(settings, Path(folder) / "run")
+            plain_seconds, plain_tokens = bare(settings, Path(folder) / "run")
+            ratios.append((tokens / seconds) / (plain_tokens / plain_seconds))
+    return ratios
+
+
+def speedup(repeat: int) -> list[float]:
+    """Seconds of the rounds with one worker over those with two, `repeat` times."""
+    ratios = []
+    for _ in range(repeat):
+        with tempfile.TemporaryDirectory() as folder:
+            one, two = (
+                federated(config({"name": "fedavg"}, {}, rounds=4, workers=n), Path(folder) / str(n))[0] for n in (1, 2)
+            )
+            ratios.append(one / two)
+    return ratios
+
+
+def peak_kib(clients: int) -> int:
+    """VmHWM of a process of its own that runs `clients` clients."""
+    code = f"from benchmarks.overhead import run_once; run_once({clients})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    return int(done.stdout.split()[-1])
+
+
+def run_once(clients: int) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        run.run(config({"name": "fedmoe", "initial": "random"}, {}, clients=clients, rounds=3), Path(folder) / "run")
+    print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def shown(name: str, values: list[float], wanted: float, least: bool = True) -> None:
+    middle = statistics.median(values)
+    right = middle >= wanted if least else middle <= wanted
+    each = " ".join(f"{value:.2f}" for value in values)
+    print(f"{name:52} {middle:5.2f}  ({'≥' if least else '≤'} {wanted:.2f}: {'met' if right else 'NOT met'})   {each}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=5)
+    repeat = parser.parse_args().repeat
+    torch.set_num_threads(1)
+    shown("tokens/s, FedAvg with LoRA over a bare loop", overhead({"name": "fedavg"}, LORA, repeat), 0.90)
+    shown("tokens/s, FedMoE sub-models over a bare loop", overhead({"name": "fedmoe"}, {}, repeat), 0.85)
+    shown("speed of two workers over one", speedup(repeat), 1.7)
+    shown("peak memory of 100 clients over 10", [peak_kib(100) / peak_kib(10) for _ in range(min(repeat, 3))], 1.2, least=False)
+
+
+if __name__ == "__main__":
+    main()
