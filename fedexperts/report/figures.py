@@ -53,20 +53,27 @@ AXES: Mapping[str, tuple[Axis, str]] = {
 }
 
 
-def one_run(run: RunResults) -> list[Figure]:
-    """All figures of a single run; those without data are left out."""
-    figures = [curves(run, over, unit) for unit in ("%", "") for over in AXES]
-    figures += [experts_over_rounds(run), bytes_by_client(run), memory_by_client(run), partition(run)]
-    return [figure for figure in figures if figure.drawing.data]
+def one_run(run: RunResults) -> dict[str, list[Figure]]:
+    """All figures of a single run, by what they are about; those without data are left out."""
+    return _with_data(
+        {
+            "quality": [curves(run, over, unit) for unit in ("%", "") for over in AXES],
+            "experts": [experts_over_rounds(run)],
+            "costs": [bytes_by_client(run), memory_by_client(run)],
+            "data": [partition(run)],
+        }
+    )
 
 
-def several(groups: Groups) -> list[Figure]:
-    """All figures of several runs; those without data are left out."""
-    tasks = [None, *m.tasks([run for runs in groups.values() for run in runs])]
-    figures = [compared(groups, None, "rounds"), compared(groups, None, "bytes")]
-    figures += [tradeoff(groups, m.SENT), tradeoff(groups, m.PEAK)]
-    figures += [compared(groups, task, "rounds") for task in tasks if task is not None]
-    return [figure for figure in figures if figure.drawing.data]
+def several(groups: Groups) -> dict[str, list[Figure]]:
+    """All figures of several runs, by what they are about; those without data are left out."""
+    tasks = m.tasks([run for runs in groups.values() for run in runs])
+    overall = [*(compared(groups, None, over) for over in AXES), tradeoff(groups, m.SENT), tradeoff(groups, m.PEAK)]
+    return _with_data({"overall": overall, "each task": [compared(groups, task, "rounds") for task in tasks]})
+
+
+def _with_data(figures: Mapping[str, Sequence[Figure]]) -> dict[str, list[Figure]]:
+    return {name: [figure for figure in group if figure.drawing.data] for name, group in figures.items()}
 
 
 def curves(run: RunResults, over: str, unit: str) -> Figure:
@@ -209,7 +216,7 @@ def tradeoff(groups: Groups, cost: m.Measure) -> Figure:
         drawing.add_trace(_line("nothing better on both", best, 0, width=1, dash="dot", meta=INK))
     drawing.update_xaxes(rangemode="tozero")
     caption = "Large: mean over seeds with its 95 % interval; small: each seed. Upper left is better."
-    return Figure(f"Quality against {cost.name}", caption, drawing)
+    return Figure(f"Quality against {cost.label}", caption, drawing)
 
 
 def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> Points:
@@ -386,6 +393,7 @@ def _mean_dot(method: str, x: Interval, y: Interval, index: int) -> go.Scatter:
         name=safe(method),
         mode="markers",
         marker={"color": PALETTE[index % len(PALETTE)], "size": 13},
+        cliponaxis=False,
         legendgroup=safe(method),
     )
 

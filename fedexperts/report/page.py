@@ -27,40 +27,33 @@ LONG_TABLE = 25  # rows; longer ones are folded
 def one_run(run: RunResults) -> str:
     """The page of a single run."""
     title = f"{run.plan.method} on {run.plan.model.name}"
-    found = {table.title: table for table in tables.one_run(run)}
     drawn = figures.one_run(run)
-    quality = [figure for figure in drawn if figure.title.startswith(("Quality", "Perplexity"))]
-    data = [figure for figure in drawn if figure.title.startswith("Training examples")]
-    costs = [figure for figure in drawn if figure not in quality and figure not in data and "Experts" not in figure.title]
-    experts = [figure for figure in drawn if "Experts" in figure.title]
     maps = _maps({run.plan.method: [run]})
-    first = _take(found, "Quality")
+    costs = [_table(tables.costs(run)), _table(tables.over_memory(run))]
     sections = {
-        "Quality": [_figures(quality), *_take(found, "All metrics")],
-        "Experts": [_map(maps), _figures(experts), *_take(found, "Experts held")],
-        "Bytes and memory": [*_take(found, "Costs"), *_take(found, "Clients over"), _figures(costs)],
-        "Failures": _take(found, "Failures") or ["<p>None.</p>"],
-        "Data": [_figures(data), *_take(found, "Training examples")],
-        "Clients": _take(found, "Clients"),
+        "Quality": [_figures(drawn["quality"]), _table(tables.all_metrics(run))],
+        "Experts": [_map(maps), _figures(drawn["experts"]), _table(tables.held(run))],
+        "Bytes and memory": [*costs, _figures(drawn["costs"])],
+        "Failures": [_table(tables.failures(run)) or "<p>None.</p>"],
+        "Data": [_figures(drawn["data"]), _table(tables.partition(run))],
+        "Clients": [_table(tables.clients(run))],
         "Run file": [_files(run)],
     }
-    intro = [f"<h1>{escape(title)}</h1>", _asked(_what_was_asked(run)), _cards(_what_came_out(run)), *first]
-    return _page(title, intro, sections, quality + experts + costs + data, maps)
+    intro = [f"<h1>{escape(title)}</h1>", _asked(_what_was_asked(run)), _cards(_what_came_out(run)), _table(tables.quality(run))]
+    return _page(title, intro, sections, drawn, maps)
 
 
 def several(groups: Groups, baseline: str) -> str:
     """The page of several runs side by side."""
     title = f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds"
     drawn = figures.several(groups)
-    main = drawn[: -_number_of_tasks(groups)] if _number_of_tasks(groups) else drawn
-    by_task = drawn[len(main) :]
     maps = _maps(groups)
     sections = {
-        "Against each other": [_figures(main)],
-        "Each task": [_figures(by_task)] if by_task else [],
-        "All measures": [_table(tables.comparison(groups)), *_versus(groups, baseline)],
+        "Against each other": [_figures(drawn["overall"])],
+        "Each task": [_figures(drawn["each task"])],
+        "All measures": [_table(tables.comparison(groups)), _table(tables.differences(groups, baseline))],
         "Experts": [_map(maps)],
-        "Failures": [_table(_all_failures(groups))],
+        "Failures": [_table(_all_failures(groups)) or "<p>None.</p>"],
         "Run files": [_files(run, label) for label, runs in groups.items() for run in runs],
     }
     intro = [f"<h1>{escape(title)}</h1>", _asked(_what_was_compared(groups)), _table(tables.final(groups))]
@@ -71,7 +64,7 @@ def _page(
     title: str,
     intro: Sequence[str],
     sections: Mapping[str, Sequence[str]],
-    drawn: Sequence[Figure],
+    drawn: Mapping[str, Sequence[Figure]],
     maps: Sequence[Mapping[str, Any]],
 ) -> str:
     scripts = [get_plotlyjs(), _own("page.js")]
@@ -80,7 +73,7 @@ def _page(
     shown = {name: [part for part in parts if part] for name, parts in sections.items()}
     shown = {name: parts for name, parts in shown.items() if parts}
     links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in shown)
-    values = [{"id": _id(figure), **json.loads(figure.drawing.to_json())} for figure in drawn]
+    values = [{"id": _id(figure), **json.loads(figure.drawing.to_json())} for group in drawn.values() for figure in group]
     return "\n".join(
         [
             "<!doctype html>",
@@ -153,20 +146,12 @@ def _what_was_compared(groups: Groups) -> dict[str, str]:
     return {**facts, "not finished": "; ".join(unfinished)} if unfinished else facts
 
 
-def _versus(groups: Groups, baseline: str) -> list[str]:
-    return [_table(tables.differences(groups, baseline))] if len(groups) > 1 else []
-
-
 def _all_failures(groups: Groups) -> Table:
     rows = tuple(
         (label, str(run.plan.seed), *row) for label, runs in groups.items() for run in runs for row in tables.failures(run).rows
     )
     columns = ("method", "seed", "round", "client", "work", "reason")
-    return Table("Failures" if rows else "No failures", columns, rows, text_columns=(0, 3, 4, 5))
-
-
-def _number_of_tasks(groups: Groups) -> int:
-    return len(m.tasks([run for runs in groups.values() for run in runs]))
+    return Table("Failures", columns, rows, text_columns=(0, 3, 4, 5))
 
 
 def _shape(run: RunResults) -> str:
@@ -203,12 +188,10 @@ def _anchor(name: str) -> str:
     return name.lower().replace(" ", "-")
 
 
-def _take(found: Mapping[str, Table], start: str) -> list[str]:
-    return [_table(table) for title, table in found.items() if title.startswith(start) and (start != "Clients" or title == start)]
-
-
 def _table(table: Table) -> str:
-    """Accessible markup: a caption, heads with their scope, and a frame that scrolls by keyboard too."""
+    """Accessible markup: a caption, heads with their scope, a frame that scrolls by keyboard too. Nothing without rows."""
+    if not table.rows:
+        return ""
     kinds = ["text" if index in table.text_columns else "" for index in range(len(table.columns))]
     heads = "".join(
         f'<th scope="col" class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, table.columns, strict=True)

@@ -121,6 +121,14 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path):
     assert "<h1>fedmoe on tiny</h1>" in page_of(folder, tmp_path / "report.html")
 
 
+def test_a_comparison_of_finished_and_just_begun_runs_has_a_page(tmp_path: Path):
+    runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=2)
+    for path in [*runs.glob("fedavg/*/*.jsonl"), *runs.glob("fedmoe/seed-1/*.jsonl")]:
+        path.write_text("")
+    text = page_of(runs, tmp_path / "report.html")
+    assert "fedavg, seed 0 (0 of 12 rounds); fedavg, seed 1 (0 of 12 rounds); fedmoe, seed 1 (0 of 12 rounds)" in text
+
+
 def test_text_from_the_files_is_text_on_the_page(tmp_path: Path):
     names = [EVIL, "</script><b>", "c"]
     folder = write_run(tmp_path / "run", method=EVIL, rounds=6, clients=names)
