@@ -11,7 +11,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
+from fedexperts.base.tokenizer import make_tokenizer  # noqa: E402
 from fedexperts.moe.anatomy import blocks  # noqa: E402
+from fedexperts.testing import tiny_model  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -60,3 +62,33 @@ def masked():
             bias.detach().copy_(old)
 
     return masking
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A model folder with three MoE layers of eight experts and a tokenizer that reads the generated tasks: what a run takes."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer(max_tokens=48)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tiny_model("olmoe", vocab_size=len(tokenizer), **ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tree(tiny_folder):
+    """The run file, as a tree, of the smallest run: four clients, three rounds of two, two steps each."""
+    return {
+        "model": {"name": str(tiny_folder)},
+        "method": {"name": "fedavg"},
+        "training": {"batch_size": 2, "local_steps": 2, "validation_examples": 2},
+        "federation": {"rounds": 3, "clients_per_round": 2},
+        "evaluation": {"every": 2, "generate_tokens": 2},
+        "data": {
+            "sources": ["synthetic/double", "synthetic/first"],
+            "clients": 4,
+            "limit": 12,
+            "test_examples": 2,
+            "max_tokens": 24,
+        },
+    }

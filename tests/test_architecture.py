@@ -1,0 +1,122 @@
+"""Imports go one way, and heavy packages stay where they belong: read from the source."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fedexperts"
+LAYERS = (
+    ("errors", "files"),
+    ("moe",),
+    ("types", "testing"),
+    ("client", "ledger", "devices"),
+    ("methods",),
+    ("engines",),
+    ("federation",),
+    ("evaluate", "checkpoint", "config", "data", "base", "report", "inspect"),
+    ("progress",),
+    ("run",),
+    ("cli",),
+    ("__main__", "__init__"),
+)
+"""Each imports from those above it here, and from its own line as far as there is no circle."""
+
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module(path):
+    """`fedexperts.moe.rows` of its file; a package is its `__init__`."""
+    return ".".join(["fedexperts", *path.relative_to(PACKAGE).with_suffix("").parts])
+
+
+MODULES = {module(path): path for path in FILES}
+
+
+def imported(path):
+    """Full names of all that `path` imports, wherever in it; `from a import b` is a.b."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(path):
+    """The modules of the package that `path` imports."""
+    for name in imported(path):
+        if name.startswith("fedexperts."):
+            candidates = (name, f"{name}.__init__", name.rpartition(".")[0], f"{name.rpartition('.')[0]}.__init__")
+            yield next(candidate for candidate in candidates if candidate in MODULES)
+
+
+def part(name):
+    """`moe` of `fedexperts.moe.rows`."""
+    return name.split(".")[1]
+
+
+def importers(package):
+    return {module(path) for path in FILES for name in imported(path) if name.split(".")[0] == package}
+
+
+def test_every_part_of_the_package_has_its_layer():
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert parts == set(RANK)
+    assert len(FILES) >= 45
+
+
+def test_no_part_imports_from_a_layer_above_its_own():
+    edges = [(name, used) for name, path in MODULES.items() for used in ours(path)]
+    assert len(edges) > 100
+    assert [f"{name} imports {used}" for name, used in edges if RANK[part(used)] > RANK[part(name)]] == []
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    graph = {name: {used for used in ours(path) if used != name} for name, path in MODULES.items()}
+    order = list(TopologicalSorter(graph).static_order())
+    assert sorted(order) == sorted(MODULES)
+
+
+def test_only_the_lora_imports_peft_and_only_the_flower_engine_imports_flwr():
+    assert importers("peft") == {"fedexperts.moe.lora"}
+    assert all(name.startswith("fedexperts.engines.flower.") for name in importers("flwr"))
+
+
+@pytest.mark.parametrize("unsafe", ["pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"])
+def test_nothing_is_pickled(unsafe):
+    assert importers(unsafe) == set()
+
+
+def test_nothing_is_read_with_torch_load():
+    calls = [
+        f"{path.name}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("load", "save") and ast.unparse(node.value) == "torch"
+    ]
+    assert calls == []
+
+
+def test_annotations_are_not_postponed():
+    assert importers("__future__") == set()
+
+
+def test_nothing_draws_from_a_global_generator():
+    """`random.random()`, `np.random.rand()` and `torch.manual_seed()`; the engine alone seeds torch's, job by job."""
+    seeding = {
+        (module(path), ast.unparse(node.func))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).startswith(("random.", "np.random.", "numpy.random.", "torch.manual_seed"))
+    }
+    allowed = {
+        ("fedexperts.engines.local", "torch.manual_seed"),  # for dropout and PhiMoE's router, and puts it back
+        ("fedexperts.testing", "torch.manual_seed"),  # a fresh model's weights, and puts it back
+        ("fedexperts.base.pretrain", "torch.manual_seed"),  # likewise
+    }
+    fresh = {entry for entry in seeding if not entry[1].endswith((".default_rng", ".SeedSequence", ".PCG64", ".Generator"))}
+    assert fresh <= allowed
