@@ -196,7 +196,7 @@ def _from_file(source: SourceSettings) -> Source:
     test = Path(source.test) if source.test else beside if beside != path and beside.exists() else None
     rows = read(path)
     train_rows, test_rows = (rows, read(test)) if test else split(rows, source.name)
-    return _custom(source, path.name.split(".")[0], train_rows, test_rows, hash_of([path, *([test] if test else [])]))
+    return _custom(source, path.name.split(".")[0], rows[0], train_rows, test_rows, hash_of([path, *([test] if test else [])]))
 
 
 def _from_hub(source: SourceSettings) -> Source:
@@ -209,11 +209,11 @@ def _from_hub(source: SourceSettings) -> Source:
         (held for held in ("test", "validation") if held in sets and held != source.split), None
     )
     rows = _hub_rows(sets[source.split], f"{name}, {source.split} row", source.label)
-    train, test = (
-        (rows, _hub_rows(sets[test_split], f"{name}, {test_split} row", source.label)) if test_split else split(rows, source.name)
-    )
-    hash = digest_of([placed.row for placed in train + test])
-    return _custom(source, name.rpartition("/")[2], train, test, hash)
+    if not rows:
+        raise BadData(f"{name}, {source.split} row 1: the split is empty; name another")
+    held = _hub_rows(sets[test_split], f"{name}, {test_split} row", source.label) if test_split else None
+    train, test = (rows, held) if held else split(rows, source.name)
+    return _custom(source, name.rpartition("/")[2], rows[0], train, test, digest_of([placed.row for placed in train + test]))
 
 
 def _hub_sets(name: str, config: str | None) -> Mapping[str, Any]:
@@ -236,11 +236,9 @@ def _hub_rows(table: Any, place: str, label: str | None) -> list[Placed]:
     return [Placed({**placed.row, "label_name": names[placed.row[label or "label"]]}, placed.place) for placed in rows]
 
 
-def _custom(source: SourceSettings, task: str, train: list[Placed], test: list[Placed], hash: str) -> Source:
-    """Examples of rows whose fields the user named, or whose fields we recognise."""
-    if not train:
-        raise BadData(f"{source.name} holds no examples to train on; give at least two")
-    kind = at_place(train[0], lambda row: _kind(row, source))
+def _custom(source: SourceSettings, task: str, first: Placed, train: list[Placed], test: list[Placed], hash: str) -> Source:
+    """Examples of rows whose fields the user named, or whose fields we recognise from the first row."""
+    kind = at_place(first, lambda row: _kind(row, source))
     hints = Hints(source.task or task, source.metric, prompt=source.prompt, response=source.response, label=source.label)
     return Source(source.name, *_examples(train, test, kind, hints), hash)
 

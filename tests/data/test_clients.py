@@ -1,0 +1,205 @@
+"""From the data table of a run to clients."""
+
+import json
+import pickle
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from fedexperts.data.clients import clients_from, divide, key, load_pool, make_clients, pooled
+from fedexperts.data.partition import Partition, from_object
+from fedexperts.data.settings import DataSettings
+from fedexperts.errors import BadData
+from fedexperts.types import Client, Example
+
+TASKS = ["synthetic/sort", "synthetic/reverse"]
+
+
+def settings(**given: object) -> DataSettings:
+    return DataSettings.model_validate({"sources": TASKS, "clients": 6, "limit": 200, **given})
+
+
+def no_leak(clients) -> bool:
+    """No key stands in the training or validation of two clients, nor in those of one and the test set of any."""
+    own = [key(example) for name in clients for example in (*clients[name].train, *clients[name].validation)]
+    tests = {key(example) for name in clients for example in clients[name].test}
+    return len(own) == len(set(own)) and not tests & set(own) and bool(tests)
+
+
+PARTITIONS = [
+    {"by": "task"},
+    "iid",
+    {"quantity": 0.5},
+    {"dirichlet": 0.3},
+    {"pathological": 1},
+    {"clusters": 3},
+    {"by": "task", "within": {"dirichlet": 0.3, "clusters": 3}},
+    {"by": "task", "within": {"pathological": 2, "clusters": 3}},
+]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+def test_no_partition_leaks(partition):
+    clients = make_clients(settings(partition=partition, test_examples=20), 0)
+    assert list(clients) == ["c01", "c02", "c03", "c04", "c05", "c06"]
+    assert no_leak(clients)
+    for name in clients:
+        split = clients[name]
+        assert len(split.train) + len(split.validation) >= 4 and split.validation and len(split.test) == 20
+        assert len({key(example) for example in split.test}) == 20
+
+
+@given(seed=st.integers(0, 1000), number=st.integers(1, 6))
+@hypothesis_settings(max_examples=10, deadline=None)
+def test_repeats_never_leak(seed, number):
+    train = [Example(f"Say  {index % 40}", str(index), "say", label=index % 3) for index in range(120)]
+    test = [Example(f"say {index}", str(index), "say", label=index % 3) for index in range(30, 90)]
+    parts = Partition(tuple(tuple(range(client, 120, number)) for client in range(number)), str(seed))
+    clients = clients_from(train, parts, test, settings(test_examples=5))
+    assert len(clients) == number and no_leak(clients)
+    assert clients.pool.left_out == 80 + 10  # 40 different prompts to train on, of which tests hold 30 to 39
+
+
+def test_of_a_pair_across_train_and_test_the_test_example_stays():
+    pool = pooled([Example("A  b", "1", "t"), Example("c", "2", "t"), Example("C", "3", "t")], [Example("a B", "4", "t")])
+    assert [example.response for example in pool.train] == ["2"]
+    assert [example.response for example in pool.test] == ["4"]
+    assert pool.left_out == 2
+
+
+def test_plain_texts_are_told_apart_by_their_text():
+    assert len(pooled([Example("", "one", "t"), Example("", "two", "t"), Example("", "One", "t")], []).train) == 2
+
+
+def test_a_seed_gives_the_same_clients_again_and_another_seed_others():
+    first, again, other = (make_clients(settings(), seed) for seed in (0, 0, 1))
+    assert first.manifest() == again.manifest()
+    assert first.manifest() != other.manifest()
+    assert first.hashes == other.hashes and set(first.hashes) == set(TASKS)
+
+
+def test_each_client_has_one_task_and_is_described_by_it():
+    clients = make_clients(settings(), 0)
+    assert [list(clients.tasks(name)) for name in clients] == [["sort"]] * 3 + [["reverse"]] * 3
+    assert clients.client("c01") == Client("c01", len(clients["c01"].train), "sort")
+    assert {example.task for name in ("c01", "c02", "c03") for example in clients[name].test} == {"sort"}
+
+
+def test_validation_is_the_share_that_was_asked_for():
+    split = make_clients(settings(clients=2, validation=0.25), 0)["c01"]
+    assert len(split.validation) == round(0.25 * (len(split.train) + len(split.validation)))
+
+
+def labelled(number: int, of: str) -> list[Example]:
+    return [Example(f"{of} {index}", "x", "class", label=index % 4) for index in range(number)]
+
+
+def test_a_test_set_has_the_label_shares_of_its_client():
+    train, test = labelled(400, "train"), labelled(400, "test")
+    odd = tuple(index for index in range(400) if index % 4 == 1)
+    mixed = tuple(index for index in range(400) if index % 4 == 2) + tuple(index for index in range(100) if index % 4 == 3)
+    clients = clients_from(train, Partition((odd, mixed)), test, settings(partition="iid", test_examples=50))
+    assert Counter(example.label for example in clients["c01"].test) == {1: 50}
+    assert Counter(example.label for example in clients["c02"].test) == {2: 40, 3: 10}
+
+
+def test_test_sets_share_an_example_only_when_the_source_has_no_more():
+    train, test = labelled(400, "train"), labelled(100, "test")
+    parts = Partition(tuple(tuple(range(client * 100, client * 100 + 100)) for client in range(4)))
+    apart = clients_from(train, parts, test, settings(partition="iid", test_examples=24))
+    assert len({example.prompt for name in apart for example in apart[name].test}) == 4 * 24
+    shared = clients_from(train, parts, test, settings(partition="iid", test_examples=40))
+    assert len({example.prompt for name in shared for example in shared[name].test}) == 100
+    assert {len(shared[name].test) for name in shared} == {40}
+
+
+def test_what_a_label_cannot_give_its_task_gives():
+    test = [example for example in labelled(100, "test") if example.label != 1]
+    odd = tuple(range(1, 400, 4))
+    clients = clients_from(labelled(400, "train"), Partition((odd,)), test, settings(partition="iid", test_examples=10))
+    assert len(clients["c01"].test) == 10
+
+
+def test_a_task_without_test_examples_is_refused():
+    with pytest.raises(BadData, match="client c01 has no test example"):
+        clients_from(
+            labelled(40, "train"), Partition((tuple(range(40)),)), [Example("a", "b", "other")], settings(partition="iid")
+        )
+
+
+def test_a_saved_partition_gives_the_same_clients(tmp_path):
+    wanted = settings(partition={"by": "task", "within": {"dirichlet": 0.5, "clusters": 3}})
+    clients = make_clients(wanted, 3)
+    clients.partition.save(tmp_path / "partition.json")
+    again = divide(load_pool(wanted), Partition.load(tmp_path / "partition.json"), wanted)
+    assert again.manifest()["clients"] == clients.manifest()["clients"]
+    with pytest.raises(BadData, match="made of other data"):
+        divide(pooled([], []), clients.partition, wanted)
+
+
+def test_the_manifest_is_json_and_saved_whole(tmp_path):
+    clients = make_clients(settings(), 0)
+    clients.save(tmp_path / "data.json")
+    saved = json.loads((tmp_path / "data.json").read_text())
+    assert list(saved["clients"]) == list(clients) and saved["hashes"] == dict(clients.hashes)
+    assert saved["partition"]["hash"] == clients.partition.hash
+    assert len(saved["clients"]["c01"]["train"]) == len(clients["c01"].train)
+
+
+def test_clients_of_a_foreign_partitioner():
+    class Halves:
+        def load_partition(self, partition_id: int) -> list[dict]:
+            return [{"ask": f"{number} + 1", "answer": number + 1} for number in range(partition_id * 5, partition_id * 5 + 5)]
+
+    rows, made = from_object(Halves(), clients=2)
+    train = [Example(row["ask"], str(row["answer"]), "sums") for row in rows]
+    clients = clients_from(train, made, [Example("0+1", "1", "sums")], settings(partition="iid"))
+    second = clients["c02"]
+    assert {example.response for example in (*second.train, *second.validation)} == {"6", "7", "8", "9", "10"}
+
+
+def test_more_clients_than_data_is_refused_with_the_numbers():
+    with pytest.raises(BadData, match="task sort: 75 clients of at least 4 examples need 300, but there are 200"):
+        make_clients(settings(clients=150), 0)
+
+
+def test_a_source_that_only_repeats_another_is_refused(tmp_path):
+    rows = [{"prompt": f"ask {number}", "response": str(number)} for number in range(20)]
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / f"{name}_test.jsonl").write_text(json.dumps({"prompt": f"test {name}", "response": "1"}))
+    sources = [{"name": str(tmp_path / f"{name}.jsonl"), "test": str(tmp_path / f"{name}_test.jsonl")} for name in ("one", "two")]
+    with pytest.raises(BadData, match=r"source .*two\.jsonl has no training example that no other"):
+        make_clients(settings(sources=sources, clients=2), 0)
+
+
+def test_a_split_travels_without_the_rest_of_the_data():
+    clients = make_clients(settings(clients=50, limit=600), 0)
+    assert len(pickle.dumps(clients["c01"])) < len(pickle.dumps(clients.pool)) / 5
+
+
+def test_a_thousand_clients_are_made_in_seconds():
+    start = time.perf_counter()
+    train, test = labelled(10_000, "train"), labelled(1000, "test")
+    parts = Partition(tuple(tuple(range(client * 10, client * 10 + 10)) for client in range(1000)))
+    clients = clients_from(train, parts, test, settings(partition="iid"))
+    assert next(iter(clients)) == "c0001" and list(clients)[-1] == "c1000"
+    assert time.perf_counter() - start < 5
+
+
+def test_a_thousand_clients_over_two_real_sets(pack):
+    clients = make_clients(settings(sources=["trec6", "banking77"], limit=None, clients=1000, partition={"dirichlet": 0.1}), 0)
+    assert len(clients) == 1000 and no_leak(clients)
+
+
+def test_twelve_clients_over_three_real_tasks_four_each(pack):
+    wanted = settings(
+        sources=["ag_news", "banking77", "quoref"], clients=12, limit=400, partition={"by": "task", "within": {"dirichlet": 0.5}}
+    )
+    clients = make_clients(wanted, 0)
+    assert [clients.client(name).task for name in clients] == ["ag_news"] * 4 + ["banking77"] * 4 + ["quoref"] * 4
+    assert no_leak(clients) and {len(clients[name].test) for name in clients} == {50}

@@ -1,0 +1,180 @@
+"""Examples as tensors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fedexperts.data.encode import IGNORED, Encoder, without_middle
+from fedexperts.errors import BadValue
+from fedexperts.types import Example
+
+TEXT = ["What is this news about?\nStocks rose sharply on Monday.\nAnswer:\nBusiness", "Reverse the word lemon: nomel"]
+
+
+def byte_pairs(**special: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as OLMoE and Qwen have, 300 tokens large."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **({"eos_token": "</s>", "pad_token": "<pad>"} | special))
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts special tokens around a text by itself, as those of Mixtral (<s>) and Switch (</s>) do."""
+    tokenizer = byte_pairs(bos_token="<s>")
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
+
+
+PLAIN, STARTS, ENDS = byte_pairs(), with_template("<s> $A"), with_template("$A </s>")
+ASKED = Example("What is this news about?\nAnswer:\n", "Business", "ag_news")
+texts = st.text(max_size=80)
+
+
+def kept(row: torch.Tensor, mask: torch.Tensor) -> list[int]:
+    return row[mask.bool()].tolist()
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, STARTS], ids=["plain", "with a start token"])
+@given(prompt=texts, response=texts, max_tokens=st.integers(4, 60), choices=st.sampled_from([(), ("a", "bcd"), ("x" * 70,)]))
+@settings(max_examples=60, deadline=None)
+def test_training_sees_the_prompt_that_generation_sees_and_then_the_response(tokenizer, prompt, response, max_tokens, choices):
+    encoder = Encoder(tokenizer, max_tokens)
+    example = Example(prompt, response, "any", choices=choices)
+    batch, asked = encoder.batch([example]), encoder.prompts([example])
+    ids, labels, prompt_ids = batch["input_ids"][0], batch["labels"][0], kept(asked["input_ids"][0], asked["attention_mask"][0])
+    answer = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    assert len(ids) <= max_tokens
+    assert ids.tolist() == prompt_ids + answer[: max_tokens - len(prompt_ids)]
+    assert labels.tolist() == [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :].tolist()
+    assert len(prompt_ids) >= 1 and (labels != IGNORED).any()
+
+
+@given(responses=st.tuples(texts, texts))
+@settings(max_examples=30, deadline=None)
+def test_how_much_of_a_prompt_is_kept_does_not_tell_its_response(responses):
+    examples = [Example("word " * 100, response, "any") for response in responses]
+    first, second = Encoder(PLAIN, 40).prompts(examples)["input_ids"]
+    assert torch.equal(first, second)
+
+
+def test_only_response_and_end_token_have_labels_and_padding_is_on_the_right():
+    batch = Encoder(PLAIN, 64).batch([ASKED, Example("a", "b", "any")])
+    short = batch["labels"][1]
+    answer = PLAIN("b")["input_ids"]
+    assert short[short != IGNORED].tolist() == [*answer, PLAIN.eos_token_id]
+    assert batch["attention_mask"][1].tolist() == [1] * 3 + [0] * (batch["input_ids"].shape[1] - 3)
+    assert batch["input_ids"][1, 3:].unique().tolist() == [PLAIN.pad_token_id]
+    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels"), torch.int64
+    )
+
+
+def test_prompts_are_padded_on_the_left():
+    asked = Encoder(PLAIN, 64).prompts([ASKED, Example("a", "b", "any")])
+    assert asked["attention_mask"][1].tolist() == [0] * (asked["input_ids"].shape[1] - 1) + [1]
+
+
+def test_without_a_pad_token_the_end_token_pads_and_is_still_learned():
+    tokenizer = byte_pairs(pad_token=None)
+    batch = Encoder(tokenizer, 64).batch([ASKED, Example("a", "b", "any")])
+    assert batch["input_ids"][1, -1] == tokenizer.eos_token_id and batch["attention_mask"][1, -1] == 0
+    assert (batch["labels"][1] == tokenizer.eos_token_id).sum() == 1
+
+
+def test_a_long_prompt_loses_its_middle():
+    example = Example("first " + "word " * 200 + "last", "yes", "any", choices=("yes", "no"))
+    encoder = Encoder(PLAIN, 32)
+    text = encoder.tokenizer.decode(encoder.prompts([example])["input_ids"][0])
+    assert text.startswith("first") and text.endswith("last")
+    assert encoder.batch([example])["input_ids"].shape == (1, 32)
+    assert without_middle([1, 2, 3, 4, 5, 6], 4) == [1, 2, 5, 6]
+
+
+def test_room_for_the_answer_is_what_the_longest_choice_needs():
+    prompt, choices = "word " * 200, ("yes", "perhaps not")
+    longest = max(len(ids) for ids in PLAIN(list(choices))["input_ids"])
+    asked = Encoder(PLAIN, 64).prompts([Example(prompt, "yes", "any", choices=choices)])
+    assert asked["input_ids"].shape[1] == 64 - longest - 1
+
+
+def test_a_free_answer_has_a_quarter_of_the_tokens_for_itself_or_as_many_as_told():
+    free = Example("word " * 200, "yes", "any")
+    assert Encoder(PLAIN, 64).prompts([free])["input_ids"].shape[1] == 48
+    assert Encoder(PLAIN, 64, response_tokens=40).prompts([free])["input_ids"].shape[1] == 24
+
+
+def test_a_response_that_was_cut_has_no_end_token():
+    batch = Encoder(PLAIN, 16).batch([Example("a", "word " * 50, "any")])
+    assert batch["input_ids"].shape == (1, 16)
+    assert PLAIN.eos_token_id not in batch["labels"]
+
+
+def test_plain_text_starts_from_an_end_token_and_fills_the_rest():
+    batch = Encoder(PLAIN, 32).batch([Example("", "word " * 50, "text", metric="perplexity")])
+    assert batch["input_ids"][0, 0] == PLAIN.eos_token_id
+    assert batch["labels"][0, 0] == IGNORED and (batch["labels"] != IGNORED).sum() == 31
+
+
+def test_a_start_token_is_put_before_the_prompt_once():
+    ids = Encoder(STARTS, 64).batch([ASKED])["input_ids"][0].tolist()
+    assert ids[0] == STARTS.bos_token_id and ids.count(STARTS.bos_token_id) == 1
+
+
+def test_a_decoder_never_sees_an_end_token_between_prompt_and_response():
+    ids = Encoder(ENDS, 64).batch([ASKED])["input_ids"][0].tolist()
+    assert ids.count(ENDS.eos_token_id) == 1 and ids[-1] == ENDS.eos_token_id
+
+
+def test_an_encoder_decoder_reads_the_prompt_and_learns_the_response():
+    encoder = Encoder(ENDS, 64, encoder_decoder=True)
+    batch = encoder.batch([ASKED, Example("a", "b", "any")])
+    assert kept(batch["input_ids"][0], batch["attention_mask"][0]) == ENDS(ASKED.prompt)["input_ids"]
+    assert batch["labels"][0].tolist() == ENDS(ASKED.response)["input_ids"]
+    assert batch["labels"][1, 2:].unique().tolist() == [IGNORED]
+    asked = encoder.prompts([ASKED])
+    assert asked["input_ids"][0].tolist() == ENDS(ASKED.prompt)["input_ids"]
+
+
+def test_prompt_and_response_of_an_encoder_decoder_have_all_tokens_each():
+    batch = Encoder(ENDS, 16, encoder_decoder=True).batch([Example("word " * 50, "word " * 50, "any")])
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, 16)
+    assert batch["input_ids"][0, -1] == ENDS.eos_token_id
+
+
+def test_decoding_stops_at_the_first_end_token():
+    ids = PLAIN(" Business")["input_ids"]
+    end = PLAIN.eos_token_id
+    assert Encoder(PLAIN, 64).decode(torch.tensor([[*ids, end, *ids], [end, *ids, *ids], [*ids, *ids, end]])) == [
+        "Business",
+        "",
+        "Business Business",
+    ]
+
+
+def test_decoding_what_was_encoded_gives_the_response():
+    encoder = Encoder(PLAIN, 64)
+    labels = encoder.batch([ASKED])["labels"][0]
+    assert encoder.decode(labels[labels != IGNORED][None]) == ["Business"]
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    with pytest.raises(BadValue, match="no end token"):
+        Encoder(byte_pairs(eos_token=None), 64)
+
+
+def test_a_batch_of_nothing_and_too_few_tokens_are_refused():
+    with pytest.raises(BadValue, match="no examples"):
+        Encoder(PLAIN, 64).batch([])
+    with pytest.raises(BadValue, match="at least 4 tokens"):
+        Encoder(PLAIN, 3)

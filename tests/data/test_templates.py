@@ -1,0 +1,96 @@
+"""How each kind of task asks."""
+
+import pytest
+
+from fedexperts.data import templates
+from fedexperts.data.templates import TEMPLATES, Hints, kind_of, names_of
+from fedexperts.errors import BadData
+from fedexperts.types import Example
+
+NEWS = Hints("ag_news", question="What is this news about?", names=("World", "Sports"))
+QUIZ = {"instruction": "Choose.", "input": "Goal: eat\nA. fork\nB. spade", "output": "A", "choices": ["fork", "spade"], "gold": 0}
+
+
+def test_a_class_is_answered_by_its_name():
+    assert templates.classification({"text": "They won.", "label": 1}, NEWS) == Example(
+        prompt="What is this news about?\nThey won.\nAnswer:\n",
+        response="Sports",
+        task="ag_news",
+        metric="accuracy",
+        label=1,
+        choices=("World", "Sports"),
+    )
+
+
+def test_a_choice_is_answered_by_its_letter_and_has_no_label():
+    example = templates.multiple_choice(QUIZ, Hints("piqa"))
+    assert example == Example("Choose.\nGoal: eat\nA. fork\nB. spade\nAnswer:\n", "A", "piqa", "accuracy", None, ("A", "B"))
+
+
+def test_a_closed_set_of_answers_gives_labels():
+    example = templates.closed({"instruction": "Good?", "input": "Meh.", "output": "NEG"}, Hints("sst2", names=("NEG", "POS")))
+    assert example == Example("Good?\nMeh.\nAnswer:\n", "NEG", "sst2", "accuracy", 0, ("NEG", "POS"))
+
+
+def test_instructions_take_the_form_of_alpaca_with_input_or_without():
+    row = {"instruction": "Say hello.", "input": "", "output": "Hello"}
+    assert templates.instruction(row, Hints("dolly")).prompt == "### Instruction:\nSay hello.\n\n### Response:\n"
+    with_input = templates.instruction(row | {"input": "to {Ann}"}, Hints("dolly"))
+    assert with_input.prompt == "### Instruction:\nSay hello.\n\n### Input:\nto {Ann}\n\n### Response:\n"
+    assert (with_input.response, with_input.metric) == ("Hello", "rougeL")
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("short_answer", "token_f1"), ("summary", "rouge2"), ("exact", "exact_match")])
+def test_kinds_are_judged_by_their_own_metric_unless_told(kind, metric):
+    row = {"instruction": "Do it.", "input": "text", "output": "answer"}
+    assert TEMPLATES[kind](row, Hints("any")) == Example("Do it.\ntext\nAnswer:\n", "answer", "any", metric)
+    assert TEMPLATES[kind](row, Hints("any", metric="rouge1")).metric == "rouge1"
+
+
+def test_calculator_marks_are_taken_out_of_sums():
+    row = {"instruction": "How many?", "input": "", "output": "She sold 48/2 = <<48/2=24>>24 clips.\n#### 24"}
+    assert templates.exact(row, Hints("gsm8k")).response == "She sold 48/2 = 24 clips.\n#### 24"
+
+
+def test_plain_text_has_no_prompt_and_its_domain_for_a_label():
+    example = templates.plain_text({"text": "Once.", "domain": "novel"}, Hints("books", names=("memoir", "novel")))
+    assert example == Example("", "Once.", "books", "perplexity", 1)
+
+
+def test_named_fields_may_be_whole_sentences():
+    row = {"q": "2 + 2", "a": 4, "kind": "sum"}
+    hints = Hints("maths", prompt="Question: {q}\n", response="a", label="kind", names=("riddle", "sum"))
+    assert templates.fields(row, hints) == Example("Question: 2 + 2\n", "4", "maths", "rougeL", 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (QUIZ, "multiple_choice"),
+        ({"instruction": "a", "output": "b"}, "instruction"),
+        ({"prompt": "a", "response": "b"}, "fields"),
+        ({"text": "a", "label": 0}, "classification"),
+        ({"text": "a"}, "plain_text"),
+    ],
+)
+def test_rows_are_recognised_by_their_fields(row, kind):
+    assert kind_of(row) == kind
+
+
+def test_unknown_fields_are_refused_with_what_can_be_done():
+    with pytest.raises(BadData, match=r"its fields are a, q, but we know only .*name them"):
+        kind_of({"q": 1, "a": 2})
+
+
+def test_missing_and_empty_fields_are_named():
+    with pytest.raises(BadData, match="no field output, only instruction"):
+        templates.summary({"instruction": "a"}, Hints("any"))
+    with pytest.raises(BadData, match="field output is empty"):
+        templates.summary({"instruction": "a", "output": " "}, Hints("any"))
+
+
+def test_names_of_classes_are_readable_and_in_the_order_of_their_ids():
+    rows = [{"label": 1, "label_name": "card_arrival"}, {"label": 0, "label_name": "NUM"}, {"label": 2}]
+    assert names_of(rows, "classification") == ("number", "card arrival", "2")
+    assert names_of([{"output": "POS"}, {"output": "NEG "}, {"output": "POS"}], "closed") == ("NEG", "POS")
+    assert names_of(rows, "instruction") == ()
