@@ -27,10 +27,14 @@ class BlockShape:
         return self.num_experts // self.groups
 
     @property
+    def unit(self) -> int:
+        """Neighbouring experts that a sub-model keeps or drops together: a whole group, or each by itself."""
+        return self.group_size if self.groups > 1 else 1
+
+    @property
     def fewest(self) -> int:
         """Experts that a sub-model must keep here: enough for the router's choice, in whole groups."""
-        needed = max(self.top_k, self.least)
-        return -(-needed // self.group_size) * self.group_size if self.groups > 1 else needed
+        return -(-max(self.top_k, self.least) // self.unit) * self.unit
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,12 @@ class Block:
     def shape(self) -> BlockShape:
         router = vars(self.router)
         num_experts = len(self.experts) if isinstance(self.experts, nn.ModuleDict) else cast("Any", self.experts).num_experts
+        # PhiMoE's router, the only one that is a Linear itself, is written for two experts per token, whatever top_k says.
+        top_k = 1 if self.is_switch else 2 if isinstance(self.router, nn.Linear) else int(router["top_k"])
         grouped = "num_group" in router and router.get("topk_method") != "greedy"  # DeepSeek-V2-Lite has groups, unused
         return BlockShape(
             num_experts=int(num_experts),
-            top_k=1 if self.is_switch else int(router["top_k"]),
+            top_k=top_k,
             groups=int(router["num_group"] or 1) if grouped else 1,
             least=2 if self.sigmoid and grouped else 1,
         )

@@ -52,7 +52,8 @@ def lazy_tensors(folder: Path, model: PreTrainedModel, experts: Experts) -> dict
     wanted = _Wanted(model, experts)
     tensors = {}
     for file in files:
-        checkpoint: Any = safe_open(file, framework="pt")
+        # Through a memory map the kernel reads ahead, up to the whole file; pread reads what is asked for.
+        checkpoint: Any = safe_open(file, framework="pt", backend="pread")
         for key in checkpoint.keys():  # noqa: SIM118  (safetensors' object is no dict)
             if (found := wanted.find(key)) is not None:
                 name, axis, ids = found
@@ -79,7 +80,7 @@ class _Wanted:
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._names)
         for prefix in self._apart:
             if name.startswith(prefix):
-                return self._expert_module(key, prefix)
+                return self._expert_module(name, prefix)
         if name not in self._axes:
             return key, 0, None
         block, axis = self._axes[name]
@@ -87,10 +88,10 @@ class _Wanted:
             return key, axis, self._experts[block]
         return (key, 0, None) if self._number(key, pattern) in self._experts[block] else None
 
-    def _expert_module(self, key: str, prefix: str) -> tuple[str, int, None] | None:
+    def _expert_module(self, name: str, prefix: str) -> tuple[str, int, None] | None:
         """Switch: the kept experts move together, so expert 5 may become expert_1."""
         kept = self._experts[prefix.removesuffix(".experts.expert_")]
-        number, _, rest = key.removeprefix(prefix).partition(".")
+        number, _, rest = name.removeprefix(prefix).partition(".")
         return (f"{prefix}{kept.index(int(number))}.{rest}", 0, None) if int(number) in kept else None
 
     def _number(self, key: str, pattern: str) -> int:

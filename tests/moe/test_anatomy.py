@@ -39,6 +39,10 @@ def test_all_experts_and_their_number_are_those_of_all_blocks():
     assert found.all_experts == dict.fromkeys(BLOCKS["mixtral"], (0, 1, 2, 3))
 
 
+def test_phimoe_picks_two_whatever_its_config_says():
+    assert {shape.top_k for shape in anatomy(tiny_model("phimoe", top_k=1)).blocks.values()} == {2}
+
+
 @pytest.mark.parametrize("kind", ["llama", "nllb-moe"])
 def test_a_model_without_experts_that_we_know_is_refused_in_one_sentence(kind):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}

@@ -1,11 +1,13 @@
 """Counting what routers pick, and the balance loss."""
 
+from itertools import permutations
+
 import pytest
 import torch
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import blocks
-from fedexperts.moe.routing import Recorder, balance_loss
+from fedexperts.moe.routing import Recorder, _logits, _picked, balance_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
 
@@ -79,6 +81,17 @@ def test_an_encoder_that_generation_runs_by_itself_is_counted():
     encoder, decoder = recorder.routing().tokens.values()
     assert encoder == 2 * TOKENS - PADDING
     assert decoder == 2 * 4
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_the_order_of_a_router_s_outputs_does_not_matter(order):
+    """It has changed between versions of transformers; they are told apart by type and shape."""
+    block = blocks(tiny_model("granitemoe"))["model.layers.0.block_sparse_moe"]
+    output = block.router(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
+    turned = tuple(output[part] for part in order)
+    assert torch.equal(_picked(block, turned), _picked(block, output))
+    assert torch.equal(_logits(block, turned), output[0])
+    assert _picked(block, output).sum(-1).eq(2).all()
 
 
 def test_a_recorder_that_is_off_counts_nothing():

@@ -55,6 +55,17 @@ def test_a_tied_parameter_comes_once():
     assert "lm_head.weight" not in rows.layout(model)
 
 
+def test_a_bias_with_its_experts_on_the_second_axis_is_row_first_too():
+    model = tiny_model("ernie4_5_moe")
+    name = "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+    bias = model.get_parameter(name).requires_grad_(True)
+    assert bias.shape == (1, 8)
+    assert torch.equal(rows.read(model)[name], bias.T)
+    rows.write(model, {name: torch.tensor([[3.0]])}, {name: torch.tensor([6])})
+    assert bias[0, 6] == 3.0
+    assert (bias == 3.0).sum() == 1
+
+
 def test_low_rank_parameters_of_experts_are_rows_and_those_of_attention_are_dense():
     model = tiny_model("mixtral", num_hidden_layers=1)
     block = model.get_submodule("model.layers.0.mlp.experts")

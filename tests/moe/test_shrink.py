@@ -1,6 +1,7 @@
 """Smaller models: what is shared, what is refused, what a group is, what is on disk."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +150,25 @@ def test_part_of_a_shrunk_model_can_be_read(tmp_path):
     assert shrink.kept_experts(part)[FIRST] == (1, 5)
     batch = tiny_batch("mixtral")
     assert torch.equal(part(**batch).logits, shrink.shrink(small, {FIRST: (0, 2)})(**batch).logits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads")
+def test_the_operating_system_too_sees_no_more_read_than_what_is_kept(tmp_path):
+    model = tiny_model("qwen3_moe", num_experts=32, hidden_size=128, moe_intermediate_size=256, num_hidden_layers=2)
+    experts = dict.fromkeys(blocks(model), (3, 4, 20))
+    needed = sum(parameter.nbytes for parameter in shrink.shrink(model, experts).parameters())
+    shrink.save(model, tmp_path)
+    shrink.load_part(tmp_path, experts)  # the first time, transformers reads some of its own source
+    before = bytes_read()
+    shrink.load_part(tmp_path, experts)
+    header_and_source = 2**20
+    assert needed <= bytes_read() - before < needed + header_and_source
+    assert needed + header_and_source < (tmp_path / "model.safetensors").stat().st_size / 4
+
+
+def bytes_read():
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["rchar"])
 
 
 def test_too_few_experts_are_refused_before_anything_is_read(tmp_path):
