@@ -1,6 +1,7 @@
 """What a client's device holds."""
 
 from collections.abc import Sequence
+from math import inf
 from random import Random
 
 from fedexperts.errors import BadValue
@@ -31,11 +32,19 @@ def drawn(given: object, clients: Sequence[str], seed: str, key: str) -> list[fl
     """One number for each client; client `c01` of a seed gets the same number however many clients there are."""
     match given:
         case int() | float():
-            return [float(given)] * len(clients)
+            return [amount(given, key)] * len(clients)
         case {"uniform": [low, high]}:
-            return [Random(f"{seed}/{client}/memory").uniform(low, high) for client in clients]
+            bounds = amount(low, key), amount(high, key)
+            return [Random(f"{seed}/{client}/memory").uniform(*bounds) for client in clients]
         case list() | tuple():
             if len(given) != len(clients):
                 raise BadValue(f"devices.{key} lists {len(given)} numbers for {len(clients)} clients; give one for each client")
-            return [float(number) for number in given]
+            return [amount(number, key) for number in given]
     raise BadValue(f"devices.{key} = {given!r} is none of a number, a list of numbers, or {{ uniform = [low, high] }}")
+
+
+def amount(given: object, key: str) -> float:
+    """`given`, where it is a number that memory can be."""
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < inf:
+        raise BadValue(f"devices.{key} has {given!r}, which is no amount of memory; give a number above 0")
+    return float(given)

@@ -30,4 +30,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_bytes(path, save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
+    write_bytes(path, encoded(tensors))
+
+
+def encoded(tensors: Mapping[str, Tensor]) -> bytes:
+    """`tensors` as safetensors, which takes no two that share memory: each of these comes whole."""
+    apart: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        held = tensor.detach().contiguous()
+        apart[name] = held.clone() if held.untyped_storage().data_ptr() in memory else held
+        memory.add(held.untyped_storage().data_ptr())
+    return save(apart)

@@ -1,6 +1,5 @@
 """What clients keep to themselves, on their own disk, one version for each round that changed it."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ class Keeper:
     def versions(self, client: str) -> list[Path]:
         """Oldest first."""
         folder = self.folder / client
-        return sorted(folder / name for name in os.listdir(folder) if name[0].isdigit()) if folder.is_dir() else []
+        return sorted(path for path in folder.iterdir() if path.name[0].isdigit()) if folder.is_dir() else []
 
 
 def own(job: Job) -> str:

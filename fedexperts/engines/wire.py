@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
+from fedexperts.files import encoded
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 PROTOCOL = 1
@@ -51,9 +52,9 @@ def pack(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) -> 
     numbers = {key: str(i) for i, key in enumerate(ids)}
     manifest = {"protocol": PROTOCOL, "head": head, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}
     groups = {"patch": patch.tensors, "rows": {numbers[key]: rows for key, rows in ids.items()}, "extra": extra}
-    tensors = {f"{group}/{name}": t.detach().contiguous() for group, held in groups.items() for name, t in held.items()}
+    tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
     text = json.dumps(manifest).encode()
-    return len(text).to_bytes(8, "big") + text + save(tensors)
+    return len(text).to_bytes(8, "big") + text + encoded(tensors)
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], Patch, dict[str, Tensor]]:
