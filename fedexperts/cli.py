@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would die in worker processes
@@ -13,7 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedexperts.errors import BadValue, FedExpertsError
+from fedexperts.errors import FedExpertsError
+
+if TYPE_CHECKING:
+    from fedexperts.progress import Progress
 
 app = typer.Typer(
     name="fedexperts",
@@ -92,15 +95,13 @@ def inspect_command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Layers, experts, parameters and bytes of a model, from its configuration alone, and what a sub-model of it costs."""
-    from json import dumps
+    from fedexperts.inspect import inspect, lora_option, render
 
-    from fedexperts.inspect import inspect
-
-    found = inspect(model, keep=keep, keep_total=keep_total, lora=lora, rank=rank, lora_modules=lora_modules.split(","))
+    found = inspect(model, keep, keep_total, lora_option(lora, rank, lora_modules) if lora else None)
     if json:
-        typer.echo(dumps(found.to_json()))
+        typer.echo(found.to_json())
     else:
-        console.print(found.table())
+        console.print(render(found))
 
 
 @app.command()
@@ -131,7 +132,7 @@ def pretrain(
     console.print(f"written: {folder}", soft_wrap=True, highlight=False)
 
 
-def progress(quiet: bool) -> "Shown | Quiet":  # noqa: F821
+def progress(quiet: bool) -> "Progress":
     from fedexperts.progress import Quiet, Shown
 
     return Quiet() if quiet else Shown(console)
@@ -147,7 +148,7 @@ def finish(folders: Sequence[Path], out: Path) -> None:
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
-def plan_tables(planned: dict) -> list[Table]:
+def plan_tables(planned: dict[str, Any]) -> list[Table]:
     """The plan for people."""
     model, unit = planned["model"], 1e6
     blocks = model["blocks"].values()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from fedexperts.moe import rows
 from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.routing import Recorder, Routing, balance_loss
 from fedexperts.moe.shrink import shrink
@@ -94,7 +96,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        tokens += seen(batch)
+        tokens += seen(model, batch)
         flops += flops_estimated(model, batch)
         peak = max(peak, meter.peak_bytes) if meter else peak
 
@@ -111,7 +113,7 @@ def validate(model: nn.Module, bench: Bench, chosen: Sequence[Example] | None = 
     with torch.no_grad(), Recorder(model) as recorder:
         for start in range(0, len(chosen), size):
             batch = bench.encoder.batch(chosen[start : start + size])
-            answered = int((batch["labels"] != -100).sum())
+            answered = int((batch["labels"] != IGNORED).sum())
             total += float(cross_entropy(model, batch)) * answered
             count += answered
     return Validation(total / max(count, 1), recorder.routing())
@@ -130,21 +132,16 @@ def batches(chosen: Sequence[Example], size: int, steps: int, seed: str) -> Iter
 
 def cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Float[Tensor, ""]:
     """Mean cross-entropy over the tokens of the responses."""
-    labels = batch["labels"]
-    if model.config.is_encoder_decoder:
-        logits = model(**batch, use_cache=False).logits
-    else:
-        seen_by_model = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = model(**seen_by_model, use_cache=False).logits[:, :-1]
-        labels = labels[:, 1:]
+    logits, targets = predictions(model, batch)
     return functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=-100, label_smoothing=label_smoothing
+        logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), ignore_index=IGNORED, label_smoothing=label_smoothing
     )
 
 
-def seen(batch: Mapping[str, Tensor]) -> int:
+def seen(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     """Tokens of a batch that are no padding (of an encoder-decoder: the prompt's and the response's)."""
-    return int(batch["attention_mask"].sum())
+    written = int((batch["labels"] != IGNORED).sum()) if encoder_decoder(model) else 0
+    return int(batch["attention_mask"].sum()) + written
 
 
 def optimizer_for(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:

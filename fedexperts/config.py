@@ -3,7 +3,6 @@
 import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -119,7 +118,8 @@ class RunConfig(Settings):
     def resolved(self) -> Tree:
         """All settings, defaults included, the method's too; as TOML can hold them."""
         method = {"name": self.method["name"], **dataclasses.asdict(self.build_method())}  # type: ignore[call-overload]  # likewise
-        return without_none({**self.model_dump(mode="json"), "method": method})
+        resolved: Tree = without_none({**self.model_dump(mode="json"), "method": method})
+        return resolved
 
 
 def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
@@ -213,8 +213,10 @@ def different(one: Tree, other: Tree) -> list[str]:
 
 
 def flattened(tree: Tree, prefix: str = "") -> Tree:
-    parts = (flattened(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in tree.items())
-    return reduce(lambda all, part: all | part, parts, {})
+    flat: Tree = {}
+    for key, value in tree.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def without_none(value: Any) -> Any:

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from fedexperts.types import Cost, Experts, Failure, Job, Update
+from fedexperts.moe.anatomy import Experts
+from fedexperts.types import Cost, Failure, Job, Update
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from fedexperts.files import write_text
 from fedexperts.ledger import Ledger
 from fedexperts.methods import METHODS
 from fedexperts.methods.base import patch_for
-from fedexperts.methods.submodel import even_number
+from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import footprint, per_step
@@ -154,7 +154,7 @@ def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, o
     together = evaluate.merge(scores[client] for client in server.clients if client in scores)
     lines = [line for client in server.clients if client in scores for line in score_lines(scores[client], client)]
     count = sum(part.examples for part in together.tasks.values())
-    overall = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall(), "metrics": {}}
+    overall: dict[str, Any] = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall(), "metrics": {}}
     append(out / "evals.jsonl", [{"round": server.round, **line} for line in [*lines, *score_lines(together, None), overall]])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
     progress.scored(server, together)
@@ -281,7 +281,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
 def experts_fit(server: Server, client: Client) -> int:
     """The most experts, spread evenly over the layers, that the client can train within its memory."""
     number = even_number(server, client)
-    return sum(min(number, shape.num_experts) for shape in server.anatomy.blocks.values())
+    return sum(evenly(server.anatomy, number).values()) if number else 0
 
 
 def claim(config: RunConfig, out: Path, resume: bool) -> None:

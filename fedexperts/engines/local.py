@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing.connection import Connection, wait
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.multiprocessing as processes
@@ -88,7 +88,7 @@ class LocalEngine:
                 busy[worker.pipe] = (number, job, worker)
                 started = number + 1
             for pipe in wait(list(busy)) if busy else []:
-                _, job, worker = busy.pop(pipe)  # type: ignore[index]  # wait returns what it was given
+                _, job, worker = busy.pop(cast("Connection", pipe))  # wait returns what it was given
                 yield worker.receive(job)
 
 
