@@ -2,10 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
 
 from fedexperts.client import examples, fit, install
 from fedexperts.moe import rows
 from fedexperts.types import Assignment, Bench, Job, Patch, Server, Update
+
+Count = Annotated[int, Field(ge=1)]
+"""A hyperparameter that counts something; a run file is held to it."""
+
+Share = Annotated[float, Field(gt=0, le=1)]
+"""A hyperparameter that is a part of something, or all of it."""
 
 
 def all_experts(server: Server) -> Assignment:

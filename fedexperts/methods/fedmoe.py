@@ -4,6 +4,7 @@ Mei, Cai, Zhou, Wang, Xu, "FedMoE: Personalized Federated Learning via Heterogen
 https://arxiv.org/abs/2408.11304. Section numbers are the paper's; what it leaves open is marked (ours).
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fedexperts.client import examples, fit, install, validate
-from fedexperts.methods.base import all_experts, by_examples, heard, mean_rows
+from fedexperts.errors import TooSmall
+from fedexperts.methods.base import Count, Share, all_experts, by_examples, heard, mean_rows
 from fedexperts.methods.recommend import recommend
 from fedexperts.methods.submodel import at_random, by_block, mask, predict, require_minimum, search, unmask
 from fedexperts.moe import rows
@@ -40,23 +42,41 @@ class FedMoE:
 
     initial: Literal["profile", "random"] = "profile"
     adjust: bool = True
-    profile_rounds: int = 5
-    profile_rank: int = 8
-    reserve: float = 0.7
-    experts_per_layer: int | None = None
-    patience: int = 3
-    neighbours: int = 3
+    profile_rounds: Count = 5
+    profile_rank: Count = 8
+    reserve: Share = 0.7
+    experts_per_layer: Count | None = None
+    patience: Count = 3
+    neighbours: Count = 3
 
     @property
     def before(self) -> tuple[str, ...]:
         return ("profile",) if self.initial == "profile" else ()
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
-        """Stage 1: the whole model, where the memory holds it. Stage 2: the client's experts."""
+        """Stage 1: the whole model, where the memory holds it. Stage 2: the client's experts.
+
+        Raises:
+            TooSmall: the client's memory holds no legal sub-model, or, in stage 1, nobody's holds the whole model.
+        """
         require_minimum(server, client)
         if server.task == "profile":
+            self.require_profiler(server)
             return all_experts(server) if self.can_profile(server, client) else None
         return Assignment(self.held(server, client))
+
+    def require_profiler(self, server: Server) -> None:
+        """Raises TooSmall when no client can do stage 1."""
+        largest = max(
+            server.clients.values(), key=lambda client: math.inf if client.memory_bytes is None else client.memory_bytes
+        )
+        if not self.can_profile(server, largest):
+            has, needs = largest.memory_bytes or 0, server.footprint.adapting(self.profile_rank)
+            raise TooSmall(
+                f"client {largest.name}, the largest, has {has / 1e6:.1f} MB of memory, but to measure its routing it needs "
+                f"{needs / 1e6:.1f} MB for the whole model and an adapter on every expert; give it more memory, or leave that "
+                'stage out with method.initial = "random"'
+            )
 
     def can_profile(self, server: Server, client: Client) -> bool:
         """Whether the client's memory holds the frozen whole model and the adapters of all experts."""
@@ -103,18 +123,14 @@ class FedMoE:
         return self.adjusted(server, answers)
 
     def initialised(self, server: Server, measured: Tensors) -> Server:
-        """Stage 1, steps 2 and 3: p of the clients that could not measure it, then each client's experts.
-
-        Where no client at all was large enough to measure, all experts count alike (ours).
-        """
-        even = torch.ones(server.anatomy.num_experts)
+        """Stage 1, steps 2 and 3: p of the clients that did not measure it, then each client's experts."""
+        if not measured:  # all failed: the loop's caller ends the run with their reasons
+            return server
         memory: dict[str, Tensor] = {}
-        for client in server.clients.values():
-            predicted = predict(client, measured, server.clients)
-            p = measured.get(client.name, even if predicted is None else predicted)
-            memory[f"p/{client.name}"] = p
+        for name, client in server.clients.items():
+            p = measured[name] if name in measured else predict(client, measured, server.clients)
             held = search(server, client, by_block(server.anatomy, p), self.reserve)
-            memory[f"held/{client.name}"] = mask(server.anatomy, held)
+            memory |= {f"p/{name}": p, f"held/{name}": mask(server.anatomy, held)}
         return replace(server, memory=memory)
 
     def adjusted(self, server: Server, answers: Sequence[Update]) -> Server:

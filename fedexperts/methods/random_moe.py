@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from fedexperts.methods.base import by_examples, mean_rows, train_assigned
+from fedexperts.methods.base import Count, Share, by_examples, mean_rows, train_assigned
 from fedexperts.methods.submodel import at_random
 from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
 
@@ -18,8 +18,8 @@ class RandomMoE:
     FedMoE only in which experts are held.
     """
 
-    experts_per_layer: int | None = None
-    reserve: float = 0.7
+    experts_per_layer: Count | None = None
+    reserve: Share = 0.7
     before: ClassVar[tuple[str, ...]] = ()
 
     def assign(self, server: Server, client: Client) -> Assignment:

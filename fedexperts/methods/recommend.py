@@ -1,12 +1,12 @@
 """FedMoE's expert recommendation (section 4.4): what clients with similar routing hold."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedexperts.methods.submodel import unmask
+from fedexperts.methods.submodel import units, unmask
 from fedexperts.moe.anatomy import Experts
 from fedexperts.types import Client, Server
 
@@ -17,7 +17,8 @@ def recommend(server: Server, client: Client, p: Mapping[str, Tensor], held: Map
     With S' the K = `neighbours` clients whose p is most similar (cosine), p̂ = Σ sim·p / Σ sim over S', and
     n = round(mean |S_a| over S') − |S_k|: n > 0 adds the n experts outside S_k with the highest p̂, n < 0 drops the |n|
     inside with the lowest. Guards (ours): never beyond the client's memory, then the best that fit are added; never
-    below top-k in a layer. `p` and `held` are flat vectors of the clients heard from so far.
+    below top-k in a layer; a grouped router's group as one, by its mean p̂. `p` and `held` are flat vectors of the clients
+    heard from so far.
     """
     own = held[client.name]
     alike = {
@@ -31,22 +32,24 @@ def recommend(server: Server, client: Client, p: Mapping[str, Tensor], held: Map
     expected = torch.stack([alike[other] * p[other].double() for other in closest]).sum(0) / total
     number = round(sum(int(held[other].sum()) for other in closest) / len(closest)) - int(own.sum())
     if number > 0:
-        wanted = (expected.masked_fill(own, -1)).argsort(descending=True, stable=True)[: int((~own).sum())]
-        return changed(server, own, wanted, number, within_memory(server, client))
-    wanted = expected.masked_fill(~own, torch.inf).argsort(stable=True)[: int(own.sum())]
-    return changed(server, own, wanted, -number, at_least_top_k(server))
+        outside = [unit for unit in units(server.anatomy) if not own[unit].any()]
+        likeliest = sorted(outside, key=lambda unit: -float(expected[unit].mean()))
+        return changed(server, own, likeliest, number, within_memory(server, client))
+    inside = [unit for unit in units(server.anatomy) if own[unit].any()]
+    return changed(server, own, sorted(inside, key=lambda unit: float(expected[unit].mean())), -number, at_least_top_k(server))
 
 
-def changed(server: Server, held: Tensor, order: Tensor, number: int, legal: Callable[[Experts], bool]) -> Tensor:
-    """`held` with up to `number` entries flipped, in `order`, each only if the result is `legal`."""
+def changed(server: Server, held: Tensor, order: Sequence[slice], number: int, legal: Callable[[Experts], bool]) -> Tensor:
+    """`held` with up to `number` experts flipped, in `order`, each unit only if the result is `legal`."""
     left = number
-    for expert in order.tolist():
-        if not left:
-            break
+    for unit in order:
+        size = unit.stop - unit.start
+        if size > left:
+            continue
         tried = held.clone()
-        tried[expert] = ~tried[expert]
+        tried[unit] = ~tried[unit]
         if legal(unmask(server.anatomy, tried)):
-            held, left = tried, left - 1
+            held, left = tried, left - size
     return held
 
 

@@ -1,6 +1,8 @@
 """Which experts a client should hold: FedMoE's coarse initialisation (section 4.2) and its random counterpart."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from random import Random
 
 import torch
@@ -8,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedexperts.errors import TooSmall
-from fedexperts.moe.anatomy import Anatomy, Experts
+from fedexperts.moe.anatomy import Anatomy, BlockShape, Experts
 from fedexperts.types import Client, Server
 
 Activation = Mapping[str, Float[Tensor, " experts"]]
@@ -24,39 +26,46 @@ def search(server: Server, client: Client, p: Activation, reserve: float) -> Exp
     FedMoE's optimisation problem, solved by binary search on θ as in the paper: for a θ each layer keeps the shortest
     prefix of its experts, by falling p, whose p sum to θ of the layer's sum (1 for top-1 routing, as in the paper; with
     top-k routing p sums to k). No layer keeps fewer than its top-k. A client that holds that minimum within its memory
-    but not within the reserve gets the minimum.
+    but not within the reserve gets the minimum; one without a limit gets all experts that its data ever reached (θ = 1).
 
     Raises:
         TooSmall: the memory does not hold the minimum.
     """
-    if client.memory_bytes is None:
-        return server.anatomy.all_experts
-    require_minimum(server, client, p)
-    budget = reserve * client.memory_bytes
+    require_minimum(server, client)
+    budget = math.inf if client.memory_bytes is None else reserve * client.memory_bytes
+
+    def fits(share: float) -> bool:
+        return server.footprint.of(covering(server.anatomy, p, share)) <= budget
+
+    if fits(1.0):
+        return covering(server.anatomy, p, 1.0)
     low, high = 0.0, 1.0
-    if server.footprint.of(covering(server.anatomy, p, high)) <= budget:
-        return covering(server.anatomy, p, high)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        fits = server.footprint.of(covering(server.anatomy, p, middle)) <= budget
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return covering(server.anatomy, p, low)
 
 
 def covering(anatomy: Anatomy, p: Activation, share: float) -> Experts:
     """In each layer the shortest prefix by falling p that reaches `share` (θ) of the layer's sum, and top-k at least."""
-    return {block: shortest(p[block], share, shape.fewest) for block, shape in anatomy.blocks.items()}
+    return {block: shortest(p[block], share, shape) for block, shape in anatomy.blocks.items()}
 
 
-def shortest(p: Float[Tensor, " experts"], share: float, fewest: int) -> tuple[int, ...]:
-    """Ids, ascending; among equal p the lower id comes first."""
-    order = torch.argsort(p, descending=True, stable=True)
-    covered = p.double()[order].cumsum(0)
-    enough = int((covered < share * covered[-1] - 1e-12).sum()) + 1
-    return tuple(sorted(order[: max(enough if share else 0, fewest)].tolist()))
+def shortest(p: Float[Tensor, " experts"], share: float, shape: BlockShape) -> tuple[int, ...]:
+    """Ids, ascending; among equal p the lower id comes first. A grouped router's groups stay whole: one counts as one."""
+    shares = p.double().view(-1, shape.unit).sum(1)
+    order = torch.argsort(shares, descending=True, stable=True)
+    covered = shares[order].cumsum(0)
+    enough = int((covered < share * covered[-1]).sum()) + 1
+    return members(order[: max(enough, shape.fewest // shape.unit)].tolist(), shape)
 
 
-def require_minimum(server: Server, client: Client, p: Activation | None = None) -> None:
+def members(units: Iterable[int], shape: BlockShape) -> tuple[int, ...]:
+    """The experts of these units of a block, ascending."""
+    return tuple(unit * shape.unit + offset for unit in sorted(units) for offset in range(shape.unit))
+
+
+def require_minimum(server: Server, client: Client) -> None:
     """Raises TooSmall when `client` holds no legal sub-model: top-k experts in each layer."""
     least = {block: tuple(range(shape.fewest)) for block, shape in server.anatomy.blocks.items()}
     needed = server.footprint.of(least)
@@ -69,30 +78,41 @@ def require_minimum(server: Server, client: Client, p: Activation | None = None)
 
 
 def predict(
-    client: Client, known: Mapping[str, Float[Tensor, " all"]], clients: Mapping[str, Client]
-) -> Float[Tensor, " all"] | None:
-    """p of a client too small to measure it: the data-size-weighted mean over the clients of its task.
+    client: Client, measured: Mapping[str, Float[Tensor, " all"]], clients: Mapping[str, Client]
+) -> Float[Tensor, " all"]:
+    """p of a client that could not measure it: the data-size-weighted mean over the clients of its task that did.
 
-    Where none of its task was measured, over all that were (ours); None where none was.
+    Where none of its task did, over all that did (ours).
     """
-    of_task = [name for name in known if clients[name].task == client.task]
-    measured = of_task or list(known)
-    if not measured:
-        return None
-    weights = [float(clients[name].examples) for name in measured]
-    mean = sum(weight * known[name].double() for weight, name in zip(weights, measured, strict=True)) / sum(weights)
-    return mean.float()  # type: ignore[union-attr]  # a sum of at least one tensor
+    known = [name for name in clients if name in measured]
+    alike = [name for name in known if clients[name].task == client.task] or known
+    weights = torch.tensor([clients[name].examples for name in alike], dtype=torch.float64)
+    return (weights @ torch.stack([measured[name].double() for name in alike]) / weights.sum()).float()
 
 
 def at_random(server: Server, client: Client, reserve: float, per_layer: int | None, rng: Random) -> Experts:
     """`per_layer` random experts in each layer; None: as many as fit into `reserve` · M_k, spread evenly over the layers.
 
+    A layer that has fewer keeps all; none keeps fewer than its top-k, nor a part of a grouped router's group.
+
     Raises:
-        TooSmall: the memory does not hold the minimum.
+        TooSmall: the memory does not hold the minimum, or not as many as were asked for.
     """
     require_minimum(server, client)
-    orders = {block: rng.sample(range(shape.num_experts), shape.num_experts) for block, shape in server.anatomy.blocks.items()}
-    return first(orders, server.anatomy, even_number(server, client, reserve) if per_layer is None else per_layer)
+    blocks = server.anatomy.blocks
+    orders = {
+        name: rng.sample(range(shape.num_experts // shape.unit), shape.num_experts // shape.unit)
+        for name, shape in blocks.items()
+    }
+    counts = evenly(server.anatomy, even_number(server, client, reserve) if per_layer is None else per_layer)
+    experts = {name: members(order[: counts[name] // blocks[name].unit], blocks[name]) for name, order in orders.items()}
+    needed = server.footprint.of(experts)
+    if client.memory_bytes is not None and client.memory_bytes < needed:
+        raise TooSmall(
+            f"client {client.name} has {client.memory_bytes / 1e6:.1f} MB of memory, but experts_per_layer = {per_layer} takes "
+            f"{needed / 1e6:.1f} MB to train; ask for at most {even_number(server, client)}, or leave it to each client's memory"
+        )
+    return experts
 
 
 def even_number(server: Server, client: Client, reserve: float = 1.0) -> int:
@@ -100,16 +120,17 @@ def even_number(server: Server, client: Client, reserve: float = 1.0) -> int:
     most = max(shape.num_experts for shape in server.anatomy.blocks.values())
     if client.memory_bytes is None:
         return most
-    sizes = {
-        n: {name: range(min(n, shape.num_experts)) for name, shape in server.anatomy.blocks.items()} for n in range(most + 1)
+    sizes = {number: evenly(server.anatomy, number) for number in range(1, most + 1)}
+    experts = {number: {name: tuple(range(count)) for name, count in counts.items()} for number, counts in sizes.items()}
+    return max((n for n in experts if server.footprint.of(experts[n]) <= reserve * client.memory_bytes), default=0)
+
+
+def evenly(anatomy: Anatomy, number: int) -> dict[str, int]:
+    """`number` experts for each layer, as near below it as whole groups allow: not more than it has, not fewer than its top-k."""
+    return {
+        name: max(min(number, shape.num_experts) // shape.unit * shape.unit, shape.fewest)
+        for name, shape in anatomy.blocks.items()
     }
-    held = {n: {name: tuple(ids) for name, ids in each.items()} for n, each in sizes.items()}
-    return max((n for n in held if server.footprint.of(held[n]) <= reserve * client.memory_bytes), default=0)
-
-
-def first(orders: Mapping[str, list[int]], anatomy: Anatomy, number: int) -> Experts:
-    """The first `number` of each order, and top-k at least."""
-    return {block: tuple(sorted(order[: max(number, anatomy.blocks[block].fewest)])) for block, order in orders.items()}
 
 
 def by_block(anatomy: Anatomy, vector: Tensor) -> dict[str, Tensor]:
@@ -129,3 +150,9 @@ def mask(anatomy: Anatomy, experts: Experts) -> Tensor:
 def unmask(anatomy: Anatomy, held: Tensor) -> Experts:
     """The experts that a flat vector of booleans marks."""
     return {block: tuple(part.nonzero().flatten().tolist()) for block, part in by_block(anatomy, held).items()}
+
+
+def units(anatomy: Anatomy) -> list[slice]:
+    """The places in a flat vector of the experts that are held or dropped together: one by one, or whole groups."""
+    sizes = [shape.unit for shape in anatomy.blocks.values() for _ in range(shape.num_experts // shape.unit)]
+    return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
