@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.table import Table as RichTable
 
+from fedexperts.files import write_text
 from fedexperts.report import page, tables
-from fedexperts.report.disk import save
 from fedexperts.report.read import RunResults, grouped, read_all
 from fedexperts.report.tables import Groups, Table
 
@@ -42,15 +42,16 @@ def write(
     groups = grouped(runs)
     base = tables.baseline_of(groups, baseline)
     made = _tables(groups, base)
-    written = []
+    texts: dict[Path, str] = {}
     if html is not None:
-        text = page.one_run(runs[0]) if len(runs) == 1 else page.several(groups, base)
-        written.append(save(html, text))
+        texts[html] = page.one_run(runs[0]) if len(runs) == 1 else page.several(groups, base)
     if csv is not None:
-        written.append(save(csv, tables.to_csv(groups, base)))
+        texts[csv] = tables.to_csv(groups, base)
     if markdown is not None:
-        written.append(save(markdown, "\n".join(map(tables.to_markdown, made))))
-    return Report(runs, made, tuple(written))
+        texts[markdown] = "\n".join(map(tables.to_markdown, made))
+    for path, text in texts.items():
+        write_text(path, text)
+    return Report(runs, made, tuple(texts))
 
 
 def table(folders: Sequence[Path], width: int | None = None) -> RichTable:

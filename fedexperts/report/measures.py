@@ -26,7 +26,6 @@ class Measure:
     unit: str
     of: Callable[[RunResults], float | None]
     task: str | None = None  # the task whose quality it is, if it is one
-    lower_is_better: bool = True
 
     @property
     def label(self) -> str:
@@ -105,9 +104,12 @@ def metric(runs: Sequence[RunResults], task: str) -> str:
 
 
 def unit(runs: Sequence[RunResults], task: str | None) -> str:
-    """`%` for shares (accuracy, F1, ROUGE, …); nothing for a perplexity, or a mean over tasks with one among them."""
-    measured = [task] if task is not None else tasks(runs)
-    return "" if any(metric(runs, each) in LOWER_IS_BETTER for each in measured) else "%"
+    """`%` for shares (accuracy, F1, ROUGE, …), nothing for a perplexity.
+
+    The overall quality (task None) leaves out the tasks judged by perplexity, unless all are.
+    """
+    measured = [metric(runs, each) for each in ([task] if task is not None else tasks(runs))]
+    return "" if measured and all(each in LOWER_IS_BETTER for each in measured) else "%"
 
 
 def shown(value: float, unit: str) -> float:
@@ -240,7 +242,7 @@ def _quality(runs: Sequence[RunResults], task: str | None) -> Measure:
         return None if row is None or row.value is None else shown(row.value, in_unit)
 
     name = "overall" if task is None else task
-    return Measure(name, in_unit, of, task=task, lower_is_better=in_unit != "%")
+    return Measure(name, in_unit, of, task=task)
 
 
 def _in_mb(value: float | None) -> float | None:

@@ -108,6 +108,7 @@ def _what_was_asked(run: RunResults) -> dict[str, str]:
         "divided": _inline(run.plan.partition) or "as given",
         "rounds": progress,
         "seed": str(run.plan.seed),
+        **({"warned of": "; ".join(run.plan.warnings)} if run.plan.warnings else {}),
     }
 
 

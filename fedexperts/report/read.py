@@ -58,6 +58,7 @@ class Plan:
     clients: tuple[ClientPlan, ...] = ()
     partition: Mapping[str, Any] = field(default_factory=dict)
     full_bytes: int | None = None  # memory that training with all experts takes
+    warnings: tuple[str, ...] = ()  # what was said not to fit
 
 
 @dataclass(frozen=True)

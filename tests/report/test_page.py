@@ -11,7 +11,6 @@ from rich.console import Console
 
 from fedexperts import report
 from fedexperts.errors import BadRun
-from fedexperts.report.disk import save
 
 from .fake import write_comparison, write_run
 
@@ -160,14 +159,6 @@ def test_nothing_is_written_when_a_folder_holds_no_run(tmp_path: Path):
     with pytest.raises(BadRun):
         report.write([tmp_path / "run", tmp_path / "gone"], html=tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
-    path = tmp_path / "r.html"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        save(path, "\ud800")
-    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("r.html", "old")]
 
 
 @pytest.mark.parametrize(("width", "turned"), [(200, False), (80, True)])

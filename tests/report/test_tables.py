@@ -102,6 +102,12 @@ def test_the_worst_client_by_perplexity_has_the_highest():
     assert cell(table, "text", "metric") == "perplexity"
 
 
+def test_the_overall_quality_is_a_share_unless_every_task_is_judged_by_perplexity():
+    text, sort = Evaluation(1, None, "text", 20, "perplexity", 5.0), Evaluation(1, None, "sort", 20, "accuracy", 0.5)
+    assert m.unit([run(evaluations=(text, sort))], None) == "%"
+    assert m.unit([run(evaluations=(text,))], None) == ""
+
+
 def test_a_failure_in_both_the_round_and_the_ledger_is_one():
     rounds = (Round(1, failed={"b": "killed by signal 9"}),)
     assert m.failures(run(ledger=WORK, rounds=rounds)) == [m.Failed(1, "b", "train", "killed by signal 9")]
