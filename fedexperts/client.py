@@ -140,7 +140,7 @@ def cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], label_smoothing
 
 def seen(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     """Tokens of a batch that are no padding (of an encoder-decoder: the prompt's and the response's)."""
-    written = int((batch["labels"] != IGNORED).sum()) if encoder_decoder(model) else 0
+    written = int((batch["labels"] != IGNORED).sum()) if is_encoder_decoder(model) else 0
     return int(batch["attention_mask"].sum()) + written
 
 

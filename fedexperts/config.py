@@ -67,7 +67,7 @@ class FederationSettings(Settings):
 
 
 class DeviceSettings(Settings):
-    """The clients' memory: a number, a list, or { uniform = [low, high] }. In gigabytes, or in shares of the full model's need."""
+    """The clients' memory, in gigabytes or in shares of the full model's need: a number, a list, or { uniform = [low, high] }."""
 
     memory_gb: Any = None
     memory_share: Any = None

@@ -154,14 +154,14 @@ def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, o
     together = evaluate.merge(scores[client] for client in server.clients if client in scores)
     lines = [line for client in server.clients if client in scores for line in score_lines(scores[client], client)]
     count = sum(part.examples for part in together.tasks.values())
-    overall: dict[str, Any] = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall(), "metrics": {}}
+    overall = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall(), "metrics": {}}
     append(out / "evals.jsonl", [{"round": server.round, **line} for line in [*lines, *score_lines(together, None), overall]])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
     progress.scored(server, together)
     ledger.clear()
 
 
-def score_lines(scores: evaluate.Scores, client: str | None) -> Iterator[dict[str, Any]]:
+def score_lines(scores: evaluate.Scores, client: str | None) -> Iterator[Mapping[str, Any]]:
     for task, metrics in scores.by_task().items():
         found = {"metric": scores.metric(task), "value": scores.main(task), "metrics": metrics}
         yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **found}
