@@ -154,8 +154,8 @@ def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, o
     together = evaluate.merge(scores[client] for client in server.clients if client in scores)
     lines = [line for client in server.clients if client in scores for line in score_lines(scores[client], client)]
     count = sum(part.examples for part in together.tasks.values())
-    overall = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall(), "metrics": {}}
-    append(out / "evals.jsonl", [{"round": server.round, **line} for line in [*lines, *score_lines(together, None), overall]])
+    whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
+    append(out / "evals.jsonl", [{"round": server.round, **line} for line in [*lines, *score_lines(together, None), whole]])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
     progress.scored(server, together)
     ledger.clear()
