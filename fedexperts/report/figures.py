@@ -20,6 +20,7 @@ from fedexperts.report.tables import Groups
 PALETTE = ("#3b82d6", "#d9822b", "#2f9e6e", "#b5489a", "#8a6fd1", "#c8463a", "#7f8f1f", "#4a9fb0")
 DASHES = ("solid", "dash", "dot", "dashdot")
 INK = {"theme": "ink"}  # page.js draws what has this `meta` in the colour of the text
+FEW_ROUNDS = 10  # up to here each has its tick, so that none lies between two rounds
 LINE_OF_A_ROW = 22  # pixels
 MANY_CLIENTS = 60  # more are not drawn one by one; the tables name all
 
@@ -92,6 +93,7 @@ def curves(run: RunResults, over: str, unit: str) -> Figure:
         drawing.add_trace(_line(name, _points(run, None, task, axis), index, width=2, group=task))
     if len(tasks) > 1 and m.unit([run], None) == unit:
         drawing.add_trace(_line("mean over tasks", _points(run, None, None, axis), 0, width=4, meta=INK))
+    _tick_rounds(drawing, over, [run])
     what = "Quality" if unit else "Perplexity"
     caption = f"Thick: the mean over tasks. Middle: each task. Thin: {_clients_drawn(every, 'each client')} on its task."
     return Figure(f"{what} over {over}", f"{caption} {_axis_note(over)}".strip(), drawing)
@@ -108,6 +110,7 @@ def experts_over_rounds(run: RunResults) -> Figure:
         points = [(float(round), float(of(each))) for round, each in sorted(counts.items())]
         drawing.add_trace(_line(name, points, index, width=3 if name == "mean" else 1.5))
     drawing.update_yaxes(rangemode="tozero")
+    _tick_rounds(drawing, "rounds", [run])
     return Figure("Experts held by the clients of each round", "Over all layers; each round shows who took part in it.", drawing)
 
 
@@ -171,6 +174,7 @@ def partition(run: RunResults) -> Figure:
                 hovertemplate="%{y}: %{z} examples of %{x}<extra></extra>",
                 meta={"theme": "heat"},
                 zmin=0,
+                zmax=max((value for row in counts for value in row if value is not None), default=1),
                 xgap=1,
                 ygap=1,
             )
@@ -193,6 +197,7 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
             drawing.add_trace(_band(points, index, method))
         if points:
             drawing.add_trace(_line(method, [(x, each.mean) for x, each in points], index, width=2.5, group=method))
+    _tick_rounds(drawing, over, [run for runs in groups.values() for run in runs])
     title = "Overall quality" if task is None else task
     band = "Line: mean over seeds. Band: 95 % Student t interval." if max(map(len, groups.values())) > 1 else "One seed each."
     return Figure(f"{title} over {over}", f"{band} {_axis_note(over)}".strip(), drawing)
@@ -240,6 +245,7 @@ def experts_map(label: str, run: RunResults) -> dict[str, Any]:
         "run": label,
         "blocks": [{"label": labels[name], "experts": block.num_experts} for name, block in blocks.items()],
         "rounds": sorted({row.round for row in run.rounds if row.task == "train" and row.holds}),
+        "planned": len(list(m.walk_clients(run))),
         "clients": [{"name": name, "holds": _changes(held, list(blocks))} for name, held in m.history(run).items()],
     }
 
@@ -284,6 +290,11 @@ def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> It
 
 def _clients_drawn(clients: Sequence[str], all_of_them: str) -> str:
     return all_of_them if len(clients) <= MANY_CLIENTS else f"the first {MANY_CLIENTS} of {len(clients)} clients"
+
+
+def _tick_rounds(drawing: go.Figure, over: str, runs: Sequence[RunResults]) -> None:
+    if over == "rounds" and max(map(m.rounds_done, runs)) <= FEW_ROUNDS:
+        drawing.update_xaxes(dtick=1)
 
 
 def _axis_note(over: str) -> str:

@@ -74,7 +74,7 @@ function drawMap() {
   document.getElementById("map-shown").textContent = `round ${round}`;
   pick.round.setAttribute("aria-valuetext", `round ${round}`);
   document.getElementById("map-note").textContent = all
-    ? `${counts.clients} of ${map.clients.length} clients have trained by round ${round}.`
+    ? `${counts.clients} of ${map.planned} clients have trained by round ${round}.`
     : counts.clients ? "What this client worked with the last time it trained." : "This client has not trained by this round.";
   const rows = map.blocks.length;
   draw("map", [{

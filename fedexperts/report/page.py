@@ -167,8 +167,9 @@ def _held(held: m.Held | None) -> str:
 
 
 def _inline(values: Mapping[str, Any]) -> str:
-    """A small table of settings on one line."""
-    return ", ".join(f"{key} {_inline(value) if isinstance(value, Mapping) else value}" for key, value in values.items())
+    """A small table of settings on one line, without the empty ones."""
+    given = {key: value for key, value in values.items() if value not in (None, "", [], {})}
+    return ", ".join(f"{key} {_inline(value) if isinstance(value, Mapping) else value}" for key, value in given.items())
 
 
 def _asked(facts: Mapping[str, str]) -> str:
