@@ -24,7 +24,7 @@ from fedexperts.types import Encoder, Example
 METRICS = {
     "accuracy": "share of answers that are the right label; an answer that is no label is wrong",
     "macro_f1": "F1 of each label that occurs, averaged over labels",
-    "exact_match": "share of answers equal to the reference after SQuAD's normalisation",
+    "exact_match": "share of answers equal to the reference after SQuAD's normalisation; of sums, the number after ####",
     "token_f1": "F1 of the words shared with the reference after SQuAD's normalisation",
     "verbatim": "share of answers equal to the reference, letter by letter",
     "rouge1": "ROUGE-1 F, stemmed",
@@ -203,7 +203,7 @@ def judge(given: str, example: Example) -> tuple[dict[str, float], dict[str, tup
     wanted = example.response
     rouge = ROUGE.score(wanted, given)
     sums = {
-        "exact_match": float(normal(given) == normal(wanted)),
+        "exact_match": float(normal(final(given)) == normal(final(wanted))),
         "token_f1": token_f1(given, wanted),
         "verbatim": float(given.strip() == wanted.strip()),
         **{name: float(rouge[name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")},
@@ -229,6 +229,11 @@ def judge_label(given: str, wanted: str, choices: Sequence[str]) -> tuple[float,
 def label(text: str) -> str:
     """A label as it is compared: case, space and punctuation around it do not count (an `a` does, unlike in SQuAD's)."""
     return " ".join(text.lower().split()).strip(string.punctuation + " ")
+
+
+def final(text: str) -> str:
+    """What follows the last `####`, as answers to GSM8K's sums end; the whole text where there is none."""
+    return text.rpartition("####")[2]
 
 
 def normal(text: str) -> str:

@@ -15,6 +15,7 @@ from fedexperts.errors import BadValue
 from fedexperts.types import Example
 
 IGNORED = -100  # a label that takes no part in the loss
+REMEMBERED = 4096  # prompts, of at most max_tokens ids each
 
 
 class Encoder:
@@ -44,6 +45,7 @@ class Encoder:
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.before, self.after = special_tokens(tokenizer)
         self._longest: dict[tuple[str, ...], int] = {}
+        self._known: dict[tuple[str, tuple[str, ...]], list[int]] = {}
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "examples tokens"]]:
         """`input_ids`, `attention_mask` and `labels`, padded on the right; only response and end token have labels."""
@@ -67,10 +69,19 @@ class Encoder:
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in texts]
 
     def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        """The prompt's ids of each example, special tokens included, cut to fit; an empty prompt is one end token."""
+        """The prompt's ids of each example, remembered: clients come back to their examples, and long prompts take long."""
+        keys = [(example.prompt, example.choices) for example in examples]
+        new = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._known}
+        if len(self._known) + len(new) > REMEMBERED:
+            self._known, new = {}, dict(zip(keys, examples, strict=True))
+        if new or not examples:
+            self._known.update(zip(new, self._cut_prompts(list(new.values())), strict=True))
+        return [self._known[key] for key in keys]
+
+    def _cut_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Prompts with special tokens, cut to fit; an empty prompt is one end token."""
         after = self.after if self.encoder_decoder else []
-        rooms = self._rooms(examples)
-        inner = [room - len(self.before) - len(after) for room in rooms]
+        inner = [room - len(self.before) - len(after) for room in self._rooms(examples)]
         asked = self._ids([example.prompt for example in examples])
         cut = [self.before + without_middle(ids, max(room, 1)) + after for ids, room in zip(asked, inner, strict=True)]
         return [ids or [self.eos] for ids in cut]

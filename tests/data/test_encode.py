@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedexperts.data import encode
 from fedexperts.data.encode import IGNORED, Encoder, without_middle
 from fedexperts.errors import BadValue
 from fedexperts.types import Example
@@ -166,6 +167,16 @@ def test_decoding_what_was_encoded_gives_the_response():
     encoder = Encoder(PLAIN, 64)
     labels = encoder.batch([ASKED])["labels"][0]
     assert encoder.decode(labels[labels != IGNORED][None]) == ["Business"]
+
+
+def test_remembered_prompts_change_nothing(monkeypatch):
+    monkeypatch.setattr(encode, "REMEMBERED", 3)
+    examples = [Example(f"ask {number}", "yes", "any", choices=("yes", "no")[: number % 3]) for number in range(6)]
+    encoder, seen = Encoder(PLAIN, 16), 0
+    for start in (0, 1, 0, 4, 2):
+        batch, fresh = (one.batch(examples[start : start + 2]) for one in (encoder, Encoder(PLAIN, 16)))
+        seen += all(torch.equal(batch[name], fresh[name]) for name in fresh)
+    assert seen == 5
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():

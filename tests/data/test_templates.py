@@ -5,6 +5,7 @@ import pytest
 from fedexperts.data import templates
 from fedexperts.data.templates import TEMPLATES, Hints, kind_of, names_of
 from fedexperts.errors import BadData
+from fedexperts.evaluate import judge
 from fedexperts.types import Example
 
 NEWS = Hints("ag_news", question="What is this news about?", names=("World", "Sports"))
@@ -94,3 +95,8 @@ def test_names_of_classes_are_readable_and_in_the_order_of_their_ids():
     assert names_of(rows, "classification") == ("number", "card arrival", "2")
     assert names_of([{"output": "POS"}, {"output": "NEG "}, {"output": "POS"}], "closed") == ("NEG", "POS")
     assert names_of(rows, "instruction") == ()
+
+
+def test_a_sum_is_right_when_its_last_number_is():
+    example = templates.exact({"instruction": "How many?", "input": "", "output": "Half of 48 is 24.\n#### 24"}, Hints("gsm8k"))
+    assert [judge(said, example)[0]["exact_match"] for said in ("48 / 2\n#### 24", "Half of 48 is 24.\n#### 23")] == [1.0, 0.0]
