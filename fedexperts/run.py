@@ -189,7 +189,7 @@ def first_server(config: RunConfig, base: Base, clients: Clients) -> Server:
     shape = anatomy(base.model)
     model = prepare(shrink(base.model, shape.all_experts), training.tuning, seed=f"{seed}/start")
     size = (training.batch_size, config.data.max_tokens)
-    cost = footprint(model, training.tuning, size, optimizer=training.optimizer)
+    cost = footprint(base.model, training.tuning, size, optimizer=training.optimizer)
     devices = config.devices
     memory = memories(list(clients), cost.of(shape.all_experts), seed, gb=devices.memory_gb, share=devices.memory_share)
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
