@@ -271,7 +271,8 @@ def pm(value: Interval | None, unit: str, sign: str = "") -> str:
     if value is None:
         return NONE
     digits = 1 if unit == "%" or abs(value.mean) >= 10 or value.mean == 0 else 2
-    digits = 0 if abs(value.mean) >= 1000 else digits
+    count = not unit and not value.half and value.mean.is_integer()
+    digits = 0 if count or abs(value.mean) >= 1000 else digits
     half = "" if value.half is None else f" ± {value.half:,.{digits}f}" if value.half else " ± 0"
     return f"{value.mean:{sign},.{digits}f}{half}"
 

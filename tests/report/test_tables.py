@@ -182,6 +182,7 @@ def test_a_table_turned_twice_is_the_same():
         (Interval(1.234, 0.5, 3), "", "", "1.23 ± 0.50"),
         (Interval(12345.6, None, 1), "MB", "", "12,346"),
         (Interval(2.0, 0.0, 2), "%", "+", "+2.0 ± 0"),
+        (Interval(3.0, None, 1), "", "", "3"),
         (None, "%", "", "–"),
     ],
 )
