@@ -1,13 +1,21 @@
-"""Tiny random models of every family we support, with batches for them: no download, CPU, less than a second each."""
+"""Tiny random models of every family we support, batches, clients and servers for them: no download, CPU, under a second."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from random import Random
 from typing import Any, cast
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from fedexperts.moe.anatomy import Experts, anatomy, blocks
+from fedexperts.data.encode import Encoder
+from fedexperts.moe import rows
+from fedexperts.moe.anatomy import Anatomy, BlockShape, Experts, anatomy, blocks
+from fedexperts.moe.flops import Footprint, footprint
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import prepare
+from fedexperts.types import Bench, Client, Example, Server, Split, Training
 
 VOCABULARY = 64
 _PAD, _FIRST_WORD = 0, 3  # 1 and 2 begin and end a sequence
@@ -141,6 +149,47 @@ def tiny_experts(model: nn.Module, seed: int = 0) -> Experts:
         kept = torch.randperm(units, generator=chance)[:number].tolist()
         chosen[name] = tuple(sorted(unit * size + offset for unit in kept for offset in range(size)))
     return chosen
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each token of a tiny model, `w3` … `w63`."""
+    special = ["<pad>", "<s>", "</s>"]
+    words = [*special, *(f"w{number}" for number in range(len(special), VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<pad>"))
+    cast("Any", tokenizer).pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrap = cast("Any", PreTrainedTokenizerFast)
+    return cast("PreTrainedTokenizerFast", wrap(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"))
+
+
+def tiny_examples(number: int, task: str = "echo", seed: int = 0) -> list[Example]:
+    """Prompts of one to five random words; the answer is the prompt's last two."""
+    rng = Random(f"{task}/{seed}")
+    texts = [[f"w{rng.randrange(_FIRST_WORD, VOCABULARY)}" for _ in range(rng.randint(1, 5))] for _ in range(number)]
+    return [Example(" ".join(words), " ".join(words[-2:]), task) for words in texts]
+
+
+def tiny_bench(model: nn.Module, client: Client, training: Training, seed: int = 0) -> Bench:
+    """The bench of `client`: as many training examples as it says, 6 to validate, 4 to test."""
+    made = tiny_examples(client.examples + 10, client.task or "echo", seed)
+    data = Split(train=made[:-10], validation=made[-10:-4], test=made[-4:])
+    two_sided = bool(cast("Any", model).config.is_encoder_decoder)
+    return Bench(client, model, data, Encoder(tiny_tokenizer(), 16, two_sided), training, kept={})
+
+
+def tiny_server(model: nn.Module, clients: Iterable[Client], training: Training, seed: str = "0") -> Server:
+    """A server that trains all of `model`, or fresh adapters on it, as `training` says."""
+    shape = anatomy(model)
+    start = prepare(shrink(model, shape.all_experts), training.tuning, seed=f"{seed}/start")
+    cost = footprint(model, training.tuning, (training.batch_size, 16), optimizer=training.optimizer)
+    known = {client.name: client for client in clients}
+    return Server(rows.read(start), rows.layout(start), shape, cost, known, seed)
+
+
+def bare_server(shapes: Sequence[BlockShape], clients: Iterable[Client], expert_bytes: int = 1, dense_bytes: int = 0) -> Server:
+    """A server without weights, of blocks `0`, `1`, …: what choosing experts needs."""
+    blocks = {str(number): shape for number, shape in enumerate(shapes)}
+    cost = Footprint(dense_bytes, dict.fromkeys(blocks, expert_bytes), activation_bytes=0)
+    return Server({}, {}, Anatomy(blocks), cost, {client.name: client for client in clients})
 
 
 @torch.no_grad()
