@@ -19,7 +19,7 @@ from fedexperts.moe.anatomy import Anatomy, Experts, anatomy, blocks
 from fedexperts.moe.flops import COPIES, on_meta, parameters
 from fedexperts.moe.lora import ExpertLoRA
 from fedexperts.moe.shrink import shrink
-from fedexperts.moe.tuning import Part, Tuning, prepare, trainable
+from fedexperts.moe.tuning import Tuning, prepare, trainable
 
 FP32 = 4
 TRAINED = FP32 * COPIES["adamw"]  # weight, gradient, two moments
@@ -58,7 +58,7 @@ class Adapters:
     The papers count them as two matrices with an A each: `parameters_by_matrix`.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[str, ...]
     rank: int
     attention_modules: tuple[str, ...]
     parameters: int
@@ -98,6 +98,7 @@ def inspect(model: str | Path, keep: int | None = None, keep_total: int | None =
     experts = chosen(shape, keep, keep_total)
     small = shrink(full, experts) if experts else None
     adapters = adapters_of(full, lora) if lora else None
+    small_adapters = adapters_of(small, lora) if small and lora else None
     router = {name: type(block.router).__name__ for name, block in blocks(full).items()}
     return Inspection(
         model=str(model),
@@ -117,8 +118,8 @@ def inspect(model: str | Path, keep: int | None = None, keep_total: int | None =
         ),
         dense_parameters=counted.dense,
         grafted_parameters=sum(counted.expert.values()),
-        full=size_of(full, lora),
-        kept=size_of(small, lora) if small else None,
+        full=size_of(full, adapters),
+        kept=size_of(small, small_adapters) if small else None,
         adapters=adapters,
     )
 
@@ -126,7 +127,7 @@ def inspect(model: str | Path, keep: int | None = None, keep_total: int | None =
 def lora_option(parts: str, rank: int, modules: str | None = None) -> Tuning:
     """The Tuning of `--lora attention+experts --rank 8 --lora-modules q,k,v`."""
     names = tuple(modules.split(",")) if modules else Tuning().attention_modules
-    tuning = Tuning("lora", cast("tuple[Part, ...]", tuple(parts.split("+"))), rank, attention_modules=names)
+    tuning = Tuning("lora", tuple(parts.split("+")), rank, attention_modules=names)
     tuning.check()
     return tuning
 
@@ -184,16 +185,16 @@ def chosen(shape: Anatomy, keep: int | None, keep_total: int | None) -> Experts 
     return {name: tuple(range(count)) for name, count in counts.items()}
 
 
-def size_of(model: nn.Module, lora: Tuning | None) -> Size:
+def size_of(model: nn.Module, adapters: Adapters | None) -> Size:
+    """The cost of a model, trained whole or by its `adapters`."""
     counted = parameters(model)
-    trained = counted.total if lora is None else 0
-    adapters = 0 if lora is None else sum(each.numel() for each in trainable(prepare(on_meta(model), lora, seed="")))
+    training = counted.total * FP32 + adapters.parameters * TRAINED if adapters else counted.total * TRAINED
     return Size(
         experts=sum(block.num_experts for block in counted.blocks.values()),
         parameters=counted.total,
         active_parameters=counted.active,
         send_bytes=counted.total * FP32,
-        training_bytes=(counted.total - trained) * FP32 + (trained + adapters) * TRAINED,
+        training_bytes=training,
     )
 
 
@@ -220,24 +221,20 @@ def render(found: Inspection) -> RenderableType:
 
 
 def layers_table(found: Inspection) -> Table:
-    table = Table(title=f"{found.model} ({found.model_type}): {len(found.layers)} layers with experts", title_justify="left")
-    for column in ("layers", "experts", "kept", "top k", "router", "one expert", "router row"):
-        table.add_column(column, justify="left" if column in ("layers", "router") else "right", overflow="fold")
-    alike = Counter(
-        (
-            re.sub(r"\d+", "*", each.name, count=1),
-            each.num_experts,
-            each.kept,
-            each.top_k,
-            each.router,
-            each.expert_parameters,
-            each.router_row_parameters,
-        )
-        for each in found.layers
-    )
-    for (where, experts, kept, top_k, router, expert, row), number in alike.items():
-        table.add_row(f"{number} × {where}", str(experts), str(kept), str(top_k), router, million(expert), f"{row:,}")
+    """The layers with experts; like ones stand together, `*` for their numbers."""
+    routers = ", ".join(sorted({each.router for each in found.layers}))
+    table = Table(title=f"{found.model} ({found.model_type}), router {routers}", title_justify="left")
+    for column in ("layers", "experts", "kept", "top k", "one expert", "router row"):
+        table.add_column(column, justify="left" if column == "layers" else "right", overflow="fold")
+    for row, number in Counter(row_of(each) for each in found.layers).items():
+        table.add_row(f"{number} × {row[0]}", *row[1:])
     return table
+
+
+def row_of(layer: Layer) -> tuple[str, ...]:
+    """`layer` as cells, without its number."""
+    counts = (str(layer.num_experts), str(layer.kept), str(layer.top_k))
+    return re.sub(r"\d+", "*", layer.name, count=1), *counts, million(layer.expert_parameters), f"{layer.router_row_parameters:,}"
 
 
 def parameters_table(found: Inspection) -> Table:
@@ -265,8 +262,8 @@ def adapters_table(found: Adapters) -> Table:
     table = Table(title=f"LoRA on {' and '.join(found.parts)}, rank {found.rank}", title_justify="left")
     table.add_column("what")
     table.add_column("amount", justify="right")
-    table.add_row("parameters (gate and up as one matrix, as trained here)", million(found.parameters))
-    table.add_row("parameters (gate and up apart, as papers count)", million(found.parameters_by_matrix))
+    table.add_row("parameters (gate and up as one, as here)", million(found.parameters))
+    table.add_row("parameters (gate and up apart, as in papers)", million(found.parameters_by_matrix))
     table.add_row("send adapters one way", gib(found.send_bytes))
     table.add_row("send full model and adapters one way", gib(found.with_model_bytes))
     return table

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
 from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
+from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.tuning import PROJECTIONS, Tuning, attentions, prepare
 
@@ -197,15 +198,10 @@ def step_bytes(twin: nn.Module, batch: tuple[int, int], loss: Callable[[nn.Modul
     return meter.peak_bytes - weights
 
 
-def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy as a training loop takes it."""
-    labels = batch["labels"]
-    if cast("Any", model).config.is_encoder_decoder:
-        logits = model(**batch, use_cache=False).logits
-    else:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
-        labels = labels[:, 1:]
-    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), label_smoothing=0.1)
+    logits, targets = predictions(model, batch)
+    return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), label_smoothing=0.1)
 
 
 class ShapeMeter(MemoryMeter):
@@ -228,8 +224,8 @@ def grouped_shape(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(ends.shape[0], left.shape[0], right.shape[1])
 
 
-def flops_estimated(model: nn.Module, batch: Batch) -> float:
-    """Floating point operations of one training step on `batch`, from shapes; padding is not counted.
+def flops_estimated(model: nn.Module) -> Callable[[Batch], float]:
+    """Counts the floating point operations of a training step on a batch, from shapes; padding is not counted.
 
     Forward: 2 for each weight that multiplies a token, where of a stack of E experts a token meets top_k; plus attention
     scores, 2 * length * (width of all query heads + width of all value heads) for each token and layer (causal masks do not
@@ -237,20 +233,31 @@ def flops_estimated(model: nn.Module, batch: Batch) -> float:
     weight that is trained; scores twice the forward. Embedding look-ups, norms, biases and activations count nothing. Of an
     encoder-decoder, the encoder sees the prompt and all else the labels.
     """
-    read, written = batch["attention_mask"].sum(dim=1), (batch["labels"] != -100).sum(dim=1)
-    return per_step(model, [int(n) for n in read], [int(n) for n in written])
+    of_lengths = per_step(model)
+
+    def of_batch(batch: Batch) -> float:
+        read, written = batch["attention_mask"].sum(dim=1), (batch["labels"] != IGNORED).sum(dim=1)
+        return of_lengths(read.tolist(), written.tolist())
+
+    return of_batch
 
 
-def per_step(model: nn.Module, read: list[int], written: list[int]) -> float:
-    """flops_estimated for sequences of these lengths."""
-    two_sided = bool(cast("Any", model).config.is_encoder_decoder)
+def per_step(model: nn.Module) -> Callable[[list[int], list[int]], float]:
+    """flops_estimated for sequences of given lengths, read and written; the model is looked through once."""
+    encoder = "encoder." if is_encoder_decoder(model) else ""  # all that a decoder-only model has goes by what it reads
+    matrices, scores = list(products(model)), list(score_widths(model))
+    reading = [name.startswith(encoder) for name, _, _ in matrices], [name.startswith(encoder) for name, _ in scores]
 
-    def lengths(name: str) -> list[int]:
-        return written if two_sided and not name.startswith("encoder.") else read
+    def of_lengths(read: list[int], written: list[int]) -> float:
+        tokens = {True: sum(read), False: sum(written)}
+        squares = {True: sum(n * n for n in read), False: sum(n * n for n in written)}
+        multiplied = sum(
+            tokens[reads] * meets * (6 if trained else 4) for reads, (_, meets, trained) in zip(reading[0], matrices, strict=True)
+        )
+        attended = sum(squares[reads] * width * 6 for reads, (_, width) in zip(reading[1], scores, strict=True))
+        return float(multiplied + attended)
 
-    weights = sum(sum(lengths(name)) * meets * (6 if trained else 4) for name, meets, trained in products(model))
-    scores = sum(sum(n * n for n in lengths(name)) * width * 6 for name, width in score_widths(model))
-    return float(weights + scores)
+    return of_lengths
 
 
 def products(model: nn.Module) -> Iterator[tuple[str, float, bool]]:

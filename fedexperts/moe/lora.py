@@ -23,6 +23,7 @@ from fedexperts.moe.shrink import kept_experts
 
 IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function in transformers' registry
 BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
+LINEAR = (nn.Linear, LinearLoRA)  # a linear layer, bare or with an adapter
 
 
 class ExpertLoRA(nn.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from weakref import ref
 
 import torch
@@ -22,25 +22,25 @@ class MemoryMeter(TorchDispatchMode):
     """
 
     def __init__(self, *held: Held):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.held = held
         self.bytes = 0  # alive now
         self.peak_bytes = 0
         self.known: dict[int, ref[torch.UntypedStorage]] = {}
         self.on_cuda = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MemoryMeter":
         before = [tensor for each in self.held for tensor in tensors_of(each)]
         self.on_cuda = any(tensor.is_cuda for tensor in before)
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         for tensor in before:
             self.see(tensor)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's
         if self.on_cuda:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
         self.known.clear()

@@ -35,14 +35,14 @@ class Tuning:
     Under "full" each part is trained whole. Under "lora" attention and experts get adapters and the router is trained whole.
     """
 
-    train: Literal["full", "lora"] = "full"
-    parts: tuple[Part, ...] | None = None  # None: all four, or under lora all but dense
+    train: str = "full"  # or lora
+    parts: tuple[str, ...] | None = None  # None: all four, or under lora all but dense
     rank: int = 8
     alpha: float = 16.0
     attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # that get an adapter
 
     @property
-    def trained(self) -> tuple[Part, ...]:
+    def trained(self) -> tuple[str, ...]:
         """The parts that are trained."""
         if self.parts is not None:
             return self.parts
@@ -100,7 +100,7 @@ def attentions(model: nn.Module) -> list[str]:
     """Paths of the attention modules: those with projections for both queries and keys."""
 
     def has(module: nn.Module, kind: str) -> bool:
-        return any(isinstance(module._modules.get(name), nn.Linear) for name in PROJECTIONS[kind])
+        return any(isinstance(module._modules.get(name), lora.LINEAR) for name in PROJECTIONS[kind])
 
     return [name for name, module in model.named_modules() if has(module, "q") and has(module, "k")]
 

@@ -1,0 +1,138 @@
+"""What is counted from shapes, against arithmetic and against real training steps."""
+
+import pytest
+import torch
+
+from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe.flops import flops_estimated, footprint, next_token_loss, parameters, per_step
+from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import Tuning, prepare, trainable
+from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
+
+FULL = Tuning()
+LORA = Tuning(train="lora", rank=4)
+EXAMPLES, TOKENS = 4, 32
+
+
+def one_layer(**overrides):
+    return tiny_model("olmoe", num_hidden_layers=1, **overrides)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_counted_once(family):
+    model = tiny_model(family)
+    assert parameters(model).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parameters_of_a_sub_model_are_those_it_has_when_cut(family):
+    model = tiny_model(family)
+    experts = tiny_experts(model)
+    assert parameters(model).of(experts) == sum(parameter.numel() for parameter in shrink(model, experts).parameters())
+
+
+def test_the_kinds_of_parameters_of_one_olmoe_layer():
+    counted = parameters(one_layer())
+    assert counted.expert == {"model.layers.0.mlp": 3 * 16 * 32}  # gate, up and down
+    assert counted.router_row == {"model.layers.0.mlp": 32}
+    assert counted.total - counted.active == (8 - 2) * 3 * 16 * 32
+
+
+def test_flops_of_full_training_are_six_a_weight_and_token_and_the_scores():
+    model = one_layer()
+    attention = 32 * (32 + 16 + 16 + 32)  # q, k, v, o; two of the four heads have keys and values
+    weights = attention + 8 * 32 + 2 * 3 * 16 * 32 + 64 * 32  # router, two experts, head
+    scores = 32 + 32  # width of the queries and of the values
+    assert per_step(prepare(model, FULL, "0"))([10], [10]) == 6 * 10 * weights + 6 * 100 * scores
+
+
+def test_frozen_weights_need_no_gradient_of_their_own():
+    whole, some = prepare(one_layer(), FULL, "0"), prepare(one_layer(), Tuning(parts=("attention", "router", "dense")), "0")
+    assert per_step(whole)([10], [10]) - per_step(some)([10], [10]) == 2 * 10 * (2 * 3 * 16 * 32)
+
+
+def test_an_adapter_costs_its_own_weights():
+    plain, adapted = prepare(one_layer(), Tuning(parts=("router",)), "0"), prepare(one_layer(), LORA, "0")
+    attention = 4 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))
+    experts = 2 * 4 * ((32 + 32) + (16 + 32))  # top 2; gate and up as one, down
+    assert per_step(adapted)([10], [10]) - per_step(plain)([10], [10]) == 6 * 10 * (attention + experts)
+
+
+def test_fewer_experts_save_no_compute_but_the_router_and_fewer_per_token_do():
+    eight, four, one = one_layer(), one_layer(num_experts=4), one_layer(top_k=1)
+    assert per_step(eight)([1], [1]) - per_step(four)([1], [1]) == 6 * 4 * 32
+    assert per_step(eight)([1], [1]) - per_step(one)([1], [1]) == 6 * 3 * 16 * 32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_costs_nothing(family):
+    model = tiny_model(family)
+    assert flops_estimated(model)(tiny_batch(family, padding=3)) < flops_estimated(model)(tiny_batch(family, padding=0))
+
+
+def measured(model, batch):
+    """The peak of the second training step, which holds the optimiser's state all the way through."""
+    optimizer = torch.optim.AdamW(trainable(model), fused=True)
+    for _ in range(2):
+        with MemoryMeter(model, optimizer) as meter:
+            next_token_loss(model.train(), batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return meter.peak_bytes
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_footprint_holds_for_a_real_step_of_a_sub_model(family, tuning):
+    model = tiny_model(family)
+    experts = tiny_experts(model)
+    said = footprint(model, tuning, (EXAMPLES, TOKENS)).of(experts)
+    small = prepare(shrink(model, experts), tuning, seed="0")
+    peak = measured(small, tiny_batch(family, EXAMPLES, TOKENS))
+    assert peak <= said * 1.01  # Switch's capacity and its experts' small index tensors
+    assert peak >= said * 0.7  # gradients arrive while activations go, so they are not all alive at once
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_those_of_a_real_forward_and_backward(family):
+    model = tiny_model(family).train()
+    said = footprint(model, FULL, (EXAMPLES, TOKENS)).activation_bytes
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    batch = tiny_batch(family, EXAMPLES, TOKENS)
+    with MemoryMeter(model, batch.values()) as meter:
+        held = meter.bytes - sum(tensor.nbytes for tensor in batch.values())
+        next_token_loss(model, batch).backward()
+    assert said == pytest.approx(meter.peak_bytes - held, rel=0.05 if family == "switch_transformers" else 0.001)
+
+
+def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_4():
+    model = one_layer()
+    expert = 3 * 16 * 32
+    assert footprint(model, FULL, (1, 4)).expert_bytes == {"model.layers.0.mlp": 16 * (expert + 32)}
+    assert footprint(model, FULL, (1, 4), optimizer="sgd").expert_bytes == {"model.layers.0.mlp": 8 * (expert + 32)}
+    frozen = footprint(model, Tuning(parts=("attention",)), (1, 4))
+    assert frozen.expert_bytes == {"model.layers.0.mlp": 4 * (expert + 32)}
+    adapted = footprint(model, Tuning(train="lora", parts=("experts",), rank=4), (1, 4))
+    assert adapted.expert_bytes == {"model.layers.0.mlp": 4 * (expert + 32) + 16 * 4 * ((32 + 32) + (16 + 32))}
+
+
+def test_a_footprint_leaves_the_model_as_it_was():
+    model = tiny_model("qwen2_moe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    footprint(model, LORA, (2, 8))
+    assert not model.training
+    assert model.get_experts_implementation() == tiny_model("qwen2_moe").get_experts_implementation()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_longer_batches_hold_more_activations_and_the_same_weights():
+    model = one_layer()
+    short, long = (footprint(model, FULL, (2, length)) for length in (8, 16))
+    assert short.activation_bytes < long.activation_bytes
+    assert short.dense_bytes == long.dense_bytes
+    everything = anatomy(model).all_experts
+    assert long.of(everything) - short.of(everything) == long.activation_bytes - short.activation_bytes
