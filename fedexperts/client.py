@@ -73,6 +73,7 @@ def fit(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_for(trained, training)
     losses, tokens, flops, peak = [], 0, 0.0, 0
+    flops_of = flops_estimated(model)
     started = time.perf_counter()
     steps = training.local_steps if steps is None else steps
     model.train()
@@ -97,7 +98,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         tokens += seen(model, batch)
-        flops += flops_estimated(model, batch)
+        flops += flops_of(batch)
         peak = max(peak, meter.peak_bytes) if meter else peak
 
     model.eval()

@@ -240,7 +240,7 @@ def round_flops(prepared: Prepared) -> float:
     training = config.training.build()
     model = prepare(shrink(base.model, prepared.server.anatomy.all_experts), training.tuning, seed="")
     lengths = [config.data.max_tokens] * training.batch_size
-    return per_step(model, lengths, lengths) * training.local_steps
+    return per_step(model)(lengths, lengths) * training.local_steps
 
 
 def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:
