@@ -92,7 +92,7 @@ def balance_loss(recorder: Recorder) -> Float[Tensor, ""]:
 
     The mean over MoE blocks of E / k · Σ_e f_e · P_e: E the experts of this block, k picked per token, f_e the share of
     tokens that picked e, P_e the mean probability the router gives it (Switch Transformers, eq. 4, for k > 1). Where the
-    router scores each expert by a sigmoid, the scores of a token are divided by their sum, as in DeepSeek-V3 (eq. 18).
+    router scores each expert by a sigmoid, the scores of a token are divided by their sum first, as DeepSeek-V3 does.
 
     Raises:
         BadValue: the recorder kept no logits.
