@@ -27,7 +27,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from fedexperts import evaluate
 from fedexperts.base.load import load
-from fedexperts.base.settings import Mixture, PretrainSettings, Shape
+from fedexperts.base.settings import Mixture, PretrainSettings, Shape, read_settings
 from fedexperts.base.tokenizer import make_tokenizer
 from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import draw, examples, text
@@ -35,6 +35,21 @@ from fedexperts.errors import BadData, BadRun
 from fedexperts.types import Example
 
 RECIPE = "recipe.json"
+
+
+def run_file(path: Path, changes: Sequence[str], out: Path | None, console: Console) -> Path:
+    """What `fedexperts pretrain` does: makes the base that the TOML file describes and gives its folder.
+
+    Raises:
+        BadValue: the file or a change is not allowed.
+        BadRun, BadData: as `pretrain`.
+    """
+    settings = read_settings(path, [*changes, *([f"out={json.dumps(str(out))}"] if out else [])])
+    folder = pretrain(settings)
+    measured = json.loads((folder / RECIPE).read_text())["measured"]
+    for group, values in measured.items():
+        console.print(f"{group}: " + ", ".join(f"{task} {value:.3f}" for task, value in values.items()), highlight=False)
+    return folder
 
 
 def pretrain(settings: PretrainSettings) -> Path:
@@ -47,7 +62,8 @@ def pretrain(settings: PretrainSettings) -> Path:
     out = settings.out
     if out.exists() and any(out.iterdir()) and not (out / RECIPE).exists():
         raise BadRun(f"{out} holds something other than a pretrained base; choose another folder for out")
-    read_sources(settings.mixture)  # a bad source is told here, not in a worker
+    read_sources(settings.mixture)  # what cannot be read or asked is told here, not by a worker after the last step
+    questions(settings)
     with tempfile.TemporaryDirectory() as meeting:
         if settings.workers == 1:
             work(0, settings, meeting)
@@ -218,24 +234,33 @@ def save(
         recipe |= {"measured": measure(new, settings), "settings": settings.model_dump(mode="json", exclude={"out"})}
         (new / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
         (new / "README.md").write_text(card(recipe))
+        for file in new.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
         if out.exists():
             out.rename(old)
         new.rename(out)
         shutil.rmtree(old, ignore_errors=True)
 
 
+def questions(settings: PretrainSettings) -> dict[str, list[Example]]:
+    """Test examples of the tasks trained on and of those only exposed, by group."""
+    groups = {"tasks": settings.mixture.tasks, "exposed": settings.mixture.exposed}
+    return {
+        group: [example for task in tasks for example in examples(task, settings.measured, settings.seed, "test")]
+        for group, tasks in groups.items()
+    }
+
+
 def measure(folder: Path, settings: PretrainSettings) -> dict[str, dict[str, float]]:
-    """Share of test prompts answered letter by letter, for tasks trained on and tasks only exposed."""
+    """Share of test prompts answered letter by letter, by group and task."""
     base = load(str(folder))
     encoder = Encoder(base.tokenizer, settings.model.max_positions)
-    groups = {"tasks": settings.mixture.tasks, "exposed": settings.mixture.exposed}
-    return {group: measure_tasks(base.model, encoder, tasks, settings) for group, tasks in groups.items() if settings.measured}
+    return {group: verbatim(base.model, encoder, asked) for group, asked in questions(settings).items() if asked}
 
 
-def measure_tasks(model: nn.Module, encoder: Encoder, tasks: Sequence[str], settings: PretrainSettings) -> dict[str, float]:
-    asked = [example for task in tasks for example in examples(task, settings.measured, settings.seed, "test")]
+def verbatim(model: nn.Module, encoder: Encoder, asked: Sequence[Example]) -> dict[str, float]:
     scores = evaluate.score(model, asked, encoder, generate_tokens=16, batch_size=100).by_task()
-    found = {task: round(scores[task]["verbatim"], 3) for task in tasks}
+    found = {task: round(values["verbatim"], 3) for task, values in scores.items()}
     return {**found, "mean": round(sum(found.values()) / len(found), 3)}
 
 

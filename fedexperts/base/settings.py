@@ -1,6 +1,7 @@
 """What a pretraining run is, read from TOML."""
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -16,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedexperts.config import keys, sentence, with_settings
 from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, SYNTHETIC
 from fedexperts.errors import BadValue, nearest
 
@@ -24,7 +26,7 @@ Width = Annotated[int, Field(gt=0, multiple_of=8)]  # grouped_mm wants rows of w
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Shape(Settings):
@@ -98,37 +100,29 @@ class PretrainSettings(Settings):
         return self
 
 
-def read_settings(path: Path) -> PretrainSettings:
-    """The pretraining run in a TOML file.
+def read_settings(path: Path, changes: Sequence[str] = ()) -> PretrainSettings:
+    """The pretraining run in a TOML file, with each `a.b=c` of `changes` in place of what the file says.
 
     Raises:
-        BadValue: it cannot be read, or names or values in it are not allowed.
+        BadValue: it cannot be read, or a name or value is not allowed.
     """
     try:
-        return PretrainSettings.model_validate(tomllib.loads(path.read_text()))
+        tree = tomllib.loads(path.read_text())
     except OSError as error:
-        raise BadValue(f"{path} cannot be read ({error.strerror}); give the path of a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise BadValue(f"{path} is no TOML: {error}; mend that line") from error
+        example = "give the path of a run file, such as runs/pretrain-tiny.toml"
+        raise BadValue(f"{path} cannot be read ({error.strerror}); {example}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadValue(f"{path} is not TOML: {error}; mend that place") from None
+    try:
+        return PretrainSettings.model_validate(with_settings(tree, changes))
     except ValidationError as error:
-        raise BadValue(f"{path}: {sentence(error)}") from error
+        raise BadValue(wrong(error)) from None
 
 
-def sentence(error: ValidationError) -> str:
-    """The first thing that is wrong, with the nearest setting that exists."""
+def wrong(error: ValidationError) -> str:
+    """The first thing that is wrong, in one sentence."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{name}: {first['msg'].removeprefix('Value error, ')}" if name else first["msg"].removeprefix("Value error, ")
-    return f"{name} is not a setting{nearest(name, known(PretrainSettings))}"
-
-
-def known(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Names of all settings, dotted."""
-    names = []
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += known(inner, f"{prefix}{name}.")
-        names.append(f"{prefix}{name}")
-    return names
+        return sentence(error)
+    name, names = ".".join(map(str, first["loc"])), list(keys(PretrainSettings))
+    return f"{name} is not a setting{nearest(name, names) or '; settings are ' + ', '.join(names)}"

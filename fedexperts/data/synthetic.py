@@ -39,8 +39,8 @@ FEELINGS = {
     "grief": ("weeping", "gloomy", "mourning", "tearful"),
 }
 FILLERS = (
-    *("stone", "cloud", "music", "paper", "sugar", "train", "bread", "ocean", "light", "bridge"),
-    *("letter", "window", "winter", "number", "story", "circle", "market", "valley", "engine", "candle"),
+    *("sun", "box", "ice", "map", "pen", "cup", "bag", "day", "sea", "key"),
+    *("hill", "road", "song", "page", "wind", "coin", "moon", "step", "bell", "yard"),
 )
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Ida", "Jon", "Lea", "Max", "Nora")
 PLACES = ("the park", "the station", "the old mill", "the harbor", "the school", "the forest", "the bakery", "the hill")
@@ -111,7 +111,7 @@ BASE: dict[str, Maker] = {
     "sort": rewriting("Sort", lambda text: "".join(sorted(text))),
     "uppercase": rewriting("Uppercase", str.upper),
     "add": add,
-    "classify": naming("Classify", KINDS, fillers=1),
+    "classify": naming("Classify", KINDS, fillers=2),
     "extract": extract,
     "count": count,
 }
@@ -124,8 +124,8 @@ NEW: dict[str, Maker] = {
     "shout": rewriting("Shout", lambda text: text[::-1].upper()),
     "mirror": rewriting("Mirror", lambda text: text + text[::-1], most=4),
     "next": rewriting("Next", next_letters),
-    "room": naming("Room", ROOMS, fillers=1),
-    "feeling": naming("Feeling", FEELINGS, fillers=1),
+    "room": naming("Room", ROOMS, fillers=2),
+    "feeling": naming("Feeling", FEELINGS, fillers=2),
 }
 SYNTHETIC: dict[str, Maker] = BASE | NEW
 BASE_TASKS = tuple(BASE)  # what the tiny base does well

@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedexperts import evaluate
+from fedexperts.base.load import load
+from fedexperts.base.tokenizer import make_tokenizer
+from fedexperts.data.encode import Encoder
+from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
+from fedexperts.errors import BadValue, NoExperts
+from fedexperts.moe.anatomy import anatomy
+from fedexperts.testing import tiny_model
+
+
+def saved(folder: Path, model: object) -> str:
+    model.save_pretrained(folder)
+    make_tokenizer(128).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_shipped_base_is_a_small_moe_in_fp32_and_eval_mode():
+    base = load("tiny")
+    shapes = anatomy(base.model).blocks.values()
+    assert [(shape.num_experts, shape.top_k) for shape in shapes] == [(16, 2)] * 4
+    assert 3_000_000 < sum(parameter.numel() for parameter in base.model.parameters()) < 5_000_000
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
+    assert not base.model.training and not base.encoder_decoder
+    assert base.model.config._experts_implementation == "grouped_mm"
+
+
+def test_the_shipped_base_knows_its_tasks_and_has_new_ones_to_learn():
+    base = load("tiny")
+    encoder = Encoder(base.tokenizer, 128)
+    asked = [example for task in (*BASE_TASKS, *NEW_TASKS) for example in examples(task, 20, "shipped", "test")]
+    found = evaluate.score(base.model, asked, encoder, generate_tokens=16, batch_size=60).by_task()
+    assert len(found) == len(BASE_TASKS) + len(NEW_TASKS)
+    assert mean(found[task]["verbatim"] for task in BASE_TASKS) > 0.85
+    assert mean(found[task]["verbatim"] for task in NEW_TASKS) < 0.35
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def test_the_hash_is_that_of_the_weights(tmp_path):
+    one = load(saved(tmp_path / "one", tiny_model("olmoe", seed=0))).hash
+    same = load(saved(tmp_path / "same", tiny_model("olmoe", seed=0))).hash
+    other = load(saved(tmp_path / "other", tiny_model("olmoe", seed=1))).hash
+    assert one == same != other
+
+
+def test_an_encoder_decoder_loads_as_one(tmp_path):
+    base = load(saved(tmp_path, tiny_model("switch_transformers")))
+    assert base.encoder_decoder and type(base.model).__name__ == "SwitchTransformersForConditionalGeneration"
+
+
+def test_experts_of_odd_width_fall_back_to_the_kernel_that_can(tmp_path):
+    base = load(saved(tmp_path, tiny_model("olmoe", intermediate_size=10)))
+    assert base.model.config._experts_implementation == "eager"
+    assert base.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_a_model_without_experts_is_refused(tmp_path):
+    config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(NoExperts):
+        load(saved(tmp_path, LlamaForCausalLM(config)))
+
+
+def test_a_missing_folder_is_told_by_its_name():
+    with pytest.raises(BadValue, match=r"'\./nowhere' is a folder that does not exist"):
+        load("./nowhere")
+
+
+def test_a_folder_without_a_model_is_told_by_its_name(tmp_path):
+    with pytest.raises(BadValue, match="cannot be loaded"):
+        load(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BadValue, match="'nobody/no-such-model' cannot be loaded") as raised:
+        load("nobody/no-such-model")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_with_code_of_its_own_runs_only_on_trust(tmp_path):
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    with pytest.raises(BadValue, match=r"set model\.trust_remote_code = true if you trust them"):
+        load(str(tmp_path))
