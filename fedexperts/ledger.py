@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from fedexperts.moe.anatomy import Experts
-from fedexperts.types import Cost, Failure, Job, Update
+from fedexperts.types import Cost, Failure, Job, Tensors, Update
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ledger:
         A failure is entered with its reason and goes no further, and so does an update with a number that is not finite.
         """
         for answer in answers:
-            broken = not_finite(answer) if isinstance(answer, Update) else answer.reason
+            broken = unusable(answer) if isinstance(answer, Update) else answer.reason
             cost = answer.cost if isinstance(answer, Update) else Cost()
             self.enter(
                 answer.client,
@@ -72,9 +72,12 @@ class Ledger:
         self.entries[i] = replace(self.entries[i], **found)  # type: ignore[arg-type]  # the fields of Entry, by name
 
 
-def not_finite(update: Update) -> str | None:
-    """The reason to leave `update` out: the first tensor with a NaN or an infinity."""
-    for name, tensor in {**update.patch.tensors, **update.extra}.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            return f"its update holds NaN or infinity in {name}"
-    return None
+def unusable(update: Update) -> str | None:
+    """The reason to leave `update` out."""
+    broken = not_finite({**update.patch.tensors, **update.extra})
+    return f"its update holds NaN or infinity in {broken}" if broken else None
+
+
+def not_finite(tensors: Tensors) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    return next((name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)

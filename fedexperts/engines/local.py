@@ -14,6 +14,7 @@ from torch import nn
 
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.ledger import not_finite
 from fedexperts.types import Bench, Client, Encoder, Failure, Job, Split, Training, Update
 
 Work = Callable[[Job, Bench], Update]
@@ -33,15 +34,18 @@ class Site:
 
     def answer(self, job: Job) -> Update | Failure:
         """The client's update. Whatever goes wrong on a client is that client's failure, with its reason."""
-        kept = self.keeper.load(job)
-        bench = Bench(self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept)
         try:
+            kept = self.keeper.load(job)
+            bench = Bench(self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept)
             with own_chance(job.seed):
                 update = self.work(job, bench)
+            if broken := not_finite(kept):
+                return Failure(job.client, job.round, job.task, f"what it keeps to itself holds NaN or infinity in {broken}")
+            if kept and job.task != "evaluate":
+                self.keeper.save(job, kept)
         except Exception as error:  # a client's device may fail in any way, and the round goes on without it
-            return Failure(job.client, job.round, job.task, f"{type(error).__name__}: {error}")
-        if kept and job.task != "evaluate":
-            self.keeper.save(job, kept)
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return Failure(job.client, job.round, job.task, reason)
         return update
 
 
@@ -107,13 +111,13 @@ class Worker:
         theirs.close()  # so that the end of the process ends the pipe
 
     def send(self, job: Job) -> None:
-        with suppress(BrokenPipeError):  # it died idle: receive will say so
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died idle: receive will say so
             self.pipe.send_bytes(pack_job(job))
 
     def receive(self, job: Job) -> Update | Failure:
         try:
             return unpack_answer(self.pipe.recv_bytes())
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # it died before its answer, or in the middle of it
             self.process.join()
             reason = f"its worker process died ({death(self.process.exitcode)})"
             self.pipe.close()

@@ -1,0 +1,227 @@
+"""One worker or two, dying workers, and what workers share."""
+
+import os
+import signal
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from fedexperts.config import build
+from fedexperts.engines.kept import Keeper
+from fedexperts.engines.local import LocalEngine, Site
+from fedexperts.federation import federate
+from fedexperts.ledger import Ledger
+from fedexperts.methods.base import all_experts, mean_rows, train_assigned
+from fedexperts.methods.fedavg import FedAvg
+from fedexperts.methods.local import Local
+from fedexperts.run import engine_for, prepare_run
+from fedexperts.testing import tiny_batch, tiny_model
+from fedexperts.types import Client, Example, Failure, Job, Patch, Split, Training, Update
+
+SOME = "model.layers.0.mlp.gate.weight"
+
+
+@dataclass(frozen=True)
+class Obeys:
+    """Does what the job's task says, whatever the client."""
+
+    before: tuple[str, ...] = ()
+
+    def assign(self, server, client):
+        return all_experts(server)
+
+    def train(self, job, bench):
+        if job.task == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if job.task == "die of a long answer":  # in the middle of sending it
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            return answer(job, extra={"much": torch.zeros(200_000_000, dtype=torch.uint8)})
+        if job.task == "raise":
+            raise RuntimeError("two\nlines of trouble")
+        if job.task == "keep nonsense":
+            bench.kept["w"] = torch.tensor([float("nan")])
+            return answer(job)
+        if job.task == "look":
+            shared = all(parameter.is_shared() for parameter in bench.model.parameters())
+            seen = float(bench.model.get_parameter(SOME).detach()[0, 0])
+            return answer(job, {"pid": os.getpid(), "shared": shared, "seen": seen, "threads": torch.get_num_threads()})
+        return (Local() if job.task == "keep" else FedAvg()).train(job, bench)
+
+    def merge(self, server, updates):
+        return mean_rows(server, updates, lambda update: 1.0)
+
+
+def answer(job, metrics=None, extra=None):
+    return Update(job.client, job.round, job.task, Patch({}), 1, metrics=metrics or {}, extra=extra or {})
+
+
+def jobs(task, clients=("c01", "c02", "c03", "c04"), round=1):
+    return [Job(client, round, task, f"0/{round}/{task}/{client}", {}, Patch({})) for client in clients]
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_tree):
+    return replace(prepare_run(build({**tiny_tree, "federation": {"rounds": 2}})), method=Obeys())
+
+
+def engine(prepared, folder, workers):
+    federation = prepared.config.federation.model_copy(update={"workers": workers})
+    return engine_for(replace(prepared, config=prepared.config.model_copy(update={"federation": federation})), folder)
+
+
+@pytest.fixture
+def one(prepared, tmp_path):
+    with engine(prepared, tmp_path, workers=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def two(prepared, tmp_path_factory):
+    with engine(prepared, tmp_path_factory.mktemp("two"), workers=2) as running:
+        yield running
+
+
+def federated(prepared, running, task):
+    """The last server and what stood in the ledger, seconds aside, of one stage of `task` and two rounds."""
+    ledger, entries, servers = Ledger(), [], []
+    for server in federate(prepared.server, Obeys(before=(task,)), running, ledger, rounds=2, clients_per_round=3):
+        servers.append(server)
+        entries += [replace(entry, seconds=0.0) for entry in ledger.entries]
+        ledger.clear()
+    return servers[-1], entries
+
+
+def test_two_workers_give_the_same_bits_the_same_ledger_and_the_same_kept_state_as_one(prepared, one, two):
+    (alone, entries), (beside, entries_beside) = (federated(prepared, running, "keep") for running in (one, two))
+    assert alone.weights.keys() == beside.weights.keys()
+    assert all(torch.equal(alone.weights[name], beside.weights[name]) for name in alone.weights)
+    assert not torch.equal(alone.weights[SOME], prepared.server.weights[SOME])
+    assert entries == entries_beside
+    assert len(entries) == 4 + 3 + 3
+    assert all(entry.failed is None and entry.bytes_up > 0 and entry.tokens > 0 for entry in entries)
+    for client in prepared.server.clients:
+        held, held_beside = (running.site.keeper.load(*jobs("train", [client], round=3)) for running in (one, two))
+        assert held.keys() == held_beside.keys() == prepared.server.weights.keys()
+        assert all(torch.equal(held[name], held_beside[name]) for name in held)
+
+
+def job_of(prepared, client, task, round):
+    return Job(client, round, task, f"0/{round}/{client}", prepared.server.anatomy.all_experts, Patch({}))
+
+
+def test_workers_look_at_one_base_in_shared_memory(two):
+    base = two.site.model.get_parameter(SOME)
+    before = base.detach().clone()
+    try:
+        base.detach()[0, 0] = 42.0
+        looks = [update.metrics for update in two.run(jobs("look"))]
+    finally:
+        base.detach().copy_(before)
+    assert len(looks) == 4
+    assert all(look["shared"] and look["seen"] == 42.0 and look["threads"] == 1 for look in looks)
+    assert {look["pid"] for look in looks} <= {worker.process.pid for worker in two.workers}
+
+
+def test_one_worker_is_this_process(one):
+    assert [update.metrics["pid"] for update in one.run(jobs("look"))] == [os.getpid()] * 4
+
+
+def test_a_worker_that_is_killed_is_its_clients_failure_and_another_takes_its_place(two):
+    before = {worker.process.pid for worker in two.workers}
+    work = [*jobs("look", ["c01", "c02"]), *jobs("die", ["c03"]), *jobs("look", ["c04"])]
+    answers = {found.client: found for found in two.run(work)}
+    assert answers["c03"] == Failure("c03", 1, "die", "its worker process died (SIGKILL)")
+    assert [type(answers[client]) for client in ("c01", "c02", "c04")] == [Update] * 3
+    after = {worker.process.pid for worker in two.workers}
+    assert len(after) == 2
+    assert len(after - before) == 1
+    assert {found.metrics["pid"] for found in two.run(jobs("look"))} <= after
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_its_answer_is_a_failure_too(two):
+    (found,) = two.run(jobs("die of a long answer", ["c01"]))
+    assert found == Failure("c01", 1, "die of a long answer", "its worker process died (SIGALRM)")
+
+
+def test_a_worker_that_died_while_it_had_nothing_to_do_is_the_next_clients_failure(two):
+    victim = two.workers[0].process
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    kinds = Counter(type(found) for found in two.run(jobs("look")))
+    assert kinds == {Failure: 1, Update: 3}
+
+
+def test_an_error_is_the_clients_failure_in_one_line(one, two):
+    for running in (one, two):
+        (found,) = running.run(jobs("raise", ["c02"]))
+        assert found == Failure("c02", 1, "raise", "RuntimeError: two lines of trouble")
+
+
+def test_a_client_whose_own_state_cannot_be_read_fails_alone(one):
+    folder = one.site.keeper.folder / "c01"
+    folder.mkdir(parents=True)
+    (folder / "000000-train.safetensors").write_bytes(b"nonsense")
+    broken, sound = one.run(jobs("look", ["c01", "c02"]))
+    assert isinstance(broken, Failure)
+    assert isinstance(sound, Update)
+
+
+def test_a_client_never_keeps_a_number_that_is_not_finite(one):
+    (found,) = one.run(jobs("keep nonsense", ["c01"]))
+    assert isinstance(found, Failure)
+    assert found.reason == "what it keeps to itself holds NaN or infinity in w"
+    assert one.site.keeper.versions("c01") == []
+
+
+def test_no_job_starts_far_ahead_of_the_oldest_that_is_not_answered(two):
+    taken = []
+
+    def counted():
+        for job in jobs("look", ["c01"] * 20):
+            taken.append(job)
+            yield job
+
+    answered = 0
+    for _ in two.run(counted()):
+        assert len(taken) - answered <= 2 * len(two.workers)
+        answered += 1
+    assert answered == 20
+
+
+def phimoe_site(tmp_path):
+    class Encodes:
+        def batch(self, examples):
+            return tiny_batch("phimoe", len(examples))
+
+    split = Split([Example("a", "b", "t")] * 4, [], [])
+    model = tiny_model("phimoe", router_jitter_noise=0.1)
+    client = Client("c01", 4)
+    return Site(model, Encodes(), Training(local_steps=2), {"c01": client}, {"c01": split}, train_assigned, Keeper(tmp_path))
+
+
+def test_a_router_that_draws_random_numbers_draws_the_same_for_the_same_job(tmp_path):
+    """PhiMoE's, in training."""
+    site = phimoe_site(tmp_path)
+    with LocalEngine(site) as running:
+        experts = {f"model.layers.{layer}.mlp": tuple(range(8)) for layer in range(3)}
+        found = []
+        for state, seed in ((1, "a"), (2, "a"), (1, "b")):
+            torch.manual_seed(state)
+            before = torch.random.get_rng_state()
+            found += running.run([Job("c01", 1, "train", seed, experts, Patch({}))])
+            assert torch.equal(torch.random.get_rng_state(), before)
+    first, again, other = (update.patch.tensors for update in found)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_training_leaves_the_base_as_it_was(prepared, one):
+    base = {name: parameter.detach().clone() for name, parameter in prepared.base.model.named_parameters()}
+    (update,) = one.run([job_of(prepared, "c01", "train", 1)])
+    assert isinstance(update, Update)
+    assert not torch.equal(update.patch.tensors[SOME], base[SOME])
+    assert all(torch.equal(parameter, base[name]) for name, parameter in prepared.base.model.named_parameters())
+    assert not any(parameter.requires_grad is False for parameter in prepared.base.model.parameters())
