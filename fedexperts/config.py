@@ -102,7 +102,7 @@ class RunConfig(Settings):
         """
         fields = dict(self.method)
         name = fields.pop("name", None)
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise BadValue(f"method.name = {name!r} is not one of {', '.join(METHODS)}{nearest(str(name), METHODS)}")
         allowed = [field.name for field in dataclasses.fields(METHODS[name])]  # type: ignore[arg-type]  # all are dataclasses
         for key in fields:
@@ -155,7 +155,7 @@ def with_settings(tree: Tree, settings: Sequence[str]) -> Tree:
     """`tree` with each `a.b=c` set; a value is TOML where it reads as TOML, else a string."""
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip():
             raise BadValue(f"--set {setting} is not of the form a.b=c")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
@@ -176,6 +176,8 @@ def sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
     """The first thing wrong, in one sentence."""
     first = error.errors()[0]
     place = (*prefix, *(str(part) for part in first["loc"]))
+    if first["type"] == "missing":
+        return f"{'.'.join(place)} is missing; a run cannot do without it"
     if first["type"] == "extra_forbidden":
         return f"{'.'.join(place)} is not a setting{closest_setting(place)}"
     if first["type"] == "value_error":
@@ -189,9 +191,9 @@ def closest_setting(place: tuple[str, ...]) -> str:
     every = list(keys(RunConfig))
     beside = [key for key in every if key.rpartition(".")[0] == ".".join(place[:-1])]
     names = {key.rpartition(".")[2]: key for key in [*every, *beside]}
-    initials = {"".join(word[0] for word in place[-1].split("_")): place[-1]}
+    initials = {"".join(word[:1] for word in place[-1].split("_")): place[-1]}
     for name in names:
-        if name in initials or "".join(word[0] for word in name.split("_")) == place[-1]:
+        if name in initials or "".join(word[:1] for word in name.split("_")) == place[-1]:
             return f"; did you mean {names[name]}?"
     near = nearest(place[-1], [key.rpartition(".")[2] for key in beside]) or nearest(place[-1], names)
     found = near.removeprefix("; did you mean ").removesuffix("?")

@@ -1,0 +1,173 @@
+"""A client's work, on the tiny model that runs are tested with."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fedexperts.client import batches, cross_entropy, fit, install, seen, validate
+from fedexperts.config import build
+from fedexperts.methods.base import patch_for, train_assigned
+from fedexperts.moe import rows
+from fedexperts.moe.tuning import Tuning
+from fedexperts.run import engine_for, prepare_run
+from fedexperts.testing import tiny_batch, tiny_model
+from fedexperts.types import Assignment, Bench, Job
+
+ROUTER = "model.layers.0.mlp.gate.weight"
+EXPERTS = {"model.layers.0.mlp": (0, 5), "model.layers.1.mlp": (1, 2, 3), "model.layers.2.mlp": tuple(range(8))}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_tree):
+    return prepare_run(build(tiny_tree))
+
+
+@pytest.fixture
+def bench(prepared, tmp_path):
+    site = engine_for(prepared, tmp_path).site
+    return Bench(site.clients["c01"], site.model, site.data["c01"], site.encoder, site.training, {})
+
+
+def job(prepared, experts=EXPERTS, seed="s"):
+    return Job("c01", 1, "train", seed, experts, patch_for(prepared.server, Assignment(experts)))
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_installed_model_holds_what_was_sent(prepared, bench):
+    sent = job(prepared)
+    doubled = replace(sent, patch=replace(sent.patch, tensors={name: 2 * t for name, t in sent.patch.tensors.items()}))
+    assert equal(rows.read(install(doubled, bench)), doubled.patch.tensors)
+
+
+def test_what_the_client_kept_takes_the_place_of_what_was_sent(prepared, bench):
+    kept = {ROUTER: torch.full((2, 32), 7.0), "of another method": torch.ones(1)}
+    held = rows.read(install(job(prepared), replace(bench, kept=kept)))
+    assert torch.equal(held[ROUTER], kept[ROUTER])
+    assert kept.keys() == {ROUTER, "of another method"}
+
+
+def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepared, bench):
+    tuned = replace(bench, training=replace(bench.training, tuning=Tuning(parts=("router",))))
+    whole = prepared.server.anatomy.all_experts
+    sent = Job("c01", 1, "train", "s", whole, patch_for(prepared.server, Assignment(whole, frozenset({ROUTER}))))
+    model = install(sent, tuned)
+    base = dict(bench.model.named_parameters())
+    shared = {name: p.data_ptr() == base[name].data_ptr() for name, p in model.named_parameters()}
+    assert shared == {name: not name.endswith("gate.weight") for name in base}
+    assert sum(not each for each in shared.values()) == 3
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
+def test_training_never_writes_the_base(prepared, bench, tuning):
+    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
+    tuned = replace(bench, training=replace(bench.training, tuning=tuning))
+    model = install(replace(job(prepared), patch=replace(job(prepared).patch, tensors={}, rows={})), tuned)
+    started = rows.read(model)
+    fit(model, tuned, seed="s")
+    assert not equal(rows.read(model), started)
+    assert equal(dict(bench.model.named_parameters()), before)
+
+
+def test_the_same_job_gives_the_same_bits_and_another_seed_gives_others(prepared, bench):
+    one, again, other = (train_assigned(job(prepared, seed=seed), bench) for seed in ("a", "a", "b"))
+    assert equal(one.patch.tensors, again.patch.tensors)
+    assert one.metrics == again.metrics
+    assert not equal(one.patch.tensors, other.patch.tensors)
+
+
+def test_fit_counts_what_it_did(prepared, bench):
+    fitted = fit(install(job(prepared), bench), bench, seed="s", steps=3)
+    chosen = [bench.encoder.batch(batch) for batch in batches(bench.data.train, 2, 3, "s")]
+    assert fitted.cost.tokens == sum(int(batch["attention_mask"].sum()) for batch in chosen)
+    assert fitted.cost.seconds > 0
+    assert fitted.cost.flops_estimated > 0
+    trained = sum(tensor.nbytes for tensor in job(prepared).patch.tensors.values())
+    assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides
+
+
+def test_the_first_loss_is_that_of_the_model_that_was_sent(prepared, bench):
+    plain = replace(bench, training=replace(bench.training, label_smoothing=0.0, balance=0.0))
+    model = install(job(prepared), plain)
+    (first,) = batches(plain.data.train, 2, 1, "s")
+    expected = float(cross_entropy(model, plain.encoder.batch(first)).detach())
+    assert fit(model, plain, seed="s", steps=1).loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_clipped(prepared, bench):
+    norms = []
+
+    def look(model):
+        norms.append(max(float(p.grad.norm()) for p in model.parameters() if p.requires_grad))
+
+    clipped = replace(bench, training=replace(bench.training, clip=1e-6))
+    plain = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, after_backward=look)
+    fined = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, penalty=lambda model: torch.tensor(5.0))
+    assert fined.loss == pytest.approx(plain.loss + 5.0, abs=1e-5)
+    assert len(norms) == 1
+    assert norms[0] > 1e-3
+
+
+def test_fit_learns_what_it_sees(prepared, bench):
+    data = replace(bench.data, train=bench.data.train[:1], validation=bench.data.train[:1])
+    one = replace(bench, data=data, training=replace(bench.training, lr=1e-2))
+    model = install(job(prepared), one)
+    before = validate(model, one).loss
+    fit(model, one, seed="s", steps=15)
+    assert validate(model, one).loss < before / 2
+
+
+def test_the_validation_loss_is_the_mean_over_the_tokens_of_all_responses(prepared, bench):
+    """By hand: each example alone, no padding, the sum of -log p of its response tokens."""
+    chosen = bench.data.train[:5]  # batches of 2, 2 and 1, of unequal lengths
+    assert len({len(example.response) for example in chosen}) > 1
+    model = install(job(prepared), bench)
+    total, count = 0.0, 0
+    for example in chosen:
+        batch = bench.encoder.batch([example])
+        logits = model(input_ids=batch["input_ids"]).logits[0].detach().double()
+        for place in range(1, batch["labels"].shape[1]):
+            if batch["labels"][0, place] != -100:
+                total -= float(functional.log_softmax(logits[place - 1], -1)[batch["input_ids"][0, place]])
+                count += 1
+    assert count == sum(len(example.response) + 1 for example in chosen)  # a token a letter, and the end
+    assert validate(model, bench, chosen).loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_token_once(prepared, bench):
+    few = replace(bench, training=replace(bench.training, validation_examples=1))
+    model = install(job(prepared), few)
+    found = validate(model, few)
+    tokens = int(few.encoder.batch(few.data.validation[:1])["attention_mask"].sum())
+    assert found.routing.tokens == dict.fromkeys(EXPERTS, tokens)
+    assert {block: int(counts.sum()) for block, counts in found.routing.counts.items()} == dict.fromkeys(EXPERTS, 2 * tokens)
+
+
+@given(number=st.integers(1, 9), size=st.integers(1, 12), steps=st.integers(1, 12), seed=st.text(max_size=3))
+def test_batches_show_every_example_once_before_any_comes_again(number, size, steps, seed):
+    shown = list(batches(range(number), size, steps, seed))
+    assert [len(batch) for batch in shown] == [size] * steps
+    flat = [example for batch in shown for example in batch]
+    for start in range(0, len(flat) - number + 1, number):
+        assert sorted(flat[start : start + number]) == list(range(number))
+    assert max(Counter(flat).values()) - min(Counter({n: flat.count(n) for n in range(number)}).values()) <= 1
+    assert shown == list(batches(range(number), size, steps, seed))
+
+
+def test_tokens_of_an_encoder_decoder_are_those_of_question_and_answer():
+    batch = tiny_batch("switch_transformers", batch_size=2, tokens=12, padding=3)
+    assert seen(tiny_model("switch_transformers"), batch) == (12 + 9) + (9 + 12)
+    assert seen(tiny_model("olmoe"), tiny_batch("olmoe", batch_size=2, tokens=12, padding=3)) == 12 + 9
+
+
+def test_the_loss_of_an_encoder_decoder_is_over_its_labels_as_they_stand():
+    model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers")
+    expected = model(**batch, output_router_logits=False).loss
+    assert float(cross_entropy(model, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
