@@ -127,7 +127,7 @@ def score(
     """What `model` scores on `examples`.
 
     Answers are greedy and end at the end token or after `generate_tokens`; nothing is generated for examples judged by
-    perplexity.
+    perplexity. Tasks keep the order in which `examples` has them.
 
     Raises:
         BadValue: an example's metric does not exist.
@@ -137,7 +137,8 @@ def score(
     with torch.inference_mode():
         parts = [part for batch in batches(examples, batch_size) for part in scored(model, batch, encoder, generate_tokens)]
     model.train(was_training)
-    return merge(parts)
+    merged = merge(parts)
+    return Scores({task: merged.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
 
 
 def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:

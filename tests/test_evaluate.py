@@ -14,7 +14,7 @@ from fedexperts import evaluate
 from fedexperts.data.encode import Encoder
 from fedexperts.errors import BadData, BadValue
 from fedexperts.evaluate import METRICS, Scores, judge, merge, score
-from fedexperts.testing import VOCABULARY, tiny_model
+from fedexperts.testing import FAMILIES, VOCABULARY, tiny_model
 from fedexperts.types import Example
 
 WORDS = [f"w{number}" for number in range(VOCABULARY - 4)]
@@ -101,20 +101,20 @@ def test_the_scores_of_two_halves_merge_into_those_of_the_whole(family):
     encoder = Encoder(tokenizer(), 32, encoder_decoder=family == "switch_transformers")
     whole = score(model, examples, encoder, generate_tokens=6, batch_size=4).by_task()
     halves = merge(score(model, examples[start::2], encoder, generate_tokens=6, batch_size=4) for start in (0, 1)).by_task()
-    assert set(whole) == {"first", "second"}
+    assert list(whole) == ["first", "second"]
     for task, values in whole.items():
         assert list(values) == ["exact_match", "token_f1", "verbatim", "rouge1", "rouge2", "rougeL", "perplexity"]
         assert halves[task] == pytest.approx(values, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_right_on_its_own_greedy_answers_whatever_the_batch(family):
-    model, prompts = tiny_model(family), random_examples(10, seed=1)
+    model, prompts = tiny_model(family), random_examples(6, seed=1)
     encoder = Encoder(tokenizer(), 32, encoder_decoder=family == "switch_transformers")
     own = [Example(example.prompt, greedy(model, encoder, example), "own") for example in prompts]
-    for batch_size in (1, 3, 10):
+    for batch_size in (1, 4):
         found = score(model, own, encoder, generate_tokens=5, batch_size=batch_size)
-        assert found.tasks["own"].examples == 10
+        assert found.tasks["own"].examples == 6
         assert found.by_task()["own"]["verbatim"] == 1.0
 
 
