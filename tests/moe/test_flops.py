@@ -83,7 +83,7 @@ def measured(model, batch):
 
 
 @pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2", "gpt_oss", "switch_transformers"])
 def test_the_footprint_holds_for_a_real_step_of_a_sub_model(family, tuning):
     model = tiny_model(family)
     experts = tiny_experts(model)
