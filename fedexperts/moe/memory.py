@@ -1,6 +1,7 @@
 """How many bytes of tensors are alive while code runs, and at most were."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -60,16 +61,15 @@ class MemoryMeter(TorchDispatchMode):
         """Counts the storage of `tensor`, if it is new, until it dies."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
+        if key not in self.known:
+            self.known[key] = ref(storage, partial(self.died, key, size))
+            self.bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
 
-        def died(_: object) -> None:
-            if self.known.pop(key, None) is not None:
-                self.bytes -= size
-
-        self.known[key] = ref(storage, died)
-        self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
+    def died(self, key: int, size: int, _: object) -> None:
+        """No longer counts a storage."""
+        if self.known.pop(key, None) is not None:
+            self.bytes -= size
 
 
 def tensors_of(held: Held) -> Iterable[Tensor]:
