@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 console = Console()
 
+INTERRUPTED = 130
+
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting in place of the run file's: a.b=c. Again for more.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
@@ -193,8 +195,10 @@ def main() -> None:
         app()
     except FedExpertsError as error:
         sys.exit(fail(str(error), 2))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted; what was done is saved, and the same command with --resume continues it", 130))
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer says nothing then
+            fail("interrupted; all whole rounds are saved: run goes on with --resume, compare by itself", INTERRUPTED)
+        raise
 
 
 def fail(sentence: str, code: int) -> int:

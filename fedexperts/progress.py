@@ -1,6 +1,6 @@
 """What a run shows while it works: a bar on a terminal, a line a round elsewhere, or nothing."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, Self
 
 from rich.console import Console
@@ -20,6 +20,7 @@ class Progress(Protocol):
     def start(self, label: str, seed: int, done: int, total: int) -> None: ...
     def evaluating(self, clients: int) -> None: ...
     def scored(self, server: Server, scores: Scores) -> None: ...
+    def failed(self, server: Server, reasons: Mapping[str, str]) -> None: ...
     def round(self, server: Server) -> None: ...
 
 
@@ -42,6 +43,9 @@ class Quiet:
         pass
 
     def scored(self, server: Server, scores: Scores) -> None:
+        pass
+
+    def failed(self, server: Server, reasons: Mapping[str, str]) -> None:
         pass
 
     def round(self, server: Server) -> None:
@@ -89,12 +93,17 @@ class Shown:
         by_task = ", ".join(f"{task} {scores.main(task):.3f}" for task in scores.tasks)
         self.console.print(f"{self.label}, round {server.round}: {by_task}", highlight=False)
 
+    def failed(self, server: Server, reasons: Mapping[str, str]) -> None:
+        for client, reason in reasons.items():
+            self.console.print(
+                f"round {server.round}: {client} failed in {server.task} and is left out: {reason}", highlight=False, markup=False
+            )
+
     def round(self, server: Server) -> None:
         self.bar.advance(self.task)
 
     def answered(self, answer: Update | Failure) -> None:
         if isinstance(answer, Failure):
-            self.console.print(f"round {answer.round}: {answer.client} failed in {answer.task}: {answer.reason}", highlight=False)
             return
         cost = answer.cost
         speed = f" {cost.tokens / cost.seconds:,.0f} tokens/s" if cost.seconds else ""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from shutil import which
 from time import perf_counter
 from typing import Any
 
@@ -101,6 +102,7 @@ def rounds(prepared: Prepared, out: Path, engine: Engine, progress: Progress) ->
     started = perf_counter()
 
     for server in federate(begun, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task):
+        progress.failed(server, failures(ledger))
         record(out, server, ledger, perf_counter() - started)
         if due(server, method, prepared.config):
             assess(prepared, server, engine, ledger, out, progress)
@@ -123,7 +125,7 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
         BadRun: no client gave a usable answer.
     """
     entries = ledger.entries
-    failed = {entry.client: entry.failed for entry in entries if entry.failed}
+    failed = failures(ledger)
     if entries and len(failed) == len(entries):
         client, reason = next(iter(failed.items()))
         raise BadRun(
@@ -145,6 +147,11 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
     ledger.clear()
 
 
+def failures(ledger: Ledger) -> dict[str, str]:
+    """Client → why it was left out, of the round under way."""
+    return {entry.client: entry.failed for entry in ledger.entries if entry.failed}
+
+
 def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, out: Path, progress: Progress) -> None:
     """Every client's scores on its own test examples, and those of all clients together, into evals.jsonl."""
     asked = replace(server, task="evaluate")
@@ -157,6 +164,7 @@ def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, o
     whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
     append(out / "evals.jsonl", [{"round": server.round, **line} for line in [*lines, *score_lines(together, None), whole]])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
+    progress.failed(asked, failures(ledger))
     progress.scored(server, together)
     ledger.clear()
 
@@ -288,7 +296,7 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
     """Raises BadRun when `out` cannot take this run: it holds one and `resume` is off, or one with other settings."""
     there = out / "resolved.json"
     if not there.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not path.name.startswith(".resolved.json.") for path in out.iterdir())):
             raise BadRun(f"{out} is not empty and holds no run of ours; give another folder with --out")
         return
     if not resume:
@@ -304,22 +312,29 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
 def write_start(prepared: Prepared, out: Path) -> None:
     """What does not change from here on."""
     resolved = prepared.config.resolved()
+    write_text(out / "resolved.json", json.dumps(resolved))  # first: with it the folder holds a run, which can be resumed
     write_text(out / "plan.json", json.dumps(plan(prepared)))
     write_text(out / "versions.json", json.dumps(versions(prepared)))
     prepared.clients.save(out / "partition.json")
     write_text(out / "run.toml", to_toml(resolved))
-    write_text(out / "resolved.json", json.dumps(resolved))  # last: with it the folder holds a run
 
 
 def versions(prepared: Prepared) -> dict[str, Any]:
     packages = ("fedexperts", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         **{package: version(package) for package in packages},
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": git_commit(),
         "model_hash": prepared.base.hash,
         "data_hashes": dict(prepared.clients.hashes),
     }
+
+
+def git_commit() -> str | None:
+    """Of the checkout that the library runs from; None where it runs from none."""
+    if not which("git"):
+        return None
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -350,7 +365,10 @@ def compare(
 
     Raises:
         FedExpertsError: as `run`; and every method's settings are checked before the first run starts.
+        BadRun: `out` is the folder of a single run.
     """
+    if (out / "resolved.json").exists():
+        raise BadRun(f"{out} holds a single run, so a comparison cannot be put there; give another folder with --out")
     runs = [(method, seed, variant(config, method).model_copy(update={"seed": seed})) for seed in seeds for method in methods]
     folders = []
     for method, seed, each in runs:
