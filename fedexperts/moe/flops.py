@@ -142,7 +142,8 @@ def footprint(
 
 def expert_sides(model: nn.Module) -> int:
     """Rows plus columns of every matrix of every expert of `model`."""
-    matrices = [each.parameter.shape for each in located(model) if each.kind == "expert" and each.parameter.ndim >= 2]
+    experts = (each for each in located(model) if each.kind == "expert" and "bias" not in each.name)
+    matrices = [each.parameter.shape for each in experts if each.parameter.ndim >= 2]
     return sum((shape[0] if len(shape) == 3 else 1) * sum(shape[-2:]) for shape in matrices)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedexperts.moe.anatomy import anatomy
-from fedexperts.moe.flops import flops_estimated, footprint, next_token_loss, parameters, per_step
+from fedexperts.moe.flops import Footprint, expert_sides, flops_estimated, footprint, next_token_loss, parameters, per_step
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare, trainable
@@ -117,6 +117,14 @@ def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_4():
     assert frozen.expert_bytes == {"model.layers.0.mlp": 4 * (expert + 32)}
     adapted = footprint(model, Tuning(train="lora", parts=("experts",), rank=4), (1, 4))
     assert adapted.expert_bytes == {"model.layers.0.mlp": 4 * (expert + 32) + 16 * 4 * ((32 + 32) + (16 + 32))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapting_every_expert_takes_the_frozen_model_and_16_bytes_a_parameter_of_the_adapters(family):
+    model = tiny_model(family)
+    costs = Footprint(0, {}, 0, frozen_bytes=1, sides=expert_sides(model))
+    adapters = sum(each.numel() for each in trainable(prepare(model, Tuning(train="lora", parts=("experts",), rank=4), "0")))
+    assert costs.adapting(4) == 1 + 16 * adapters
 
 
 def test_a_footprint_leaves_the_model_as_it_was():
