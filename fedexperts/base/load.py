@@ -1,16 +1,18 @@
 """A base model by name: the one that ships, a folder, or one from the hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import blocks
@@ -45,7 +47,8 @@ def load(name: str, trust_remote_code: bool = False) -> Base:
     config = asked_for(name, lambda: AutoConfig.from_pretrained(where, **code))
     tokenizer = asked_for(name, lambda: AutoTokenizer.from_pretrained(where, **code))
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
+    with without_bars():
+        model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
     choose_kernel(model)
     return Base(model, tokenizer, bool(config.is_encoder_decoder), name, weights_hash(where))
 
@@ -74,6 +77,19 @@ def asked_for(name: str, read: Callable[[], T]) -> T:
         first = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else type(error).__name__
         told = "give tiny, a folder that transformers can read, or the id of a model on the hub that can be reached"
         raise BadValue(f"model.name = {name!r} cannot be loaded ({first}); {told}") from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers, which would break into ours."""
+    bars = cast("Any", logging)
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def choose_kernel(model: Any) -> None:

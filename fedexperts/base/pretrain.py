@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from fedexperts import evaluate
-from fedexperts.base.load import load
+from fedexperts.base.load import load, without_bars
 from fedexperts.base.settings import Mixture, PretrainSettings, Shape, read_settings
 from fedexperts.base.tokenizer import make_tokenizer
 from fedexperts.data.encode import Encoder
@@ -228,7 +228,8 @@ def save(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
-        cast("Any", model).to(torch.bfloat16).save_pretrained(new)
+        with without_bars():
+            cast("Any", model).to(torch.bfloat16).save_pretrained(new)
         tokenizer.save_pretrained(new)
         recipe = {**facts, "parameters": sum(parameter.numel() for parameter in model.parameters())}
         recipe |= {"measured": measure(new, settings), "settings": settings.model_dump(mode="json", exclude={"out"})}
