@@ -1,0 +1,88 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedexperts import checkpoint
+from fedexperts.moe.anatomy import Anatomy, BlockShape
+from fedexperts.moe.flops import Footprint
+from fedexperts.types import Server
+
+START = Server({"w": torch.zeros(2, 3)}, {"w": "mlp"}, Anatomy({"mlp": BlockShape(2, 1)}), Footprint(0, {"mlp": 1}, 0), {})
+
+
+def server(round, task="train"):
+    weights = {"w": torch.full((2, 3), float(round)), "half": torch.ones(1, 2, dtype=torch.bfloat16)}
+    return replace(START, weights=weights, memory={"held/c01": torch.tensor([True, False])}, round=round, task=task)
+
+
+def log(folder, text):
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write(text)
+
+
+def test_a_server_comes_back_as_it_was_saved(tmp_path):
+    checkpoint.save(tmp_path, server(3))
+    back = checkpoint.load(tmp_path, START)
+    assert (back.round, back.task) == (3, "train")
+    assert back.weights["w"].tolist() == [[3.0] * 3] * 2
+    assert back.weights["half"].dtype == torch.bfloat16
+    assert back.memory["held/c01"].tolist() == [True, False]
+    assert back.layout == START.layout
+
+
+def test_a_server_that_was_never_saved_starts_anew_and_with_empty_logs(tmp_path):
+    log(tmp_path, "of a round that was cut off\n")
+    assert checkpoint.load(tmp_path, START) is START
+    assert (tmp_path / "rounds.jsonl").read_text() == ""
+
+
+def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
+    log(tmp_path, "round 1\n")
+    checkpoint.save(tmp_path, server(1))
+    log(tmp_path, "round 2\nhalf a li")
+    (tmp_path / "evals.jsonl").write_text("of round 2\n")
+    checkpoint.load(tmp_path, START)
+    assert (tmp_path / "rounds.jsonl").read_text() == "round 1\n"
+    assert (tmp_path / "evals.jsonl").read_text() == ""
+
+
+def test_only_the_newest_checkpoint_stays(tmp_path):
+    for number in (1, 2, 10):
+        checkpoint.save(tmp_path, server(number))
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["000010-train"]
+
+
+def test_stages_before_the_first_round_follow_each_other(tmp_path):
+    for number, task in ((0, "vote"), (0, "profile"), (1, "train")):
+        checkpoint.save(tmp_path, server(number, task))
+        assert (checkpoint.load(tmp_path, START).round, checkpoint.load(tmp_path, START).task) == (number, task)
+
+
+@pytest.mark.parametrize("left", [(), ("weights.safetensors",), ("weights.safetensors", "memory.safetensors", ".state.json.x")])
+def test_a_checkpoint_that_was_killed_half_way_does_not_count_and_is_written_again(tmp_path, left):
+    checkpoint.save(tmp_path, server(3))
+    partial = tmp_path / "checkpoint" / "000004-train"
+    partial.mkdir()
+    for name in left:
+        (partial / name).write_bytes(b"half")
+    assert checkpoint.load(tmp_path, START).round == 3
+    checkpoint.save(tmp_path, server(4))
+    assert checkpoint.load(tmp_path, START).round == 4
+    names = sorted(path.name for path in partial.iterdir())
+    assert names == ["memory.safetensors", "state.json", "weights.safetensors"]
+
+
+def test_an_older_checkpoint_that_was_removed_half_way_does_not_count(tmp_path):
+    checkpoint.save(tmp_path, server(3))
+    older = tmp_path / "checkpoint" / "000002-train"
+    older.mkdir()
+    (older / "state.json").write_text(json.dumps({"round": 2, "task": "train", "logs": {}}))
+    assert checkpoint.load(tmp_path, START).round == 3
+
+
+def test_tensors_of_one_memory_are_saved_as_two(tmp_path):
+    even = torch.ones(4)
+    checkpoint.save(tmp_path, replace(server(1), memory={"p/c01": even, "p/c02": even, "p/c03": even[1:]}))
+    assert [tensor.tolist() for tensor in checkpoint.load(tmp_path, START).memory.values()] == [[1.0] * 4, [1.0] * 4, [1.0] * 3]

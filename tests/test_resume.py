@@ -1,0 +1,147 @@
+"""A run that is killed at any moment and resumed ends with the bits of one that never was."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomli_w
+from safetensors.torch import load_file
+
+LOGS = {"rounds.jsonl": 4, "evals.jsonl": 1, "ledger.jsonl": 8}
+"""With the fewest lines that each has."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+PATIENCE = 120  # seconds for a process to get where it is waited for
+
+
+@pytest.fixture(scope="module")
+def fedmoe_tree(tiny_tree):
+    """Profiles, adjusts with the least patience, and remembers the most."""
+    return {
+        **tiny_tree,
+        "method": {"name": "fedmoe", "patience": 1, "profile_rounds": 1},
+        "federation": {"rounds": 4, "clients_per_round": 3},
+        "devices": {"memory_share": {"uniform": [0.6, 1.2]}},
+    }
+
+
+def write(tree, path):
+    path.write_text(tomli_w.dumps(tree))
+    return path
+
+
+def driven(run_file, out, *seed):
+    """What resuming.py says after it ran, killed and resumed `run_file`."""
+    command = [sys.executable, Path(__file__).with_name("resuming.py"), run_file, out, *seed]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def rows(path):
+    """Its lines, without what the clock says."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def tensors(path):
+    return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in load_file(path).items()}
+
+
+def saved(out):
+    """All that a run leaves behind that does not depend on the clock."""
+    (checkpoint,) = (out / "checkpoint").iterdir()
+    kept = {folder.name: max(folder.glob("*.safetensors")) for folder in sorted((out / "clients").glob("*"))}
+    return {
+        "state": {key: value for key, value in json.loads((checkpoint / "state.json").read_text()).items() if key != "logs"},
+        "weights": tensors(checkpoint / "weights.safetensors"),
+        "memory": tensors(checkpoint / "memory.safetensors"),
+        "kept": {client: (path.name, tensors(path)) for client, path in kept.items()},
+        "logs": {name: rows(out / name) for name in LOGS},
+        "start": {name: json.loads((out / name).read_text()) for name in ("plan.json", "resolved.json", "partition.json")},
+    }
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for part in one:
+        assert one[part] == other[part], f"the {part} differ"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fedmoe_tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    said = driven(write(fedmoe_tree, folder / "run.toml"), folder / "out")
+    assert said["kills"] == 0
+    assert said["touches"] > 60  # so that a kill before the 60th, at the latest, is one in the middle
+    return saved(folder / "out")
+
+
+def test_a_run_leaves_something_to_compare(undisturbed):
+    assert all(len(undisturbed["logs"][name]) >= fewest for name, fewest in LOGS.items())
+    assert undisturbed["state"] == {"round": 4, "task": "train"}
+    assert any(name.startswith("held/") for name in undisturbed["memory"])
+    assert len(undisturbed["weights"]) > 10
+
+
+@pytest.mark.parametrize("seed", ["a", "b"])
+def test_fedmoe_killed_again_and_again_ends_with_the_same_bits(fedmoe_tree, undisturbed, tmp_path, seed):
+    said = driven(write(fedmoe_tree, tmp_path / "run.toml"), tmp_path / "out", seed)
+    assert said["kills"] >= 3
+    assert_same(saved(tmp_path / "out"), undisturbed)
+
+
+def test_clients_that_keep_models_of_their_own_are_resumed_with_the_same_bits(tiny_tree, tmp_path):
+    run_file = write({**tiny_tree, "method": {"name": "local"}}, tmp_path / "run.toml")
+    driven(run_file, tmp_path / "whole")
+    said = driven(run_file, tmp_path / "killed", "c")
+    assert said["kills"] >= 3
+    whole = saved(tmp_path / "whole")
+    assert len(whole["kept"]) >= 2
+    assert_same(saved(tmp_path / "killed"), whole)
+
+
+def started(run_file, out, *options):
+    command = [sys.executable, "-m", "fedexperts", "run", run_file, "--out", out, "--quiet", *options]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(process, path, number):
+    until = time.monotonic() + PATIENCE
+    while not path.exists() or path.read_text().count("\n") < number:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_the_command_killed_and_interrupted_and_resumed_with_two_workers_ends_with_the_same_bits(
+    fedmoe_tree, undisturbed, tmp_path
+):
+    run_file, out = write(fedmoe_tree, tmp_path / "run.toml"), tmp_path / "out"
+
+    killed = started(run_file, out)
+    wait_for_lines(killed, out / "rounds.jsonl", 1)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+
+    interrupted = started(run_file, out, "--resume")
+    wait_for_lines(interrupted, out / "rounds.jsonl", 3)
+    interrupted.send_signal(signal.SIGINT)
+    _, said = interrupted.communicate(timeout=PATIENCE)
+    assert interrupted.returncode == 130
+    assert said.startswith("fedexperts: interrupted; ")
+    assert "--resume" in said
+    assert said.count("\n") == 1
+
+    last = started(run_file, out, "--resume", "--set", "federation.workers=2")
+    shown, said = last.communicate(timeout=PATIENCE)
+    assert last.returncode == 0, said
+    assert "report.html" in shown
+    resumed = saved(out)
+    resumed["start"]["resolved.json"]["federation"]["workers"] = 1  # it may change: no bit depends on it
+    assert_same(resumed, undisturbed)
