@@ -1,0 +1,53 @@
+"""Local training: nothing travels, each client goes on from what it kept."""
+
+import torch
+
+from fedexperts.client import install
+from fedexperts.federation import jobs_for
+from fedexperts.methods.local import Local
+from fedexperts.moe import rows
+from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.types import Client, Training
+
+TRAINING = Training(batch_size=4, local_steps=2)
+CLIENT = Client("a", 8)
+
+
+def start():
+    model = tiny_model("olmoe", num_hidden_layers=1)
+    server = tiny_server(model, [CLIENT], TRAINING)
+    (job,) = jobs_for(server, Local(), [CLIENT])
+    return server, job, tiny_bench(model, CLIENT, TRAINING)
+
+
+def test_no_weight_goes_down_or_up_and_the_server_stays_as_it_was():
+    server, job, bench = start()
+    assert job.nbytes == 0
+    update = Local().train(job, bench)
+    assert not update.patch.tensors and not update.extra
+    assert Local().merge(server, iter([update])) is server
+
+
+def test_the_stream_of_updates_is_read_to_its_end():
+    server, *_ = start()
+    waiting = iter(range(3))
+    Local().merge(server, waiting)
+    assert list(waiting) == []
+
+
+def test_a_client_keeps_what_it_trained_and_goes_on_from_there():
+    server, job, bench = start()
+    Local().train(job, bench)
+    first = {name: tensor.clone() for name, tensor in bench.kept.items()}
+    assert first.keys() == server.weights.keys()
+    assert any(not torch.equal(first[name], server.weights[name]) for name in first)
+    installed = rows.read(install(job, bench))
+    assert all(torch.equal(installed[name], first[name]) for name in first), "what is evaluated is what was kept"
+    Local().train(job, bench)
+    assert any(not torch.equal(bench.kept[name], first[name]) for name in first)
+
+
+def test_more_rounds_fit_the_training_examples_better():
+    _, job, bench = start()
+    losses = [Local().train(job, bench).metrics["loss"] for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.1

@@ -1,0 +1,197 @@
+"""What must hold for every method, on a decoder and an encoder-decoder."""
+
+import ast
+import dataclasses
+from dataclasses import replace
+from functools import cache
+from inspect import getsourcefile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedexperts import checkpoint
+from fedexperts.config import build
+from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.federation import jobs_for, steps
+from fedexperts.methods import METHODS
+from fedexperts.moe import shrink
+from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.types import Client, Training
+
+FAMILIES = ("olmoe", "switch_transformers")
+TRAINING = Training(batch_size=4, local_steps=1)
+DOCS = Path(__file__).parent.parent / "docs" / "methods"
+every_method = pytest.mark.parametrize("name", METHODS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def test_there_are_four_methods():
+    assert METHODS.keys() == {"fedmoe", "random_moe", "fedavg", "local"}
+    assert len(set(METHODS.values())) == 4
+
+
+class Round:
+    """All stages and one round in this process: three clients, the third short of memory."""
+
+    def __init__(self, name, family):
+        model = tiny_model(family)
+        self.method = METHODS[name]()
+        self.base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        whole = tiny_server(model, [], TRAINING)
+        memory = round(0.9 * whole.footprint.of(whole.anatomy.all_experts))
+        clients = [Client("a", 8, "x"), Client("b", 12, "y"), Client("c", 8, "x", memory_bytes=memory)]
+        self.start = self.server = replace(whole, clients={client.name: client for client in clients})
+        self.benches = {client.name: tiny_bench(model, client, TRAINING) for client in clients}
+        self.jobs, self.updates = [], []
+        before = torch.get_rng_state()
+        for round_, task in steps(self.method, 1):
+            asked = replace(self.server, round=round_, task=task)
+            jobs = list(jobs_for(asked, self.method, clients))
+            updates = [self.method.train(job, self.benches[job.client]) for job in jobs]
+            self.server = self.method.merge(asked, iter(updates))
+            self.jobs += jobs
+            self.updates += updates
+        self.drew = not torch.equal(torch.get_rng_state(), before)
+        self.model = model
+
+
+played = cache(Round)
+
+
+@every_family
+@every_method
+def test_a_round_gives_finite_weights_of_the_same_names_shapes_and_types(name, family):
+    played_round = played(name, family)
+    before, after = played_round.start.weights, played_round.server.weights
+    assert list(after) == list(before)
+    for key, tensor in after.items():
+        assert (tensor.shape, tensor.dtype) == (before[key].shape, before[key].dtype)
+        assert tensor.isfinite().all()
+    assert len([update for update in played_round.updates if update.task == "train"]) == 3
+
+
+@every_family
+@every_method
+def test_each_update_answers_its_job_and_holds_rows_of_its_experts_only(name, family):
+    played_round = played(name, family)
+    layout, seen = played_round.start.layout, 0
+    for job, update in zip(played_round.jobs, played_round.updates, strict=True):
+        shrink.check(played_round.start.anatomy, job.experts)
+        assert (update.client, update.round, update.task) == (job.client, job.round, job.task)
+        assert update.examples == played_round.start.clients[job.client].examples
+        for key, tensor in update.patch.tensors.items():
+            block = layout[key]
+            if block is None:
+                assert key not in update.patch.rows and len(tensor) == 1
+            else:
+                assert tuple(update.patch.rows[key].tolist()) == tuple(job.experts[block])
+                assert len(tensor) == len(job.experts[block])
+            seen += 1
+    assert seen > 30 or name == "local"
+
+
+@every_family
+@every_method
+def test_training_leaves_the_base_model_as_it_was_bit_for_bit(name, family):
+    played_round = played(name, family)
+    state = played_round.model.state_dict()
+    assert state.keys() == played_round.base.keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in played_round.base.items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in played_round.model.parameters())
+
+
+@every_family
+@every_method
+def test_merging_leaves_the_server_before_it_as_it_was(name, family):
+    played_round = played(name, family)
+    again = tiny_server(tiny_model(family), [], TRAINING)
+    assert all(torch.equal(played_round.start.weights[key], tensor) for key, tensor in again.weights.items())
+    assert not played_round.start.memory
+
+
+@every_method
+def test_the_same_seed_gives_the_same_bits_and_no_global_generator_is_drawn_from(name):
+    one, other = played(name, "olmoe"), Round(name, "olmoe")
+    assert not one.drew and not other.drew
+    for mine, theirs in zip(one.updates, other.updates, strict=True):
+        assert equal(mine.patch.tensors, theirs.patch.tensors) and equal(mine.extra, theirs.extra)
+        assert mine.metrics == theirs.metrics
+    assert equal(one.server.weights, other.server.weights) and equal(one.server.memory, other.server.memory)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@every_family
+@every_method
+def test_what_the_server_remembers_and_clients_keep_are_named_tensors_that_can_be_saved(name, family, tmp_path):
+    played_round = played(name, family)
+    checkpoint.save(tmp_path, played_round.server)
+    again = checkpoint.load(tmp_path, played_round.start)
+    assert equal(dict(again.memory), dict(played_round.server.memory))
+    assert equal(dict(again.weights), dict(played_round.server.weights))
+    kept = [tensor for bench in played_round.benches.values() for tensor in bench.kept.values()]
+    assert all(type(tensor) is Tensor and not tensor.requires_grad for tensor in kept)
+    assert bool(kept) == (name == "local")
+
+
+@every_method
+def test_jobs_and_updates_travel_as_bytes_and_arrive_as_they_were(name):
+    played_round, seen = played(name, "olmoe"), 0
+    for job, update in zip(played_round.jobs, played_round.updates, strict=True):
+        there, back = unpack_job(pack_job(job)), unpack_answer(pack_answer(update))
+        assert equal(dict(there.patch.tensors), dict(job.patch.tensors)) and there.experts == dict(job.experts)
+        assert equal(dict(back.patch.tensors), dict(update.patch.tensors)) and equal(dict(back.extra), dict(update.extra))
+        assert back.metrics == dict(update.metrics) and (there.nbytes, back.nbytes) == (job.nbytes, update.nbytes)
+        seen += 1
+    assert seen >= 3
+
+
+@every_method
+def test_a_resumed_server_assigns_what_the_undisturbed_one_does(name, tmp_path):
+    played_round = played(name, "olmoe")
+    checkpoint.save(tmp_path, played_round.server)
+    again = checkpoint.load(tmp_path, played_round.start)
+    for client in played_round.start.clients.values():
+        assert played_round.method.assign(again, client) == played_round.method.assign(played_round.server, client)
+
+
+@every_method
+def test_an_evaluation_is_assigned_what_training_would_be(name):
+    played_round, seen = played(name, "olmoe"), 0
+    for client in played_round.start.clients.values():
+        asked = played_round.method.assign(replace(played_round.server, task="evaluate"), client)
+        assert asked == played_round.method.assign(replace(played_round.server, task="train"), client)
+        seen += asked is not None
+    assert seen == 3
+
+
+@every_method
+def test_hyperparameters_are_fields_with_defaults_that_a_run_file_can_set(name):
+    fields = dataclasses.fields(METHODS[name])
+    assert all(field.default is not dataclasses.MISSING for field in fields)
+    data = {"sources": ["synthetic/double"], "clients": 2}
+    named = {field.name: field.default for field in fields if field.default is not None}
+    assert build({"method": {"name": name, **named}, "data": data}).build_method() == METHODS[name]()
+
+
+@every_family
+@every_method
+def test_a_method_holds_no_state(name, family):
+    assert played(name, family).method == METHODS[name]()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        METHODS[name]().anything = 1
+    assert {*vars(METHODS[name]())} == {field.name for field in dataclasses.fields(METHODS[name])}
+
+
+@every_method
+def test_a_method_has_its_page_and_its_file_is_short(name):
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    fields = [field.name for field in dataclasses.fields(METHODS[name])]
+    assert all(f"`{field}`" in page for field in fields)
+    source = Path(getsourcefile(METHODS[name])).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 200
+    assert ast.get_docstring(ast.parse(source)), "it says where it comes from"
