@@ -1,0 +1,306 @@
+"""The command, mostly in this process: what it does, and what it says to mistakes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedexperts import cli, run
+from fedexperts.methods import METHODS
+from fedexperts.methods.fedavg import FedAvg
+
+
+@pytest.fixture
+def fedexperts(monkeypatch, capsys):
+    """Calls the command; gives its exit code, and what it wrote to stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedexperts", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def run_file(tiny_tree, tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(tiny_tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_tree, tmp_path_factory):
+    """The run file and results folder of a run that is done; not to be written."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.toml").write_text(tomli_w.dumps(tiny_tree))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fedexperts", "run", str(folder / "tiny.toml"), "--out", str(folder / "out"), "--quiet"])
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code
+    return folder / "tiny.toml", folder / "out"
+
+
+def refused(called, out):
+    """The one sentence of a mistake, after which nothing is there."""
+    code, _, said = called
+    assert code == 2
+    assert said.startswith("fedexperts: ")
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+    assert not Path(out).exists()
+    return said.removeprefix("fedexperts: ").strip()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_its_settings_plan_logs_checkpoint_and_report(finished):
+    _, out = finished
+    expected = {"run.toml", "resolved.json", "plan.json", "versions.json", "partition.json", "rounds.jsonl", "evals.jsonl"}
+    assert expected | {"ledger.jsonl", "checkpoint", "report.html", "report.md", "report.csv"} <= {p.name for p in out.iterdir()}
+    assert [line["round"] for line in lines(out / "rounds.jsonl")] == [1, 2, 3]
+    assert sorted({line["round"] for line in lines(out / "evals.jsonl")}) == [0, 2, 3]
+    assert not list(out.rglob("*.tmp*")) + list(out.rglob(".*"))
+
+
+def test_the_ledger_of_a_run_counts_what_the_plan_says_is_sent(finished):
+    _, out = finished
+    plan, ledger = json.loads((out / "plan.json").read_text()), lines(out / "ledger.jsonl")
+    trained = [entry for entry in ledger if entry["task"] == "train"]
+    assert len(trained) == 3 * 2
+    ids = 3 * 8 * 8  # of each of three blocks, the int64 ids of eight experts
+    assert {entry["bytes_down"] for entry in trained} == {plan["full_patch_bytes"] + ids}
+    assert all(entry["bytes_up"] >= plan["full_patch_bytes"] + ids for entry in trained)
+    assert len([entry for entry in ledger if entry["task"] == "evaluate"]) == 3 * 4
+
+
+def test_the_run_file_that_is_saved_gives_the_same_run(fedexperts, finished):
+    _, out = finished
+    before = {path: path.read_bytes() for path in (out / "checkpoint").rglob("*.*")}
+    assert fedexperts("run", out / "run.toml", "--out", out, "--resume")[0] == 0
+    assert {path: path.read_bytes() for path in (out / "checkpoint").rglob("*.*")} == before
+
+
+def test_resuming_a_finished_run_does_nothing_and_says_so(fedexperts, finished):
+    run_file, out = finished
+    logs = {name: (out / name).read_bytes() for name in ("rounds.jsonl", "evals.jsonl", "ledger.jsonl")}
+    code, shown, _ = fedexperts("run", run_file, "--out", out, "--resume")
+    assert code == 0
+    assert "3 of 3 rounds are done already" in shown
+    assert {name: (out / name).read_bytes() for name in logs} == logs
+
+
+def test_a_folder_that_holds_a_run_is_not_written_without_resume(fedexperts, finished):
+    run_file, out = finished
+    code, _, said = fedexperts("run", run_file, "--out", out)
+    assert code == 2
+    assert "holds a run already; continue it with --resume" in said
+
+
+def test_resuming_with_a_changed_run_file_names_the_settings_that_changed(fedexperts, finished):
+    run_file, out = finished
+    changes = ("--set", "training.lr=0.5", "--set", "federation.rounds=9", "--set", "federation.workers=2")
+    code, _, said = fedexperts("run", run_file, "--out", out, "--resume", *changes)
+    assert code == 2
+    assert "other settings: federation.rounds, training.lr changed" in said
+    assert "workers" not in said
+
+
+def test_a_comparison_is_not_put_into_the_folder_of_a_run(fedexperts, finished):
+    run_file, out = finished
+    code, _, said = fedexperts("compare", run_file, "--methods", "fedavg", "--out", out)
+    assert code == 2
+    assert "holds a single run" in said
+
+
+def test_a_folder_with_files_of_others_is_left_alone(fedexperts, run_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    for options in ([], ["--resume"]):
+        code, _, said = fedexperts("run", run_file, "--out", out, *options)
+        assert code == 2
+        assert "is not empty and holds no run of ours" in said
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_is_a_file_is_left_alone(fedexperts, run_file, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    assert fedexperts("run", run_file, "--out", tmp_path / "out")[0] == 2
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("training.learning_rate=1", ["training.learning_rate", "did you mean training.lr?"]),
+        ("method.name=fedmoee", ["'fedmoee'", "did you mean fedmoe?"]),
+        ("method.patience=1", ["method.patience", "fedavg"]),
+        ("training.lr", ["--set training.lr", "a.b=c"]),
+        ("devices.memory_gb=0.00001", ["client c01 has 0.0 MB", "takes", "MB to train", "give it more memory"]),
+        ("devices.memory_gb=[1, 1]", ["2 numbers for 4 clients"]),
+        ("data.clients=100", ["100", "clients"]),
+        ("model.name=/no/such/folder", ["/no/such/folder", "does not exist"]),
+        ('data.sources=["none.jsonl"]', ["none.jsonl"]),
+        ('data.sources=["ag_nwes"]', ["ag_nwes", "did you mean ag_news?"]),
+        ('data.sources=["synthetic/dubble"]', ["dubble", "did you mean double?"]),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(fedexperts, run_file, tmp_path, setting, parts):
+    method = ("--set", "method.name=random_moe") if "memory" in setting else ()
+    said = refused(fedexperts("run", run_file, "--set", setting, *method, "--out", tmp_path / "out"), tmp_path / "out")
+    assert [part for part in parts if part not in said] == []
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"fedavg", "local"}))
+def test_a_client_too_small_for_any_sub_model_is_named_before_anything_runs(fedexperts, run_file, tmp_path, method):
+    settings = ("--set", "devices.memory_gb=[1, 1, 0.0001, 1]", "--set", f"method.name={method}")
+    said = refused(fedexperts("run", run_file, *settings, "--out", tmp_path / "out"), tmp_path / "out")
+    assert "client c03 has 0.1 MB" in said
+
+
+def test_a_run_file_that_is_not_there_or_no_toml_gets_one_sentence(fedexperts, tmp_path):
+    out = tmp_path / "out"
+    assert "cannot be read" in refused(fedexperts("run", tmp_path / "none.toml", "--out", out), out)
+    (tmp_path / "bad.toml").write_text("seed = = 3\n")
+    assert "bad.toml is not TOML" in refused(fedexperts("run", tmp_path / "bad.toml", "--out", out), out)
+
+
+ROW = '{"prompt": "a", "response": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("", "rows.jsonl"),
+        ("\n\n", "rows.jsonl"),
+        (f'{ROW}\n{{"prompt": "a", "resp\n', "rows.jsonl, line 2"),
+        (f'{ROW}\n{ROW}\n{{"prompt": "a"}}\n{ROW}\n', "rows.jsonl, line 3"),
+        (f"{ROW}\n[1]\n", "rows.jsonl, line 2"),
+    ],
+)
+def test_a_data_file_that_is_empty_or_broken_is_named_with_its_line(fedexperts, run_file, tmp_path, text, place):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(text)
+    said = refused(fedexperts("run", run_file, "--set", f"data.sources=['{rows}']", "--out", out), out)
+    assert place in said
+
+
+def test_a_model_without_experts_is_refused(fedexperts, run_file, tiny_folder, tmp_path):
+    folder = tmp_path / "dense"
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 300}
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+    for file in tiny_folder.glob("token*"):
+        shutil.copy(file, folder)
+    said = refused(fedexperts("run", run_file, "--set", f"model.name={folder}", "--out", tmp_path / "out"), tmp_path / "out")
+    assert "experts" in said.lower()
+
+
+def test_a_model_whose_weights_are_broken_is_refused(fedexperts, run_file, tiny_folder, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    said = refused(fedexperts("run", run_file, "--set", f"model.name={folder}", "--out", tmp_path / "out"), tmp_path / "out")
+    assert "cannot be loaded" in said
+
+
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(fedexperts, run_file, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "rounds", interrupted)
+    code, _, said = fedexperts("run", run_file, "--out", tmp_path / "out")
+    assert code == 130
+    assert said.strip().startswith("fedexperts: interrupted; ")
+    assert "--resume" in said
+
+
+def poisoned(names, round=2):
+    """FedAvg's train, but the named clients send NaN in `round`."""
+
+    def train(self, job, bench):
+        update = FedAvg.honest(self, job, bench)
+        if job.client in names and job.round == round:
+            next(iter(update.patch.tensors.values())).fill_(float("nan"))
+        return update
+
+    return train
+
+
+def with_poison(monkeypatch, names):
+    monkeypatch.setattr(FedAvg, "honest", FedAvg.train, raising=False)
+    monkeypatch.setattr(FedAvg, "train", poisoned(names))
+
+
+EVERYONE = ("--set", "federation.clients_per_round=4")
+
+
+def test_a_client_that_sends_nan_is_left_out_named_and_counted_and_the_run_goes_on(fedexperts, run_file, tmp_path, monkeypatch):
+    with_poison(monkeypatch, ["c02"])
+    out = tmp_path / "out"
+    code, shown, _ = fedexperts("run", run_file, *EVERYONE, "--out", out)
+    assert code == 0
+    assert "c02 failed in train and is left out: its update holds NaN or infinity in" in " ".join(shown.split())
+    failed = [entry for entry in lines(out / "ledger.jsonl") if entry["failed"]]
+    assert [(entry["round"], entry["client"]) for entry in failed] == [(2, "c02")]
+    assert failed[0]["bytes_up"] > 0
+    assert [list(line["failed"]) for line in lines(out / "rounds.jsonl")] == [[], ["c02"], []]
+    (weights,) = (out / "checkpoint").rglob("weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in run.checkpoint.load_file(weights).values())
+
+
+def test_a_round_in_which_all_clients_fail_ends_the_run_and_what_came_before_is_resumed(
+    fedexperts, run_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as sick:
+        with_poison(sick, ["c01", "c02", "c03", "c04"])
+        code, _, said = fedexperts("run", run_file, *EVERYONE, "--out", out, "--quiet")
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "round 2: all 4 clients failed, c0" in said
+    assert "--resume" in said
+    assert [line["round"] for line in lines(out / "rounds.jsonl")] == [1]
+    assert fedexperts("run", run_file, *EVERYONE, "--out", out, "--resume", "--quiet")[0] == 0
+    assert [line["round"] for line in lines(out / "rounds.jsonl")] == [1, 2, 3]
+
+
+def test_a_comparison_runs_what_is_not_done_yet(fedexperts, run_file, tmp_path):
+    out = tmp_path / "out"
+    settings = ("--set", "federation.rounds=1", "--out", out, "--quiet")
+    assert fedexperts("compare", run_file, "--methods", "fedavg", *settings)[0] == 0
+    done = (out / "fedavg" / "seed-0" / "rounds.jsonl").read_bytes()
+    code, shown, _ = fedexperts("compare", run_file, "--methods", "fedavg,random_moe:experts_per_layer=3", *settings)
+    assert code == 0
+    assert "random_moe" in shown
+    assert (out / "fedavg" / "seed-0" / "rounds.jsonl").read_bytes() == done
+    (line,) = lines(out / "random_moe,experts_per_layer=3" / "seed-0" / "rounds.jsonl")
+    assert {len(ids) for held in line["holds"].values() for ids in held.values()} == {3}
+
+
+def test_a_comparison_checks_every_method_before_the_first_runs(fedexperts, run_file, tmp_path):
+    called = fedexperts("compare", run_file, "--methods", "fedavg,fedmoe:patient=3", "--out", tmp_path / "out")
+    assert "did you mean patience?" in refused(called, tmp_path / "out")
+
+
+def test_a_plan_is_printed_and_nothing_is_written(fedexperts, run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, shown, _ = fedexperts("plan", run_file, "--json")
+    assert code == 0
+    assert [client["name"] for client in json.loads(shown)["clients"]] == ["c01", "c02", "c03", "c04"]
+    assert fedexperts("plan", run_file)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
