@@ -82,6 +82,7 @@ def run(
     torch.set_num_threads(config.training.threads)
     claim(config, out, resume)
     prepared = prepare_run(config, label)
+    require_same_inputs(prepared, out)
     write_start(prepared, out)
     with engine_for(prepared, out) as engine, progress or Quiet() as shown:
         rounds(prepared, out, shown.watch(engine), shown)
@@ -307,6 +308,19 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
             f"{out} holds a run with other settings: {', '.join(changed)} changed; resume it with the run file it had "
             f"({out / 'run.toml'}), or start anew with another --out"
         )
+
+
+def require_same_inputs(prepared: Prepared, out: Path) -> None:
+    """Raises BadRun when the run in `out` began with another model or other data under the same names."""
+    if (out / "versions.json").exists():
+        begun = json.loads((out / "versions.json").read_text())
+        now = versions(prepared)
+        changed = [f"{name} changed" for name in ("model_hash", "data_hashes") if begun[name] != now[name]]
+        if changed:
+            raise BadRun(
+                f"{out} holds a run that began with other files: {', '.join(changed)}; "
+                "bring back the model and data it had, or start anew with another --out"
+            )
 
 
 def write_start(prepared: Prepared, out: Path) -> None:

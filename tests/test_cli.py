@@ -14,6 +14,8 @@ from fedexperts import cli, run
 from fedexperts.methods import METHODS
 from fedexperts.methods.fedavg import FedAvg
 
+ROW = '{"prompt": "a", "response": "b"}'
+
 
 @pytest.fixture
 def fedexperts(monkeypatch, capsys):
@@ -120,6 +122,20 @@ def test_resuming_with_a_changed_run_file_names_the_settings_that_changed(fedexp
     assert "workers" not in said
 
 
+def test_resuming_with_other_data_under_the_same_name_is_refused(fedexperts, run_file, tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text(f"{ROW}\n" * 40)
+    settings = (f"data.sources=['{rows}']", "data.limit=30", "federation.rounds=1")
+    command = ("run", run_file, *(word for setting in settings for word in ("--set", setting)), "--out", out, "--quiet")
+    assert fedexperts(*command)[0] == 0
+    assert fedexperts(*command, "--resume")[0] == 0
+    rows.write_text(f"{ROW}\n" * 41)
+    code, _, said = fedexperts(*command, "--resume")
+    assert code == 2
+    assert "data_hashes changed" in said
+    assert "model_hash" not in said
+
+
 def test_a_comparison_is_not_put_into_the_folder_of_a_run(fedexperts, finished):
     run_file, out = finished
     code, _, said = fedexperts("compare", run_file, "--methods", "fedavg", "--out", out)
@@ -153,7 +169,7 @@ def test_a_folder_that_is_a_file_is_left_alone(fedexperts, run_file, tmp_path):
         ("training.lr", ["--set training.lr", "a.b=c"]),
         ("devices.memory_gb=0.00001", ["client c01 has 0.0 MB", "takes", "MB to train", "give it more memory"]),
         ("devices.memory_gb=[1, 1]", ["2 numbers for 4 clients"]),
-        ("data.clients=100", ["100", "clients"]),
+        ("data.clients=100", ["50 clients", "there are 12", "ask for at most 3 clients"]),
         ("model.name=/no/such/folder", ["/no/such/folder", "does not exist"]),
         ('data.sources=["none.jsonl"]', ["none.jsonl"]),
         ('data.sources=["ag_nwes"]', ["ag_nwes", "did you mean ag_news?"]),
@@ -178,9 +194,6 @@ def test_a_run_file_that_is_not_there_or_no_toml_gets_one_sentence(fedexperts, t
     assert "cannot be read" in refused(fedexperts("run", tmp_path / "none.toml", "--out", out), out)
     (tmp_path / "bad.toml").write_text("seed = = 3\n")
     assert "bad.toml is not TOML" in refused(fedexperts("run", tmp_path / "bad.toml", "--out", out), out)
-
-
-ROW = '{"prompt": "a", "response": "b"}'
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -69,7 +70,7 @@ def asked_for(name: str, read: Callable[[], T]) -> T:
     """What `read` gives, or why it cannot, in one sentence."""
     try:
         return read()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error)
         if "trust_remote_code" in reason:
             ask = "set model.trust_remote_code = true if you trust them"
