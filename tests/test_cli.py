@@ -124,12 +124,13 @@ def test_resuming_with_a_changed_run_file_names_the_settings_that_changed(fedexp
 
 def test_resuming_with_other_data_under_the_same_name_is_refused(fedexperts, run_file, tmp_path):
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    rows.write_text(f"{ROW}\n" * 40)
+    pairs = [json.dumps({"prompt": f"say {number}", "response": "a"}) for number in range(41)]
+    rows.write_text("\n".join(pairs[:40]))
     settings = (f"data.sources=['{rows}']", "data.limit=30", "federation.rounds=1")
     command = ("run", run_file, *(word for setting in settings for word in ("--set", setting)), "--out", out, "--quiet")
     assert fedexperts(*command)[0] == 0
     assert fedexperts(*command, "--resume")[0] == 0
-    rows.write_text(f"{ROW}\n" * 41)
+    rows.write_text("\n".join(pairs))
     code, _, said = fedexperts(*command, "--resume")
     assert code == 2
     assert "data_hashes changed" in said
