@@ -12,6 +12,8 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
+from fedexperts import checkpoint
+
 LOGS = {"rounds.jsonl": 4, "evals.jsonl": 1, "ledger.jsonl": 8}
 """With the fewest lines that each has."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -54,12 +56,12 @@ def tensors(path):
 
 def saved(out):
     """All that a run leaves behind that does not depend on the clock."""
-    (checkpoint,) = (out / "checkpoint").iterdir()
+    newest = checkpoint.latest(out)  # a kill right after it was written leaves the one before, too
     kept = {folder.name: max(folder.glob("*.safetensors")) for folder in sorted((out / "clients").glob("*"))}
     return {
-        "state": {key: value for key, value in json.loads((checkpoint / "state.json").read_text()).items() if key != "logs"},
-        "weights": tensors(checkpoint / "weights.safetensors"),
-        "memory": tensors(checkpoint / "memory.safetensors"),
+        "state": {key: value for key, value in json.loads((newest / "state.json").read_text()).items() if key != "logs"},
+        "weights": tensors(newest / "weights.safetensors"),
+        "memory": tensors(newest / "memory.safetensors"),
         "kept": {client: (path.name, tensors(path)) for client, path in kept.items()},
         "logs": {name: rows(out / name) for name in LOGS},
         "start": {name: json.loads((out / name).read_text()) for name in ("plan.json", "resolved.json", "partition.json")},
