@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from fedexperts import checkpoint
+from fedexperts.client import fit
 from fedexperts.errors import TooSmall
 from fedexperts.federation import federate, job_for, jobs_for
 from fedexperts.ledger import Ledger
+from fedexperts.methods import fedmoe
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE, of
 from fedexperts.methods.submodel import mask, unmask
@@ -123,6 +125,22 @@ def test_stage_one_sends_the_whole_model_down_gets_routing_alone_back_and_leaves
     assert of("p", after.memory).keys() == of("held", after.memory).keys() == {"a", "b"}
 
 
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_stage_one_trains_an_adapter_of_every_expert_and_nothing_else(family, monkeypatch):
+    model = small(family)
+    server = replace(tiny_server(model, [Client("a", 8)], TRAINING), task="profile")
+    (job,) = jobs_for(server, FedMoE(), server.clients.values())
+    fitted = []
+    monkeypatch.setattr(fedmoe, "fit", lambda model, *given, **named: fitted.append(model) or fit(model, *given, **named))
+    FedMoE(profile_rounds=1, profile_rank=4).train(job, tiny_bench(model, server.clients["a"], TRAINING))
+    trained, layout = rows.read(fitted[0]), rows.layout(fitted[0])
+    assert set(layout.values()) == set(server.anatomy.blocks)
+    assert all("lora" in name and ".experts." in name for name in trained)
+    assert {len(tensor) for tensor in trained.values()} == {8}
+    assert len(trained) == 2 * 2 * len(server.anatomy.blocks), "A and B of both matrices"
+    assert sum(tensor.numel() for tensor in trained.values()) == 4 * server.footprint.sides
+
+
 def test_stage_one_adapts_for_as_many_steps_as_its_rounds_have():
     model = small()
     server = replace(tiny_server(model, [Client("a", 8)], TRAINING), task="profile")
@@ -182,6 +200,19 @@ def test_p_is_the_share_of_the_validation_tokens_of_that_side_without_padding(fa
     held = mask(server.anatomy, job.experts)
     assert torch.equal(after.memory["p/a"][held], update.extra["p"])
     assert not after.memory["p/a"][~held].any()
+
+
+def test_the_score_is_minus_the_validation_loss_so_a_better_fit_scores_higher():
+    model, training = small(), replace(TRAINING, local_steps=8, label_smoothing=0.0)
+    server = replace(tiny_server(model, [Client("a", 8)], training), task="train")
+    method = FedMoE(initial="random")
+    (job,) = jobs_for(server, method, server.clients.values())
+    bench = tiny_bench(model, server.clients["a"], training)
+    familiar = replace(bench, data=replace(bench.data, validation=bench.data.train))
+    untrained = replace(familiar, training=replace(training, lr=1e-9))
+    before, after = (method.train(job, each) for each in (untrained, familiar))
+    assert after.extra["score"] > before.extra["score"]
+    assert after.extra["score"].item() == -after.metrics["validation_loss"] < 0
 
 
 def test_p_over_the_held_experts_is_put_where_they_are_in_the_whole_model():
@@ -344,9 +375,9 @@ def rounds(method, number=2, family="olmoe", memory=None, training=TRAINING, bac
 
 
 def test_with_all_experts_held_it_is_federated_averaging_bit_for_bit():
-    fedmoe, fedavg = rounds(FedMoE(initial="random", adjust=False)), rounds(FedAvg())
-    assert len(fedavg.weights) > 15
-    assert all(torch.equal(fedmoe.weights[name], fedavg.weights[name]) for name in fedavg.weights)
+    one, other = rounds(FedMoE(initial="random", adjust=False)), rounds(FedAvg())
+    assert len(other.weights) > 15
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
 
 
 def test_answers_in_another_order_give_the_same_server_bit_for_bit():
