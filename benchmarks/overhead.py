@@ -132,9 +132,7 @@ def speedup(repeat: int) -> list[float]:
     ratios = []
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as folder:
-            one, two = (
-                federated(config({"name": "fedavg"}, {}, rounds=4, workers=n), Path(folder) / str(n))[0] for n in (1, 2)
-            )
+            one, two = (federated(config({"name": "fedavg"}, {}, rounds=4, workers=n), Path(folder) / str(n))[0] for n in (1, 2))
             ratios.append(one / two)
     return ratios
 
@@ -157,7 +155,9 @@ def shown(name: str, values: list[float], wanted: float, least: bool = True) -> 
     middle = statistics.median(values)
     right = middle >= wanted if least else middle <= wanted
     each = " ".join(f"{value:.2f}" for value in values)
-    print(f"{name:52} {middle:5.2f}  ({'≥' if least else '≤'} {wanted:.2f}: {'met' if right else 'NOT met'})   {each}", flush=True)
+    print(
+        f"{name:52} {middle:5.2f}  ({'≥' if least else '≤'} {wanted:.2f}: {'met' if right else 'NOT met'})   {each}", flush=True
+    )
 
 
 def main() -> None:
