@@ -22,15 +22,16 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from fedexperts import run
+from fedexperts import running
 from fedexperts.client import batches, cross_entropy, optimizer_for
 from fedexperts.config import RunConfig, build
 from fedexperts.data.encode import Encoder
+from fedexperts.evaluate import Scores
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.evaluate import Scores
 from fedexperts.progress import Quiet
 from fedexperts.report.read import read
+from fedexperts.start import prepare_run
 from fedexperts.types import Server
 
 LORA = {"train": "lora", "parts": ["attention", "experts"], "rank": 8}
@@ -78,13 +79,13 @@ class Clock(Quiet):
 def federated(settings: RunConfig, out: Path) -> tuple[float, int]:
     """Seconds of the training rounds (with checkpoints and logs, without evaluation), and their tokens."""
     clock = Clock()
-    run.run(settings, out, progress=clock)
+    running.run(settings, out, progress=clock)
     return clock.seconds, sum(row.tokens for row in read(out).ledger if row.task == "train")
 
 
 def bare(settings: RunConfig, out: Path) -> tuple[float, int]:
     """Seconds and tokens of plain training loops over the sub-models and batches of the run in `out`."""
-    prepared = run.prepare_run(settings)
+    prepared = prepare_run(settings)
     training = settings.training.build()
     encoder = Encoder(prepared.base.tokenizer, settings.data.max_tokens)
     seconds, tokens = 0.0, 0
@@ -147,7 +148,7 @@ def peak_kib(clients: int) -> int:
 def run_once(clients: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        run.run(config({"name": "fedmoe", "initial": "random"}, {}, clients=clients, rounds=3), Path(folder) / "run")
+        running.run(config({"name": "fedmoe", "initial": "random"}, {}, clients=clients, rounds=3), Path(folder) / "run")
     print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 

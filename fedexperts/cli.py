@@ -1,5 +1,6 @@
 """The `fedexperts` command."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -44,10 +45,10 @@ def run_command(
     quiet: Hush = False,
 ) -> None:
     """Run it: progress, a table at the end, a report."""
-    from fedexperts import config, run
+    from fedexperts import config, running
 
     folder = out or Path("results") / run_file.stem
-    run.run(config.read(run_file, set or []), folder, resume=resume, progress=progress(quiet))
+    running.run(config.read(run_file, set or []), folder, resume=resume, progress=progress(quiet))
     finish([folder], folder)
 
 
@@ -61,12 +62,12 @@ def compare(
     quiet: Hush = False,
 ) -> None:
     """Several methods over the same data and clients; a run that is done already stays, one that was stopped goes on."""
-    from fedexperts import config, run
+    from fedexperts import config, running
 
     settings = config.read(run_file, set or [])
     folder = out or Path("results") / run_file.stem
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    run.compare(settings, names, range(settings.seed, settings.seed + seeds), folder, progress=progress(quiet))
+    running.compare(settings, names, range(settings.seed, settings.seed + seeds), folder, progress=progress(quiet))
     finish([folder], folder)
 
 
@@ -75,10 +76,11 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
     """What a run would work with, before anything runs: clients, data, memory, and who holds what."""
     from json import dumps
 
-    from fedexperts import config, run
+    from fedexperts import config
+    from fedexperts.plan import plan
+    from fedexperts.start import prepare_run
 
-    prepared = run.prepare_run(config.read(run_file, set or []))
-    planned = run.plan(prepared)
+    planned = plan(prepare_run(config.read(run_file, set or [])))
     if json:
         typer.echo(dumps(planned))
     else:
@@ -195,6 +197,10 @@ def main() -> None:
         app()
     except FedExpertsError as error:
         sys.exit(fail(str(error), 2))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+            raise
+        sys.exit(fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); free it, or give another folder", 2))
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer says nothing then
             fail("interrupted; all whole rounds are saved: run goes on with --resume, compare by itself", INTERRUPTED)

@@ -1,11 +1,9 @@
 """What a client can do: install what was sent, fit it to its examples, validate it."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
-from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -74,7 +72,6 @@ def fit(
     optimizer = optimizer_for(trained, training)
     losses, tokens, flops, peak = [], 0, 0.0, 0
     flops_of = flops_estimated(model)
-    started = time.perf_counter()
     steps = training.local_steps if steps is None else steps
     model.train()
 
@@ -102,7 +99,7 @@ def fit(
         peak = max(peak, meter.peak_bytes) if meter else peak
 
     model.eval()
-    return Fitted(sum(losses) / len(losses), Cost(time.perf_counter() - started, tokens, peak, flops))
+    return Fitted(sum(losses) / len(losses), Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops))
 
 
 def validate(model: nn.Module, bench: Bench, chosen: Sequence[Example] | None = None) -> Validation:

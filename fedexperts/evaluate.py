@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from fedexperts.errors import BadData, BadValue, nearest
+from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.types import Encoder, Example
 
 METRICS = {
@@ -182,7 +183,7 @@ def answer(model: nn.Module, prompts: Mapping[str, Tensor], encoder: Encoder, ge
         decoder_start_token_id=known.decoder_start_token_id,
     )
     ids = lm.generate(**prompts, generation_config=greedy)
-    start = 0 if lm.config.is_encoder_decoder else prompts["input_ids"].shape[1]
+    start = 0 if is_encoder_decoder(model) else prompts["input_ids"].shape[1]
     return encoder.decode(ids[:, start:])
 
 
@@ -190,13 +191,9 @@ def reference_losses(
     model: nn.Module, batch: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, " examples"], Int[Tensor, " examples"]]:
     """Negative log-likelihood of each example's response in nats, and how many tokens that is."""
-    if cast("Any", model).config.is_encoder_decoder:
-        logits, targets = model(**batch).logits, batch["labels"]
-    else:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
-        targets = batch["labels"][:, 1:]
-    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return losses.double().sum(1), (targets != -100).sum(1)
+    logits, targets = predictions(model, batch)
+    losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses.double().sum(1), (targets != IGNORED).sum(1)
 
 
 def judge(given: str, example: Example) -> tuple[dict[str, float], dict[str, tuple[int, int, int]]]:

@@ -104,10 +104,10 @@ class Job:
 class Cost:
     """What a client's work took: measured, unless the name says estimated."""
 
-    seconds: float = 0.0
-    tokens: int = 0  # that were no padding
+    seconds: float = 0.0  # of the whole job, as the engine saw it
+    tokens: int = 0  # trained on, padding left out
     peak_bytes: int = 0  # largest sum of tensors alive in a training step, weights included
-    flops_estimated: float = 0.0
+    flops_estimated: float = 0.0  # of the training steps
 
 
 @dataclass(frozen=True)

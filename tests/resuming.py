@@ -16,7 +16,7 @@ from random import Random
 
 import torch
 
-from fedexperts import config, run
+from fedexperts import config, running
 
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.truncate", "os.remove", "os.rmdir", "shutil.rmtree")
 MOST_KILLS = 6
@@ -37,7 +37,7 @@ def attempt(run_file: Path, out: Path, last: int) -> tuple[bool, int]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(notice)
-        run.run(config.read(run_file), out, resume=True)
+        running.run(config.read(run_file), out, resume=True)
         os._exit(0)
     os.close(sending)
     with os.fdopen(receiving, "rb") as pipe:

@@ -17,7 +17,9 @@ LAYERS = (
     ("federation",),
     ("evaluate", "checkpoint", "config", "data", "base", "report", "inspect", "testing"),
     ("progress",),
-    ("run",),
+    ("start",),
+    ("plan",),
+    ("running",),
     ("cli",),
     ("__main__", "__init__"),
 )

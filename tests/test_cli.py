@@ -10,7 +10,7 @@ import tomli_w
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedexperts import cli, run
+from fedexperts import checkpoint, cli, running
 from fedexperts.methods import METHODS
 from fedexperts.methods.fedavg import FedAvg
 
@@ -236,7 +236,7 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(fedexperts, run_file, 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "rounds", interrupted)
+    monkeypatch.setattr(running, "rounds", interrupted)
     code, _, said = fedexperts("run", run_file, "--out", tmp_path / "out")
     assert code == 130
     assert said.strip().startswith("fedexperts: interrupted; ")
@@ -274,7 +274,7 @@ def test_a_client_that_sends_nan_is_left_out_named_and_counted_and_the_run_goes_
     assert failed[0]["bytes_up"] > 0
     assert [list(line["failed"]) for line in lines(out / "rounds.jsonl")] == [[], ["c02"], []]
     (weights,) = (out / "checkpoint").rglob("weights.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in run.checkpoint.load_file(weights).values())
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load_file(weights).values())
 
 
 def test_a_round_in_which_all_clients_fail_ends_the_run_and_what_came_before_is_resumed(

@@ -14,7 +14,8 @@ from fedexperts.config import build
 from fedexperts.methods.base import patch_for, train_assigned
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
-from fedexperts.run import engine_for, prepare_run
+from fedexperts.running import engine_for
+from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_batch, tiny_model
 from fedexperts.types import Assignment, Bench, Job
 

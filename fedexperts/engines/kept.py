@@ -32,6 +32,13 @@ class Keeper:
         for path in earlier[:-1]:
             path.unlink()
 
+    def drop_after(self, round: int) -> None:
+        """Removes what rounds after `round` wrote: they will be done again."""
+        for client in self.folder.iterdir() if self.folder.is_dir() else ():
+            for path in self.versions(client.name):
+                if path.stem > key(round, "~"):
+                    path.unlink()
+
     def versions(self, client: str) -> list[Path]:
         """Oldest first."""
         folder = self.folder / client

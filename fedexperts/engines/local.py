@@ -3,9 +3,10 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from multiprocessing.connection import Connection, wait
+from time import perf_counter
 from typing import Self, cast
 
 import torch
@@ -33,7 +34,8 @@ class Site:
     keeper: Keeper
 
     def answer(self, job: Job) -> Update | Failure:
-        """The client's update. Whatever goes wrong on a client is that client's failure, with its reason."""
+        """The client's update and the seconds it took. Whatever goes wrong on a client is its failure, with the reason."""
+        started = perf_counter()
         try:
             kept = self.keeper.load(job)
             bench = Bench(self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept)
@@ -46,7 +48,7 @@ class Site:
         except Exception as error:  # a client's device may fail in any way, and the round goes on without it
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return Failure(job.client, job.round, job.task, reason)
-        return update
+        return replace(update, cost=replace(update.cost, seconds=perf_counter() - started))
 
 
 class LocalEngine:

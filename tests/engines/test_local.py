@@ -16,7 +16,8 @@ from fedexperts.ledger import Ledger
 from fedexperts.methods.base import all_experts, mean_rows, train_assigned
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.local import Local
-from fedexperts.run import engine_for, prepare_run
+from fedexperts.running import engine_for
+from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_batch, tiny_model
 from fedexperts.types import Client, Example, Failure, Job, Patch, Split, Training, Update
 

@@ -1,24 +1,21 @@
-"""A run from its settings to its results folder; several runs side by side; and what a run will take before it starts."""
+"""A run from its settings to its results folder, and several runs side by side."""
 
+import fcntl
 import json
-import subprocess
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from shutil import which
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from fedexperts import checkpoint, evaluate
-from fedexperts.base.load import Base, load
 from fedexperts.client import install
 from fedexperts.config import RunConfig, build, different, to_toml, with_settings
-from fedexperts.data.clients import Clients, make_clients
 from fedexperts.data.encode import Encoder
-from fedexperts.devices import memories
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.local import LocalEngine, Site
 from fedexperts.errors import BadRun, BadValue, nearest
@@ -26,30 +23,13 @@ from fedexperts.federation import done, federate, jobs_for, steps
 from fedexperts.files import write_text
 from fedexperts.ledger import Ledger
 from fedexperts.methods import METHODS
-from fedexperts.methods.base import patch_for
-from fedexperts.methods.submodel import even_number, evenly
-from fedexperts.moe import rows
-from fedexperts.moe.anatomy import anatomy
-from fedexperts.moe.flops import footprint, per_step
-from fedexperts.moe.shrink import shrink
-from fedexperts.moe.tuning import prepare
+from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
-from fedexperts.types import Bench, Client, Engine, Job, Method, Patch, Server, Update
+from fedexperts.start import Prepared, prepare_run, versions
+from fedexperts.types import Bench, Engine, Job, Method, Patch, Server, Update
 
 MAY_DIFFER = ("federation.workers",)
 """Settings that a resumed run may change: they do not change the result."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that can start."""
-
-    config: RunConfig
-    method: Method
-    label: str  # of the method, in tables
-    base: Base
-    clients: Clients
-    server: Server
 
 
 @dataclass(frozen=True)
@@ -84,18 +64,24 @@ def run(
     prepared = prepare_run(config, label)
     require_same_inputs(prepared, out)
     write_start(prepared, out)
-    with engine_for(prepared, out) as engine, progress or Quiet() as shown:
-        rounds(prepared, out, shown.watch(engine), shown)
+    with locked(out), progress or Quiet() as shown:
+        begun = checkpoint.load(out, prepared.server)
+        behind, total = (
+            done(begun, prepared.method, config.federation.rounds),
+            len(steps(prepared.method, config.federation.rounds)),
+        )
+        shown.start(prepared.label, config.seed, behind, total)
+        if behind < total:
+            Keeper(out / "clients").drop_after(begun.round)
+            with engine_for(prepared, out) as engine:
+                rounds(prepared, begun, out, shown.watch(engine), shown)
     return out
 
 
-def rounds(prepared: Prepared, out: Path, engine: Engine, progress: Progress) -> None:
-    """All rounds that are not done yet, each with its evaluation, its lines in the logs and its checkpoint."""
+def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progress: Progress) -> None:
+    """All rounds after `begun`, each with its evaluation, its lines in the logs and its checkpoint."""
     federation, method = prepared.config.federation, prepared.method
     ledger = Ledger()
-    begun = checkpoint.load(out, prepared.server)
-    total = len(steps(method, federation.rounds))
-    progress.start(prepared.label, prepared.config.seed, done(begun, method, federation.rounds), total)
     if begun.task == "start" and not method.before:
         assess(prepared, begun, engine, ledger, out, progress)
     number = federation.clients_per_round or len(begun.clients)
@@ -126,19 +112,13 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
         BadRun: no client gave a usable answer.
     """
     entries = ledger.entries
-    failed = failures(ledger)
-    if entries and len(failed) == len(entries):
-        client, reason = next(iter(failed.items()))
-        raise BadRun(
-            f"round {server.round}: all {len(entries)} clients failed, {client} because {reason}; "
-            "what came before is saved: mend the cause and run again with --resume"
-        )
+    require_an_answer(server, ledger)
     losses = [entry.loss for entry in entries if entry.loss is not None]
     line = {
         "round": server.round,
         "task": server.task,
         "clients": [entry.client for entry in entries],
-        "failed": failed,
+        "failed": failures(ledger),
         "loss": sum(losses) / len(losses) if losses else None,
         "seconds": seconds,
         "holds": {client: {block: list(ids) for block, ids in held.items()} for client, held in ledger.holds.items()},
@@ -146,6 +126,17 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
     append(out / "rounds.jsonl", [line])
     append(out / "ledger.jsonl", [entry.as_json() for entry in entries])
     ledger.clear()
+
+
+def require_an_answer(server: Server, ledger: Ledger) -> None:
+    """Raises BadRun when every client failed."""
+    failed = failures(ledger)
+    if failed and len(failed) == len(ledger.entries):
+        client, reason = next(iter(failed.items()))
+        raise BadRun(
+            f"round {server.round}: all {len(failed)} clients failed, {client} because {reason}; "
+            "what came before is saved: mend the cause and run again with --resume"
+        )
 
 
 def failures(ledger: Ledger) -> dict[str, str]:
@@ -159,6 +150,7 @@ def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, o
     progress.evaluating(len(server.clients))
     jobs = ledger.sent(jobs_for(asked, prepared.method, asked.clients.values()))
     scores = {update.client: evaluate.Scores.from_json(update.metrics) for update in ledger.received(engine.run(jobs))}
+    require_an_answer(asked, ledger)
     together = evaluate.merge(scores[client] for client in server.clients if client in scores)
     lines = [line for client in server.clients if client in scores for line in score_lines(scores[client], client)]
     count = sum(part.examples for part in together.tasks.values())
@@ -176,35 +168,6 @@ def score_lines(scores: evaluate.Scores, client: str | None) -> Iterator[Mapping
         yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **found}
 
 
-def prepare_run(config: RunConfig, label: str | None = None) -> Prepared:
-    """The base, the clients' data and the first server.
-
-    Raises:
-        BadValue: the model, the data, the devices or the method do not allow the run.
-    """
-    method = config.build_method()
-    base = load(config.model.name, config.model.trust_remote_code)
-    clients = make_clients(config.data, config.seed)
-    server = first_server(config, base, clients)
-    for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
-        method.assign(replace(server, task=steps(method, 1)[0][1]), client)
-    return Prepared(config, method, label or str(config.method["name"]), base, clients, server)
-
-
-def first_server(config: RunConfig, base: Base, clients: Clients) -> Server:
-    """The server before the first round: the base's weights that will be trained, or fresh adapters."""
-    training = config.training.build()
-    seed = str(config.seed)
-    shape = anatomy(base.model)
-    model = prepare(shrink(base.model, shape.all_experts), training.tuning, seed=f"{seed}/start")
-    size = (training.batch_size, config.data.max_tokens)
-    cost = footprint(base.model, training.tuning, size, optimizer=training.optimizer)
-    devices = config.devices
-    memory = memories(list(clients), cost.of(shape.all_experts), seed, gb=devices.memory_gb, share=devices.memory_share)
-    known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
-    return Server(weights=rows.read(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
-
-
 def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
     config, base = prepared.config, prepared.base
     site = Site(
@@ -217,80 +180,6 @@ def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
         keeper=Keeper(out / "clients"),
     )
     return LocalEngine(site, config.federation.workers)
-
-
-def plan(prepared: Prepared) -> dict[str, Any]:
-    """What a run will work with, as plan.json says it: the model, and each client's data, memory and what fits it."""
-    server = prepared.server
-    full = server.footprint.of(server.anatomy.all_experts)
-    clients = [client_plan(prepared, client, full) for client in server.clients.values()]
-    return {
-        "method": prepared.label,
-        "seed": prepared.config.seed,
-        "model": {
-            "name": prepared.base.name,
-            "parameters": sum(parameter.numel() for parameter in prepared.base.model.parameters()),
-            "blocks": {
-                name: {"num_experts": block.num_experts, "top_k": block.top_k} for name, block in server.anatomy.blocks.items()
-            },
-        },
-        "clients": clients,
-        "partition": prepared.config.data.partition.model_dump(mode="json", exclude_none=True),
-        "full_bytes": full,
-        "full_patch_bytes": sum(tensor.nbytes for tensor in server.weights.values()),
-        "round_flops_estimated": round_flops(prepared),
-        "warnings": warnings(prepared, clients),
-    }
-
-
-def round_flops(prepared: Prepared) -> float:
-    """Floating point operations of one client's local steps on the whole model and full-length examples: the most it can be."""
-    config, base = prepared.config, prepared.base
-    training = config.training.build()
-    model = prepare(shrink(base.model, prepared.server.anatomy.all_experts), training.tuning, seed="")
-    lengths = [config.data.max_tokens] * training.batch_size
-    return per_step(model)(lengths, lengths) * training.local_steps
-
-
-def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What will not fit, as sentences."""
-    over = [client["name"] for client in clients if client["first_experts"] and not client["first_fits"]]
-    if not over:
-        return []
-    return [
-        f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
-        "it trains there all the same, and the report marks them"
-    ]
-
-
-def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]:
-    """`first_…`: of the client's first job; no experts where it has no part in that."""
-    split, server, method = prepared.clients[client.name], prepared.server, prepared.method
-    first = replace(server, task=steps(method, 1)[0][1])
-    assignment = method.assign(first, client)
-    held = assignment.experts if assignment else {}
-    needed = server.footprint.of(held)
-    return {
-        "name": client.name,
-        "task": client.task,
-        "examples": len(split.train),
-        "validation": len(split.validation),
-        "test": len(split.test),
-        "memory_bytes": client.memory_bytes,
-        "experts_fit": experts_fit(server, client),
-        "full_fits": client.memory_bytes is None or full <= client.memory_bytes,
-        "tasks": prepared.clients.tasks(client.name),
-        "first_task": first.task,
-        "first_experts": sum(len(ids) for ids in held.values()),
-        "first_bytes_down": patch_for(first, assignment).nbytes if assignment else 0,
-        "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
-    }
-
-
-def experts_fit(server: Server, client: Client) -> int:
-    """The most experts, spread evenly over the layers, that the client can train within its memory."""
-    number = even_number(server, client)
-    return sum(evenly(server.anatomy, number).values()) if number else 0
 
 
 def claim(config: RunConfig, out: Path, resume: bool) -> None:
@@ -333,27 +222,27 @@ def write_start(prepared: Prepared, out: Path) -> None:
     write_text(out / "run.toml", to_toml(resolved))
 
 
-def versions(prepared: Prepared) -> dict[str, Any]:
-    packages = ("fedexperts", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
-    return {
-        **{package: version(package) for package in packages},
-        "git_commit": git_commit(),
-        "model_hash": prepared.base.hash,
-        "data_hashes": dict(prepared.clients.hashes),
-    }
-
-
-def git_commit() -> str | None:
-    """Of the checkout that the library runs from; None where it runs from none."""
-    if not which("git"):
-        return None
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
-
-
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Adds `lines` as JSON; they are on disk before the checkpoint that counts on them."""
     with path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the results folder for one process; the lock ends with it, however it ends.
+
+    Raises:
+        BadRun: another process holds it.
+    """
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadRun(f"another process is running in {out}; wait for it, or give another folder with --out") from None
+        yield
 
 
 def variant(config: RunConfig, text: str) -> RunConfig:

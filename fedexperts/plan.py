@@ -1,0 +1,88 @@
+"""What a run will work with, before anything runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedexperts.federation import steps
+from fedexperts.methods.base import patch_for
+from fedexperts.methods.submodel import even_number, evenly
+from fedexperts.moe.flops import per_step
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import prepare
+from fedexperts.start import Prepared
+from fedexperts.types import Client, Server
+
+
+def plan(prepared: Prepared) -> dict[str, Any]:
+    """What a run will work with, as plan.json says it: the model, and each client's data, memory and what fits it."""
+    server = prepared.server
+    full = server.footprint.of(server.anatomy.all_experts)
+    clients = [client_plan(prepared, client, full) for client in server.clients.values()]
+    return {
+        "method": prepared.label,
+        "seed": prepared.config.seed,
+        "model": {
+            "name": prepared.base.name,
+            "parameters": sum(parameter.numel() for parameter in prepared.base.model.parameters()),
+            "blocks": {
+                name: {"num_experts": block.num_experts, "top_k": block.top_k} for name, block in server.anatomy.blocks.items()
+            },
+        },
+        "clients": clients,
+        "partition": prepared.config.data.partition.model_dump(mode="json", exclude_none=True),
+        "full_bytes": full,
+        "full_patch_bytes": sum(tensor.nbytes for tensor in server.weights.values()),
+        "round_flops_estimated": round_flops(prepared),
+        "warnings": warnings(prepared, clients),
+    }
+
+
+def round_flops(prepared: Prepared) -> float:
+    """Floating point operations of one client's local steps on the whole model and full-length examples: the most it can be."""
+    config, base = prepared.config, prepared.base
+    training = config.training.build()
+    model = prepare(shrink(base.model, prepared.server.anatomy.all_experts), training.tuning, seed="")
+    lengths = [config.data.max_tokens] * training.batch_size
+    return per_step(model)(lengths, lengths) * training.local_steps
+
+
+def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What will not fit, as sentences."""
+    over = [client["name"] for client in clients if client["first_experts"] and not client["first_fits"]]
+    if not over:
+        return []
+    return [
+        f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
+        "it trains there all the same, and the report marks them"
+    ]
+
+
+def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]:
+    """`first_…`: of the client's first job; no experts where it has no part in that."""
+    split, server, method = prepared.clients[client.name], prepared.server, prepared.method
+    first = replace(server, task=steps(method, 1)[0][1])
+    assignment = method.assign(first, client)
+    held = assignment.experts if assignment else {}
+    needed = server.footprint.of(held)
+    return {
+        "name": client.name,
+        "task": client.task,
+        "examples": len(split.train),
+        "validation": len(split.validation),
+        "test": len(split.test),
+        "memory_bytes": client.memory_bytes,
+        "experts_fit": experts_fit(server, client),
+        "full_fits": client.memory_bytes is None or full <= client.memory_bytes,
+        "tasks": prepared.clients.tasks(client.name),
+        "first_task": first.task,
+        "first_experts": sum(len(ids) for ids in held.values()),
+        "first_bytes_down": patch_for(first, assignment).nbytes if assignment else 0,
+        "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
+    }
+
+
+def experts_fit(server: Server, client: Client) -> int:
+    """The most experts, spread evenly over the layers, that the client can train within its memory."""
+    number = even_number(server, client)
+    return sum(evenly(server.anatomy, number).values()) if number else 0
