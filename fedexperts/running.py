@@ -63,8 +63,8 @@ def run(
     claim(config, out, resume)
     prepared = prepare_run(config, label)
     require_same_inputs(prepared, out)
-    write_start(prepared, out)
     with locked(out), progress or Quiet() as shown:
+        write_start(prepared, out)
         begun = checkpoint.load(out, prepared.server)
         behind, total = (
             done(begun, prepared.method, config.federation.rounds),
@@ -237,12 +237,15 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         BadRun: another process holds it.
     """
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadRun(f"another process is running in {out}; wait for it, or give another folder with --out") from None
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise BadRun(f"another process is running in {out}; wait for it, or give another folder with --out") from None
+    finally:
+        os.close(folder)
 
 
 def variant(config: RunConfig, text: str) -> RunConfig:

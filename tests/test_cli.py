@@ -79,6 +79,14 @@ def test_a_run_leaves_its_settings_plan_logs_checkpoint_and_report(finished):
     assert not list(out.rglob("*.tmp*")) + list(out.rglob(".*"))
 
 
+def test_a_folder_in_which_a_process_runs_is_refused_to_another(fedexperts, finished):
+    _, out = finished
+    with running.locked(out):
+        code, _, said = fedexperts("run", out / "run.toml", "--out", out, "--resume")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "another process is running" in said
+
+
 def test_the_ledger_of_a_run_counts_what_the_plan_says_is_sent(finished):
     _, out = finished
     plan, ledger = json.loads((out / "plan.json").read_text()), lines(out / "ledger.jsonl")

@@ -88,7 +88,6 @@ def test_fit_counts_what_it_did(prepared, bench):
     fitted = fit(install(job(prepared), bench), bench, seed="s", steps=3)
     chosen = [bench.encoder.batch(batch) for batch in batches(bench.data.train, 2, 3, "s")]
     assert fitted.cost.tokens == sum(int(batch["attention_mask"].sum()) for batch in chosen)
-    assert fitted.cost.seconds > 0
     assert fitted.cost.flops_estimated > 0
     trained = sum(tensor.nbytes for tensor in job(prepared).patch.tensors.values())
     assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides

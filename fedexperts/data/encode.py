@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedexperts.errors import BadValue
+from fedexperts.moe.logits import IGNORED
 from fedexperts.types import Example
 
-IGNORED = -100  # a label that takes no part in the loss
 REMEMBERED = 4096  # prompts, of at most max_tokens ids each
 
 
