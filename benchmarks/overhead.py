@@ -3,9 +3,10 @@
     python benchmarks/overhead.py [--repeat 5]
 
 1. Tokens a second inside a whole run (cutting, sending, installing, training, validating, merging, checkpoints, logs; no
-   evaluation) over those of a bare loop (encode, forward, cross-entropy, backward, clip, AdamW) on the same model, batches
+   evaluation) over those of a bare loop (encode, forward, the same loss, backward, clip, AdamW) on the same model, batches
    and number of steps, alternating in one process, one thread: with LoRA (FedAvg), and with FedMoE's sub-models. The bare
    loop trains each client's sub-model as its run did, so the ratio shows what federation costs, not what a small model saves.
+   The lines "without balance" train both with cross-entropy alone.
 2. Seconds of the rounds with one worker over those with two.
 3. Peak memory (VmHWM) of a whole process that runs 10 clients and of one that runs 100, each of the same size, 4 a round.
 """
@@ -24,13 +25,15 @@ from torch import nn
 
 from fedexperts import running
 from fedexperts.client import batches, cross_entropy, optimizer_for
-from fedexperts.config import RunConfig, build
+from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
 from fedexperts.evaluate import Scores
+from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
 from fedexperts.progress import Quiet
 from fedexperts.report.read import read
+from fedexperts.settings import checked
 from fedexperts.start import prepare_run
 from fedexperts.types import Server
 
@@ -38,7 +41,8 @@ LORA = {"train": "lora", "parts": ["attention", "experts"], "rank": 8}
 
 
 def config(method: dict, training: dict, *, clients: int = 8, rounds: int = 2, workers: int = 1) -> RunConfig:
-    return build(
+    return checked(
+        RunConfig,
         {
             "model": {"name": "tiny"},
             "method": method,
@@ -53,7 +57,7 @@ def config(method: dict, training: dict, *, clients: int = 8, rounds: int = 2, w
                 "test_examples": 4,
                 "max_tokens": 64,
             },
-        }
+        },
     )
 
 
@@ -62,17 +66,14 @@ class Clock(Quiet):
 
     seconds = 0.0
 
-    def start(self, label: str, seed: int, done: int, total: int) -> None:
-        self.since = perf_counter()
-
     def evaluating(self, clients: int) -> None:
-        self.seconds += perf_counter() - self.since
+        self.seconds += perf_counter() - self.since if self.seconds else 0
 
     def scored(self, server: Server, scores: Scores) -> None:
-        self.since = perf_counter()
+        self.since = perf_counter()  # also of the evaluation before the first round, by which all workers have started
 
     def round(self, server: Server) -> None:
-        self.seconds += perf_counter() - self.since if server.round else -self.seconds
+        self.seconds += perf_counter() - self.since if server.round else 0
         self.since = perf_counter()
 
 
@@ -108,7 +109,12 @@ def plain_loop(model: nn.Module, encoder: Encoder, chosen: list, training: objec
     model.train()
     for examples in chosen:
         batch = encoder.batch(examples)
-        cross_entropy(model, batch, training.label_smoothing).backward()
+        if training.balance:
+            with Recorder(model, keep_logits=True) as recorder:
+                loss = cross_entropy(model, batch, training.label_smoothing)
+            (loss + training.balance * balance_loss(recorder)).backward()
+        else:
+            cross_entropy(model, batch, training.label_smoothing).backward()
         nn.utils.clip_grad_norm_(trained, training.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -167,7 +173,9 @@ def main() -> None:
     repeat = parser.parse_args().repeat
     torch.set_num_threads(1)
     shown("tokens/s, FedAvg with LoRA over a bare loop", overhead({"name": "fedavg"}, LORA, repeat), 0.90)
+    shown("the same without balance", overhead({"name": "fedavg"}, {**LORA, "balance": 0}, repeat), 0.90)
     shown("tokens/s, FedMoE sub-models over a bare loop", overhead({"name": "fedmoe"}, {}, repeat), 0.85)
+    shown("the same without balance", overhead({"name": "fedmoe"}, {"balance": 0}, repeat), 0.85)
     shown("speed of two workers over one", speedup(repeat), 1.7)
     shown("peak memory of 100 clients over 10", [peak_kib(100) / peak_kib(10) for _ in range(min(repeat, 3))], 1.2, least=False)
 

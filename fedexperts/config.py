@@ -1,21 +1,18 @@
 """A run as nested frozen models, read from one TOML file; every default lives here or in a method's fields."""
 
 import dataclasses
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedexperts.data.settings import DataSettings
 from fedexperts.errors import BadValue, nearest
 from fedexperts.methods import METHODS
 from fedexperts.moe.tuning import Part, Tuning
+from fedexperts.settings import Tree, checked, read_tree, sentence, without_none
 from fedexperts.types import Method, Training
-
-Tree = dict[str, Any]
 
 
 class Settings(BaseModel):
@@ -113,7 +110,7 @@ class RunConfig(Settings):
         try:
             return TypeAdapter(METHODS[name]).validate_python(fields)
         except ValidationError as error:
-            raise BadValue(sentence(error, ("method",))) from None
+            raise BadValue(sentence(error, RunConfig, ("method",))) from None
 
     def resolved(self) -> Tree:
         """All settings, defaults included, the method's too; as TOML can hold them."""
@@ -128,107 +125,4 @@ def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
     Raises:
         BadValue: no such file, no TOML, an unknown key (names the nearest), or a value that is not allowed.
     """
-    try:
-        tree = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise BadValue(
-            f"{path} cannot be read ({error.strerror}); give the path of a run file, such as runs/quickstart.toml"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadValue(f"{path} is not TOML: {error}") from None
-    return build(with_settings(tree, settings))
-
-
-def build(tree: Mapping[str, Any]) -> RunConfig:
-    """The run that `tree` describes.
-
-    Raises:
-        BadValue: as `read`.
-    """
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise BadValue(sentence(error)) from None
-
-
-def with_settings(tree: Tree, settings: Sequence[str]) -> Tree:
-    """`tree` with each `a.b=c` set; a value is TOML where it reads as TOML, else a string."""
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise BadValue(f"--set {setting} is not of the form a.b=c")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        tree = put(tree, key.strip().split("."), value)
-    return tree
-
-
-def put(tree: Tree, path: Sequence[str], value: object) -> Tree:
-    """`tree` with `value` at `path`."""
-    head, *rest = path
-    below = tree.get(head, {})
-    return {**tree, head: put(below if isinstance(below, dict) else {}, rest, value) if rest else value}
-
-
-def sentence(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
-    """The first thing wrong, in one sentence."""
-    first = error.errors()[0]
-    place = (*prefix, *(str(part) for part in first["loc"]))
-    if first["type"] == "missing":
-        return f"{'.'.join(place)} is missing; a run cannot do without it"
-    if first["type"] == "extra_forbidden":
-        return f"{'.'.join(place)} is not a setting{closest_setting(place)}"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    said = first["msg"].removeprefix("Input ")[:1].lower() + first["msg"].removeprefix("Input ")[1:]
-    return f"{'.'.join(place)} = {first['input']!r} {said}" if place else first["msg"]
-
-
-def closest_setting(place: tuple[str, ...]) -> str:
-    """`; did you mean a.b?`, from the keys beside the unknown one, then from all keys."""
-    every = list(keys(RunConfig))
-    beside = [key for key in every if key.rpartition(".")[0] == ".".join(place[:-1])]
-    names = {key.rpartition(".")[2]: key for key in [*every, *beside]}
-    initials = {"".join(word[:1] for word in place[-1].split("_")): place[-1]}
-    for name in names:
-        if name in initials or "".join(word[:1] for word in name.split("_")) == place[-1]:
-            return f"; did you mean {names[name]}?"
-    near = nearest(place[-1], [key.rpartition(".")[2] for key in beside]) or nearest(place[-1], names)
-    found = near.removeprefix("; did you mean ").removesuffix("?")
-    return f"; did you mean {names[found]}?" if found else f"; settings there are {', '.join(beside)}" if beside else ""
-
-
-def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """All settings of `model` by their full names."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
-
-
-def different(one: Tree, other: Tree) -> list[str]:
-    """The full names of all settings in which two resolved runs differ."""
-    flat_one, flat_other = flattened(one), flattened(other)
-    return sorted(key for key in flat_one.keys() | flat_other.keys() if flat_one.get(key) != flat_other.get(key))
-
-
-def flattened(tree: Tree, prefix: str = "") -> Tree:
-    flat: Tree = {}
-    for key, value in tree.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def without_none(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: without_none(inner) for key, inner in value.items() if inner is not None}
-        case list() | tuple():
-            return [without_none(inner) for inner in value]
-    return value
-
-
-def to_toml(tree: Tree) -> str:
-    return tomli_w.dumps(tree)
+    return checked(RunConfig, read_tree(path, "runs/quickstart.toml", settings))

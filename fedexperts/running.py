@@ -14,7 +14,7 @@ import torch
 
 from fedexperts import checkpoint, evaluate
 from fedexperts.client import install
-from fedexperts.config import RunConfig, build, different, to_toml, with_settings
+from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.local import LocalEngine, Site
@@ -25,6 +25,7 @@ from fedexperts.ledger import Ledger
 from fedexperts.methods import METHODS
 from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
+from fedexperts.settings import checked, different, to_toml, with_settings
 from fedexperts.start import Prepared, prepare_run, versions
 from fedexperts.types import Bench, Engine, Job, Method, Patch, Server, Update
 
@@ -261,7 +262,7 @@ def variant(config: RunConfig, text: str) -> RunConfig:
         raise BadValue(f"{name!r} is not one of {', '.join(METHODS)}{nearest(name, METHODS)}")
     method = dict(config.method) if config.method["name"] == name else {"name": name}
     tree = config.model_dump(mode="json", exclude_none=True)
-    return build(with_settings({**tree, "method": method}, [f"method.{setting}" for setting in settings]))
+    return checked(RunConfig, with_settings({**tree, "method": method}, [f"method.{setting}" for setting in settings]))
 
 
 def compare(

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fedexperts"
 LAYERS = (
-    ("errors", "files"),
+    ("errors", "files", "settings"),
     ("moe",),
     ("types",),
     ("client", "ledger", "devices"),

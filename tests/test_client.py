@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedexperts.client import batches, cross_entropy, fit, install, seen, validate
-from fedexperts.config import build
+from fedexperts.config import RunConfig
 from fedexperts.methods.base import patch_for, train_assigned
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
 from fedexperts.running import engine_for
+from fedexperts.settings import checked
 from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_batch, tiny_model
 from fedexperts.types import Assignment, Bench, Job
@@ -25,7 +26,7 @@ EXPERTS = {"model.layers.0.mlp": (0, 5), "model.layers.1.mlp": (1, 2, 3), "model
 
 @pytest.fixture(scope="module")
 def prepared(tiny_tree):
-    return prepare_run(build(tiny_tree))
+    return prepare_run(checked(RunConfig, tiny_tree))
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from fedexperts.config import RunConfig, build, different, keys, read, to_toml, with_settings
+from fedexperts.config import RunConfig, read
 from fedexperts.errors import BadValue
+from fedexperts.settings import checked, different, keys, to_toml, with_settings
 
 TREE = {"method": {"name": "fedmoe"}, "data": {"sources": ["synthetic/sort"]}}
 
@@ -18,7 +19,7 @@ def run_file(tmp_path):
 
 def refusal(*settings, tree=TREE):
     with pytest.raises(BadValue) as refused:
-        build(with_settings(tree, settings))
+        checked(RunConfig, with_settings(tree, settings))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -151,7 +152,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path):
 def test_the_resolved_run_is_the_same_run_and_says_every_default(run_file):
     config = read(run_file, ["training.parts=['experts']", "data.clients=3"])
     text = to_toml(config.resolved())
-    again = build(tomllib.loads(text))
+    again = checked(RunConfig, tomllib.loads(text))
     assert different(config.resolved(), again.resolved()) == []
     assert again.training == config.training
     assert again.data == config.data

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fedexperts import checkpoint
-from fedexperts.config import build
+from fedexperts.config import RunConfig
 from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
 from fedexperts.federation import jobs_for, steps
 from fedexperts.methods import METHODS
 from fedexperts.moe import shrink
+from fedexperts.settings import checked
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
@@ -175,7 +176,7 @@ def test_hyperparameters_are_fields_with_defaults_that_a_run_file_can_set(name):
     assert all(field.default is not dataclasses.MISSING for field in fields)
     data = {"sources": ["synthetic/double"], "clients": 2}
     named = {field.name: field.default for field in fields if field.default is not None}
-    assert build({"method": {"name": name, **named}, "data": data}).build_method() == METHODS[name]()
+    assert checked(RunConfig, {"method": {"name": name, **named}, "data": data}).build_method() == METHODS[name]()
 
 
 @every_family

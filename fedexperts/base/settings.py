@@ -1,6 +1,5 @@
 """What a pretraining run is, read from TOML."""
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
@@ -13,13 +12,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from fedexperts.config import keys, sentence, with_settings
 from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, SYNTHETIC
-from fedexperts.errors import BadValue, nearest
+from fedexperts.errors import nearest
+from fedexperts.settings import checked, read_tree
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Width = Annotated[int, Field(gt=0, multiple_of=8)]  # grouped_mm wants rows of whole 16 bytes, in bf16 too
@@ -106,23 +104,4 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> PretrainSettings:
     Raises:
         BadValue: it cannot be read, or a name or value is not allowed.
     """
-    try:
-        tree = tomllib.loads(path.read_text())
-    except OSError as error:
-        example = "give the path of a run file, such as runs/pretrain-tiny.toml"
-        raise BadValue(f"{path} cannot be read ({error.strerror}); {example}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadValue(f"{path} is not TOML: {error}; mend that place") from None
-    try:
-        return PretrainSettings.model_validate(with_settings(tree, changes))
-    except ValidationError as error:
-        raise BadValue(wrong(error)) from None
-
-
-def wrong(error: ValidationError) -> str:
-    """The first thing that is wrong, in one sentence."""
-    first = error.errors()[0]
-    if first["type"] != "extra_forbidden":
-        return sentence(error)
-    name, names = ".".join(map(str, first["loc"])), list(keys(PretrainSettings))
-    return f"{name} is not a setting{nearest(name, names) or '; settings are ' + ', '.join(names)}"
+    return checked(PretrainSettings, read_tree(path, "runs/pretrain-tiny.toml", changes))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from time import perf_counter
 from typing import Self, cast
@@ -76,26 +77,29 @@ class LocalEngine:
         return self.side_by_side(jobs) if self.workers else map(self.site.answer, jobs)
 
     def side_by_side(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
-        """Answers as they come. A job starts only while fewer than two for each worker wait for an older one to end,
-        so no more updates than that wait for their turn."""
+        """Answers as they come; before one is handed on, whoever gave it has its next job.
+
+        A job starts only while fewer than two for each worker wait for an older one to end, so no more updates than that
+        wait for their turn.
+        """
         numbered = enumerate(jobs)
         busy: dict[Connection, tuple[int, Job, Worker]] = {}
-        started, more = 0, True
-        while more or busy:
+        answers: list[Update | Failure] = []
+        started = 0
+        while True:
             for worker in [worker for worker in self.workers if worker.pipe not in busy]:
                 oldest = min((number for number, _, _ in busy.values()), default=started)
-                if not more or started - oldest >= 2 * len(self.workers):
+                if started - oldest >= 2 * len(self.workers):
                     break
-                number, job = next(numbered, (started, None))
-                if job is None:
-                    more = False
-                    break
-                worker.send(job)
-                busy[worker.pipe] = (number, job, worker)
-                started = number + 1
-            for pipe in wait(list(busy)) if busy else []:
-                _, job, worker = busy.pop(cast("Connection", pipe))  # wait returns what it was given
-                yield worker.receive(job)
+                for number, job in islice(numbered, 1):
+                    worker.send(job)
+                    busy[worker.pipe] = (number, job, worker)
+                    started = number + 1
+            yield from answers
+            if not busy:
+                return
+            done = [busy.pop(cast("Connection", pipe)) for pipe in wait(list(busy))]  # wait returns what it was given
+            answers = [worker.receive(job) for _, job, worker in done]
 
 
 class Worker:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fedexperts.config import build
+from fedexperts.config import RunConfig
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.local import LocalEngine, Site
 from fedexperts.federation import federate
@@ -17,6 +17,7 @@ from fedexperts.methods.base import all_experts, mean_rows, train_assigned
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.local import Local
 from fedexperts.running import engine_for
+from fedexperts.settings import checked
 from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_batch, tiny_model
 from fedexperts.types import Client, Example, Failure, Job, Patch, Split, Training, Update
@@ -65,7 +66,7 @@ def jobs(task, clients=("c01", "c02", "c03", "c04"), round=1):
 
 @pytest.fixture(scope="module")
 def prepared(tiny_tree):
-    return replace(prepare_run(build({**tiny_tree, "federation": {"rounds": 2}})), method=Obeys())
+    return replace(prepare_run(checked(RunConfig, {**tiny_tree, "federation": {"rounds": 2}})), method=Obeys())
 
 
 def engine(prepared, folder, workers):
