@@ -163,20 +163,9 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
     head.add_row("memory to train it all (estimated)", f"{planned['full_bytes'] / unit:.1f} MB")
     head.add_row("what is trained, one way", f"{planned['full_patch_bytes'] / unit:.1f} MB")
     head.add_row("a client's round on all of it, at most (estimated)", f"{planned['round_flops_estimated'] / 1e9:,.0f} GFLOP")
-    table = Table(title="Clients")
-    first = f"({planned['clients'][0]['first_task']})"
-    for name in (
-        "client",
-        "task",
-        "train",
-        "valid.",
-        "test",
-        "memory MB",
-        "experts fit",
-        f"first job {first}: experts",
-        "MB down",
-    ):
-        table.add_column(name, justify="left" if name in ("client", "task") else "right")
+    table = Table(title="Clients", caption=f"first job: {planned['clients'][0]['first_task']}; memory and bytes in MB (10⁶)")
+    for name in ("client", "task", "train", "val", "test", "memory", "fit", "first job", "sent"):
+        table.add_column(name, justify="left" if name in ("client", "task") else "right", no_wrap=True)
     for client in planned["clients"]:
         memory = client["memory_bytes"]
         table.add_row(
@@ -185,7 +174,7 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
             *(str(client[key]) for key in ("examples", "validation", "test")),
             "any" if memory is None else f"{memory / unit:.1f}",
             "all" if client["full_fits"] else str(client["experts_fit"]),
-            str(client["first_experts"] or "–"),
+            f"{client['first_experts']} experts" if client["first_experts"] else "none",
             f"{client['first_bytes_down'] / unit:.1f}",
         )
     return [head, table]
