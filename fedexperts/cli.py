@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,13 @@ RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_defau
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting in place of the run file's: a.b=c. Again for more.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
 Hush = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(show_version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False) -> None:
+    if show_version:
+        typer.echo(version("fedexperts"))
+        raise typer.Exit
 
 
 @app.command("run")
