@@ -75,10 +75,10 @@ def fit(
     steps = training.local_steps if steps is None else steps
     model.train()
 
-    for step, chosen in enumerate(batches(bench.data.train, training.batch_size, steps, seed)):
-        batch = bench.encoder.batch(chosen)
-        # The second step is the first that holds the optimiser's state all the way through.
-        meter = MemoryMeter(model, optimizer) if step == min(1, steps - 1) else None
+    drawn = [bench.encoder.batch(chosen) for chosen in batches(bench.data.train, training.batch_size, steps, seed)]
+    metered = heaviest(drawn)
+    for step, batch in enumerate(drawn):
+        meter = MemoryMeter(model, optimizer) if step == metered else None
         with meter or nullcontext():
             with Recorder(model, keep_logits=True) if training.balance else nullcontext() as recorder:
                 loss = cross_entropy(model, batch, training.label_smoothing)
@@ -100,6 +100,12 @@ def fit(
 
     model.eval()
     return Fitted(sum(losses) / len(losses), Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops))
+
+
+def heaviest(drawn: Sequence[Mapping[str, Tensor]]) -> int:
+    """The step with the most tokens, padding included, of those that hold the optimiser's state all through: not the first."""
+    later = range(min(1, len(drawn) - 1), len(drawn))
+    return max(later, key=lambda step: drawn[step]["input_ids"].numel() + drawn[step]["labels"].numel())
 
 
 def validate(model: nn.Module, bench: Bench, chosen: Sequence[Example] | None = None) -> Validation:

@@ -94,6 +94,19 @@ def test_fit_counts_what_it_did(prepared, bench):
     assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, bench, place):
+    short = fit(install(job(prepared), bench), bench, seed="s", steps=4).cost.peak_bytes
+    long = replace(bench.data.train[0], prompt="a rather long prompt " * 3)
+    one_at_a_time = replace(bench, training=replace(bench.training, batch_size=1))
+    order = [example for (example,) in batches(bench.data.train, 1, 4, "s")]
+    train = [long if example is order[place + 1] else example for example in bench.data.train]
+    peak = fit(install(job(prepared), bench), replace(one_at_a_time, data=replace(bench.data, train=train)), seed="s", steps=4)
+    plain = fit(install(job(prepared), bench), one_at_a_time, seed="s", steps=4)
+    assert peak.cost.peak_bytes > plain.cost.peak_bytes
+    assert short > plain.cost.peak_bytes  # two at a time take more than one
+
+
 def test_the_first_loss_is_that_of_the_model_that_was_sent(prepared, bench):
     plain = replace(bench, training=replace(bench.training, label_smoothing=0.0, balance=0.0))
     model = install(job(prepared), plain)

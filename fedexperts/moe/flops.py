@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -31,6 +31,8 @@ class Footprint:
     activation_bytes: int
     frozen_bytes: int = 0  # of the whole model's weights alone
     sides: int = 0  # rows plus columns of all experts' matrices: what a LoRA of rank 1 on every expert has parameters
+    copies: int = 4  # times its own bytes that a trained parameter takes
+    lora_bytes: int | None = None  # of training the whole model's adapters, when that is how the run trains
 
     def of(self, experts: Experts) -> int:
         """Bytes of the sub-model that holds `experts`."""
@@ -38,11 +40,13 @@ class Footprint:
         return self.dense_bytes + held + self.activation_bytes
 
     def adapting(self, rank: int) -> int:
-        """Bytes of training LoRA of this rank on every expert of the whole model, all else frozen.
+        """Bytes of training LoRA of this rank on every expert of the whole model, in fp32, all else frozen.
 
-        16 bytes for each parameter of the LoRA (fp32, AdamW); activations as in the run's own training.
+        A run that trains LoRA anyway takes its own adapters for that. Activations are those of the run's own training.
         """
-        return self.frozen_bytes + 16 * rank * self.sides + self.activation_bytes
+        if self.lora_bytes is not None:
+            return self.lora_bytes
+        return self.frozen_bytes + 4 * self.copies * rank * self.sides + self.activation_bytes
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,11 @@ def footprint(
         twin = with_tensors(twin, lambda tensor: torch.empty_like(tensor, device="cpu" if device.type == "meta" else device))
         as_shapes(twin)
         activations = step_bytes(twin, batch, loss or next_token_loss)
-    frozen = sum(parameter.nbytes for parameter in model.parameters())
-    return Footprint(dense, {block: expert[block] + row[block] for block in expert}, activations, frozen, expert_sides(model))
+    held = {block: expert[block] + row[block] for block in expert}
+    cost = Footprint(
+        dense, held, activations, sum(each.nbytes for each in model.parameters()), expert_sides(model), COPIES[optimizer]
+    )
+    return replace(cost, lora_bytes=cost.of(anatomy(model).all_experts)) if tuning.train == "lora" else cost
 
 
 def expert_sides(model: nn.Module) -> int:
