@@ -111,7 +111,7 @@ def check_rank(rank: int, dtype: torch.dtype) -> None:
     step = BYTES // dtype.itemsize
     if rank < 1 or rank % step:
         raise BadValue(
-            f"training.tuning.rank = {rank}, but adapters of stacked experts in {str(dtype).removeprefix('torch.')} "
+            f"training.rank = {rank}, but adapters of stacked experts in {str(dtype).removeprefix('torch.')} "
             f"need a multiple of {step}; try {max(step, round(rank / step) * step)}"
         )
 

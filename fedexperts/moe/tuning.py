@@ -52,18 +52,18 @@ class Tuning:
         """Raises BadValue for what no model can be trained with."""
         for part in self.trained:
             if part not in PARTS:
-                raise BadValue(f"tuning.parts has {part!r}, which is not one of {', '.join(PARTS)}{nearest(part, PARTS)}")
+                raise BadValue(f"training.parts has {part!r}, which is not one of {', '.join(PARTS)}{nearest(part, PARTS)}")
         if self.train not in ("full", "lora"):
-            raise BadValue(f"tuning.train = {self.train!r} is not one of full, lora{nearest(self.train, ('full', 'lora'))}")
+            raise BadValue(f"training.train = {self.train!r} is not one of full, lora{nearest(self.train, ('full', 'lora'))}")
         if not self.trained:
-            raise BadValue(f"tuning.parts is empty, so nothing would be trained; name some of {', '.join(PARTS)}")
+            raise BadValue(f"training.parts is empty, so nothing would be trained; name some of {', '.join(PARTS)}")
         if self.train == "lora" and "dense" in self.trained:
             raise BadValue(
-                "tuning.parts has 'dense', but LoRA adapts attention and experts only and trains the router whole; "
+                "training.parts has 'dense', but LoRA adapts attention and experts only and trains the router whole; "
                 "leave 'dense' out, or set train = \"full\""
             )
         if self.train == "lora" and (self.rank < 1 or self.alpha <= 0):
-            raise BadValue(f"tuning.rank = {self.rank} and alpha = {self.alpha:g}, but both must be above zero")
+            raise BadValue(f"training.rank = {self.rank} and training.alpha = {self.alpha:g}, but both must be above zero")
 
 
 def prepare(model: nn.Module, tuning: Tuning, seed: str) -> nn.Module:
@@ -117,8 +117,8 @@ def projections(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     if not found:
         there = ", ".join(sorted({linear.rpartition(".")[2] for linear in linears})) or "no projections"
         raise BadValue(
-            f"tuning.attention_modules = {', '.join(names)}, but this model's attention has {there}"
-            "; name some of these, or leave 'attention' out of tuning.parts"
+            f"training.attention_modules = {', '.join(names)}, but this model's attention has {there}"
+            "; name some of these, or leave 'attention' out of training.parts"
         )
     return found
 

@@ -138,13 +138,19 @@ def test_attention_modules_are_found_under_the_names_of_the_family(family, found
 @pytest.mark.parametrize(
     "tuning, sentence",
     [
-        (Tuning(train="lora", parts=("attention", "dense")), "LoRA adapts attention and experts only"),
-        (Tuning(parts=("expert",)), "did you mean experts"),
-        (Tuning(parts=()), "nothing would be trained"),
-        (Tuning(train="lroa"), "did you mean lora"),
-        (Tuning(train="lora", rank=0), "above zero"),
-        (Tuning(train="lora", rank=6), "need a multiple of 4; try 8"),
-        (Tuning(train="lora", attention_modules=("query",)), "this model's attention has k_proj, o_proj, q_proj, v_proj"),
+        (
+            Tuning(train="lora", parts=("attention", "dense")),
+            r"^training\.parts has 'dense', but LoRA adapts attention and experts only",
+        ),
+        (Tuning(parts=("expert",)), r"^training\.parts has 'expert', .*did you mean experts"),
+        (Tuning(parts=()), r"^training\.parts is empty, so nothing would be trained"),
+        (Tuning(train="lroa"), r"^training\.train = 'lroa' .*did you mean lora"),
+        (Tuning(train="lora", rank=0), r"^training\.rank = 0 .*above zero"),
+        (Tuning(train="lora", rank=6), r"^training\.rank = 6, .*need a multiple of 4; try 8"),
+        (
+            Tuning(train="lora", attention_modules=("query",)),
+            r"^training\.attention_modules = query, but this model's attention has k_proj, o_proj, q_proj, v_proj; .*training\.parts$",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_sentence(tuning, sentence):
