@@ -17,7 +17,7 @@ def memories(
     Either is one number for all, a list with one for each client, or `{"uniform": [low, high]}`; neither: no limit.
 
     Raises:
-        BadValue: both were given, or a list of another length than there are clients.
+        BadValue: both were given, a list of another length than there are clients, or bounds the wrong way round.
     """
     if gb is not None and share is not None:
         raise BadValue("devices has both memory_gb and memory_share; give one of them")
@@ -35,6 +35,8 @@ def drawn(given: object, clients: Sequence[str], seed: str, key: str) -> list[fl
             return [amount(given, key)] * len(clients)
         case {"uniform": [low, high]}:
             bounds = amount(low, key), amount(high, key)
+            if bounds[0] > bounds[1]:
+                raise BadValue(f"devices.{key} is uniform from {low} up to {high}, which is less; give the smaller number first")
             return [Random(f"{seed}/{client}/memory").uniform(*bounds) for client in clients]
         case list() | tuple():
             if len(given) != len(clients):

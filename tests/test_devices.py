@@ -25,6 +25,10 @@ def test_drawn_memories_lie_between_their_bounds_and_differ():
     assert len(set(drawn.values())) == len(CLIENTS)
 
 
+def test_bounds_may_be_equal():
+    assert memories(CLIENTS, 100, "0", gb={"uniform": [2, 2]}) == dict.fromkeys(CLIENTS, 2 * 10**9)
+
+
 def test_a_client_draws_the_same_however_many_there_are():
     few, many = (memories(names, 10**6, "7", share={"uniform": [0, 1]}) for names in (CLIENTS[:2], CLIENTS))
     assert few == {name: many[name] for name in few}
@@ -41,6 +45,7 @@ def test_a_client_draws_the_same_however_many_there_are():
         ({"gb": {"normal": [1, 2]}}, "normal"),
         ({"share": {"uniform": [1]}}, "uniform"),
         ({"share": {"uniform": ["a", "b"]}}, "'a'"),
+        ({"gb": {"uniform": [2, 1]}}, "uniform from 2 up to 1"),
         ({"share": ["a", "b", "c", "d", "e"]}, "'a'"),
         ({"share": [1, 2, 3, 4, float("nan")]}, "nan"),
         ({"gb": float("inf")}, "inf"),
