@@ -4,10 +4,8 @@ The loss is on the answers alone, as in the federated runs that follow, plus a l
 every expert is used (Fedus et al., "Switch Transformers", https://arxiv.org/abs/2101.03961, equation 4).
 """
 
-import gzip
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -30,7 +28,9 @@ from fedexperts.base.load import load, without_bars
 from fedexperts.base.settings import Mixture, PretrainSettings, Shape, read_settings
 from fedexperts.base.tokenizer import make_tokenizer
 from fedexperts.data.encode import Encoder
+from fedexperts.data.sources import at_place, data_folder, read
 from fedexperts.data.synthetic import draw, examples, text
+from fedexperts.data.templates import text_of
 from fedexperts.errors import BadData, BadRun
 from fedexperts.types import Example
 
@@ -57,7 +57,7 @@ def pretrain(settings: PretrainSettings) -> Path:
 
     Raises:
         BadRun: `settings.out` holds something that no pretraining wrote.
-        BadData: a source is missing or is no plain text.
+        BadData: a source is missing, empty, damaged or no plain text.
     """
     out = settings.out
     if out.exists() and any(out.iterdir()) and not (out / RECIPE).exists():
@@ -203,21 +203,13 @@ def read_sources(mixture: Mixture) -> list[str]:
 
 
 def read_texts(source: str) -> list[str]:
-    """The `text` of each line of a .jsonl or .jsonl.gz file, given by path or by its stem in FEDEXPERTS_DATA."""
+    """The `text` of each row of a file, given by path or by its stem in the data pack."""
     path = Path(source)
     if not path.is_file():
-        path = Path(os.environ.get("FEDEXPERTS_DATA", ".")) / f"{source}.train.jsonl.gz"
+        path = data_folder() / f"{source}.train.jsonl.gz"
     if not path.is_file():
         raise BadData(f"mixture.sources: neither {source} nor {path} is a file; give a path, or set FEDEXPERTS_DATA")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        return [text_of(line, path, number) for number, line in enumerate(lines, start=1)]
-
-
-def text_of(line: str, path: Path, number: int) -> str:
-    try:
-        return str(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadData(f"{path}, line {number} is no JSON object with a text; mend or remove it") from error
+    return [at_place(placed, lambda row: text_of(row, "text")) for placed in read(path)]
 
 
 def save(

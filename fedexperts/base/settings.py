@@ -64,6 +64,10 @@ class Mixture(Settings):
         for task in (*self.tasks, *self.exposed):
             if task not in SYNTHETIC:
                 raise ValueError(f"{task!r} is not one of {', '.join(SYNTHETIC)}{nearest(task, SYNTHETIC)}")
+        if not self.tasks:
+            raise ValueError(f"mixture.tasks is empty; name some of {', '.join(SYNTHETIC)}")
+        if self.exposed_share and not self.exposed:
+            raise ValueError("mixture.exposed is empty; name a task, or set mixture.exposed_share = 0")
         if self.text_share + self.source_share > 1:
             raise ValueError("text_share and source_share add up to more than 1; lower one of them")
         if bool(self.sources) != bool(self.source_share):

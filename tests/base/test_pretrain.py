@@ -85,16 +85,51 @@ def test_sources_of_plain_text_are_read_from_a_path_and_from_the_data_folder(tmp
     assert load(str(pretrain(settings))).tokenizer("the end")["input_ids"]
 
 
-@pytest.mark.parametrize("line", ['{"text": "cut off', '{"words": "no text"}', "[1]"])
-def test_a_broken_line_of_a_source_is_told_by_file_and_number(tmp_path, line):
-    (tmp_path / "bad.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(BadData, match=r"bad\.jsonl, line 2 is no JSON object with a text"):
-        read_sources(Mixture(sources=(str(tmp_path / "bad.jsonl"),), source_share=0.5))
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"text": "cut off', "not JSON"),
+        (b'{"words": "none"}', "it has no field text, only words"),
+        (b'{"text": ""}', "its field text is empty"),
+        (b"[1]", "a list where an object of fields was expected"),
+        ('{"text": "caf\u00e9"}'.encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_a_broken_line_of_a_source_is_told_by_file_and_number(tmp_path, line, sentence):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(BadData, match=rf"bad\.jsonl, line 2: {sentence}") as refused:
+        pretrain(small(tmp_path / "base", mixture=of_sources(tmp_path / "bad.jsonl")))
+    assert "\n" not in str(refused.value) and not (tmp_path / "base").exists()
 
 
-def test_a_missing_source_is_told_by_its_name():
+def test_an_empty_a_damaged_and_an_unknown_file_of_a_source_are_each_told_in_a_sentence(tmp_path):
+    packed = gzip.compress(b'{"text": "once upon a time"}\n')
+    files = {"empty.jsonl": b"", "damaged.jsonl.gz": packed[:-12], "notes.txt": b"once upon a time"}
+    sentences = (
+        r"empty\.jsonl, line 1: the file is empty",
+        r"damaged\.jsonl\.gz, line 1: .*damaged",
+        r"notes\.txt ends in none of",
+    )
+    for (name, written), sentence in zip(files.items(), sentences, strict=True):
+        (tmp_path / name).write_bytes(written)
+        with pytest.raises(BadData, match=sentence) as refused:
+            pretrain(small(tmp_path / "base", mixture=of_sources(tmp_path / name)))
+        assert "\n" not in str(refused.value)
+
+
+def of_sources(*sources: str | Path) -> Mixture:
+    return Mixture(sources=tuple(map(str, sources)), source_share=0.5)
+
+
+def test_a_missing_source_is_told_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDEXPERTS_DATA", str(tmp_path))
     with pytest.raises(BadData, match="neither text/none nor"):
-        read_sources(Mixture(sources=("text/none",), source_share=0.5))
+        read_sources(of_sources("text/none"))
+
+
+def test_without_exposed_tasks_none_are_measured(tmp_path):
+    folder = pretrain(small(tmp_path / "base", mixture=Mixture(exposed=(), exposed_share=0)))
+    assert set(json.loads((folder / RECIPE).read_text())["measured"]) == {"tasks"}
 
 
 def test_the_load_of_even_experts_is_one_and_of_a_favourite_pair_half_the_number_of_experts():
@@ -146,6 +181,8 @@ def test_the_run_file_of_the_shipped_base_is_what_its_recipe_says():
         ("steps=0", "steps = 0 should be greater than 0"),
         ("workers=3", "batch_size = 128 does not divide by workers = 3"),
         ('mixture.tasks=["revers"]', "'revers' is not one of .*; did you mean reverse"),
+        ("mixture.tasks=[]", r"mixture\.tasks is empty; name some of "),
+        ("mixture.exposed=[]", r"mixture\.exposed is empty; .*set mixture\.exposed_share = 0"),
         ("mixture.source_share=0.5", "sources and source_share go together"),
         ("mixture.text_share=2", r"mixture\.text_share = 2 should be less than or equal to 1"),
     ],
