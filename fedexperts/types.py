@@ -12,6 +12,18 @@ from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning
 
 Tensors = Mapping[str, Tensor]
+METRIC_NAMES: tuple[str, ...] = (
+    "accuracy",
+    "macro_f1",
+    "exact_match",
+    "token_f1",
+    "verbatim",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "perplexity",
+)
+"""The keys of evaluate.METRICS, for those who must not import it."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,7 @@ class Example:
     prompt: str
     response: str
     task: str  # results are reported by task
-    metric: str = "exact_match"  # the task's main metric, a key of evaluate.METRICS
+    metric: str = "exact_match"  # the task's main metric, one of METRIC_NAMES
     label: int | None = None  # the class, where there is one: what a Dirichlet partition looks at
     choices: tuple[str, ...] = ()  # the closed set of answers, where there is one
 

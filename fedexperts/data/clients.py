@@ -14,11 +14,11 @@ from typing import Any
 
 from fedexperts.data import partition as divide_by
 from fedexperts.data.partition import Clusters, Indices, Partition, apportion, shuffled
-from fedexperts.data.settings import DataSettings, PartitionSettings
-from fedexperts.data.sources import load
-from fedexperts.errors import BadData
+from fedexperts.data.settings import DataSettings, PartitionSettings, SourceSettings
+from fedexperts.data.sources import Source, load
+from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.files import write_text
-from fedexperts.types import Client, Example, Split
+from fedexperts.types import METRIC_NAMES, Client, Example, Split
 
 IID = PartitionSettings(by="iid")
 
@@ -124,16 +124,83 @@ def clients_from(train: Sequence[Example], made: Partition, test: Sequence[Examp
 
 
 def load_pool(settings: DataSettings) -> Pool:
-    """The examples of all sources."""
+    """The examples of all sources.
+
+    Raises:
+        BadValue: a metric there is none of.
+        BadData: sources that cannot be read, that add nothing, or whose tasks are called the same but are not the same.
+    """
+    for told in settings.sources:
+        check_metric(told)
     sources = [load(source, settings) for source in settings.sources]
+    _same_task_only_where_told(settings.sources, sources)
+    _tasks_agree(sources)
     train = [example for source in sources for example in source.train]
     test = [example for source in sources for example in source.test]
     pool = pooled(train, test, {source.name: source.hash for source in sources})
-    left = {example.task for example in pool.train}
+    left = {id(example) for example in pool.train}
     for source in sources:
-        if not left & {example.task for example in source.train}:
+        rows = [*source.train, *source.test]
+        if len(rows) > 1 and len({key(example) for example in rows}) == 1:
+            raise BadData(
+                f"source {source.name} has {len(rows)} rows, all with the same prompt, and repeats count once;"
+                " give rows that differ, or a prompt that names the field in which they do"
+            )
+        if not any(id(example) in left for example in source.train):
             raise BadData(f"source {source.name} has no training example that no other source or test set has; leave it out")
     return pool
+
+
+def check_metric(source: SourceSettings) -> None:
+    """Raises BadValue for a metric there is none of."""
+    if source.metric is not None and source.metric not in METRIC_NAMES:
+        near = nearest(source.metric, METRIC_NAMES)
+        raise BadValue(f"metric {source.metric!r} of source {source.name} is not one of {', '.join(METRIC_NAMES)}{near}")
+
+
+def _same_task_only_where_told(settings: Sequence[SourceSettings], sources: Sequence[Source]) -> None:
+    """Raises BadData for two sources of one task, unless both were told that name."""
+    first: dict[str, SourceSettings] = {}
+    for told, source in zip(settings, sources, strict=True):
+        for task in tasks_of(source):
+            other = first.setdefault(task, told)
+            if other is not told and not (other.task and told.task):
+                raise BadData(
+                    f"sources {other.name} and {told.name} both have a task {task}; write task = … in each:"
+                    " two names, or the same one if they are one task"
+                )
+
+
+def _tasks_agree(sources: Sequence[Source]) -> None:
+    """Raises BadData for a task with two metrics, or whose labels do not mean the same everywhere."""
+    metrics: dict[str, tuple[str, str]] = {}
+    classes: dict[str, tuple[tuple[str, ...], str]] = {}
+    for source in sources:
+        for example in (*source.train, *source.test):
+            metric, where = metrics.setdefault(example.task, (example.metric, source.name))
+            if metric != example.metric:
+                raise BadData(
+                    f"task {example.task} has metric {metric} in source {where} and {example.metric} in source {source.name};"
+                    " write the same metric = … in each, or another task = …"
+                )
+            if example.label is None:
+                continue
+            names, where = classes.setdefault(example.task, (example.choices, source.name))
+            if names != example.choices:
+                raise BadData(
+                    f"task {example.task} has classes {_few(names)} in source {where} and {_few(example.choices)} in source"
+                    f" {source.name}; write another task = … in one of them, or put their rows into one file"
+                )
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are."""
+    return f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)})"
+
+
+def tasks_of(source: Source) -> list[str]:
+    """The tasks of a source, in the order they appear."""
+    return list(dict.fromkeys(example.task for example in (*source.train, *source.test)))
 
 
 def pooled(train: Sequence[Example], test: Sequence[Example], hashes: Mapping[str, str] | None = None) -> Pool:

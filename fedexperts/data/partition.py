@@ -252,6 +252,11 @@ def fill_up(parts: Sequence[dict[int, list[int]]], minimum: int) -> None:
 
 def enough(number: int, clients: int, minimum: int) -> None:
     """Raises BadData when `number` examples cannot give each client its minimum."""
+    if number < minimum:
+        raise BadData(
+            f"a client needs at least {minimum} different examples, but there are {number} for all {clients} of them;"
+            " give more data"
+        )
     if number < clients * minimum:
         raise BadData(
             f"{clients} clients of at least {minimum} examples need {clients * minimum}, but there are {number};"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 By = Literal["task", "iid", "pathological", "dirichlet", "clusters", "quantity"]
 NUMBER_OF: Mapping[str, str] = {
@@ -42,7 +42,7 @@ class PartitionSettings(BaseModel):
     alpha: float = Field(default=0.5, gt=0)
     labels_per_client: int = Field(default=2, ge=1)
     clusters: int = Field(default=10, ge=1)
-    clients_per_task: dict[str, int] = {}  # with by = task; empty: as even as it goes
+    clients_per_task: dict[str, PositiveInt] = {}  # with by = task; empty: as even as it goes
     within: "PartitionSettings | None" = None  # with by = task
 
     @model_validator(mode="before")
@@ -118,3 +118,12 @@ class DataSettings(BaseModel):
         if isinstance(given, list | tuple):
             return tuple({"name": source} if isinstance(source, str) else source for source in given)
         return given
+
+    @model_validator(mode="after")
+    def _every_client_has_a_task(self) -> Self:
+        counts = self.partition.clients_per_task
+        if counts and sum(counts.values()) != self.clients:
+            raise ValueError(
+                f"clients_per_task gives {sum(counts.values())} clients, but clients = {self.clients}; make them equal"
+            )
+        return self

@@ -152,8 +152,14 @@ def _loader(name: str) -> Callable[[SourceSettings], Source]:
 
 def _generated(source: SourceSettings, limit: int | None) -> Source:
     task = source.name.removeprefix(GENERATED)
-    train = synthetic.examples(task, limit or GENERATED_TRAIN, "train", "train")
-    test = synthetic.examples(task, GENERATED_TEST, "test", "test")
+    made = (
+        synthetic.examples(task, limit or GENERATED_TRAIN, "train", "train"),
+        synthetic.examples(task, GENERATED_TEST, "test", "test"),
+    )
+    train, test = (
+        [replace(example, task=source.task or example.task, metric=source.metric or example.metric) for example in side]
+        for side in made
+    )
     return Source(source.name, train, test, digest_of(train + test))
 
 

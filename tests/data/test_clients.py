@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from fedexperts import evaluate
 from fedexperts.data.clients import clients_from, divide, key, load_pool, make_clients, pooled
 from fedexperts.data.partition import Partition, from_object
 from fedexperts.data.settings import DataSettings
-from fedexperts.errors import BadData
-from fedexperts.types import Client, Example
+from fedexperts.errors import BadData, BadValue
+from fedexperts.types import METRIC_NAMES, Client, Example
 
 TASKS = ["synthetic/sort", "synthetic/reverse"]
 
@@ -175,6 +177,84 @@ def test_a_source_that_only_repeats_another_is_refused(tmp_path):
     sources = [{"name": str(tmp_path / f"{name}.jsonl"), "test": str(tmp_path / f"{name}_test.jsonl")} for name in ("one", "two")]
     with pytest.raises(BadData, match=r"source .*two\.jsonl has no training example that no other"):
         make_clients(settings(sources=sources, clients=2), 0)
+
+
+def test_a_source_of_one_prompt_is_told_so(tmp_path):
+    rows = [{"prompt": "Say it", "response": str(number)} for number in range(40)]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(BadData, match=r"one\.jsonl has 40 rows, all with the same prompt"):
+        load_pool(settings(sources=str(tmp_path / "one.jsonl")))
+
+
+def table(folder, head: str, rows: list[str]) -> str:
+    """The path of data.csv in a folder of its own."""
+    folder.mkdir()
+    (folder / "data.csv").write_text("\n".join([head, *rows]))
+    return str(folder / "data.csv")
+
+
+def classes(folder, *names: str) -> str:
+    """A table of texts, thirty of each class."""
+    rows = [f"{folder.name} {name} {number},{name}" for name in names for number in range(30)]
+    return table(folder, "text,label", rows)
+
+
+def test_two_sources_with_one_task_name_are_refused_unless_both_were_told_it(tmp_path):
+    pets, moods = classes(tmp_path / "a", "cat", "dog"), classes(tmp_path / "b", "anger", "joy")
+    told = {"name": moods, "task": "data"}
+    for sources in ([pets, moods], [pets, told], [pets, pets], ["synthetic/sort", "synthetic/sort"]):
+        with pytest.raises(BadData, match=r"^sources .* both have a task (data|sort); write task = … in each") as refused:
+            load_pool(settings(sources=sources))
+        assert all((source if isinstance(source, str) else source["name"]) in str(refused.value) for source in sources)
+    apart = load_pool(settings(sources=[pets, {"name": moods, "task": "moods"}]))
+    assert {example.task for example in apart.train} == {"data", "moods"}
+
+
+def test_sources_told_one_task_become_one_where_their_classes_are_the_same(tmp_path):
+    names = classes(tmp_path / "a", "cat", "dog"), classes(tmp_path / "b", "dog", "cat"), classes(tmp_path / "c", "anger", "dog")
+    one, same, other = ({"name": name, "task": "pets"} for name in names)
+    pool = load_pool(settings(sources=[one, same]))
+    assert {(example.task, example.label, example.response) for example in pool.train} == {("pets", 0, "cat"), ("pets", 1, "dog")}
+    with pytest.raises(BadData, match=r"task pets has classes cat, dog \(2\) in source .* and anger, dog \(2\) in source"):
+        load_pool(settings(sources=[one, other]))
+
+
+def test_two_metrics_for_one_task_are_refused_before_a_run_starts(tmp_path):
+    one, two = (table(tmp_path / name, "prompt,response", [f"{name} {row},x" for row in range(30)]) for name in "ab")
+    with pytest.raises(
+        BadData, match=r"task t has metric rougeL in source .*a/data\.csv and exact_match in source .*b/data\.csv"
+    ):
+        load_pool(settings(sources=[{"name": one, "task": "t"}, {"name": two, "task": "t", "metric": "exact_match"}]))
+    both = [{"name": name, "task": "t", "metric": "exact_match"} for name in (one, two)]
+    assert {(example.task, example.metric) for example in load_pool(settings(sources=both)).train} == {("t", "exact_match")}
+
+
+def test_a_metric_there_is_none_of_is_refused_before_anything_is_read():
+    with pytest.raises(BadValue, match=r"metric 'rougel' of source nowhere\.csv is not one of accuracy, .*; did you mean rougeL"):
+        load_pool(settings(sources={"name": "nowhere.csv", "metric": "rougel"}))
+
+
+def test_the_names_of_metrics_are_those_of_evaluation():
+    assert tuple(evaluate.METRICS) == METRIC_NAMES
+
+
+def test_a_generated_task_takes_the_name_and_metric_it_is_told():
+    pool = load_pool(settings(sources={"name": "synthetic/sort", "task": "order", "metric": "token_f1"}))
+    assert {(example.task, example.metric) for example in (*pool.train, *pool.test)} == {("order", "token_f1")}
+
+
+def test_clients_of_each_task_must_be_some_and_add_up():
+    with pytest.raises(ValidationError, match="greater than 0"):
+        settings(clients=2, partition={"by": "task", "clients_per_task": {"sort": 3, "reverse": -1}})
+    with pytest.raises(ValidationError, match="clients_per_task gives 3 clients, but clients = 6"):
+        settings(clients=6, partition={"by": "task", "clients_per_task": {"sort": 2, "reverse": 1}})
+    clients = make_clients(settings(clients=3, partition={"by": "task", "clients_per_task": {"sort": 2, "reverse": 1}}), 0)
+    assert [clients.client(name).task for name in clients] == ["sort", "sort", "reverse"]
+
+
+def test_data_for_no_client_at_all_is_told_so():
+    with pytest.raises(BadData, match="a client needs at least 4 different examples, but there are 3 for all 2 of them"):
+        make_clients(settings(sources="synthetic/sort", clients=2, limit=3, partition="iid"), 0)
 
 
 def test_a_split_travels_without_the_rest_of_the_data():
