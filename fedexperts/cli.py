@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would di
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedexperts.errors import FedExpertsError
 
@@ -93,7 +94,7 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
         typer.echo(dumps(planned))
     else:
         for shown in [*plan_tables(planned), *planned["warnings"]]:
-            console.print(shown)
+            console.print(shown, markup=False)
 
 
 @app.command("inspect")
@@ -130,7 +131,7 @@ def report(
     made = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline)
     console.print(reports.table(folders))
     for path in made.written:
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+        console.print(f"written: {path}", markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -141,7 +142,7 @@ def pretrain(
     from fedexperts.base import pretrain as pretraining
 
     folder = pretraining.run_file(run_file, set or [], out, console)
-    console.print(f"written: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"written: {folder}", markup=False, soft_wrap=True, highlight=False)
 
 
 def progress(quiet: bool) -> "Progress":
@@ -157,14 +158,14 @@ def finish(folders: Sequence[Path], out: Path) -> None:
     made = reports.write(folders, html=out / "report.html", csv=out / "report.csv", markdown=out / "report.md")
     console.print(reports.table(folders))
     for path in made.written:
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
+        console.print(f"written: {path}", markup=False, soft_wrap=True, highlight=False)
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Table]:
     """The plan for people."""
     model, unit = planned["model"], 1e6
     blocks = model["blocks"].values()
-    head = Table(title=f"{planned['method']} on {model['name']}", show_header=False)
+    head = Table(title=Text(f"{planned['method']} on {model['name']}"), show_header=False)
     head.add_row("parameters", f"{model['parameters']:,}")
     head.add_row("MoE layers", f"{len(model['blocks'])}")
     head.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
@@ -178,7 +179,7 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
         memory = client["memory_bytes"]
         table.add_row(
             client["name"],
-            client["task"],
+            Text(client["task"]),
             *(str(client[key]) for key in ("examples", "validation", "test")),
             "any" if memory is None else f"{memory / unit:.1f}",
             "all" if client["full_fits"] else str(client["experts_fit"]),
@@ -195,7 +196,7 @@ def main() -> None:
     except FedExpertsError as error:
         sys.exit(fail(str(error), 2))
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR):
             raise
         sys.exit(fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); free it, or give another folder", 2))
     except SystemExit as end:

@@ -58,12 +58,12 @@ class Shown:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar = RichProgress(
-            TextColumn("{task.fields[label]}"),
+            TextColumn("{task.fields[label]}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}"),
+            TextColumn("{task.fields[now]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -84,14 +84,14 @@ class Shown:
         self.label = f"{label}, seed {seed}"
         self.task = self.bar.add_task("", total=total, completed=done, label=self.label, now="")
         if done:
-            self.console.print(f"{self.label}: {done} of {total} rounds are done already")
+            self.console.print(f"{self.label}: {done} of {total} rounds are done already", markup=False, highlight=False)
 
     def evaluating(self, clients: int) -> None:
         self.bar.update(self.task, now=f"evaluating {clients} clients")
 
     def scored(self, server: Server, scores: Scores) -> None:
         by_task = ", ".join(f"{task} {scores.main(task):.3f}" for task in scores.tasks)
-        self.console.print(f"{self.label}, round {server.round}: {by_task}", highlight=False)
+        self.console.print(f"{self.label}, round {server.round}: {by_task}", markup=False, highlight=False)
 
     def failed(self, server: Server, reasons: Mapping[str, str]) -> None:
         for client, reason in reasons.items():

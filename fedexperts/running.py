@@ -29,6 +29,8 @@ from fedexperts.settings import checked, different, to_toml, with_settings
 from fedexperts.start import Prepared, prepare_run, versions
 from fedexperts.types import Bench, Engine, Job, Method, Patch, Server, Update
 
+REPORTS = ("report.html", "report.csv", "report.md")
+
 MAY_DIFFER = ("federation.workers",)
 """Settings that a resumed run may change: they do not change the result."""
 
@@ -136,7 +138,8 @@ def require_an_answer(server: Server, ledger: Ledger) -> None:
         client, reason = next(iter(failed.items()))
         raise BadRun(
             f"round {server.round}: all {len(failed)} clients failed, {client} because {reason}; "
-            "what came before is saved: mend the cause and run again with --resume"
+            "what came before is saved: mend the cause and run again with --resume, or, if it lies in the settings or the data, "
+            "start anew with another --out"
         )
 
 
@@ -218,9 +221,21 @@ def write_start(prepared: Prepared, out: Path) -> None:
     resolved = prepared.config.resolved()
     write_text(out / "resolved.json", json.dumps(resolved))  # first: with it the folder holds a run, which can be resumed
     write_text(out / "plan.json", json.dumps(plan(prepared)))
-    write_text(out / "versions.json", json.dumps(versions(prepared)))
+    if not (out / "versions.json").exists():  # a resumed run keeps those that it began with
+        write_text(out / "versions.json", json.dumps(versions(prepared)))
     prepared.clients.save(out / "partition.json")
     write_text(out / "run.toml", to_toml(resolved))
+
+
+def require_room_for_comparison(out: Path) -> None:
+    """Raises BadRun when `out` holds anything but runs of a comparison and their reports."""
+    if (out / "resolved.json").exists():
+        raise BadRun(f"{out} holds a single run, so a comparison cannot be put there; give another folder with --out")
+    there = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    runs = [path for path in there if path.is_dir() and all(each.name.startswith("seed-") for each in path.iterdir())]
+    others = [path for path in there if path not in runs and not (runs and path.name in REPORTS)]
+    if others:
+        raise BadRun(f"{out} holds {others[0].name}, which no comparison of ours wrote; give another folder with --out")
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -271,12 +286,16 @@ def compare(
     """Each method with each seed, over the same data and clients, in `out`/<method>/seed-<seed>; finished runs stay.
 
     Raises:
-        FedExpertsError: as `run`; and every method's settings are checked before the first run starts.
-        BadRun: `out` is the folder of a single run.
+        FedExpertsError: as `run`; and every run is prepared once before the first one starts.
+        BadRun: `out` holds something other than a comparison.
     """
-    if (out / "resolved.json").exists():
-        raise BadRun(f"{out} holds a single run, so a comparison cannot be put there; give another folder with --out")
-    runs = [(method, seed, variant(config, method).model_copy(update={"seed": seed})) for seed in seeds for method in methods]
+    if not methods:
+        raise BadValue(f"no method was named to compare; name some of {', '.join(METHODS)}")
+    require_room_for_comparison(out)
+    named = list(dict.fromkeys(methods))
+    runs = [(method, seed, variant(config, method).model_copy(update={"seed": seed})) for seed in seeds for method in named]
+    for method, _, each in runs:  # a client that has no part in the last method says so before the first one runs
+        prepare_run(each, method)
     folders = []
     for method, seed, each in runs:
         folder = out / method.replace(":", ",") / f"seed-{seed}"

@@ -17,6 +17,11 @@ from fedexperts.methods.fedavg import FedAvg
 ROW = '{"prompt": "a", "response": "b"}'
 
 
+def write(tree, path):
+    path.write_text(tomli_w.dumps(tree))
+    return path
+
+
 @pytest.fixture
 def fedexperts(monkeypatch, capsys):
     """Calls the command; gives its exit code, and what it wrote to stdout and stderr."""
@@ -326,3 +331,31 @@ def test_a_plan_is_printed_and_nothing_is_written(fedexperts, run_file, tmp_path
     assert [client["name"] for client in json.loads(shown)["clients"]] == ["c01", "c02", "c03", "c04"]
     assert fedexperts("plan", run_file)[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_a_comparison_is_not_put_among_other_files(fedexperts, tiny_tree, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/report.md").write_text("my thesis")
+    run_file = write(tiny_tree, tmp_path / "run.toml")
+    code, _, said = fedexperts("compare", run_file, "--methods", "local", "--out", tmp_path / "mine")
+    assert (code, said.count("\n"), "report.md" in said) == (2, 1, True)
+    assert (tmp_path / "mine/report.md").read_text() == "my thesis"
+
+
+def test_a_comparison_that_cannot_be_finished_does_not_begin(fedexperts, tiny_tree, tmp_path):
+    run_file = write({**tiny_tree, "devices": {"memory_gb": 1e-6}}, tmp_path / "run.toml")
+    code, _, said = fedexperts("compare", run_file, "--methods", "local,fedmoe", "--out", tmp_path / "out")
+    assert (code, said.count("\n"), "memory" in said) == (2, 1, True)
+    assert fedexperts("compare", run_file, "--methods", " ,", "--out", tmp_path / "out")[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_square_brackets_in_a_tasks_name_are_text(fedexperts, tiny_tree, tmp_path):
+    (tmp_path / "data.csv").write_text("prompt,response\n" + "".join(f"q{n},a{n}\n" for n in range(60)))
+    source = {"name": str(tmp_path / "data.csv"), "task": "[/x]"}
+    tree = {**tiny_tree, "data": {**tiny_tree["data"], "sources": [source]}}
+    run_file = write(tree, tmp_path / "run.toml")
+    code, shown, _ = fedexperts("plan", run_file)
+    assert (code, "[/x]" in shown) == (0, True)
+    code, shown, _ = fedexperts("run", run_file, "--out", tmp_path / "out", "--set", "federation.rounds=1")
+    assert (code, "[/x]" in shown) == (0, True)

@@ -155,8 +155,8 @@ def largest_peak(run: RunResults) -> int | None:
 
 
 def median_peak(run: RunResults) -> float | None:
-    """The median over all clients' work."""
-    measured = peaks(counted(run))
+    """The median over all clients' training rounds, stages before them apart."""
+    measured = peaks(trained(run))
     return median(measured) if measured else None
 
 
