@@ -353,7 +353,7 @@ def test_a_comparison_that_cannot_be_finished_does_not_begin(fedexperts, tiny_tr
 def test_square_brackets_in_a_tasks_name_are_text(fedexperts, tiny_tree, tmp_path):
     (tmp_path / "data.csv").write_text("prompt,response\n" + "".join(f"q{n},a{n}\n" for n in range(60)))
     source = {"name": str(tmp_path / "data.csv"), "task": "[/x]"}
-    tree = {**tiny_tree, "data": {**tiny_tree["data"], "sources": [source]}}
+    tree = {**tiny_tree, "data": {**tiny_tree["data"], "sources": [source], "limit": 24}}
     run_file = write(tree, tmp_path / "run.toml")
     code, shown, _ = fedexperts("plan", run_file)
     assert (code, "[/x]" in shown) == (0, True)

@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import blocks
+from fedexperts.moe.kernel import choose_kernel
 
 SHIPPED = ("tiny",)
 WEIGHTS = ("*.safetensors", "*.bin")
-ROW_BYTES = 16  # grouped_mm reads rows of whole 16 bytes
 
 T = TypeVar("T")
 
@@ -46,8 +46,10 @@ def load(name: str, trust_remote_code: bool = False) -> Base:
     where = place(name)
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = asked_for(name, lambda: AutoConfig.from_pretrained(where, **code))
-    tokenizer = asked_for(name, lambda: AutoTokenizer.from_pretrained(where, **code))
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        blocks(asked_for(name, lambda: kind.from_config(config, **code)))  # raises before anything large is fetched
+    tokenizer = asked_for(name, lambda: AutoTokenizer.from_pretrained(where, **code))
     with without_bars():
         model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
     choose_kernel(model)
@@ -91,23 +93,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-def choose_kernel(model: Any) -> None:
-    """The fastest way through the experts that their shapes allow; Switch has only its own.
-
-    Raises:
-        NoExperts: there are none.
-    """
-    stacked = [block.experts for block in blocks(model).values() if not isinstance(block.experts, nn.ModuleDict)]
-    if stacked:
-        model.set_experts_implementation("grouped_mm" if all(map(rows_fit, stacked)) else "eager")
-
-
-def rows_fit(experts: nn.Module) -> bool:
-    """Whether each inner dimension of the stacked weights is a multiple of 16 bytes."""
-    weights = [weight for weight in experts.parameters() if weight.ndim == 3]
-    return all(size * weight.element_size() % ROW_BYTES == 0 for weight in weights for size in weight.shape[1:])
 
 
 def weights_hash(where: str) -> str:

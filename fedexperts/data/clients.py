@@ -7,15 +7,16 @@ holds a test prompt of any client, and no two clients share a prompt to train on
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedexperts.data import partition as divide_by
-from fedexperts.data.partition import Clusters, Indices, Partition, apportion, shuffled
+from fedexperts.data.partition import Clusters, Indices, Loads, Partition, apportion, from_object, shuffled
 from fedexperts.data.settings import DataSettings, PartitionSettings, SourceSettings
-from fedexperts.data.sources import Source, load
+from fedexperts.data.sources import Placed, Source, examples_from, load
+from fedexperts.data.templates import Row, rows_of
 from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.files import write_text
 from fedexperts.types import METRIC_NAMES, Client, Example, Split
@@ -111,12 +112,41 @@ def divide(pool: Pool, made: Partition, settings: DataSettings) -> Clients:
     return _clients(pool, made, _groups(pool, settings.partition, made.seed), settings)
 
 
-def clients_from(train: Sequence[Example], made: Partition, test: Sequence[Example], settings: DataSettings) -> Clients:
+def clients_from_object(partitioner: Loads, source: SourceSettings, test: Iterable[Row], settings: DataSettings) -> Clients:
+    """Clients whose rows `partitioner.load_partition(i)` gives, i from 0 to `settings.clients` - 1; `test` is divided as always.
+
+    Rows (in a `datasets.Dataset` or any other iterable of mappings) become examples as those of a file do: by the fields
+    `source` names, or by their own. `source.name` is the task's name where it has no `task`; nothing is loaded by it, and no
+    limit applies. Of `settings`, its sources are not read, and how the data is divided is the partitioner's to say.
+
+    Raises:
+        BadValue: no `load_partition`, or a metric there is none of.
+        BadData: a client without rows, or a row that cannot be read, named by client and row.
+    """
+    check_metric(source)
+    rows, made = from_object(partitioner, settings.clients, source.label)
+    train = [
+        Placed(rows[index], f"load_partition({client}), row {number}")
+        for client, part in enumerate(made.indices)
+        for number, index in enumerate(part, 1)
+    ]
+    tests = [Placed(row, f"test row {number}") for number, row in enumerate(rows_of(test, source.label), 1)]
+    read = examples_from(source, train, tests)
+    return clients_from(read.train, made, read.test, settings, {source.name: read.hash})
+
+
+def clients_from(
+    train: Sequence[Example],
+    made: Partition,
+    test: Sequence[Example],
+    settings: DataSettings,
+    hashes: Mapping[str, str] | None = None,
+) -> Clients:
     """Clients of a partition from elsewhere (`partition.from_object`); its indices are those of `train`.
 
     Repeats are left out here too: of two clients with the same example the first keeps it.
     """
-    pool = pooled(train, test)
+    pool = pooled(train, test, hashes)
     places = {key(example): place for place, example in enumerate(pool.train)}
     kept = [places.pop(key(example), None) for example in train]
     indices = tuple(tuple(place for index in part if (place := kept[index]) is not None) for part in made.indices)

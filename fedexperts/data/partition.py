@@ -29,6 +29,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
+from fedexperts.data.templates import rows_of
 from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.files import write_text
 
@@ -215,15 +216,16 @@ class Loads(Protocol):
     def load_partition(self, partition_id: int) -> Iterable[Mapping[str, Any]]: ...
 
 
-def from_object(partitioner: Loads, clients: int) -> tuple[list[dict[str, Any]], Partition]:
+def from_object(partitioner: Loads, clients: int, label: str | None = None) -> tuple[list[dict[str, Any]], Partition]:
     """All rows that `partitioner` hands to clients 0 … `clients` - 1, and who has which.
 
-    `load_partition(i)` must give client i's rows: mappings from field to value, in any iterable (a `datasets.Dataset` is one).
-    Turn rows into examples with `templates.example`, and both into clients with `clients.divide`.
+    `load_partition(i)` must give client i's rows: mappings from field to value, in any iterable. A `datasets.Dataset` is one;
+    where it knows the names of the classes in the field `label`, a row gets its `label_name`.
+    `clients.clients_from_object` makes clients of it; who makes Examples of the rows alone gives them to `clients.clients_from`.
     """
     if not isinstance(partitioner, Loads):
         raise BadValue(f"{type(partitioner).__name__} has no load_partition(i), which gives client i's rows; add it")
-    parts = [[dict(row) for row in partitioner.load_partition(client)] for client in range(clients)]
+    parts = [rows_of(partitioner.load_partition(client), label) for client in range(clients)]
     if not all(parts):
         raise BadData(
             f"load_partition({parts.index([])}) gave no rows, but each of {clients} clients needs some; ask for fewer clients"

@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from fedexperts.data import synthetic
 from fedexperts.data.settings import DataSettings, SourceSettings
-from fedexperts.data.templates import TEMPLATES, Hints, Row, kind_of, names_of
+from fedexperts.data.templates import TEMPLATES, Hints, Row, kind_of, names_of, rows_of
 from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.types import Example
 
@@ -234,12 +234,13 @@ def _hub_sets(name: str, config: str | None) -> Mapping[str, Any]:
 
 
 def _hub_rows(table: Any, place: str, label: str | None) -> list[Placed]:
-    """Rows of a `datasets.Dataset`; a class gets its name in `label_name`."""
-    names = getattr(table.features.get(label or "label"), "names", None)  # only a ClassLabel has names
-    rows = [Placed(dict(row), f"{place} {number}") for number, row in enumerate(table, 1)]
-    if names is None:
-        return rows
-    return [Placed({**placed.row, "label_name": names[placed.row[label or "label"]]}, placed.place) for placed in rows]
+    """Rows of a `datasets.Dataset`, each with its place."""
+    return [Placed(row, f"{place} {number}") for number, row in enumerate(rows_of(table, label), 1)]
+
+
+def examples_from(source: SourceSettings, train: list[Placed], test: list[Placed]) -> Source:
+    """Examples of rows that are already here, as a file with these rows would give them; `source.name` is their task's name."""
+    return _custom(source, source.name, train[0], train, test, digest_of([placed.row for placed in train + test]))
 
 
 def _custom(source: SourceSettings, task: str, first: Placed, train: list[Placed], test: list[Placed], hash: str) -> Source:

@@ -140,6 +140,20 @@ def kind_of(row: Row) -> str:
     )
 
 
+def rows_of(table: Iterable[Row], label: str | None = None) -> list[dict[str, Any]]:
+    """All rows; where `table` is a `datasets.Dataset` that knows the names of its classes, each with its `label_name`."""
+    field, features = label or "label", getattr(table, "features", None) or {}  # any other iterable has no features
+    names = getattr(features.get(field), "names", None)  # only a ClassLabel has names
+    if names is None:
+        return [dict(row) for row in table]
+    return [{"label_name": names[row[field]], **row} if known(row[field]) else {**row, field: None} for row in table]
+
+
+def known(number: int | None) -> bool:
+    """Whether a class id names a class; sets whose test labels are kept secret have -1 there."""
+    return number is not None and number >= 0
+
+
 def names_of(rows: Iterable[Row], kind: str, label: str | None = None) -> tuple[str, ...]:
     """The names of classes, domains or closed answers in `rows`, as the template of `kind` wants them."""
     if kind == "classification":

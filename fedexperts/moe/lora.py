@@ -14,15 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from peft.tuners.lora import Linear as LinearLoRA
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, Experts, blocks
+from fedexperts.moe.kernel import ROW_BYTES, choose_kernel, fits
 from fedexperts.moe.shrink import kept_experts
 
 IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function in transformers' registry
-BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
 LINEAR = (nn.Linear, LinearLoRA)  # a linear layer, bare or with an adapter
 
 
@@ -74,11 +73,6 @@ def grouped(
     return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight.unbind(), strict=True)])
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether torch has a grouped product for matrices of this shape; one without data takes any."""
-    return is_fake(weight) or all(size * weight.element_size() % BYTES == 0 for size in weight.shape[1:])
-
-
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Stacked experts with their adapters: what transformers calls in place of its own implementation."""
     tokens, top_k = top_k_index.shape
@@ -108,7 +102,7 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 def check_rank(rank: int, dtype: torch.dtype) -> None:
     """Raises BadValue for a rank that the grouped products of stacked experts do not take."""
-    step = BYTES // dtype.itemsize
+    step = ROW_BYTES // dtype.itemsize
     if rank < 1 or rank % step:
         raise BadValue(
             f"training.rank = {rank}, but adapters of stacked experts in {str(dtype).removeprefix('torch.')} "
@@ -175,9 +169,11 @@ def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """`model` with its adapters added into its weights and taken off, in place; weights shared with others are not written."""
-    for block in blocks(model).values():
-        if "lora" in block.experts._modules:
-            merge_stack(block.experts)
+    stacks = [block.experts for block in blocks(model).values() if "lora" in block.experts._modules]
+    for experts in stacks:
+        merge_stack(experts)
+    if stacks:
+        choose_kernel(model)
     for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]:
         base: Any = layer.get_base_layer()
         base.weight = nn.Parameter(base.weight + layer.get_delta_weight("default"), requires_grad=False)
@@ -195,8 +191,6 @@ def merge_stack(experts: nn.Module) -> None:
         weight = getattr(experts, name)
         setattr(experts, name, nn.Parameter(weight.index_add(0, adapter.ids, delta), requires_grad=False))
     del experts.lora
-    whole = all(fits(getattr(experts, name)) for name in matrices(experts))
-    cast("Any", experts).config._experts_implementation = "grouped_mm" if whole else "eager"
 
 
 def a_to_peft(a: Float[Tensor, "experts rank in"]) -> Float[Tensor, "experts_rank in"]:

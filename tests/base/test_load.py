@@ -65,10 +65,19 @@ def test_experts_of_odd_width_fall_back_to_the_kernel_that_can(tmp_path):
     assert base.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
-def test_a_model_without_experts_is_refused(tmp_path):
+def test_a_model_without_experts_is_refused_for_that_whatever_else_it_lacks(tmp_path):
     config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(NoExperts):
-        load(saved(tmp_path, LlamaForCausalLM(config)))
+    dense = LlamaForCausalLM(config)
+    dense.save_pretrained(tmp_path / "bare")
+    for folder in (saved(tmp_path / "whole", dense), str(tmp_path / "bare")):
+        with pytest.raises(NoExperts, match="no Mixture-of-Experts layers"):
+            load(folder)
+
+
+def test_a_model_with_experts_but_no_tokenizer_is_told_so(tmp_path):
+    tiny_model("olmoe").save_pretrained(tmp_path)
+    with pytest.raises(BadValue, match="tokenizer"):
+        load(str(tmp_path))
 
 
 def test_a_missing_folder_is_told_by_its_name():

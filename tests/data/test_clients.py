@@ -5,6 +5,7 @@ import pickle
 import time
 from collections import Counter
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedexperts import evaluate
-from fedexperts.data.clients import clients_from, divide, key, load_pool, make_clients, pooled
+from fedexperts.data.clients import clients_from, clients_from_object, divide, key, load_pool, make_clients, pooled
 from fedexperts.data.partition import Partition, from_object
-from fedexperts.data.settings import DataSettings
+from fedexperts.data.settings import DataSettings, SourceSettings
 from fedexperts.errors import BadData, BadValue
 from fedexperts.types import METRIC_NAMES, Client, Example
 
@@ -162,6 +163,64 @@ def test_clients_of_a_foreign_partitioner():
     clients = clients_from(train, made, [Example("0+1", "1", "sums")], settings(partition="iid"))
     second = clients["c02"]
     assert {example.response for example in (*second.train, *second.validation)} == {"6", "7", "8", "9", "10"}
+
+
+CLASSES = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["good_mood", "bad_mood"])})
+
+
+def moods(prefix: str, number: int) -> datasets.Dataset:
+    """Texts whose classes go by turns."""
+    rows = [{"text": f"{prefix} {row}", "label": row % 2} for row in range(number)]
+    return datasets.Dataset.from_list(rows, features=CLASSES)
+
+
+class InOrder:
+    """A partitioner as flwr-datasets has them: consecutive pieces of one Dataset."""
+
+    def __init__(self, dataset: datasets.Dataset, clients: int) -> None:
+        self.dataset, self.clients = dataset, clients
+
+    def load_partition(self, partition_id: int) -> datasets.Dataset:
+        return self.dataset.shard(self.clients, partition_id, contiguous=True)
+
+
+def test_a_partitioner_of_datasets_becomes_clients_by_the_templates_of_files():
+    wanted = settings(clients=3, test_examples=4)
+    clients = clients_from_object(InOrder(moods("train", 30), 3), SourceSettings(name="moods"), moods("test", 20), wanted)
+    assert list(clients) == ["c01", "c02", "c03"] and no_leak(clients)
+    for client, name in enumerate(clients):
+        split = clients[name]
+        own = {example.prompt for example in (*split.train, *split.validation)}
+        assert own == {f"train {row}\nAnswer:\n" for row in range(10 * client, 10 * client + 10)}
+        assert Counter(example.response for example in split.test) == {"good mood": 2, "bad mood": 2}
+        assert {(example.task, example.metric, example.choices) for example in split.test} == {
+            ("moods", "accuracy", ("good mood", "bad mood"))
+        }
+    assert list(clients.hashes) == ["moods"] and json.loads(json.dumps(clients.manifest()))["partition"]["settings"] == {
+        "by": "InOrder"
+    }
+
+
+def test_a_partitioner_of_dicts_may_have_fields_of_any_name():
+    class Sums:
+        def load_partition(self, partition_id: int) -> list[dict]:
+            return [{"ask": f"{number} + {partition_id}", "sum": number + partition_id} for number in range(5)]
+
+    source = SourceSettings(name="any", prompt="What is {ask}?", response="sum", task="sums", metric="exact_match")
+    test = [{"ask": "7 + 7", "sum": 14}]
+    clients = clients_from_object(Sums(), source, test, settings(clients=2))
+    assert clients["c02"].test == (Example("What is 7 + 7?", "14", "sums", "exact_match"),)
+    assert {example.response for example in (*clients["c02"].train, *clients["c02"].validation)} == {"1", "2", "3", "4", "5"}
+
+
+def test_a_bad_row_of_a_partitioner_is_named():
+    table = moods("train", 30).to_list()
+    table[13]["label"] = -1  # how sets on the hub say that there is no label
+    partitioner = InOrder(datasets.Dataset.from_list(table, features=CLASSES), 3)
+    with pytest.raises(BadData, match=r"^load_partition\(1\), row 4: it has no field label"):
+        clients_from_object(partitioner, SourceSettings(name="moods"), moods("test", 20), settings(clients=3))
+    with pytest.raises(BadValue, match="list has no load_partition"):
+        clients_from_object([], SourceSettings(name="moods"), [], settings(clients=3))
 
 
 def test_more_clients_than_data_is_refused_with_the_numbers():

@@ -118,6 +118,7 @@ def test_merging_changes_the_model_into_a_plain_one_with_the_same_output(family)
     adapted = logits(model, family)
     merged = lora.merge(model)
     assert torch.allclose(logits(merged, family), adapted, atol=1e-4)  # sums in another order
+    assert merged.config._experts_implementation != lora.IMPLEMENTATION
     assert not any("lora" in name or "base_layer" in name for name in merged.state_dict())
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
@@ -150,6 +151,7 @@ def test_a_width_without_a_grouped_product_falls_back_to_one_per_expert():
     assert all(parameter.grad.any() for parameter in trainable(model))
     adapted = logits(model, "olmoe")
     assert torch.allclose(logits(lora.merge(model), "olmoe"), adapted, atol=1e-5)
+    assert model.config._experts_implementation == "eager"
 
 
 def test_a_rank_must_suit_the_dtype():
