@@ -75,7 +75,7 @@ def test_a_model_without_experts_is_refused_for_that_whatever_else_it_lacks(tmp_
 
 
 def test_a_model_with_experts_but_no_tokenizer_is_told_so(tmp_path):
-    tiny_model("olmoe").save_pretrained(tmp_path)
+    tiny_model("mixtral").save_pretrained(tmp_path)
     with pytest.raises(BadValue, match="tokenizer"):
         load(str(tmp_path))
 
