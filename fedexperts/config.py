@@ -27,23 +27,23 @@ class ModelSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """How every client trains, whatever the method."""
+    """How every client trains, whatever the method; the defaults are those of `Training` and `Tuning`."""
 
     train: Literal["full", "lora"] = "full"
     parts: tuple[Part, ...] | None = None  # None: all that `train` reaches
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # that get LoRA
-    lr: float = Field(1e-3, gt=0)
-    batch_size: int = Field(8, ge=1)
-    local_steps: int = Field(20, ge=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, ge=0)  # largest norm of the gradient; 0: no clipping
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    balance: float = Field(0.01, ge=0)  # weight of the load-balance loss
-    validation_examples: int = Field(64, ge=1)
-    threads: int = Field(1, ge=1)  # of each worker; the bits of a result depend on it
+    rank: int = Field(Tuning.rank, ge=1)
+    alpha: float = Field(Tuning.alpha, gt=0)
+    attention_modules: tuple[str, ...] = Tuning.attention_modules  # that get LoRA
+    lr: float = Field(Training.lr, gt=0)
+    batch_size: int = Field(Training.batch_size, ge=1)
+    local_steps: int = Field(Training.local_steps, ge=1)
+    optimizer: Literal["adamw", "sgd"] = Training.optimizer
+    weight_decay: float = Field(Training.weight_decay, ge=0)
+    clip: float = Field(Training.clip, ge=0)  # largest norm of the gradient; 0: no clipping
+    label_smoothing: float = Field(Training.label_smoothing, ge=0, lt=1)
+    balance: float = Field(Training.balance, ge=0)  # weight of the load-balance loss
+    validation_examples: int = Field(Training.validation_examples, ge=1)
+    threads: int = Field(Training.threads, ge=1)  # of each worker; the bits of a result depend on it
 
     def build(self) -> Training:
         tuning = {"train", "parts", "rank", "alpha", "attention_modules"}

@@ -174,12 +174,12 @@ def as_shapes(twin: nn.Module) -> None:
     for block in blocks(twin).values():
         if block.is_switch:
             experts = list(cast("nn.ModuleDict", block.experts).values())
-            cast("Any", block.experts).forward = lambda hidden, _, weights, each=experts: evenly(each, hidden, weights)
+            cast("Any", block.experts).forward = lambda hidden, _, weights, each=experts: in_equal_shares(each, hidden, weights)
             classifier = cast("Any", block.router).classifier
             classifier.to = lambda *_, same=classifier: same  # torch cannot swap the data of a tensor without data
 
 
-def evenly(experts: list[nn.Module], hidden: Tensor, weights: Tensor) -> Tensor:
+def in_equal_shares(experts: list[nn.Module], hidden: Tensor, weights: Tensor) -> Tensor:
     """What Switch's experts give, and save for backward, if each gets its share of the tokens."""
     out = torch.zeros_like(hidden)
     shares = zip(experts, hidden.tensor_split(len(experts)), weights.tensor_split(len(experts)), strict=True)
