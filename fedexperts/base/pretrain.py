@@ -16,22 +16,22 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from fedexperts import evaluate
 from fedexperts.base.load import load, without_bars
 from fedexperts.base.settings import Mixture, PretrainSettings, Shape, read_settings
 from fedexperts.base.tokenizer import make_tokenizer
+from fedexperts.client import cross_entropy
 from fedexperts.data.encode import Encoder
 from fedexperts.data.sources import at_place, data_folder, read
 from fedexperts.data.synthetic import draw, examples, text
 from fedexperts.data.templates import text_of
 from fedexperts.errors import BadData, BadRun
+from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.types import Example
 
 RECIPE = "recipe.json"
@@ -126,7 +126,9 @@ def train(
         steps = bar.add_task("pretraining", total=settings.steps, loss=math.nan)
         for step in range(settings.steps):
             batch = encoder.batch(mixed(step, rank, settings, sources))
-            answer_loss, uneven = losses_of(model, batch)
+            with Recorder(model, keep_logits=True) as recorder:
+                answer_loss = cross_entropy(model, batch)
+            uneven = balance_loss(recorder)
             optimizer.zero_grad()
             cast("Any", answer_loss + settings.balance * uneven).backward()
             if settings.workers > 1:
@@ -166,25 +168,6 @@ def mixed(step: int, rank: int, settings: PretrainSettings, sources: Sequence[st
 def piece(whole: str, rng: Random, characters: int) -> Example:
     start = rng.randint(0, max(0, len(whole) - characters))
     return Example("", whole[start : start + characters], "source", metric="perplexity")
-
-
-def losses_of(model: OlmoeForCausalLM, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The mean loss of a response token, and how uneven the experts' load is."""
-    seen = batch["attention_mask"]
-    output = model.model(batch["input_ids"], attention_mask=seen, output_router_logits=True, use_cache=False)
-    targets = batch["labels"][:, 1:]
-    asked = targets != -100
-    logits = model.lm_head(output.last_hidden_state[:, :-1][asked])
-    loads = [load_of(logits, seen.flatten().bool(), model.config.num_experts_per_tok) for logits in output.router_logits]
-    return functional.cross_entropy(logits, targets[asked]), torch.stack(loads).mean()
-
-
-def load_of(logits: Float[Tensor, "tokens experts"], seen: Bool[Tensor, " tokens"], top_k: int) -> Float[Tensor, ""]:
-    """E * sum_e f_e P_e / top_k of one layer: 1 when all experts get as much, E / top_k when always the same do."""
-    probability = logits[seen].float().softmax(-1)
-    chosen = probability.topk(top_k).indices
-    counts = torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
-    return logits.shape[-1] * (counts / chosen.shape[0] * probability.mean(0)).sum() / top_k
 
 
 def average_gradients(model: nn.Module) -> None:

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from fedexperts.base.load import load
-from fedexperts.base.pretrain import RECIPE, load_of, mixed, pretrain, read_sources, schedule
+from fedexperts.base.pretrain import RECIPE, mixed, pretrain, read_sources, schedule
 from fedexperts.base.settings import Mixture, PretrainSettings, Shape, read_settings
 from fedexperts.base.tokenizer import make_tokenizer
+from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, side
 from fedexperts.errors import BadData, BadRun, BadValue
+from fedexperts.moe.routing import Recorder, balance_loss
 
 SMALL = Shape(hidden=16, layers=1, heads=2, experts=4, top_k=2, expert_width=8, max_positions=64)
 
@@ -132,12 +134,15 @@ def test_without_exposed_tasks_none_are_measured(tmp_path):
     assert set(json.loads((folder / RECIPE).read_text())["measured"]) == {"tasks"}
 
 
-def test_the_load_of_even_experts_is_one_and_of_a_favourite_pair_half_the_number_of_experts():
-    seen = torch.tensor([True, True, True, True, False])
-    even = torch.tensor([[9.0, 9, 0, 0], [0, 0, 9, 9], [9, 9, 0, 0], [0, 0, 9, 9], [9, 9, 0, 0]])
-    assert load_of(even, seen, 2).item() == pytest.approx(1.0)
-    favourite = torch.tensor([[50.0, 50, 0, 0]]).repeat(5, 1)
-    assert load_of(favourite, seen, 2).item() == pytest.approx(2.0)
+def test_training_keeps_the_load_of_experts_more_even_with_the_balance_loss_than_without(tmp_path):
+    uneven = {}
+    for balance in (0.0, 1.0):
+        model = load(str(pretrain(small(tmp_path / "base", steps=60, measured=0, balance=balance)))).model
+        batch = Encoder(make_tokenizer(64), 64).batch(mixed(0, 0, small(tmp_path), []))
+        with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
+            model(**batch)
+        uneven[balance] = balance_loss(recorder).item()
+    assert uneven[1.0] < uneven[0.0]
 
 
 def test_the_learning_rate_rises_and_then_follows_a_cosine(tmp_path):
