@@ -1,6 +1,6 @@
 """What a run will work with, before anything runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,12 +50,24 @@ def round_flops(prepared: Prepared) -> float:
 def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:
     """What will not fit, as sentences."""
     over = [client["name"] for client in clients if client["first_experts"] and not client["first_fits"]]
-    if not over:
-        return []
-    return [
+    too_little_memory = (
         f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
         "it trains there all the same, and the report marks them"
-    ]
+    )
+    return [*([too_little_memory] if over else []), *too_long_labels(prepared)]
+
+
+def too_long_labels(prepared: Prepared) -> Iterator[str]:
+    """A sentence for each task with labels that no answer can reach."""
+    most = prepared.config.evaluation.generate_tokens
+    sets = {example.task: example.choices for example in prepared.clients.pool.test if example.choices}
+    for task, choices in sets.items():
+        lengths = [len(ids) for ids in prepared.base.tokenizer(list(choices), add_special_tokens=False)["input_ids"]]
+        if max(lengths) > most:
+            yield (
+                f"{sum(length > most for length in lengths)} of the {len(choices)} labels of {task} are longer than "
+                f"evaluation.generate_tokens = {most} and will never be answered right; set it to {max(lengths) + 1}"
+            )
 
 
 def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]:

@@ -359,3 +359,12 @@ def test_square_brackets_in_a_tasks_name_are_text(fedexperts, tiny_tree, tmp_pat
     assert (code, "[/x]" in shown) == (0, True)
     code, shown, _ = fedexperts("run", run_file, "--out", tmp_path / "out", "--set", "federation.rounds=1")
     assert (code, "[/x]" in shown) == (0, True)
+
+
+def test_plan_says_which_labels_no_answer_can_reach(fedexperts, tiny_tree, tmp_path):
+    rows = [f"text {n},{'a rather long label' if n % 2 else 'b'}" for n in range(60)]
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
+    data = {**tiny_tree["data"], "sources": [str(tmp_path / "data.csv")], "limit": 24}
+    planned = fedexperts("plan", write({**tiny_tree, "data": data}, tmp_path / "run.toml"), "--json")[1]
+    (warning,) = json.loads(planned)["warnings"]
+    assert warning.startswith("1 of the 2 labels of data are longer than evaluation.generate_tokens = 2")
