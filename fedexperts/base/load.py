@@ -50,6 +50,10 @@ def load(name: str, trust_remote_code: bool = False) -> Base:
     with torch.device("meta"):
         blocks(asked_for(name, lambda: kind.from_config(config, **code)))  # raises before anything large is fetched
     tokenizer = asked_for(name, lambda: AutoTokenizer.from_pretrained(where, **code))
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder that has none
+        raise BadValue(
+            f"model.name = {name!r} has no tokenizer that reads text; put the model's tokenizer files beside its weights"
+        )
     with without_bars():
         model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
     choose_kernel(model)

@@ -74,8 +74,9 @@ def test_a_model_without_experts_is_refused_for_that_whatever_else_it_lacks(tmp_
             load(folder)
 
 
-def test_a_model_with_experts_but_no_tokenizer_is_told_so(tmp_path):
-    tiny_model("mixtral").save_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_a_model_with_experts_but_no_tokenizer_is_told_so(tmp_path, family):
+    tiny_model(family).save_pretrained(tmp_path)
     with pytest.raises(BadValue, match="tokenizer"):
         load(str(tmp_path))
 
