@@ -109,7 +109,13 @@ def test_clients_that_keep_models_of_their_own_are_resumed_with_the_same_bits(ti
 
 def started(run_file, out, *options):
     command = [sys.executable, "-m", "fedexperts", "run", run_file, "--out", out, "--quiet", *options]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heeding_interrupts)
+
+
+def heeding_interrupts():
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_lines(process, path, number):
