@@ -97,11 +97,6 @@ def dirichlet(labels: Sequence[Hashable], clients: int, alpha: float, seed: str,
     return [sorted(index for piece in part.values() for index in piece) for part in parts]
 
 
-def clustered(texts: Sequence[str], clients: int, clusters: int, alpha: float, seed: str, minimum: int = 1) -> Indices:
-    """Dirichlet over K-means clusters of the texts."""
-    return dirichlet(Clusters(texts, clusters, seed).of(texts), clients, alpha, seed, minimum)
-
-
 def by_task(
     tasks: Sequence[str],
     clients: int,

@@ -73,7 +73,7 @@ def require_minimum(server: Server, client: Client) -> None:
         raise TooSmall(
             f"client {client.name} has {client.memory_bytes / 1e6:.1f} MB of memory, but the smallest legal sub-model "
             f"(as many experts in each layer as its router picks) takes {needed / 1e6:.1f} MB to train; "
-            "give it more memory, a smaller batch, or leave it out"
+            "give it more memory, a smaller batch or a lower data.max_tokens, or leave it out"
         )
 
 

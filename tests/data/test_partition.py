@@ -67,13 +67,15 @@ def test_pathological_gives_each_client_its_number_of_labels_and_no_index_twice(
     assert max(holders.values()) - min(holders[label] for label in range(kinds)) <= 1
 
 
+TEXTS = [f"word{index % 9} and{index % 7}" for index in range(400)]
+
 MAKERS = {
     "iid": lambda seed: partition.iid(400, 7, seed),
     "dirichlet": lambda seed: partition.dirichlet(labels_of(400, 5), 7, 0.5, seed),
     "quantity": lambda seed: partition.quantity(400, 7, 0.5, seed),
     "pathological": lambda seed: partition.pathological(labels_of(400, 5), 7, 2, seed),
     "task": lambda seed: partition.by_task(["sort"] * 250 + ["add"] * 150, 7, seed),
-    "clusters": lambda seed: partition.clustered([f"word{index % 9} and{index % 7}" for index in range(400)], 7, 4, 0.5, seed),
+    "clusters": lambda seed: partition.dirichlet(partition.Clusters(TEXTS, 4, seed).of(TEXTS), 7, 0.5, seed),
 }
 
 
