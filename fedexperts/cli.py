@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedexperts.errors import FedExpertsError
+from fedexperts.errors import BadValue, FedExpertsError
 
 if TYPE_CHECKING:
     from fedexperts.progress import Progress
@@ -63,21 +63,39 @@ def run_command(
 
 @app.command()
 def compare(
-    run_file: RunFile,
-    methods: Annotated[str, typer.Option(help="Comma-separated; a variant is name:key=value, such as fedmoe:adjust=false.")],
+    run_files: Annotated[list[Path], typer.Argument(help="The run files (TOML); each is a setting.", show_default=False)],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: method, method:key=value:training.lr=value for a variant, or name=method:… to name it."
+        ),
+    ],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the run file's on.")] = 1,
     set: Set = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The results folder; for one run file by default results/<its name>.")
+    ] = None,
     quiet: Hush = False,
 ) -> None:
-    """Several methods over the same data and clients; a run that is done already stays, one that was stopped goes on."""
-    from fedexperts import config, running
+    """Several methods, over the same data and clients, in one or several settings.
 
-    settings = config.read(run_file, set or [])
-    folder = out or Path("results") / run_file.stem
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    running.compare(settings, names, range(settings.seed, settings.seed + seeds), folder, progress=progress(quiet))
-    finish([folder], folder)
+    A run that is done already stays, one that was stopped goes on, one that another process is at is left to it.
+    """
+    from fedexperts import comparison
+
+    settings = comparison.read_settings(run_files, set or [])
+    if out is None and len(settings) > 1:
+        raise BadValue(f"{len(settings)} run files have no results folder of their own; give one with --out")
+    folder = out or Path("results") / run_files[0].stem
+    compared = comparison.compare(settings, comparison.read_variants(methods), seeds, folder, progress(quiet))
+    if any(folder.rglob("plan.json")):
+        finish([folder], folder)
+    for path in compared.left:
+        console.print(f"left to the process that is at it: {path}", markup=False, soft_wrap=True, highlight=False)
+    for path, reason in compared.failed.items():
+        fail(f"{path} failed: {reason}", 1)
+    if compared.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -190,7 +208,7 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+    """Exit codes: 0 done, 2 the user's mistake, 1 ours or runs of a comparison that failed, 130 interrupted."""
     try:
         app()
     except FedExpertsError as error:

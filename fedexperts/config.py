@@ -74,6 +74,7 @@ class EvaluationSettings(Settings):
     every: int = Field(5, ge=1)  # rounds; after the last one always
     generate_tokens: int = Field(32, ge=1)
     batch_size: int = Field(32, ge=1)
+    split: Literal["test", "validation"] = "test"  # validation: to choose settings by, so that none is chosen on test examples
 
 
 class RunConfig(Settings):

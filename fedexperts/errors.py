@@ -28,6 +28,10 @@ class BadRun(FedExpertsError):
     """A results folder that does not fit what was asked of it."""
 
 
+class Busy(BadRun):
+    """A results folder in which another process is at work."""
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """`; did you mean X?` for the allowed name closest to `given`, or nothing when none is close."""
     close = get_close_matches(given, sorted(allowed), n=1, cutoff=0.5)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedexperts.federation import steps
+from fedexperts.methods import REFERENCES
 from fedexperts.methods.base import patch_for
 from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.moe.flops import per_step
@@ -21,6 +22,8 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     clients = [client_plan(prepared, client, full) for client in server.clients.values()]
     return {
         "method": prepared.label,
+        "setting": prepared.setting,
+        "reference": prepared.config.method["name"] in REFERENCES,
         "seed": prepared.config.seed,
         "model": {
             "name": prepared.base.name,

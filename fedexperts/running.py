@@ -1,4 +1,4 @@
-"""A run from its settings to its results folder, and several runs side by side."""
+"""A run from its settings to its results folder."""
 
 import fcntl
 import json
@@ -14,22 +14,19 @@ import torch
 
 from fedexperts import checkpoint, evaluate
 from fedexperts.client import install
-from fedexperts.config import RunConfig
+from fedexperts.config import EvaluationSettings, RunConfig
 from fedexperts.data.encode import Encoder
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.local import LocalEngine, Site
-from fedexperts.errors import BadRun, BadValue, nearest
+from fedexperts.errors import BadRun, Busy
 from fedexperts.federation import done, federate, jobs_for, steps
 from fedexperts.files import write_text
 from fedexperts.ledger import Ledger
-from fedexperts.methods import METHODS
 from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
-from fedexperts.settings import checked, different, to_toml, with_settings
+from fedexperts.settings import different, to_toml
 from fedexperts.start import Prepared, prepare_run, versions
 from fedexperts.types import Bench, Engine, Job, Method, Patch, Server, Update
-
-REPORTS = ("report.html", "report.csv", "report.md")
 
 MAY_DIFFER = ("federation.workers",)
 """Settings that a resumed run may change: they do not change the result."""
@@ -40,31 +37,39 @@ class Work:
     """What a client does with a job: what its method says, or an evaluation."""
 
     method: Method
-    generate_tokens: int
-    batch_size: int
+    evaluation: EvaluationSettings
 
     def __call__(self, job: Job, bench: Bench) -> Update:
         return self.evaluate(job, bench) if job.task == "evaluate" else self.method.train(job, bench)
 
     def evaluate(self, job: Job, bench: Bench) -> Update:
-        """The client's own test examples, under what the server sent and what the client keeps."""
+        """The client's own examples, under what the server sent and what the client keeps."""
+        asked = self.evaluation
+        examples = bench.data.validation if asked.split == "validation" else bench.data.test
         model = install(job, bench)
-        scores = evaluate.score(model, bench.data.test, bench.encoder, self.generate_tokens, self.batch_size)
+        scores = evaluate.score(model, examples, bench.encoder, asked.generate_tokens, asked.batch_size)
         return Update(job.client, job.round, job.task, Patch({}), len(bench.data.train), metrics=scores.to_json())
 
 
 def run(
-    config: RunConfig, out: Path, *, resume: bool = False, label: str | None = None, progress: Progress | None = None
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    label: str | None = None,
+    setting: str = "",
+    progress: Progress | None = None,
 ) -> Path:
-    """Runs `config` and returns its results folder, `out`.
+    """Runs `config` and returns its results folder, `out`. `label` and `setting` are what reports call its method and run file.
 
     Raises:
         BadValue: a setting, the data or the model does not allow the run; nothing was written then.
         BadRun: `out` holds another run; or all clients of a round failed, and the run can be resumed before it.
+        Busy: another process is at work in `out`.
     """
     torch.set_num_threads(config.training.threads)
     claim(config, out, resume)
-    prepared = prepare_run(config, label)
+    prepared = prepare_run(config, label, setting)
     require_same_inputs(prepared, out)
     with locked(out), progress or Quiet() as shown:
         write_start(prepared, out)
@@ -73,7 +78,7 @@ def run(
             done(begun, prepared.method, config.federation.rounds),
             len(steps(prepared.method, config.federation.rounds)),
         )
-        shown.start(prepared.label, config.seed, behind, total)
+        shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         if behind < total:
             Keeper(out / "clients").drop_after(begun.round)
             with engine_for(prepared, out) as engine:
@@ -138,8 +143,8 @@ def require_an_answer(server: Server, ledger: Ledger) -> None:
         client, reason = next(iter(failed.items()))
         raise BadRun(
             f"round {server.round}: all {len(failed)} clients failed, {client} because {reason}; "
-            "what came before is saved: mend the cause and run again with --resume, or, if it lies in the settings or the data, "
-            "start anew with another --out"
+            "what came before is saved: mend the cause and go on (run with --resume, compare by itself), or, if it lies in the "
+            "settings or the data, start anew with another --out"
         )
 
 
@@ -180,7 +185,7 @@ def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
         training=config.training.build(),
         clients=prepared.server.clients,
         data=prepared.clients,
-        work=Work(prepared.method, config.evaluation.generate_tokens, config.evaluation.batch_size),
+        work=Work(prepared.method, config.evaluation),
         keeper=Keeper(out / "clients"),
     )
     return LocalEngine(site, config.federation.workers)
@@ -189,8 +194,9 @@ def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
 def claim(config: RunConfig, out: Path, resume: bool) -> None:
     """Raises BadRun when `out` cannot take this run: it holds one and `resume` is off, or one with other settings."""
     there = out / "resolved.json"
+    found = list(out.iterdir()) if out.is_dir() else []  # before `there` is looked for: another process may be writing it first
     if not there.exists():
-        if out.exists() and (not out.is_dir() or any(not path.name.startswith(".resolved.json.") for path in out.iterdir())):
+        if (out.exists() and not out.is_dir()) or any(not path.name.startswith(".resolved.json.") for path in found):
             raise BadRun(f"{out} is not empty and holds no run of ours; give another folder with --out")
         return
     if not resume:
@@ -227,17 +233,6 @@ def write_start(prepared: Prepared, out: Path) -> None:
     write_text(out / "run.toml", to_toml(resolved))
 
 
-def require_room_for_comparison(out: Path) -> None:
-    """Raises BadRun when `out` holds anything but runs of a comparison and their reports."""
-    if (out / "resolved.json").exists():
-        raise BadRun(f"{out} holds a single run, so a comparison cannot be put there; give another folder with --out")
-    there = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
-    runs = [path for path in there if path.is_dir() and all(each.name.startswith("seed-") for each in path.iterdir())]
-    others = [path for path in there if path not in runs and not (runs and path.name in REPORTS)]
-    if others:
-        raise BadRun(f"{out} holds {others[0].name}, which no comparison of ours wrote; give another folder with --out")
-
-
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Adds `lines` as JSON; they are on disk before the checkpoint that counts on them."""
     with path.open("a") as file:
@@ -251,7 +246,7 @@ def locked(out: Path) -> Iterator[None]:
     """Holds the results folder for one process; the lock ends with it, however it ends.
 
     Raises:
-        BadRun: another process holds it.
+        Busy: another process holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
@@ -259,45 +254,6 @@ def locked(out: Path) -> Iterator[None]:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise BadRun(f"another process is running in {out}; wait for it, or give another folder with --out") from None
+        raise Busy(f"another process is running in {out}; wait for it, or give another folder with --out") from None
     finally:
         os.close(folder)
-
-
-def variant(config: RunConfig, text: str) -> RunConfig:
-    """`config` with another method: `name`, or `name:key=value:key=value`.
-
-    What the run file says of the same method stays.
-
-    Raises:
-        BadValue: no such method or key.
-    """
-    name, *settings = text.split(":")
-    if name not in METHODS:
-        raise BadValue(f"{name!r} is not one of {', '.join(METHODS)}{nearest(name, METHODS)}")
-    method = dict(config.method) if config.method["name"] == name else {"name": name}
-    tree = config.model_dump(mode="json", exclude_none=True)
-    return checked(RunConfig, with_settings({**tree, "method": method}, [f"method.{setting}" for setting in settings]))
-
-
-def compare(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: Path, progress: Progress | None = None
-) -> list[Path]:
-    """Each method with each seed, over the same data and clients, in `out`/<method>/seed-<seed>; finished runs stay.
-
-    Raises:
-        FedExpertsError: as `run`; and every run is prepared once before the first one starts.
-        BadRun: `out` holds something other than a comparison.
-    """
-    if not methods:
-        raise BadValue(f"no method was named to compare; name some of {', '.join(METHODS)}")
-    require_room_for_comparison(out)
-    named = list(dict.fromkeys(methods))
-    runs = [(method, seed, variant(config, method).model_copy(update={"seed": seed})) for seed in seeds for method in named]
-    for method, _, each in runs:  # a client that has no part in the last method says so before the first one runs
-        prepare_run(each, method)
-    folders = []
-    for method, seed, each in runs:
-        folder = out / method.replace(":", ",") / f"seed-{seed}"
-        folders.append(run(each, folder, resume=True, label=method, progress=progress))
-    return folders

@@ -30,9 +30,10 @@ class Prepared:
     base: Base
     clients: Clients
     server: Server
+    setting: str = ""  # the run file of a comparison, by its name
 
 
-def prepare_run(config: RunConfig, label: str | None = None) -> Prepared:
+def prepare_run(config: RunConfig, label: str | None = None, setting: str = "") -> Prepared:
     """The base, the clients' data and the first server.
 
     Raises:
@@ -44,7 +45,7 @@ def prepare_run(config: RunConfig, label: str | None = None) -> Prepared:
     server = first_server(config, base, clients)
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
-    return Prepared(config, method, label or str(config.method["name"]), base, clients, server)
+    return Prepared(config, method, label or str(config.method["name"]), base, clients, server, setting)
 
 
 def first_server(config: RunConfig, base: Base, clients: Clients) -> Server:

@@ -20,6 +20,7 @@ LAYERS = (
     ("start",),
     ("plan",),
     ("running",),
+    ("comparison",),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -7,3 +7,6 @@ from fedexperts.methods.random_moe import RandomMoE
 from fedexperts.types import Method
 
 METHODS: dict[str, type[Method]] = {"fedmoe": FedMoE, "random_moe": RandomMoE, "fedavg": FedAvg, "local": Local}
+
+REFERENCES = frozenset({"local", "centralised"})
+"""What federated methods are held against, the floor and the ceiling: no method's target is theirs."""

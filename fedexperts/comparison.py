@@ -1,0 +1,190 @@
+"""Several runs side by side: run files × methods × seeds, each in a folder of its own, by one process or by several."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from fedexperts import config as configs
+from fedexperts.config import RunConfig
+from fedexperts.errors import BadRun, BadValue, Busy, nearest
+from fedexperts.methods import METHODS
+from fedexperts.progress import Progress
+from fedexperts.running import claim, require_same_inputs, run
+from fedexperts.settings import checked, with_settings
+from fedexperts.start import prepare_run
+
+REPORTS = ("report.html", "report.csv", "report.md")
+LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method of a comparison: what it is called, and what it sets in a run file."""
+
+    label: str
+    method: str
+    changes: tuple[str, ...] = ()  # each a.b=c
+
+    @property
+    def folder(self) -> str:
+        """The label as the name of a folder; no two labels have the same."""
+        return quote(self.label, safe="=+ :").replace(":", ",")
+
+    def of(self, config: RunConfig) -> RunConfig:
+        """`config` with this method; what the run file says of the same method stays.
+
+        Raises:
+            BadValue: no such key, or a value that it does not take.
+        """
+        method = dict(config.method) if config.method["name"] == self.method else {"name": self.method}
+        tree = config.model_dump(mode="json", exclude_none=True)
+        return checked(RunConfig, with_settings({**tree, "method": method}, self.changes))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a comparison."""
+
+    config: RunConfig
+    setting: str
+    label: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What became of a comparison: the runs that another process is at work on, and those that failed, and why."""
+
+    left: tuple[Path, ...]
+    failed: Mapping[Path, str]
+
+
+def compare(
+    settings: Mapping[str, RunConfig], variants: Sequence[Variant], seeds: int, out: Path, progress: Progress | None = None
+) -> Compared:
+    """Each variant in each setting with `seeds` seeds, from the run file's on, over the same data and clients.
+
+    Runs are in `out`/<setting>/<variant>/seed-<seed>; with a single setting, in `out`/<variant>/seed-<seed>. Finished ones stay,
+    stopped ones go on, those that another process has are left to it, and one that fails does not keep the others from running.
+
+    Raises:
+        FedExpertsError: before the first run starts, as every run is prepared once before.
+        BadRun: `out` holds something other than a comparison of this form.
+    """
+    require_room(out, len(settings))
+    runs = [
+        planned(config, setting, variant, config.seed + number, out / setting if len(settings) > 1 else out)
+        for number in range(seeds)
+        for setting, config in settings.items()
+        for variant in variants
+    ]
+    for each in runs:  # a client that has no part in the last method says so before the first one runs
+        claim(each.config, each.folder, resume=True)
+        require_same_inputs(prepare_run(each.config, each.label), each.folder)
+    failed: dict[Path, str] = {}
+    first = [each for each in runs if is_left(each, failed, progress)]
+    left = [each for each in first if is_left(each, failed, progress)]  # the others are done meanwhile, or were stopped
+    return Compared(tuple(each.folder for each in left), failed)
+
+
+def is_left(planned: Planned, failed: dict[Path, str], progress: Progress | None) -> bool:
+    """Runs it, unless another process is at it; one that fails is entered with its reason."""
+    try:
+        run(planned.config, planned.folder, resume=True, label=planned.label, setting=planned.setting, progress=progress)
+    except Busy:
+        return True
+    except BadRun as error:
+        failed[planned.folder] = str(error)
+    return False
+
+
+def planned(config: RunConfig, setting: str, variant: Variant, seed: int, parent: Path) -> Planned:
+    seeded = variant.of(config).model_copy(update={"seed": seed})
+    return Planned(seeded, setting, variant.label, parent / variant.folder / f"seed-{seed}")
+
+
+def read_settings(run_files: Sequence[Path], changes: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """The run files, each under its name without `.toml`, with `changes` (a.b=c) in all of them.
+
+    Raises:
+        BadValue: two of one name, or as `config.read`.
+    """
+    names = [path.stem for path in run_files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise BadValue(f"two run files are called {twice[0]}, and reports tell settings apart by these names; rename one")
+    return {path.stem: configs.read(path, changes) for path in run_files}
+
+
+def read_variants(text: str) -> list[Variant]:
+    """The methods that a comma-separated list names, each once.
+
+    One is `method`, `method:key=value:key=value` or, with a name for tables and folders, `name=method:…`. A key without a dot
+    is the method's own setting; one with a dot is any setting of the run file. Commas and colons in brackets or quotes divide
+    nothing.
+
+    Raises:
+        BadValue: no method, one there is none of, or two of one name.
+    """
+    found: dict[str, Variant] = {}
+    for each in pieces(text, ","):
+        if each.strip():
+            variant = read_variant(each.strip())
+            if found.setdefault(variant.label, variant) != variant:
+                raise BadValue(f"two methods are called {variant.label}, and reports tell them apart by these names; rename one")
+    if not found:
+        raise BadValue(f"no method was named to compare; name some of {', '.join(METHODS)}")
+    return list(found.values())
+
+
+def read_variant(text: str) -> Variant:
+    """One of `read_variants`."""
+    head, *settings = pieces(text, ":")
+    name, equals, method = (part.strip() for part in head.rpartition("="))
+    if method not in METHODS:
+        raise BadValue(f"{method!r} is not one of {', '.join(METHODS)}{nearest(method, METHODS)}")
+    if equals and not re.match(r"\w", name):
+        raise BadValue(f"{text} calls its method {name!r}; a name begins with a letter or a digit")
+    keyed = (setting if "." in setting.partition("=")[0] else f"method.{setting}" for setting in settings)
+    variant = Variant(name if equals else text, method, tuple(keyed))
+    if len(variant.folder) > LONGEST:
+        raise BadValue(f"{text} is too long for the name of a folder; give it a short one: name={text}")
+    return variant
+
+
+def pieces(text: str, separator: str) -> list[str]:
+    """`text` divided at each `separator` that stands in no bracket and no quote."""
+    found, depth, quoted = [""], 0, ""
+    for letter in text:
+        if letter in "\"'":
+            quoted = letter if not quoted else "" if quoted == letter else quoted
+        depth += 0 if quoted else (letter in "[{") - (letter in "]}")
+        if letter == separator and not depth and not quoted:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
+
+
+def require_room(out: Path, settings: int) -> None:
+    """Raises BadRun when `out` holds anything but the runs of a comparison over so many run files, and their reports."""
+    if (out / "resolved.json").exists():
+        raise BadRun(f"{out} holds a single run, so a comparison cannot be put there; give another folder with --out")
+    there = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    found = [path for path in there if not is_report(path)]
+    others = [path for path in found if not holds_runs(path, 2 if settings > 1 else 1)] or ([] if found else there)
+    if others:
+        kind = "over several run files" if settings > 1 else "over a single run file"
+        raise BadRun(f"{out} holds {others[0].name}, which no comparison {kind} wrote; give another folder with --out")
+
+
+def holds_runs(folder: Path, depth: int) -> bool:
+    """Whether it holds seed-<seed> folders, `depth` levels down, and nothing else but reports."""
+    inside = [path for path in folder.iterdir() if not is_report(path)] if folder.is_dir() else [folder]
+    return all(holds_runs(path, depth - 1) if depth > 1 else path.name.startswith("seed-") for path in inside)
+
+
+def is_report(path: Path) -> bool:
+    """Whether it is a report, or one that another process is writing."""
+    return path.name in REPORTS or path.name.startswith(tuple(f".{name}." for name in REPORTS))
