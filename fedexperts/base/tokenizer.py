@@ -1,4 +1,4 @@
-"""The tokenizer of the bases we make: bytes, merges learnt from text if there is any, and a token per instruction word."""
+"""The tokenizers of the bases we make: bytes with a token per instruction word, or byte pairs learnt from text."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -11,22 +11,42 @@ from fedexperts.data.synthetic import INSTRUCTIONS, SEPARATOR
 PAD, START, END = "<pad>", "<s>", "</s>"
 
 
-def make_tokenizer(max_tokens: int, merges: int = 0, texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """Reads any text without an unknown token; `merges` byte pairs are learnt from `texts`."""
+def make_tokenizer(max_tokens: int) -> PreTrainedTokenizerFast:
+    """Bytes, and a token per instruction word; reads any text without an unknown token."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_special_tokens([PAD, START, END])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in (SEPARATOR, *INSTRUCTIONS)])
+    return wrapped(tokenizer, max_tokens)
+
+
+def learn_tokenizer(max_tokens: int, merges: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Bytes and `merges` byte pairs learnt from `texts`; reads any text without an unknown token. Digits stay apart."""
+    tokenizer = bytes_tokenizer()
+    special, alphabet = [PAD, START, END], sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = cast("Any", trainers.BpeTrainer)(
+        vocab_size=len(special) + len(alphabet) + merges,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.train_from_iterator(texts, trainer)
+    return wrapped(tokenizer, max_tokens)
+
+
+def bytes_tokenizer() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = [PAD, START, END]
-    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate([*special, *alphabet])}, merges=[]))
+    vocabulary = {token: id for id, token in enumerate([PAD, START, END, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if merges:
-        size = len(special) + len(alphabet) + merges
-        trainer = cast("Any", trainers.BpeTrainer)(
-            vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in (SEPARATOR, *INSTRUCTIONS)])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, special.index(START))])
+    return tokenizer
+
+
+def wrapped(tokenizer: Tokenizer, max_tokens: int) -> PreTrainedTokenizerFast:
+    start = tokenizer.token_to_id(START)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, start)])
     wrap = cast("Any", PreTrainedTokenizerFast)
     return cast(
         "PreTrainedTokenizerFast",
