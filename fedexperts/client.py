@@ -1,6 +1,6 @@
 """What a client can do: install what was sent, fit it to its examples, validate it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
@@ -61,11 +61,13 @@ def fit(
     steps: int | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     after_backward: Callable[[nn.Module], None] | None = None,
+    beside: Iterable[Tensor] = (),
 ) -> Fitted:
     """`steps` (default: the run's local_steps) optimiser steps on the client's training examples.
 
     The loss is cross-entropy per response token with label smoothing, plus the load-balance loss (FedMoE, section 3.1), plus
-    `penalty` of the model. `after_backward` sees the gradients before they are clipped. The optimiser starts afresh.
+    `penalty` of the model. `after_backward` sees the gradients before they are clipped. The optimiser starts afresh. `beside` is
+    what the method holds through all steps: it counts in the peak.
     """
     training = bench.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -78,7 +80,7 @@ def fit(
     drawn = [bench.encoder.batch(chosen) for chosen in batches(bench.data.train, training.batch_size, steps, seed)]
     metered = heaviest(drawn)
     for step, batch in enumerate(drawn):
-        meter = MemoryMeter(model, optimizer) if step == metered else None
+        meter = MemoryMeter(model, optimizer, beside) if step == metered else None
         with meter or nullcontext():
             with Recorder(model, keep_logits=True) if training.balance else nullcontext() as recorder:
                 loss = cross_entropy(model, batch, training.label_smoothing)

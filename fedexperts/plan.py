@@ -42,9 +42,8 @@ def plan(prepared: Prepared) -> dict[str, Any]:
 
 
 def round_flops(prepared: Prepared) -> float:
-    """Floating point operations of one client's local steps on the whole model and full-length examples: the most it can be."""
-    config, base = prepared.config, prepared.base
-    training = config.training.build()
+    """Floating point operations of a participant's round on the whole model and full-length examples: the most it can be."""
+    config, base, training = prepared.config, prepared.base, prepared.training
     model = prepare(shrink(base.model, prepared.server.anatomy.all_experts), training.tuning, seed="")
     lengths = [config.data.max_tokens] * training.batch_size
     return per_step(model)(lengths, lengths) * training.local_steps
@@ -77,7 +76,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
     """`first_…`: of the client's first job; no experts where it has no part in that."""
     split, server, method = prepared.clients[client.name], prepared.server, prepared.method
     first = replace(server, task=steps(method, 1)[0][1])
-    assignment = method.assign(first, client)
+    assignment = method.assign(first, client) if client.name in prepared.participants else None
     held = assignment.experts if assignment else {}
     needed = server.footprint.of(held)
     return {

@@ -95,6 +95,7 @@ def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progres
     number = federation.clients_per_round or len(begun.clients)
     by_task = federation.sampling == "by task"
     started = perf_counter()
+    begun = replace(begun, clients=prepared.participants)
 
     for server in federate(begun, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task):
         progress.failed(server, failures(ledger))
@@ -155,13 +156,13 @@ def failures(ledger: Ledger) -> dict[str, str]:
 
 def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, out: Path, progress: Progress) -> None:
     """Every client's scores on its own test examples, and those of all clients together, into evals.jsonl."""
-    asked = replace(server, task="evaluate")
-    progress.evaluating(len(server.clients))
+    asked = replace(server, task="evaluate", clients=prepared.server.clients)
+    progress.evaluating(len(asked.clients))
     jobs = ledger.sent(jobs_for(asked, prepared.method, asked.clients.values()))
     scores = {update.client: evaluate.Scores.from_json(update.metrics) for update in ledger.received(engine.run(jobs))}
     require_an_answer(asked, ledger)
-    together = evaluate.merge(scores[client] for client in server.clients if client in scores)
-    lines = [line for client in server.clients if client in scores for line in score_lines(scores[client], client)]
+    together = evaluate.merge(scores[client] for client in asked.clients if client in scores)
+    lines = [line for client in asked.clients if client in scores for line in score_lines(scores[client], client)]
     count = sum(part.examples for part in together.tasks.values())
     whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
     append(out / "evals.jsonl", [{"round": server.round, **line} for line in [*lines, *score_lines(together, None), whole]])
@@ -182,9 +183,9 @@ def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
     site = Site(
         model=base.model,
         encoder=Encoder(base.tokenizer, config.data.max_tokens, base.encoder_decoder),
-        training=config.training.build(),
-        clients=prepared.server.clients,
-        data=prepared.clients,
+        training=prepared.training,
+        clients={**prepared.server.clients, **prepared.participants},
+        data=prepared.data,
         work=Work(prepared.method, config.evaluation),
         keeper=Keeper(out / "clients"),
     )

@@ -1,6 +1,7 @@
 """From settings to a run that can start: the base, the clients with their data and devices, the first server."""
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.types import Method, Server
+from fedexperts.types import Client, Method, Server, Split, Training
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Prepared:
     base: Base
     clients: Clients
     server: Server
+    training: Training
+    participants: Mapping[str, Client]  # who may be asked to train: the clients, or the one place that has all their data
+    data: Mapping[str, Split]  # of clients and participants
     setting: str = ""  # the run file of a comparison, by its name
 
 
@@ -45,7 +49,24 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "") 
     server = first_server(config, base, clients)
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
-    return Prepared(config, method, label or str(config.method["name"]), base, clients, server, setting)
+    label, training = label or str(config.method["name"]), config.training.build()
+    prepared = Prepared(config, method, label, base, clients, server, training, server.clients, clients, setting)
+    return pooled(prepared) if method.pooled else prepared
+
+
+def pooled(prepared: Prepared) -> Prepared:
+    """`prepared` with a single participant: it has all clients' data, and no limit of memory, and takes in a round as many
+    steps as those who would be asked take together. Evaluated are the clients as ever.
+    """
+    clients, training = prepared.clients, prepared.training
+    pool = clients.together()
+    number = min(prepared.config.federation.clients_per_round or len(clients), len(clients))
+    return replace(
+        prepared,
+        training=replace(training, local_steps=training.local_steps * number),
+        participants={name: pool.client(name) for name in pool},
+        data=replace(clients, shares={**clients.shares, **pool.shares}),
+    )
 
 
 def first_server(config: RunConfig, base: Base, clients: Clients) -> Server:

@@ -196,6 +196,11 @@ class Method(Protocol):
         """Tasks that every client does once, before the first round."""
         ...
 
+    @property
+    def pooled(self) -> bool:
+        """Whether all clients' training data lie in one place, which then is the only participant of a round."""
+        ...
+
     def assign(self, server: Server, client: Client) -> Assignment | None:
         """What `client` works with for `server.task`; None when it has no part in it."""
         ...

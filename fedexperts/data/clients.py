@@ -73,6 +73,16 @@ class Clients(Mapping[str, Split]):
         """What the server may know of a client; its memory is for others to say."""
         return Client(name, len(self.shares[name].train), task=next(iter(self.tasks(name))))
 
+    def together(self) -> "Clients":
+        """One client with the examples of all, in their order, called after the first and the last: c01-c30, or c01 if alone."""
+        names, shares = list(self.shares), self.shares.values()
+        whole = Shares(
+            train=tuple(index for share in shares for index in share.train),
+            validation=tuple(index for share in shares for index in share.validation),
+            test=tuple(index for share in shares for index in share.test),
+        )
+        return replace(self, shares={"-".join(dict.fromkeys((names[0], names[-1]))): whole})
+
     @property
     def hashes(self) -> Mapping[str, str]:
         """Source → sha256 of what was read."""

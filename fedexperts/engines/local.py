@@ -16,7 +16,7 @@ from torch import nn
 
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.ledger import not_finite
+from fedexperts.ledger import not_finite, unusable
 from fedexperts.types import Bench, Client, Encoder, Failure, Job, Split, Training, Update
 
 Work = Callable[[Job, Bench], Update]
@@ -44,7 +44,7 @@ class Site:
                 update = self.work(job, bench)
             if broken := not_finite(kept):
                 return Failure(job.client, job.round, job.task, f"what it keeps to itself holds NaN or infinity in {broken}")
-            if kept and job.task != "evaluate":
+            if kept and job.task != "evaluate" and not unusable(update):  # or server and client would remember different rounds
                 self.keeper.save(job, kept)
         except Exception as error:  # a client's device may fail in any way, and the round goes on without it
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

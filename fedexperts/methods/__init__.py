@@ -1,12 +1,23 @@
 """The federated methods, by the name that a run file calls them."""
 
+from fedexperts.methods.centralised import Centralised
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE
+from fedexperts.methods.fedprox import FedProx
 from fedexperts.methods.local import Local
 from fedexperts.methods.random_moe import RandomMoE
+from fedexperts.methods.scaffold import Scaffold
 from fedexperts.types import Method
 
-METHODS: dict[str, type[Method]] = {"fedmoe": FedMoE, "random_moe": RandomMoE, "fedavg": FedAvg, "local": Local}
+METHODS: dict[str, type[Method]] = {
+    "fedmoe": FedMoE,
+    "random_moe": RandomMoE,
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
+    "local": Local,
+    "centralised": Centralised,
+}
 
 REFERENCES = frozenset({"local", "centralised"})
 """What federated methods are held against, the floor and the ceiling: no method's target is theirs."""

@@ -1,20 +1,24 @@
 """What several methods call: assigning, training and merging rows."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor, nn
 
-from fedexperts.client import examples, fit, install
+from fedexperts.client import Fitted, examples, fit, install
 from fedexperts.moe import rows
-from fedexperts.types import Assignment, Bench, Job, Patch, Server, Update
+from fedexperts.types import Assignment, Bench, Job, Patch, Server, Tensors, Update
 
 Count = Annotated[int, Field(ge=1)]
 """A hyperparameter that counts something; a run file is held to it."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
 """A hyperparameter that is a part of something, or all of it."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""A hyperparameter that weighs something."""
 
 
 def all_experts(server: Server) -> Assignment:
@@ -32,9 +36,13 @@ def patch_for(server: Server, assignment: Assignment) -> Patch:
 def train_assigned(job: Job, bench: Bench) -> Update:
     """Train what was sent on the client's own examples, and send it all back."""
     model = install(job, bench)
-    fitted = fit(model, bench, seed=job.seed)
-    patch = Patch(rows.read(model), job.patch.rows)
-    return Update(job.client, job.round, job.task, patch, examples(bench), metrics={"loss": fitted.loss}, cost=fitted.cost)
+    return answer(job, bench, model, fit(model, bench, seed=job.seed))
+
+
+def answer(job: Job, bench: Bench, model: nn.Module, fitted: Fitted, extra: Tensors | None = None) -> Update:
+    """All that `model` trained, in the rows of `job`, with what came of it."""
+    patch, metrics = Patch(rows.read(model), job.patch.rows), {"loss": fitted.loss}
+    return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, metrics, fitted.cost)
 
 
 def by_examples(update: Update) -> float:
@@ -60,3 +68,8 @@ def heard(updates: Iterable[Update], notes: list[Update]) -> Iterator[Update]:
     for update in updates:
         yield update
         notes.append(replace(update, patch=Patch({})))
+
+
+def of(kind: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `memory` that are called `kind`/…, by the rest of their names."""
+    return {key.removeprefix(f"{kind}/"): tensor for key, tensor in memory.items() if key.startswith(f"{kind}/")}

@@ -8,18 +8,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
+from fedexperts.methods.base import Count, by_examples, mean_rows, train_assigned
+from fedexperts.methods.submodel import same_for_all
 from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
 
 
 @dataclass(frozen=True)
 class FedAvg:
-    """Every client trains every expert, whatever its memory; the server weighs clients by their number of examples."""
+    """Every client trains the same model; the server weighs clients by their number of examples.
 
+    experts_per_layer: of random experts, the same in every client; None: all experts, whatever the client's memory.
+    """
+
+    experts_per_layer: Count | None = None
     before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        return all_experts(server)
+        return Assignment(same_for_all(server, client, self.experts_per_layer))
 
     def train(self, job: Job, bench: Bench) -> Update:
         return train_assigned(job, bench)

@@ -5,17 +5,17 @@ https://arxiv.org/abs/2408.11304. Section numbers are the paper's; what it leave
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedexperts.client import examples, fit, install, validate
 from fedexperts.errors import TooSmall
-from fedexperts.methods.base import Count, Share, all_experts, by_examples, heard, mean_rows
+from fedexperts.methods.base import Count, Share, all_experts, by_examples, heard, mean_rows, of
 from fedexperts.methods.recommend import recommend
 from fedexperts.methods.submodel import at_random, by_block, mask, predict, require_minimum, search, unmask
 from fedexperts.moe import rows
@@ -48,6 +48,7 @@ class FedMoE:
     experts_per_layer: Count | None = None
     patience: Count = 3
     neighbours: Count = 3
+    pooled: ClassVar[bool] = False
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -165,8 +166,3 @@ class FedMoE:
                 if not torch.equal(held, wanted):
                     after |= {f"former/{name}": held, f"held/{name}": wanted}
         return after | {f"best/{name}": torch.tensor(best, dtype=torch.float64), f"stale/{name}": torch.tensor(stale)}
-
-
-def of(kind: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `memory` of one kind, by client."""
-    return {key.removeprefix(f"{kind}/"): tensor for key, tensor in memory.items() if key.startswith(f"{kind}/")}

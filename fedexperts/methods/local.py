@@ -4,18 +4,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedexperts.methods.base import all_experts, train_assigned
+from fedexperts.methods.base import Count, train_assigned
+from fedexperts.methods.submodel import same_for_all
 from fedexperts.types import Assignment, Bench, Client, Job, Patch, Server, Update
 
 
 @dataclass(frozen=True)
 class Local:
-    """Clients keep all that they train; nothing is sent either way, and the server's model stays as it was."""
+    """Clients keep all that they train; nothing is sent either way, and the server's model stays as it was.
 
+    experts_per_layer: of random experts, the same in every client; None: all experts, whatever the client's memory.
+    """
+
+    experts_per_layer: Count | None = None
     before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        return replace(all_experts(server), names=frozenset())
+        return Assignment(same_for_all(server, client, self.experts_per_layer), names=frozenset())
 
     def train(self, job: Job, bench: Bench) -> Update:
         update = train_assigned(job, bench)

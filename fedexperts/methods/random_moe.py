@@ -21,6 +21,7 @@ class RandomMoE:
     experts_per_layer: Count | None = None
     reserve: Share = 0.7
     before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         rng = Random(f"{server.seed}/{client.name}/experts")

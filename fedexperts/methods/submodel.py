@@ -110,9 +110,22 @@ def at_random(server: Server, client: Client, reserve: float, per_layer: int | N
     if client.memory_bytes is not None and client.memory_bytes < needed:
         raise TooSmall(
             f"client {client.name} has {client.memory_bytes / 1e6:.1f} MB of memory, but experts_per_layer = {per_layer} takes "
-            f"{needed / 1e6:.1f} MB to train; ask for at most {even_number(server, client)}, or leave it to each client's memory"
+            f"{needed / 1e6:.1f} MB to train; ask for at most {even_number(server, client)}, or leave it out"
         )
     return experts
+
+
+def same_for_all(server: Server, client: Client, per_layer: int | None) -> Experts:
+    """The same `per_layer` random experts in each layer for every client of a run; None: all experts, whatever the memory.
+
+    The homogeneous small model that FedMoE's paper gives its baselines (section 5: 8 of 32 experts).
+
+    Raises:
+        TooSmall: the memory of `client` does not hold as many.
+    """
+    if per_layer is None:
+        return server.anatomy.all_experts
+    return at_random(server, client, 1.0, per_layer, Random(f"{server.seed}/experts"))
 
 
 def even_number(server: Server, client: Client, reserve: float = 1.0) -> int:

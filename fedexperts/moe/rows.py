@@ -1,7 +1,7 @@
 """Trained parameters row-first: axis 0 is a row one can send alone, an expert or the whole as its only row."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,12 @@ class _Source:
     def write(self, rows: Tensor, ids: list[int]) -> None:
         for row, index in zip(rows, ids, strict=True):
             self._row(index).copy_(row)
+
+    def split(self, rows: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        if self.axis is None:
+            yield from zip(self.parameters, rows, strict=True)
+        else:
+            yield self.parameters[0], rows.movedim(0, self.axis)
 
     def _row(self, index: int) -> Tensor:
         if self.axis is None:
@@ -74,6 +80,11 @@ def write(model: nn.Module, tensors: Tensors, rows: Mapping[str, Tensor] | None 
         if tuple(tensor.shape) != (len(ids), *shape[1:]):
             raise BadValue(f"{name} is {list(tensor.shape)}, but the model takes {[len(ids), *shape[1:]]}: rows first")
         sources[name].write(tensor, ids)
+
+
+def paired(model: nn.Module, tensors: Tensors) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each trainable parameter of `model` with what `tensors`, all rows of all of them, have for it: a view of its shape."""
+    return [pair for name, source in _sources(model).items() for pair in source.split(tensors[name])]
 
 
 def cut(tensors: Tensors, layout: Layout, experts: Experts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
