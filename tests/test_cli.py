@@ -324,6 +324,45 @@ def test_a_comparison_checks_every_method_before_the_first_runs(fedexperts, run_
     assert "did you mean patience?" in refused(called, tmp_path / "out")
 
 
+def test_a_run_that_fails_does_not_stop_a_comparison_and_is_named_at_its_end(fedexperts, run_file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with_poison(monkeypatch, ["c01", "c02", "c03", "c04"])
+    code, shown, said = fedexperts("compare", run_file, "--methods", "fedavg,local", *EVERYONE, "--out", out, "--quiet")
+    assert code == 1
+    assert said.count("\n") == 1
+    assert f"{out / 'fedavg' / 'seed-0'} failed: round 2: all 4 clients failed" in said
+    assert [line["round"] for line in lines(out / "local" / "seed-0" / "rounds.jsonl")] == [1, 2, 3]
+    assert "report.html" in shown
+
+
+def test_a_comparison_says_which_runs_it_left_to_another_process(fedexperts, run_file, tmp_path):
+    out = tmp_path / "out"
+    with running.locked(out / "local" / "seed-0"):
+        code, shown, _ = fedexperts("compare", run_file, "--methods", "local", "--out", out, "--quiet")
+        assert (code, f"left to the process that is at it: {out / 'local' / 'seed-0'}" in shown) == (0, True)
+        assert not (out / "report.html").exists()  # there is nothing yet to report
+        methods = ("--methods", "local,fedavg")
+        code, shown, _ = fedexperts("compare", run_file, *methods, "--set", "federation.rounds=1", "--out", out, "--quiet")
+    assert (code, "left to the process" in shown, "report.html" in shown) == (0, True, True)
+
+
+def test_several_run_files_need_a_results_folder(fedexperts, run_file, tmp_path):
+    other = tmp_path / "other.toml"
+    shutil.copy(run_file, other)
+    said = refused(fedexperts("compare", run_file, other, "--methods", "local"), tmp_path / "out")
+    assert "give one with --out" in said
+
+
+def test_clients_are_scored_on_their_validation_examples_where_that_is_asked(fedexperts, run_file, tmp_path):
+    out = tmp_path / "out"
+    settings = ("--set", "evaluation.split=validation", "--set", "federation.rounds=1", "--set", "data.validation=0.5")
+    assert fedexperts("run", run_file, *settings, "--out", out, "--quiet")[0] == 0
+    counts = {client["name"]: client["validation"] for client in json.loads((out / "plan.json").read_text())["clients"]}
+    scored = {line["client"]: line["examples"] for line in lines(out / "evals.jsonl") if line["client"]}
+    assert scored == counts
+    assert set(counts.values()) != {2}  # the number of test examples
+
+
 def test_a_plan_is_printed_and_nothing_is_written(fedexperts, run_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, shown, _ = fedexperts("plan", run_file, "--json")

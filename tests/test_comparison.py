@@ -1,0 +1,178 @@
+"""Several runs side by side: what their methods are called, where they lie, and who does what."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedexperts import comparison
+from fedexperts.comparison import Variant, compare, read_settings, read_variants
+from fedexperts.config import RunConfig
+from fedexperts.errors import BadRun, BadValue
+from fedexperts.methods import METHODS, REFERENCES
+from fedexperts.running import locked
+from fedexperts.settings import checked
+
+
+@pytest.fixture
+def settings(tiny_tree):
+    """Two settings of one round each."""
+    short = {**tiny_tree, "federation": {"rounds": 1, "clients_per_round": 2}}
+    by_task = {**short, "federation": {**short["federation"], "sampling": "by task"}}
+    return {"standard": checked(RunConfig, short), "enforced": checked(RunConfig, by_task)}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rounds(out):
+    """Results folder, relative to `out` → the rounds it has done."""
+    found = {path.parent.relative_to(out).as_posix(): path for path in out.rglob("rounds.jsonl")}
+    return {name: [line["round"] for line in lines(path)] for name, path in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fedavg", [Variant("fedavg", "fedavg")]),
+        ("fedavg , local,,", [Variant("fedavg", "fedavg"), Variant("local", "local")]),
+        ("fedavg,fedavg", [Variant("fedavg", "fedavg")]),
+        ("fedmoe:adjust=false", [Variant("fedmoe:adjust=false", "fedmoe", ("method.adjust=false",))]),
+        ("fedavg:training.lr=1e-3", [Variant("fedavg:training.lr=1e-3", "fedavg", ("training.lr=1e-3",))]),
+        ("slow=fedmoe:patience=3:training.lr=1e-4", [Variant("slow", "fedmoe", ("method.patience=3", "training.lr=1e-4"))]),
+        (
+            'two = fedavg:data.sources=["a","hub:b/c"],local',
+            [Variant("two", "fedavg", ('data.sources=["a","hub:b/c"]',)), Variant("local", "local")],
+        ),
+        (
+            "fedavg:devices.memory_gb={uniform=[1,2]}:training.lr=1",
+            [
+                Variant(
+                    "fedavg:devices.memory_gb={uniform=[1,2]}:training.lr=1",
+                    "fedavg",
+                    ("devices.memory_gb={uniform=[1,2]}", "training.lr=1"),
+                )
+            ],
+        ),
+    ],
+)
+def test_methods_are_read_with_their_names_and_what_they_set(text, expected):
+    assert read_variants(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (" ,", "no method was named"),
+        ("fedavgg", "did you mean fedavg"),
+        ("a=fedavg,a=local", "two methods are called a"),
+        ("../x=fedavg", "a name begins with a letter"),
+        ("=fedavg", "a name begins with a letter"),
+        (f"fedavg:model.name={'x' * 300}", "give it a short one"),
+    ],
+)
+def test_methods_that_cannot_be_read_are_refused(text, said):
+    with pytest.raises(BadValue, match=said):
+        read_variants(text)
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=2, unique=True))
+def test_no_two_labels_share_a_folder_and_each_is_one_part_of_a_path(labels):
+    folders = [Variant(label, "fedavg").folder for label in labels]
+    assert len(set(folders)) == 2
+    assert not [folder for folder in folders if "/" in folder or "\0" in folder]
+
+
+def test_a_variant_sets_any_key_and_leaves_what_the_run_file_says_of_its_method(tiny_tree):
+    config = checked(RunConfig, {**tiny_tree, "method": {"name": "fedmoe", "patience": 7, "neighbours": 2}})
+    (variant,) = read_variants("fedmoe:patience=1:training.lr=0.5:evaluation.split=validation")
+    found = variant.of(config)
+    assert found.method == {"name": "fedmoe", "patience": 1, "neighbours": 2}
+    assert (found.training.lr, found.evaluation.split) == (0.5, "validation")
+    assert found.training.local_steps == config.training.local_steps == 2
+    with pytest.raises(BadValue, match=r"training\.rl is not a setting; did you mean training\.lr\?"):
+        read_variants("fedavg:training.rl=1")[0].of(config)
+
+
+def test_references_are_told_from_methods_that_federate():
+    assert "local" in REFERENCES
+    assert {"fedmoe", "random_moe", "fedavg"} <= METHODS.keys() - REFERENCES
+
+
+def test_run_files_of_one_name_are_refused(tiny_tree, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run.toml").write_text(tomli_w.dumps(tiny_tree))
+    with pytest.raises(BadValue, match="two run files are called run"):
+        read_settings([tmp_path / "a/run.toml", tmp_path / "b/run.toml"])
+    assert read_settings([tmp_path / "a/run.toml"], ["seed=5"])["run"].seed == 5
+
+
+def test_each_setting_has_its_folder_and_its_name_in_the_plan(settings, tmp_path):
+    found = compare(settings, read_variants("fedavg,mine=local:training.lr=0.5"), 2, tmp_path)
+    assert found == comparison.Compared((), {})
+    assert rounds(tmp_path) == {
+        f"{setting}/{method}/seed-{seed}": [1]
+        for setting in ("standard", "enforced")
+        for method in ("fedavg", "mine")
+        for seed in (0, 1)
+    }
+    plan = json.loads((tmp_path / "enforced/mine/seed-1/plan.json").read_text())
+    assert (plan["method"], plan["setting"], plan["seed"], plan["reference"]) == ("mine", "enforced", 1, True)
+    assert not json.loads((tmp_path / "enforced/fedavg/seed-1/plan.json").read_text())["reference"]
+
+
+def test_a_single_setting_has_no_folder_of_its_own_but_its_name_in_the_plan(settings, tmp_path):
+    compare({"standard": settings["standard"]}, read_variants("local"), 1, tmp_path)
+    assert rounds(tmp_path) == {"local/seed-0": [1]}
+    assert json.loads((tmp_path / "local/seed-0/plan.json").read_text())["setting"] == "standard"
+
+
+def test_what_another_process_is_at_is_left_to_it_and_everything_else_is_done(settings, tmp_path):
+    busy, methods = tmp_path / "standard/fedavg/seed-0", read_variants("fedavg,local")
+    with locked(busy):
+        assert compare(settings, methods, 1, tmp_path).left == (busy,)
+    assert set(rounds(tmp_path)) == {"standard/local/seed-0", "enforced/fedavg/seed-0", "enforced/local/seed-0"}
+    assert compare(settings, methods, 1, tmp_path).left == ()
+    assert rounds(tmp_path)["standard/fedavg/seed-0"] == [1]
+
+
+def test_two_commands_started_together_share_the_runs(tiny_tree, tmp_path):
+    run_files = [tmp_path / "one.toml", tmp_path / "two.toml"]
+    for path in run_files:
+        path.write_text(tomli_w.dumps(tiny_tree))
+    command = [sys.executable, "-m", "fedexperts", "compare", *run_files, "--methods", "fedavg,local", "--seeds", "2", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([*command, "--out", tmp_path / "out"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    found = rounds(tmp_path / "out")
+    assert len(found) == 2 * 2 * 2
+    assert set(map(tuple, found.values())) == {(1, 2, 3)}  # each round once: no two processes did the same run
+
+
+@pytest.mark.parametrize("there", ["standard/thesis.tex", "thesis.tex", "report.md", "fedavg/seed-0/plan.json"])
+def test_a_comparison_over_settings_is_put_among_nothing_else(settings, tmp_path, there):
+    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / there).write_text("precious")
+    with pytest.raises(BadRun, match=r"holds .*, which no comparison over several run files wrote"):
+        compare(settings, read_variants("local"), 1, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*.*")] == [Path(there).name]
+
+
+def test_a_comparison_over_one_setting_is_not_put_beside_one_over_several(settings, tmp_path):
+    (tmp_path / "enforced/fedavg/seed-0").mkdir(parents=True)
+    (tmp_path / "enforced/report.html").write_text("of enforced alone")
+    with pytest.raises(BadRun, match="holds enforced, which no comparison over a single run file wrote"):
+        compare({"standard": settings["standard"]}, read_variants("local"), 1, tmp_path)
+    comparison.require_room(tmp_path, settings=2)
