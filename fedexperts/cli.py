@@ -156,7 +156,7 @@ def report(
 def pretrain(
     run_file: RunFile, set: Set = None, out: Annotated[Path | None, typer.Option("--out", help="The model's folder.")] = None
 ) -> None:
-    """Make a small MoE base from text and generated tasks (how the one that ships was made)."""
+    """Make a small MoE base from text, instructions and generated tasks; stopped, it goes on where it was."""
     from fedexperts.base import pretrain as pretraining
 
     folder = pretraining.run_file(run_file, set or [], out, console)
@@ -219,7 +219,7 @@ def main() -> None:
         sys.exit(fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); free it, or give another folder", 2))
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer says nothing then
-            fail("interrupted; all whole rounds are saved: run goes on with --resume, compare by itself", INTERRUPTED)
+            fail("interrupted; what is whole is saved: run goes on with --resume, others by themselves", INTERRUPTED)
         raise
 
 

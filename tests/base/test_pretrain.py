@@ -1,21 +1,29 @@
 import gzip
 import json
 import math
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from fedexperts.base import pretrain as pretraining
 from fedexperts.base.load import load
-from fedexperts.base.pretrain import RECIPE, mixed, pretrain, read_sources, schedule
+from fedexperts.base.pretrain import RECIPE, mixed, pretrain, recipe_settings, schedule
 from fedexperts.base.settings import Mixture, PretrainSettings, Shape, read_settings
-from fedexperts.base.tokenizer import make_tokenizer
+from fedexperts.base.tokenizer import learn_tokenizer, make_tokenizer
 from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, side
 from fedexperts.errors import BadData, BadRun, BadValue
 from fedexperts.moe.routing import Recorder, balance_loss
 
 SMALL = Shape(hidden=16, layers=1, heads=2, experts=4, top_k=2, expert_width=8, max_positions=64)
+TIED = SMALL.model_copy(update={"tied": True})
+
+
+class Killed(Exception):
+    pass
 
 
 def small(out: Path, **changes) -> PretrainSettings:
@@ -56,8 +64,8 @@ def test_a_finished_base_is_replaced_but_nothing_else_is(tmp_path):
 
 def test_batches_hold_training_prompts_only_and_new_tasks_only_late_and_rarely(tmp_path):
     settings = small(tmp_path, steps=100, batch_size=40)
-    early = [example for step in range(80) for example in mixed(step, 0, settings, [])]
-    late = [example for step in range(80, 100) for example in mixed(step, 0, settings, [])]
+    early = [example for step in range(80) for example in mixed(step, 0, settings)]
+    late = [example for step in range(80, 100) for example in mixed(step, 0, settings)]
     assert len(early) == 3200 and len(late) == 800
     assert all(side(example.prompt) == "train" for example in early + late if example.task != "text")
     assert {example.task for example in early} == {*BASE_TASKS, "text"}
@@ -66,25 +74,140 @@ def test_batches_hold_training_prompts_only_and_new_tasks_only_late_and_rarely(t
 
 def test_workers_draw_different_examples_of_the_same_kind(tmp_path):
     settings = small(tmp_path, workers=2, mixture=Mixture(text_share=0.5))
-    pairs = [(mixed(step, 0, settings, []), mixed(step, 1, settings, [])) for step in range(20)]
+    pairs = [(mixed(step, 0, settings), mixed(step, 1, settings)) for step in range(20)]
     assert all(len(one) == len(other) == 4 and one != other for one, other in pairs)
     kinds = [{example.task == "text" for example in one + other} for one, other in pairs]
     assert all(len(kind) == 1 for kind in kinds) and {True} in kinds and {False} in kinds
 
 
-def test_sources_of_plain_text_are_read_from_a_path_and_from_the_data_folder(tmp_path, monkeypatch):
-    (tmp_path / "text").mkdir()
-    with gzip.open(tmp_path / "text" / "tales.train.jsonl.gz", "wt") as file:
-        file.write('{"text": "once upon a time"}\n{"text": "the end"}\n')
-    (tmp_path / "more.jsonl").write_text('{"text": "and more"}\n')
-    monkeypatch.setenv("FEDEXPERTS_DATA", str(tmp_path))
-    mixture = Mixture(sources=("text/tales", str(tmp_path / "more.jsonl")), source_share=1.0, text_share=0.0, source_characters=5)
-    texts = read_sources(mixture)
-    assert texts == ["once upon a time", "the end", "and more"]
-    settings = small(tmp_path / "base", mixture=mixture, merges=12, measured=0)
-    drawn = mixed(0, 0, settings, texts)
-    assert len(drawn) == 8 and all(any(example.response in text for text in texts) for example in drawn)
-    assert load(str(pretrain(settings))).tokenizer("the end")["input_ids"]
+@pytest.fixture
+def tales(tmp_path):
+    """A file of texts with some held out, and what a stream of them and of generated examples says."""
+    lines = [f"once upon a time there were {number} bears in a wood, and they had porridge" for number in range(40)]
+    for name, chosen in (("tales.train.jsonl", lines[:36]), ("tales.test.jsonl", lines[36:])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": line}) + "\n" for line in chosen))
+    return {
+        "window": 16,
+        "merges": 20,
+        "texts": (str(tmp_path / "tales.train.jsonl"),),
+        "generated": ("copy",),
+        "generated_share": 0.25,
+        "generated_examples": 40,
+    }
+
+
+def test_a_base_made_from_a_stream_tells_what_it_read_and_what_it_reaches(tmp_path, tales):
+    folder = pretrain(small(tmp_path / "base", stream=tales, precision="bf16", model=TIED))
+    base, recipe = load(str(folder)), json.loads((folder / RECIPE).read_text())
+    bits = recipe["measured"]["bits per byte, tales"]
+    assert 0 < bits["bigram"] < bits["unigram"] and bits["model"] > 0
+    assert set(recipe["measured"]["tasks"]) == {"copy", "mean"}
+    [shares] = recipe["measured"]["each expert, of a fair share"].values()
+    assert sum(shares) == pytest.approx(4, abs=0.01)
+    assert list(recipe["data"]) == list(tales["texts"])
+    assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    assert len(base.tokenizer("porridge")["input_ids"]) < 1 + len("porridge")
+    points = [line.split(",") for line in (folder / "loss.csv").read_text().splitlines()]
+    assert points[0] == ["step", "loss", "balance", "seconds"] and [point[0] for point in points[1:]] == ["1", "2", "3"]
+    assert recipe["loss"] == pytest.approx(float(points[-1][1]), abs=1e-4)
+    told = (folder / "README.md").read_text()
+    assert all(said in told for said in (*recipe["data"].values(), "bits per byte, tales", str(bits["model"])))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tales.train.jsonl", "tales.test.jsonl"}
+
+
+def test_products_in_bf16_give_nearly_the_loss_of_fp32(tmp_path, tales):
+    recipes = {}
+    for precision in ("fp32", "bf16"):
+        folder = pretrain(small(tmp_path / precision, stream=tales, precision=precision, measured=0, steps=10))
+        recipes[precision] = json.loads((folder / RECIPE).read_text())["loss"]
+    assert recipes["bf16"] == pytest.approx(recipes["fp32"], rel=0.01)
+    assert load(str(tmp_path / "bf16")).hash != load(str(tmp_path / "fp32")).hash
+
+
+def killed_after(monkeypatch, steps, settings):
+    """Pretrains until so many steps were begun."""
+    make = pretraining.feed
+
+    def failing(*given):
+        feed, begun = make(*given), count(1)
+
+        def batch(step, rank):
+            if next(begun) > steps:
+                raise Killed
+            return feed(step, rank)
+
+        return batch
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretraining, "feed", failing)
+        pretrain(settings)
+
+
+def curve_of(folder):
+    """The loss curve without its times."""
+    return [line.rpartition(",")[0] for line in (folder / "loss.csv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "mixture"])
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, tales, monkeypatch, streamed):
+    changes = {"steps": 40, "save_every": 2, "measured": 0, **({"stream": tales, "precision": "bf16"} if streamed else {})}
+    killed_after(monkeypatch, 7, small(tmp_path / "killed", **changes))  # the sixth step is saved
+    killed_after(monkeypatch, 1, small(tmp_path / "killed", **changes))
+    killed_after(monkeypatch, 20, small(tmp_path / "killed", **changes))
+    assert not (tmp_path / "killed").exists() and (tmp_path / ".killed.partial").exists()
+    killed, whole = (pretrain(small(tmp_path / name, **changes)) for name in ("killed", "whole"))
+    assert curve_of(killed) == curve_of(whole) and len(curve_of(whole)) == 21
+    assert load(str(killed)).hash == load(str(whole)).hash
+    assert not (tmp_path / ".killed.partial").exists()
+
+
+def test_every_worker_goes_on_from_what_the_first_one_saved(tmp_path, monkeypatch):
+    settings = small(tmp_path / "base", steps=40, save_every=2)
+    killed_after(monkeypatch, 7, settings)
+    partial, seen = tmp_path / ".base.partial", []
+    state = load_file(partial / pretraining.STATE)
+    model = pretraining.make_model(SMALL, make_tokenizer(64), seed=1)
+    with pytest.raises(Killed):
+        pretraining.train(model, lambda step, rank: seen.append((step, rank)) or raising(Killed)(), settings, 1, partial)
+    assert seen == [(6, 1)]
+    assert all(torch.equal(parameter, state[f"weight/{name}"]) for name, parameter in model.named_parameters())
+
+
+def test_a_run_killed_in_the_midst_of_writing_what_it_read_reads_again(tmp_path, tales, monkeypatch):
+    settings = small(tmp_path / "killed", stream=tales, measured=0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretraining, "write_tensors", raising(Killed))
+        pretrain(settings)
+    assert load(str(pretrain(settings))).hash == load(str(pretrain(small(tmp_path / "whole", stream=tales, measured=0)))).hash
+
+
+def raising(error):
+    def fail(*given):
+        raise error
+
+    return fail
+
+
+def test_steps_may_change_while_the_learning_rate_is_flat_and_not_after(tmp_path, tales, monkeypatch):
+    changes = {"stream": tales, "save_every": 2, "measured": 0, "decay": 0.5}
+    killed_after(monkeypatch, 11, small(tmp_path / "base", steps=40, **changes))  # flat until step 20
+    with pytest.raises(BadRun, match=r"is at step 10, where the learning rate of 18 steps has begun to fall; set steps = 40"):
+        pretrain(small(tmp_path / "base", steps=18, **changes))
+    killed_after(monkeypatch, 27, small(tmp_path / "base", steps=60, **changes))  # flat until step 30
+    with pytest.raises(BadRun, match=r"is at step 36, where the learning rate of 60 steps has begun to fall; set steps = 60"):
+        pretrain(small(tmp_path / "base", steps=80, **changes))
+    folder = pretrain(small(tmp_path / "base", steps=60, **changes))
+    assert json.loads((folder / RECIPE).read_text())["settings"]["steps"] == 60
+    assert curve_of(folder)[-1].startswith("60,")
+
+
+def test_a_run_does_not_go_on_with_other_settings_but_may_be_saved_more_often(tmp_path, tales, monkeypatch):
+    changes = {"stream": tales, "steps": 40, "save_every": 2, "measured": 0}
+    killed_after(monkeypatch, 5, small(tmp_path / "base", **changes))
+    with pytest.raises(BadRun, match=r"\.base\.partial was begun with another lr, stream\.window; set it as it was, or remove"):
+        pretrain(small(tmp_path / "base", **{**changes, "lr": 0.5, "stream": {**tales, "window": 8}}))
+    curve = curve_of(pretrain(small(tmp_path / "base", **{**changes, "save_every": 1})))
+    assert [point.split(",")[0] for point in (*curve[:4], curve[-1])] == ["step", "2", "4", "5", "40"]
 
 
 @pytest.mark.parametrize(
@@ -97,36 +220,32 @@ def test_sources_of_plain_text_are_read_from_a_path_and_from_the_data_folder(tmp
         ('{"text": "caf\u00e9"}'.encode("latin-1"), "not UTF-8"),
     ],
 )
-def test_a_broken_line_of_a_source_is_told_by_file_and_number(tmp_path, line, sentence):
-    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+def test_a_broken_line_of_a_source_is_told_by_file_and_number_before_anything_is_written(tmp_path, tales, line, sentence):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(BadData, match=rf"bad\.jsonl, line 2: {sentence}") as refused:
-        pretrain(small(tmp_path / "base", mixture=of_sources(tmp_path / "bad.jsonl")))
-    assert "\n" not in str(refused.value) and not (tmp_path / "base").exists()
+        pretrain(small(tmp_path / "base", stream={**tales, "texts": (*tales["texts"], str(bad))}))
+    assert "\n" not in str(refused.value) and sorted(tmp_path.iterdir()) == before
 
 
-def test_an_empty_a_damaged_and_an_unknown_file_of_a_source_are_each_told_in_a_sentence(tmp_path):
+def test_an_empty_a_damaged_an_unknown_and_a_missing_file_are_each_told_in_a_sentence(tmp_path, tales, monkeypatch):
+    monkeypatch.setenv("FEDEXPERTS_DATA", str(tmp_path))
     packed = gzip.compress(b'{"text": "once upon a time"}\n')
-    files = {"empty.jsonl": b"", "damaged.jsonl.gz": packed[:-12], "notes.txt": b"once upon a time"}
+    files = {"empty.jsonl": b"", "damaged.jsonl.gz": packed[:-12], "notes.txt": b"once upon a time", "none.jsonl": None}
     sentences = (
         r"empty\.jsonl, line 1: the file is empty",
         r"damaged\.jsonl\.gz, line 1: .*damaged",
         r"notes\.txt ends in none of",
+        r"neither .*none\.jsonl nor",
     )
     for (name, written), sentence in zip(files.items(), sentences, strict=True):
-        (tmp_path / name).write_bytes(written)
+        if written is not None:
+            (tmp_path / name).write_bytes(written)
         with pytest.raises(BadData, match=sentence) as refused:
-            pretrain(small(tmp_path / "base", mixture=of_sources(tmp_path / name)))
+            pretrain(small(tmp_path / "base", stream={**tales, "texts": (str(tmp_path / name),)}))
         assert "\n" not in str(refused.value)
-
-
-def of_sources(*sources: str | Path) -> Mixture:
-    return Mixture(sources=tuple(map(str, sources)), source_share=0.5)
-
-
-def test_a_missing_source_is_told_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDEXPERTS_DATA", str(tmp_path))
-    with pytest.raises(BadData, match="neither text/none nor"):
-        read_sources(of_sources("text/none"))
+    assert not [path for path in tmp_path.iterdir() if "base" in path.name]
 
 
 def test_without_exposed_tasks_none_are_measured(tmp_path):
@@ -138,7 +257,7 @@ def test_training_keeps_the_load_of_experts_more_even_with_the_balance_loss_than
     uneven = {}
     for balance in (0.0, 1.0):
         model = load(str(pretrain(small(tmp_path / "base", steps=60, measured=0, balance=balance)))).model
-        batch = Encoder(make_tokenizer(64), 64).batch(mixed(0, 0, small(tmp_path), []))
+        batch = Encoder(make_tokenizer(64), 64).batch(mixed(0, 0, small(tmp_path)))
         with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
             model(**batch)
         uneven[balance] = balance_loss(recorder).item()
@@ -153,16 +272,35 @@ def test_the_learning_rate_rises_and_then_follows_a_cosine(tmp_path):
     assert all(math.isfinite(schedule(step, warm)) for step in range(101))
 
 
-@pytest.mark.parametrize("merges", [0, 30])
-def test_the_tokenizer_gives_any_text_back_and_reads_instructions_as_one_token(merges):
-    tokenizer = make_tokenizer(64, merges, ["the rain in Spain falls on the plain"] * 3)
-    for text in ("Reverse it: naïve ☂\n\ttwo  spaces", "plain => text", ""):
+def test_the_learning_rate_may_stay_until_a_last_part_of_the_run(tmp_path):
+    settings = small(tmp_path, steps=100, warmup=0.0, decay=0.5, final_lr=0.1)
+    assert [schedule(step, settings) for step in (0, 25, 50, 75, 100)] == pytest.approx([1.0, 1.0, 1.0, 0.55, 0.1])
+    flat = small(tmp_path, steps=10, warmup=0.0, decay=0.0)
+    assert [schedule(step, flat) for step in range(10)] == [1.0] * 10
+
+
+PLAIN = "the rain in Spain falls on the plain"
+
+
+@pytest.mark.parametrize("tokenizer", [make_tokenizer(64), learn_tokenizer(64, 30, [PLAIN] * 3)], ids=["bytes", "pairs"])
+def test_a_tokenizer_gives_any_text_back(tokenizer):
+    for text in ("Reverse it: naïve ☂\n\ttwo  spaces", "plain => text", "", "<s>"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == text
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_the_tokenizer_of_the_mixture_reads_instructions_as_one_token():
+    tokenizer = make_tokenizer(64)
     for word in (SEPARATOR, *INSTRUCTIONS):
         assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
-    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    assert (len(tokenizer("plain")["input_ids"]) < 6) == bool(merges)
+
+
+def test_a_learnt_tokenizer_joins_what_is_frequent_and_keeps_digits_apart():
+    tokenizer = learn_tokenizer(64, 20, [PLAIN, "in 1234 and 1234"] * 3)
+    assert len(tokenizer) == 3 + 256 + 20
+    assert len(tokenizer("plain", add_special_tokens=False)["input_ids"]) < 5
+    assert len(tokenizer("1234", add_special_tokens=False)["input_ids"]) == 4
 
 
 def test_a_run_file_is_read_with_changes_from_the_shell(tmp_path):
@@ -174,7 +312,7 @@ def test_a_run_file_is_read_with_changes_from_the_shell(tmp_path):
 def test_the_run_file_of_the_shipped_base_is_what_its_recipe_says():
     recipe = json.loads(Path("fedexperts/base/tiny", RECIPE).read_text())
     settings = read_settings(Path("runs/pretrain-tiny.toml"))
-    assert settings.model_dump(mode="json", exclude={"out"}) == recipe["settings"]
+    assert recipe_settings(settings) == recipe["settings"]
 
 
 @pytest.mark.parametrize(
@@ -188,11 +326,34 @@ def test_the_run_file_of_the_shipped_base_is_what_its_recipe_says():
         ('mixture.tasks=["revers"]', "'revers' is not one of .*; did you mean reverse"),
         ("mixture.tasks=[]", r"mixture\.tasks is empty; name some of "),
         ("mixture.exposed=[]", r"mixture\.exposed is empty; .*set mixture\.exposed_share = 0"),
-        ("mixture.source_share=0.5", "sources and source_share go together"),
+        ("decay=1.5", "decay = 1.5 should be less than or equal to 1"),
+        ('precision="fp16"', "precision = 'fp16' should be 'fp32' or 'bf16'"),
+        ("stream.texts=[]", r"stream\.texts = .* at least 1 item"),
+        ('stream.instructions=["mbpp"]', r"stream\.instructions and stream\.instruction_share go together"),
+        ("stream.generated_share=0.5", r"stream\.generated and stream\.generated_share go together"),
+        ('stream={texts=["a"], generated=["revers"], generated_share=0.5}', "'revers' is not one of .*; did you mean reverse"),
+        ('stream={texts=["a"], generated=["copy"], generated_share=1}', "leave nothing for the texts"),
+        ('stream={texts=["a"], generated=["copy"], generated_share=0.003}', r"128 windows has no room for stream\.generated"),
+        ('stream={texts=["a"], generated=["copy"], generated_share=0.997}', r"128 windows has no room for stream\.texts"),
+        ('stream={texts=["a"], window=1}', r"stream\.window = 1 should be greater than or equal to 2"),
+        ('stream={texts=["a"], window=2000}', r"stream\.window = 2000 is longer than model\.max_positions = 1024"),
         ("mixture.text_share=2", r"mixture\.text_share = 2 should be less than or equal to 1"),
     ],
 )
 def test_a_bad_setting_is_one_sentence(tmp_path, change, sentence):
-    (tmp_path / "run.toml").write_text('out = "base"\n')
+    beside = "\n[stream]\ntexts = ['a']\n" if change.startswith("stream.") else ""
+    (tmp_path / "run.toml").write_text(f'out = "base"\n{beside}')
     with pytest.raises(BadValue, match=sentence):
         read_settings(tmp_path / "run.toml", [change, *(["model.heads=16"] if "hidden=24" in change else [])])
+
+
+def test_a_mixture_beside_a_stream_has_no_effect_and_is_refused(tmp_path):
+    (tmp_path / "run.toml").write_text('out = "base"\nmixture = { text_share = 0.5 }\nstream = { texts = ["a"] }\n')
+    with pytest.raises(BadValue, match="mixture has no effect beside stream"):
+        read_settings(tmp_path / "run.toml")
+
+
+def test_a_text_of_a_stream_is_a_name_or_a_table(tmp_path):
+    (tmp_path / "run.toml").write_text('out = "b"\n[stream]\ntexts = ["a", { name = "b", without = ["c"] }]\n')
+    texts = read_settings(tmp_path / "run.toml").stream.texts
+    assert [(text.name, text.without) for text in texts] == [("a", ()), ("b", ("c",))]
