@@ -20,7 +20,7 @@ class Settings(BaseModel):
 
 
 class ModelSettings(Settings):
-    """The base model. `name`: "tiny", a folder, or a name on the hub."""
+    """The base model. `name`: "tiny", "small", a folder, or a name on the hub."""
 
     name: str = "tiny"
     trust_remote_code: bool = False

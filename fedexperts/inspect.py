@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from fedexperts.base.load import OURS, own_folder
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy, blocks
 from fedexperts.moe.flops import COPIES, on_meta, parameters
@@ -133,11 +134,11 @@ def lora_option(parts: str, rank: int, modules: str | None = None) -> Tuning:
 
 
 def read_config(model: str) -> Any:
-    """The transformers config at `model`: a JSON file, a folder, "tiny" or a hub name."""
+    """The transformers config at `model`: a JSON file, a folder, a base of ours or a hub name."""
     path = Path(model)
     if path.suffix == ".json":
         return AutoConfig.for_model(**config_file(path))
-    folder = Path(__file__).parent / "base" / "tiny" if model == "tiny" else path
+    folder = own_folder(model) if model in OURS else path
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
     except (OSError, ValueError) as error:

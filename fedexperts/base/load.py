@@ -1,10 +1,9 @@
-"""A base model by name: the one that ships, a folder, or one from the hub."""
+"""A base model by name: one of ours, a folder, or one from the hub."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,7 +18,8 @@ from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import blocks
 from fedexperts.moe.kernel import choose_kernel
 
-SHIPPED = ("tiny",)
+OURS = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
+"""`tiny` ships with the package; `small`, the base of the reported runs, lies in a checkout of the repository only."""
 WEIGHTS = ("*.safetensors", "*.bin")
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Base:
 
 
 def load(name: str, trust_remote_code: bool = False) -> Base:
-    """The base called `name`: "tiny" (ships with the package), a local folder, or an id on the hub.
+    """The base called `name`: "tiny" (ships with the package), "small" (in a checkout), a local folder, or an id on the hub.
 
     Raises:
         BadValue: there is no such model, or it wants code of its own to be run.
@@ -62,14 +62,31 @@ def load(name: str, trust_remote_code: bool = False) -> Base:
 
 def place(name: str) -> str:
     """What transformers is to be asked for: a folder that exists, or `name` as an id on the hub."""
-    if name in SHIPPED:
-        return str(files("fedexperts.base") / name)
+    if name in OURS:
+        return str(own_folder(name))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
     if name.startswith((".", "/", "~")):
-        raise BadValue(f"model.name = {name!r} is a folder that does not exist; give an existing folder, tiny, or a hub id")
+        raise BadValue(
+            f"model.name = {name!r} is a folder that does not exist; give an existing folder, tiny, small, or a hub id"
+        )
     return name
+
+
+def own_folder(name: str) -> Path:
+    """Where the base of ours called `name` lies.
+
+    Raises:
+        BadValue: it is not there.
+    """
+    folder = OURS[name]
+    if not folder.is_dir():
+        raise BadValue(
+            f"the base {name!r} is no part of the package and is not at {folder}; in a checkout of the repository make it with "
+            f"fedexperts pretrain runs/pretrain-{name}.toml, or give the path of a folder that has it"
+        )
+    return folder
 
 
 def asked_for(name: str, read: Callable[[], T]) -> T:
@@ -82,7 +99,7 @@ def asked_for(name: str, read: Callable[[], T]) -> T:
             ask = "set model.trust_remote_code = true if you trust them"
             raise BadValue(f"model.name = {name!r} brings its own code, which runs only on trust; {ask}") from error
         first = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else type(error).__name__
-        told = "give tiny, a folder that transformers can read, or the id of a model on the hub that can be reached"
+        told = "give tiny, small, a folder that transformers can read, or the id of a model on the hub that can be reached"
         raise BadValue(f"model.name = {name!r} cannot be loaded ({first}); {told}") from error
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedexperts import evaluate
-from fedexperts.base.load import load
+from fedexperts import evaluate, inspect
+from fedexperts.base.load import OURS, load
 from fedexperts.base.tokenizer import make_tokenizer
 from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
@@ -45,6 +45,19 @@ def test_the_shipped_base_knows_its_tasks_and_has_new_ones_to_learn():
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
+
+
+def test_the_base_of_the_reported_runs_lies_in_the_checkout_and_how_to_get_it_is_told_where_it_does_not(tmp_path, monkeypatch):
+    assert OURS["small"] == Path(__file__).parents[2] / "assets" / "small"
+    monkeypatch.setitem(OURS, "small", tmp_path / "small")
+    for read in (load, inspect.read_config):
+        with pytest.raises(BadValue, match=r"fedexperts pretrain runs/pretrain-small\.toml") as raised:
+            read("small")
+        assert "\n" not in str(raised.value) and str(tmp_path / "small") in str(raised.value)
+    saved(tmp_path / "small", tiny_model("olmoe", tie_word_embeddings=True))
+    base = load("small")
+    assert base.name == "small" and base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    assert inspect.read_config("small").tie_word_embeddings
 
 
 def test_the_hash_is_that_of_the_weights(tmp_path):
