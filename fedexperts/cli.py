@@ -89,7 +89,8 @@ def compare(
     folder = out or Path("results") / run_files[0].stem
     compared = comparison.compare(settings, comparison.read_variants(methods), seeds, folder, progress(quiet))
     if any(folder.rglob("plan.json")):
-        finish([folder], folder)
+        begun = [each for each in compared.folders if (each / "plan.json").exists()]
+        finish([*begun, folder], folder)  # what was named in its order, and all else that is there
     for path in compared.left:
         console.print(f"left to the process that is at it: {path}", markup=False, soft_wrap=True, highlight=False)
     for path, reason in compared.failed.items():
@@ -148,6 +149,8 @@ def report(
 
     made = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline)
     console.print(reports.table(folders))
+    for name in made.unfinished:
+        console.print(f"not finished: {name}", markup=False, soft_wrap=True, highlight=False)
     for path in made.written:
         console.print(f"written: {path}", markup=False, soft_wrap=True, highlight=False)
 

@@ -55,8 +55,9 @@ class Planned:
 
 @dataclass(frozen=True)
 class Compared:
-    """What became of a comparison: the runs that another process is at work on, and those that failed, and why."""
+    """What became of a comparison: its runs, those that another process is at, and those that failed, with the reasons."""
 
+    folders: tuple[Path, ...]  # in the order in which settings and methods were named
     left: tuple[Path, ...]
     failed: Mapping[Path, str]
 
@@ -86,7 +87,7 @@ def compare(
     failed: dict[Path, str] = {}
     first = [each for each in runs if is_left(each, failed, progress)]
     left = [each for each in first if is_left(each, failed, progress)]  # the others are done meanwhile, or were stopped
-    return Compared(tuple(each.folder for each in left), failed)
+    return Compared(tuple(each.folder for each in runs), tuple(each.folder for each in left), failed)
 
 
 def is_left(planned: Planned, failed: dict[Path, str], progress: Progress | None) -> bool:

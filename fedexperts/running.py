@@ -227,11 +227,11 @@ def write_start(prepared: Prepared, out: Path) -> None:
     """What does not change from here on."""
     resolved = prepared.config.resolved()
     write_text(out / "resolved.json", json.dumps(resolved))  # first: with it the folder holds a run, which can be resumed
-    write_text(out / "plan.json", json.dumps(plan(prepared)))
+    write_text(out / "run.toml", to_toml(resolved))
     if not (out / "versions.json").exists():  # a resumed run keeps those that it began with
         write_text(out / "versions.json", json.dumps(versions(prepared)))
     prepared.clients.save(out / "partition.json")
-    write_text(out / "run.toml", to_toml(resolved))
+    write_text(out / "plan.json", json.dumps(plan(prepared)))  # last: with it the folder is one that a report reads
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

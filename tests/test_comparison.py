@@ -102,8 +102,8 @@ def test_a_variant_sets_any_key_and_leaves_what_the_run_file_says_of_its_method(
 
 
 def test_references_are_told_from_methods_that_federate():
-    assert "local" in REFERENCES
-    assert {"fedmoe", "random_moe", "fedavg"} <= METHODS.keys() - REFERENCES
+    assert METHODS.keys() >= REFERENCES
+    assert METHODS.keys() - REFERENCES >= {"fedmoe", "random_moe", "fedavg"}
 
 
 def test_run_files_of_one_name_are_refused(tiny_tree, tmp_path):
@@ -117,7 +117,12 @@ def test_run_files_of_one_name_are_refused(tiny_tree, tmp_path):
 
 def test_each_setting_has_its_folder_and_its_name_in_the_plan(settings, tmp_path):
     found = compare(settings, read_variants("fedavg,mine=local:training.lr=0.5"), 2, tmp_path)
-    assert found == comparison.Compared((), {})
+    assert (found.left, found.failed) == ((), {})
+    assert [path.relative_to(tmp_path).as_posix() for path in found.folders[:3]] == [
+        "standard/fedavg/seed-0",
+        "standard/mine/seed-0",
+        "enforced/fedavg/seed-0",
+    ]
     assert rounds(tmp_path) == {
         f"{setting}/{method}/seed-{seed}": [1]
         for setting in ("standard", "enforced")

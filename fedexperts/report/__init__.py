@@ -1,16 +1,18 @@
 """What a run, or several side by side, gave: an HTML page, a CSV file, Markdown, a table for the terminal."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table as RichTable
 
 from fedexperts.files import write_text
-from fedexperts.report import page, tables
-from fedexperts.report.read import RunResults, grouped, read_all
-from fedexperts.report.tables import Groups, Table
+from fedexperts.report import across, page, tables
+from fedexperts.report import measures as m
+from fedexperts.report.read import RunResults, by_setting, read_all
+from fedexperts.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Report:
     runs: tuple[RunResults, ...]
     tables: tuple[Table, ...]
     written: tuple[Path, ...]
+    unfinished: tuple[str, ...] = ()  # names of runs that are compared only while no run is finished
 
 
 def write(
@@ -31,44 +34,63 @@ def write(
 ) -> Report:
     """Writes the report of the runs in `folders` to the files that are named, each whole or not at all.
 
-    A folder without a run stands for the runs below it; several runs of one method are its seeds. Differences are taken
-    from `baseline`, by default fedavg, else the first method.
+    A folder without a run stands for the runs below it; several runs of one method are its seeds; runs of comparisons over
+    several run files are of several settings. Of several runs only finished ones are compared, as long as there are any.
+    Differences are taken from `baseline`, by default fedavg, else the first method.
 
     Raises:
         BadRun: a folder holds no run, or a file in it cannot be read.
         BadValue: `baseline` is none of the methods.
     """
     runs = read_all(folders)
-    groups = grouped(runs)
+    settings = by_setting(_compared(runs))
+    groups = next(iter(settings.values()))
     base = tables.baseline_of(groups, baseline)
-    made = _tables(groups, base)
+    unfinished = _unfinished(runs) if len(runs) > 1 else ()
+    draw: Callable[[], str]
+    if len(settings) > 1:
+        made, draw = across.all_tables(settings, base), partial(page.several_settings, settings, base, unfinished)
+    elif len(runs) > 1:
+        made, draw = tables.several(groups, base), partial(page.several, groups, base, unfinished)
+    else:
+        made, draw = tables.one_run(runs[0]), partial(page.one_run, runs[0])
     texts: dict[Path, str] = {}
     if html is not None:
-        texts[html] = page.one_run(runs[0]) if len(runs) == 1 else page.several(groups, base)
+        texts[html] = draw()
     if csv is not None:
-        texts[csv] = tables.to_csv(groups, base)
+        texts[csv] = across.to_csv(settings, base) if len(settings) > 1 else tables.to_csv(groups, base)
     if markdown is not None:
-        texts[markdown] = "\n".join(map(tables.to_markdown, made))
+        told = [f"Not finished: {'; '.join(unfinished)}. {page.UNFINISHED}\n"] if unfinished else []
+        texts[markdown] = "\n".join([*map(tables.to_markdown, made), *told])
     for path, text in texts.items():
         write_text(path, text)
-    return Report(runs, made, tuple(texts))
+    return Report(runs, made, tuple(texts), unfinished)
 
 
 def table(folders: Sequence[Path], width: int | None = None) -> RichTable:
-    """The table a run or comparison ends with: quality of each task and overall, bytes, memory, experts held, failures.
+    """The table a run or comparison ends with: quality of each task and overall, bytes, memory, experts held, failures; of
+    several settings, the overall quality in each.
 
     Methods are rows, or columns where that fits `width` characters (by default the terminal) better.
     """
-    upright = tables.final(grouped(read_all(folders)))
+    settings = by_setting(_compared(read_all(folders)))
+    upright = tables.final(settings[""]) if len(settings) == 1 else across.overall(settings)
     wide = width or shutil.get_terminal_size().columns
     fits = tables.width(upright) <= max(wide, tables.width(upright.transposed()))
     return tables.to_rich(upright if fits else upright.transposed())
 
 
-def _tables(groups: Groups, baseline: str) -> tuple[Table, ...]:
-    """All tables of a single run; of several, the final one, the whole comparison and the differences."""
-    runs = [run for members in groups.values() for run in members]
-    if len(runs) == 1:
-        return tables.one_run(runs[0])
-    versus = (tables.differences(groups, baseline),) if len(groups) > 1 else ()
-    return (tables.final(groups), tables.comparison(groups), *versus)
+def _compared(runs: Sequence[RunResults]) -> Sequence[RunResults]:
+    """The finished runs; all while there is none, so that one can see how they get on."""
+    return [run for run in runs if m.finished(run)] or runs
+
+
+def _unfinished(runs: Sequence[RunResults]) -> tuple[str, ...]:
+    """The runs that are not finished, by their names, and how far they are."""
+    return tuple(
+        f"{setting}{': ' if setting else ''}{label}, seed {run.plan.seed} ({m.rounds_done(run)} of {m.rounds_asked(run)} rounds)"
+        for setting, groups in by_setting(runs).items()
+        for label, members in groups.items()
+        for run in members
+        if not m.finished(run)
+    )

@@ -5,16 +5,17 @@ Text that comes from a run's files is escaped: plotly reads a few HTML tags in n
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 
 from fedexperts.report import measures as m
+from fedexperts.report.across import Settings
 from fedexperts.report.read import Holds, RunResults
 from fedexperts.report.stats import Interval, interval
-from fedexperts.report.tables import Groups
+from fedexperts.report.tables import Groups, all_runs
 
 # Told apart by people who see colours differently, and readable on a white and on a dark page.
 PALETTE = ("#3b82d6", "#d9822b", "#2f9e6e", "#b5489a", "#8a6fd1", "#c8463a", "#7f8f1f", "#4a9fb0")
@@ -68,9 +69,47 @@ def one_run(run: RunResults) -> dict[str, list[Figure]]:
 
 def several(groups: Groups) -> dict[str, list[Figure]]:
     """All figures of several runs, by what they are about; those without data are left out."""
-    tasks = m.tasks([run for runs in groups.values() for run in runs])
-    overall = [*(compared(groups, None, over) for over in AXES), tradeoff(groups, m.SENT), tradeoff(groups, m.PEAK)]
-    return _with_data({"overall": overall, "each task": [compared(groups, task, "rounds") for task in tasks]})
+    overall = [*(compared(groups, None, over) for over in AXES), *tradeoffs(groups)]
+    return _with_data({"overall": overall, "each task": each_task(groups)})
+
+
+def several_settings(settings: Settings) -> dict[str, list[Figure]]:
+    """The overall quality in each setting over `AXES`, on one scale; then what else there is of each setting, by its name."""
+    side_by_side = {
+        over: _on_one_scale([_titled(name, compared(groups, None, over)) for name, groups in settings.items()]) for over in AXES
+    }
+    within = {
+        f"setting {name}": [_titled(name, each) for each in [*tradeoffs(groups), *each_task(groups)]]
+        for name, groups in settings.items()
+    }
+    return _with_data(side_by_side | within)
+
+
+def tradeoffs(groups: Groups) -> list[Figure]:
+    """Overall quality against bytes and against memory."""
+    return [tradeoff(groups, cost) for cost in (m.SENT, m.PEAK)]
+
+
+def each_task(groups: Groups) -> list[Figure]:
+    """Each task's quality over rounds."""
+    return [compared(groups, task, "rounds") for task in m.tasks(all_runs(groups))]
+
+
+def _titled(setting: str, figure: Figure) -> Figure:
+    return replace(figure, title=f"{setting}: {figure.title}")
+
+
+def _on_one_scale(figures: list[Figure]) -> list[Figure]:
+    """`figures`, those with the same words on the vertical axis with the same range there."""
+    for label in {figure.drawing.layout.yaxis.title.text for figure in figures}:
+        alike = [figure.drawing for figure in figures if figure.drawing.layout.yaxis.title.text == label]
+        values = [value for drawing in alike for trace in drawing.data for value in trace.y]
+        if values:
+            low, high = min(values), max(values)
+            room = 0.05 * (high - low) or 1.0
+            for drawing in alike:
+                drawing.update_yaxes(range=[low - room, high + room])
+    return figures
 
 
 def _with_data(figures: Mapping[str, Sequence[Figure]]) -> dict[str, list[Figure]]:
@@ -188,7 +227,7 @@ def partition(run: RunResults) -> Figure:
 def compared(groups: Groups, task: str | None, over: str) -> Figure:
     """One line for each method: the mean over seeds, with the 95 % interval as a band where there are seeds for one."""
     axis, label = AXES[over]
-    unit = m.unit([run for runs in groups.values() for run in runs], task)
+    unit = m.unit(all_runs(groups), task)
     what = "overall" if task is None else task
     drawing = _drawing(label, f"{what} ({unit or 'lower is better'})")
     for index, (method, runs) in enumerate(groups.items()):
@@ -197,7 +236,7 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
             drawing.add_trace(_band(points, index, method))
         if points:
             drawing.add_trace(_line(method, [(x, each.mean) for x, each in points], index, width=2.5, group=method))
-    _tick_rounds(drawing, over, [run for runs in groups.values() for run in runs])
+    _tick_rounds(drawing, over, all_runs(groups))
     title = "Overall quality" if task is None else task
     band = "Line: mean over seeds. Band: 95 % Student t interval." if max(map(len, groups.values())) > 1 else "One seed each."
     return Figure(f"{title} over {over}", f"{band} {_axis_note(over)}".strip(), drawing)
@@ -205,8 +244,7 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
 
 def tradeoff(groups: Groups, cost: m.Measure) -> Figure:
     """Overall quality against a cost: each seed, each method's mean, and the methods nothing beats on both."""
-    runs = [run for members in groups.values() for run in members]
-    overall, *_ = m.quality_measures(runs)
+    overall = m.quality(all_runs(groups), None)
     drawing = _drawing(cost.label, overall.label)
     means = {}
     for index, (method, members) in enumerate(groups.items()):
@@ -283,7 +321,7 @@ def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> It
     places = [axis(run) for run in runs]
     values = [{row.round: row.value for row in m.evaluated(run, None, task)} for run in runs]
     unit = m.unit(runs, task)
-    for round in sorted(set.intersection(*(set(each) for each in values))):
+    for round in sorted(set.intersection(*(set(each) for each in values)) if values else ()):
         each = [m.shown(value, unit) for value in (of[round] for of in values) if value is not None]
         yield _mean([place(round) for place in places]), interval(each)
 

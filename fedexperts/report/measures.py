@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import isfinite
+from operator import attrgetter
 from statistics import fmean, median
 from typing import Any
 
@@ -80,6 +81,17 @@ def rounds_done(run: RunResults) -> int:
     return max((row.round for row in run.rounds), default=0)
 
 
+def finished(run: RunResults) -> bool:
+    """Whether the run was evaluated after the last of its rounds; where nothing says how many it has, it is."""
+    asked = rounds_asked(run)
+    return asked is None or any(row.round >= asked for row in run.evaluations_of.get((None, None), ()))
+
+
+def scored_on(runs: Sequence[RunResults]) -> str:
+    """Which of the clients' examples were scored: test, or validation; both where runs differ."""
+    return " and ".join(dict.fromkeys(settings(run).get("evaluation", {}).get("split", "test") for run in runs)) or "test"
+
+
 def tasks(runs: Sequence[RunResults]) -> list[str]:
     """All tasks that were evaluated, in the order in which they first come."""
     return list(dict.fromkeys(task for run in runs for _, task in run.evaluations_of if task is not None))
@@ -133,15 +145,36 @@ def trained(run: RunResults) -> list[LedgerRow]:
     return [row for row in run.ledger if row.task == "train"]
 
 
+def down(rows: Sequence[LedgerRow]) -> int:
+    """Bytes that went down to the clients of `rows`."""
+    return sum(row.bytes_down for row in rows)
+
+
+def up(rows: Sequence[LedgerRow]) -> int:
+    """Bytes that came up from the clients of `rows`."""
+    return sum(row.bytes_up for row in rows)
+
+
 def carried(rows: Sequence[LedgerRow]) -> int:
     """Bytes down and up of all `rows`."""
-    return sum(row.bytes_down + row.bytes_up for row in rows)
+    return down(rows) + up(rows)
+
+
+def per_client_round(run: RunResults, of: Callable[[Sequence[LedgerRow]], int]) -> float | None:
+    """`of` the training rounds' rows for each client's part in a round, on average; stages before the rounds apart."""
+    rows = trained(run)
+    return of(rows) / len(rows) if rows else None
 
 
 def bytes_per_client_round(run: RunResults) -> float | None:
-    """Bytes down and up that a client's part in a training round takes, on average; stages before the rounds apart."""
-    rows = trained(run)
-    return carried(rows) / len(rows) if rows else None
+    """Bytes down and up that a client's part in a training round takes, on average."""
+    return per_client_round(run, carried)
+
+
+def bytes_before_rounds(run: RunResults) -> float | None:
+    """Bytes down and up of all stages before the rounds for each client that took part in them; 0 where there are none."""
+    rows = [row for row in counted(run) if row.task != "train"]
+    return carried(rows) / max(len({row.client for row in rows}), 1) if run.ledger else None
 
 
 def peaks(rows: Sequence[LedgerRow]) -> list[int]:
@@ -225,7 +258,7 @@ def measures(runs: Sequence[RunResults]) -> list[Measure]:
 
 def quality_measures(runs: Sequence[RunResults]) -> list[Measure]:
     """The mean over tasks, then the main metric of each over all its clients: at the last evaluation."""
-    return [_quality(runs, task) for task in [None, *tasks(runs)]]
+    return [quality(runs, task) for task in [None, *tasks(runs)]]
 
 
 def by_seed(measure: Measure, runs: Sequence[RunResults]) -> dict[int, float]:
@@ -234,7 +267,8 @@ def by_seed(measure: Measure, runs: Sequence[RunResults]) -> dict[int, float]:
     return {seed: value for seed, value in values if value is not None}
 
 
-def _quality(runs: Sequence[RunResults], task: str | None) -> Measure:
+def quality(runs: Sequence[RunResults], task: str | None) -> Measure:
+    """The main metric of `task` (None: the mean over tasks) at the last evaluation, in the unit that it has in `runs`."""
     in_unit = unit(runs, task)
 
     def of(run: RunResults) -> float | None:
@@ -254,20 +288,34 @@ def _held(holds: Sequence[Holds]) -> Held | None:
     return Held(fmean(counts), min(counts), max(counts)) if counts else None
 
 
-def _held_mean(run: RunResults) -> float | None:
-    held = held_last(run)
-    return held.mean if held else None
+def _number_held(when: Callable[[RunResults], Held | None], which: str) -> Callable[[RunResults], float | None]:
+    """A field of `Held`."""
+
+    def of(run: RunResults) -> float | None:
+        held = when(run)
+        return None if held is None else float(attrgetter(which)(held))
+
+    return of
 
 
 SENT_EACH = Measure("sent per client and round", "MB", lambda run: _in_mb(bytes_per_client_round(run)))
+DOWN_EACH = Measure("down per client and round", "MB", lambda run: _in_mb(per_client_round(run, down)))
+UP_EACH = Measure("up per client and round", "MB", lambda run: _in_mb(per_client_round(run, up)))
+BEFORE = Measure("sent before the rounds per client", "MB", lambda run: _in_mb(bytes_before_rounds(run)))
 SENT = Measure("sent in total", "MB", lambda run: _in_mb(carried(counted(run))))
 PEAK = Measure("largest peak memory", "MB", lambda run: _in_mb(largest_peak(run)))
 MEDIAN_PEAK = Measure("median peak memory", "MB", lambda run: _in_mb(median_peak(run)))
-HELD = Measure("experts held", "", _held_mean)
+HELD = Measure("experts held", "", _number_held(held_last, "mean"))
 FLOPS = Measure("FLOPs estimated", "10^12", lambda run: sum(row.flops_estimated for row in counted(run)) / 1e12)
 SECONDS = Measure("client seconds", "s", lambda run: sum(row.seconds for row in counted(run)))
 FAILURES = Measure("failures", "", lambda run: float(len(failures(run))))
-COSTS = (SENT_EACH, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
+COSTS = (SENT_EACH, DOWN_EACH, UP_EACH, BEFORE, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
+HELD_IN_FULL = tuple(
+    Measure(f"experts held at {time}, {which}", "", _number_held(when, which))
+    for time, when in (("first", held_first), ("last", held_last))
+    for which in ("mean", "least", "most")
+)
+"""Over clients, the first and the last time each trained."""
 
 
 def walk_clients(run: RunResults) -> Iterator[str]:

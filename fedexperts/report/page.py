@@ -14,14 +14,16 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from fedexperts.report import figures, tables
+from fedexperts.report import across, figures, tables
 from fedexperts.report import measures as m
+from fedexperts.report.across import Settings
 from fedexperts.report.figures import Figure
 from fedexperts.report.read import RunResults
 from fedexperts.report.tables import Groups, Table
 
 POLICY = "style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
 LONG_TABLE = 25  # rows; longer ones are folded
+UNFINISHED = "Such runs are in tables and figures only while no run is finished."
 
 
 def one_run(run: RunResults) -> str:
@@ -43,8 +45,8 @@ def one_run(run: RunResults) -> str:
     return _page(title, intro, sections, drawn, maps)
 
 
-def several(groups: Groups, baseline: str) -> str:
-    """The page of several runs side by side."""
+def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> str:
+    """The page of several runs side by side; `unfinished` names those that are not finished."""
     title = f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds"
     drawn = figures.several(groups)
     maps = _maps(groups)
@@ -53,11 +55,44 @@ def several(groups: Groups, baseline: str) -> str:
         "Each task": [_figures(drawn["each task"])],
         "All measures": [_table(tables.comparison(groups)), _table(tables.differences(groups, baseline))],
         "Experts": [_map(maps)],
+        **_of_runs(groups),
+    }
+    facts = _what_was_compared(list(groups), tables.all_runs(groups), unfinished)
+    intro = [f"<h1>{escape(title)}</h1>", _asked(facts), _table(tables.final(groups))]
+    return _page(title, intro, sections, drawn, maps)
+
+
+def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str] = ()) -> str:
+    """The page of several settings; `unfinished` names the runs that are not finished."""
+    methods = across.methods(settings)
+    title = f"{len(methods)} methods in {len(settings)} settings"
+    drawn = figures.several_settings(settings)
+    every = {f"{name}: {label}": runs for name, groups in settings.items() for label, runs in groups.items() if runs}
+    maps = _maps(every)
+    sections = {
+        "Over the settings": [*(_figures(drawn[over]) for over in figures.AXES), *map(_table, across.by_task(settings))],
+        "Rounds to the target": [_table(across.rounds_to_target(settings))],
+        "Experts": [_table(across.held(settings)), _map(maps)],
+        **{
+            f"Setting {name}": [
+                *map(_table, across.of_setting(settings, name, baseline)),
+                _figures(drawn[f"setting {name}"]),
+            ]
+            for name in settings
+        },
+        **_of_runs(every),
+    }
+    facts = _what_was_compared(methods, tables.all_runs(every), unfinished)
+    intro = [f"<h1>{escape(title)}</h1>", _asked(facts), _table(across.overall(settings))]
+    return _page(title, intro, sections, drawn, maps)
+
+
+def _of_runs(groups: Groups) -> dict[str, list[str]]:
+    """The sections that name each run: failures, and run files."""
+    return {
         "Failures": [_table(_all_failures(groups)) or "<p>None.</p>"],
         "Run files": [_files(run, label) for label, runs in groups.items() for run in runs],
     }
-    intro = [f"<h1>{escape(title)}</h1>", _asked(_what_was_compared(groups)), _table(tables.final(groups))]
-    return _page(title, intro, sections, drawn, maps)
 
 
 def _page(
@@ -72,7 +107,7 @@ def _page(
     policy = f"default-src 'none'; script-src {allowed}; {POLICY}"
     shown = {name: [part for part in parts if part] for name, parts in sections.items()}
     shown = {name: parts for name, parts in shown.items() if parts}
-    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in shown)
+    links = "".join(f'<a href="#{escape(_anchor(name))}">{escape(name)}</a>' for name in shown)
     values = [{"id": _id(figure), **json.loads(figure.drawing.to_json())} for group in drawn.values() for figure in group]
     return "\n".join(
         [
@@ -105,6 +140,7 @@ def _what_was_asked(run: RunResults) -> dict[str, str]:
         "clients": f"{len(run.plan.clients)}" + (f", {each} in each round" if each is not None else ""),
         "their memory": f"{tables.megabytes(min(memory))} to {tables.megabytes(max(memory))} MB" if memory else "not limited",
         "data": ", ".join(m.tasks([run]) or dict.fromkeys(client.task for client in run.plan.clients)),
+        "scored on": f"the clients' {m.scored_on([run])} examples",
         "divided": _inline(run.plan.partition) or "as given",
         "rounds": progress,
         "seed": str(run.plan.seed),
@@ -128,23 +164,19 @@ def _what_came_out(run: RunResults) -> dict[str, str]:
     }
 
 
-def _what_was_compared(groups: Groups) -> dict[str, str]:
-    runs = [run for members in groups.values() for run in members]
-    unfinished = [
-        f"{label}, seed {run.plan.seed} ({m.rounds_done(run)} of {m.rounds_asked(run)} rounds)"
-        for label, members in groups.items()
-        for run in members
-        if m.rounds_done(run) < (m.rounds_asked(run) or 0)
-    ]
-    facts = {
-        "methods": ", ".join(groups),
+def _what_was_compared(methods: Sequence[str], runs: Sequence[RunResults], unfinished: Sequence[str]) -> dict[str, str]:
+    named = dict.fromkeys(run.plan.setting for run in runs if run.plan.setting)
+    return {
+        **({"settings" if len(named) > 1 else "setting": ", ".join(named)} if named else {}),
+        "methods": ", ".join(methods),
         "models": ", ".join(dict.fromkeys(run.plan.model.name for run in runs)),
         "data": ", ".join(m.tasks(runs)),
+        "scored on": f"the clients' {m.scored_on(runs)} examples",
         "clients": ", ".join(dict.fromkeys(str(len(run.plan.clients)) for run in runs)),
         "rounds": ", ".join(dict.fromkeys(str(m.rounds_done(run)) for run in runs)),
         "seeds": ", ".join(map(str, sorted({run.plan.seed for run in runs}))),
+        **({"not finished": f"{'; '.join(unfinished)}. {UNFINISHED}"} if unfinished else {}),
     }
-    return {**facts, "not finished": "; ".join(unfinished)} if unfinished else facts
 
 
 def _all_failures(groups: Groups) -> Table:
@@ -183,7 +215,7 @@ def _cards(facts: Mapping[str, str]) -> str:
 
 
 def _section(name: str, parts: Sequence[str]) -> str:
-    return f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>\n' + "\n".join(parts) + "</section>"
+    return f'<section id="{escape(_anchor(name))}"><h2>{escape(name)}</h2>\n' + "\n".join(parts) + "</section>"
 
 
 def _anchor(name: str) -> str:

@@ -13,7 +13,8 @@ from fedexperts.errors import BadRun
 
 Holds = Mapping[str, Sequence[int]]  # MoE block → the experts a client works with there
 
-DEPTH = 4  # how far below a given folder runs are looked for: `compare` writes OUT/<method>/seed-<s>/
+DEPTH = 4  # how far below a given folder runs are looked for: `compare` writes OUT/<setting>/<method>/seed-<s>/
+NO_SETTING = "no setting"  # what a run is in that no comparison made, beside those of several settings
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Plan:
     seed: int
     model: ModelPlan
     clients: tuple[ClientPlan, ...] = ()
+    setting: str = ""  # the run file of a comparison, by its name
+    reference: bool = False  # no federated method, but what those are held against
     partition: Mapping[str, Any] = field(default_factory=dict)
     full_bytes: int | None = None  # memory that training with all experts takes
     warnings: tuple[str, ...] = ()  # what was said not to fit
@@ -191,6 +194,19 @@ def grouped(runs: Sequence[RunResults]) -> dict[str, tuple[RunResults, ...]]:
         method = run.plan.method
         groups.setdefault(f"{method} ({_home(run)})" if method in twice else method, []).append(run)
     return {label: tuple(sorted(members, key=lambda run: run.plan.seed)) for label, members in groups.items()}
+
+
+def by_setting(runs: Sequence[RunResults]) -> dict[str, dict[str, tuple[RunResults, ...]]]:
+    """Setting → method → its runs. Every setting names all methods in one order; one that was not run there has no runs.
+
+    Runs of fewer than two settings are all of one, which has no name.
+    """
+    names = dict.fromkeys(run.plan.setting for run in runs)
+    if len([name for name in names if name]) < 2:
+        return {"": grouped(runs)}
+    found = {name or NO_SETTING: grouped([run for run in runs if run.plan.setting == name]) for name in names}
+    methods = dict.fromkeys(method for groups in found.values() for method in groups)
+    return {name: {method: groups.get(method, ()) for method in methods} for name, groups in found.items()}
 
 
 def _home(run: RunResults) -> Path:

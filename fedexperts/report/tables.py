@@ -1,7 +1,7 @@
 """Tables of one run and of several: once as values, then as Markdown, for the terminal, as CSV."""
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
@@ -65,12 +65,13 @@ def quality(run: RunResults) -> Table:
     """Each task's main metric at the first and the last evaluation, and the worst, median and best client at the last."""
     rows = tuple(_quality_row(run, task) for task in m.tasks([run]))
     overall = _first_and_last(run, None)
-    total = ("overall", *overall, "", "", "", "", "", _with_unit("mean over tasks", m.unit([run], None)))
+    total = ("overall", *overall, "", "", "", "", "", with_unit("mean over tasks", m.unit([run], None)))
     return Table(
         "Quality",
         ("task", "first", "last", "worst client", "median client", "best client", "clients", "examples", "metric"),
         (*rows, total) if rows else (),
-        note=f"First and last evaluation: {_evaluated_rounds(run)}. A task's value is over the examples of all its clients.",
+        note=f"First and last evaluation: {_evaluated_rounds(run)}. A task's value is over the examples of all its clients. "
+        f"{scored_note([run])}",
         text_columns=(0, 8),
     )
 
@@ -81,7 +82,7 @@ def all_metrics(run: RunResults) -> Table:
     names = list(dict.fromkeys(name for row in rows.values() if row for name in row.metrics))
     return Table(
         "All metrics at the last evaluation",
-        ("task", *(_with_unit(name, "" if name in m.LOWER_IS_BETTER else "%") for name in names)),
+        ("task", *(with_unit(name, "" if name in m.LOWER_IS_BETTER else "%") for name in names)),
         tuple((task, *(_metric(row.metrics.get(name), name) for name in names)) for task, row in rows.items() if row),
     )
 
@@ -169,8 +170,8 @@ def clients(run: RunResults) -> Table:
                 whole(counts[0]) if counts else NONE,
                 whole(counts[-1]) if counts else NONE,
                 str(len(history.get(name, []))),
-                megabytes(sum(row.bytes_down for row in work)),
-                megabytes(sum(row.bytes_up for row in work)),
+                megabytes(m.down(work)),
+                megabytes(m.up(work)),
             )
         )
     return Table(
@@ -213,6 +214,12 @@ def one_run(run: RunResults) -> tuple[Table, ...]:
     return tuple(table for table in (make(run) for make in every) if table.rows)
 
 
+def several(groups: Groups, baseline: str) -> tuple[Table, ...]:
+    """All tables of several runs: the final one, the whole comparison, the differences where there are any to take."""
+    versus = (differences(groups, baseline),) if len(groups) > 1 else ()
+    return (final(groups), comparison(groups), *versus)
+
+
 def comparison(groups: Groups) -> Table:
     """Methods against quality and costs: mean ± 95 % Student t interval over seeds, the mean alone for a single seed."""
     found = _measures(groups)
@@ -220,10 +227,10 @@ def comparison(groups: Groups) -> Table:
         "Comparison",
         ("method", "seeds", *(measure.label for measure in found)),
         tuple(
-            (label, str(len(runs)), *(pm(_over_seeds(measure, runs), measure.unit) for measure in found))
+            (label, str(len(runs)), *(pm(over_seeds(measure, runs), measure.unit) for measure in found))
             for label, runs in groups.items()
         ),
-        note=f"{_interval_note(groups)} MB is 10^6 bytes, down and up together.",
+        note=f"{interval_note(groups)} {scored_note(all_runs(groups))} MB is 10^6 bytes, sent: down and up together.",
     )
 
 
@@ -240,7 +247,7 @@ def differences(groups: Groups, baseline: str) -> Table:
         f"Difference from {baseline}",
         ("method", "shared seeds", *(measure.label for measure in found)),
         tuple(rows),
-        note=f"Paired over seeds: the mean of method − {baseline} in the same seed. {_interval_note(groups)} "
+        note=f"Paired over seeds: the mean of method − {baseline} in the same seed. {interval_note(groups)} "
         "Differences of percentages are in percentage points.",
     )
 
@@ -258,11 +265,11 @@ def baseline_of(groups: Groups, given: str | None = None) -> str:
 
 def final(groups: Groups) -> Table:
     """The table a run or comparison ends with."""
-    runs = [run for members in groups.values() for run in members]
+    runs = all_runs(groups)
     found = [*m.quality_measures(runs), m.SENT_EACH, m.PEAK, m.HELD, m.FAILURES]
-    rows = [(label, *(pm(_over_seeds(measure, members), measure.unit) for measure in found)) for label, members in groups.items()]
-    seeds = {len(members) for members in groups.values()}
-    note = _interval_note(groups) if max(seeds) > 1 else ""
+    rows = [(label, *(pm(over_seeds(measure, members), measure.unit) for measure in found)) for label, members in groups.items()]
+    seeds = max(len(members) for members in groups.values())
+    note = f"{interval_note(groups)} {scored_note(runs)}" if seeds > 1 else scored_note(runs)
     return Table("Results", ("method", *(measure.label for measure in found)), tuple(rows), note=note)
 
 
@@ -302,22 +309,36 @@ def width(table: Table) -> int:
 
 def to_csv(groups: Groups, baseline: str) -> str:
     """One line for each method and measure: mean and interval over seeds, and the paired difference from the baseline."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        (
-            *("method", "measure", "task", "unit", "seeds", "mean", "low", "high"),
-            *("baseline", "shared_seeds", "difference", "difference_low", "difference_high"),
-        )
-    )
+    return csv_text(csv_lines(groups, baseline))
+
+
+def csv_lines(groups: Groups, baseline: str, setting: str = "") -> Iterator[tuple[str, ...]]:
+    """The lines of `to_csv`, in the columns of `csv_text`."""
     for label, runs in groups.items():
-        for measure in _measures(groups):
-            versus = None if label == baseline else _paired(measure, runs, groups[baseline])
-            n, *mean = _csv_cells(_over_seeds(measure, runs))
+        for measure in [*_measures(groups), *m.HELD_IN_FULL]:
+            versus = None if label == baseline else _paired(measure, runs, groups.get(baseline, ()))
             shared, *difference = _csv_cells(versus)
             against = "" if versus is None else baseline
             name = "quality" if measure.task or measure.name == "overall" else measure.name
-            writer.writerow([label, name, measure.task or "", measure.unit, n, *mean, against, shared, *difference])
+            cells = csv_line(setting, label, name, measure.task, measure.unit, over_seeds(measure, runs), len(runs))
+            yield (*cells, against, shared, *difference)
+
+
+def csv_line(
+    setting: str, method: str, measure: str, task: str | None, unit: str, value: Interval | None, of_seeds: int | None = None
+) -> tuple[str, ...]:
+    """The columns of a line that hold one value; `of_seeds` as many as it has, where it is not given."""
+    seeds, *mean = _csv_cells(value)
+    return (setting, method, measure, task or "", unit, seeds, seeds if of_seeds is None else str(of_seeds), *mean)
+
+
+def csv_text(lines: Iterable[Sequence[str]]) -> str:
+    """`seeds` have the value, `of_seeds` could; empty columns at the end of a line may be left out."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    value = ("setting", "method", "measure", "task", "unit", "seeds", "of_seeds", "mean", "low", "high")
+    head = (*value, "baseline", "shared_seeds", "difference", "difference_low", "difference_high")
+    writer.writerows([head, *([*line, *[""] * (len(head) - len(line))] for line in lines)])
     return text.getvalue()
 
 
@@ -329,11 +350,17 @@ def _csv_cells(value: Interval | None) -> Iterator[str]:
     return iter((str(value.n), repr(value.mean), *low_high))
 
 
+def all_runs(groups: Groups) -> list[RunResults]:
+    """The runs of all methods."""
+    return [run for runs in groups.values() for run in runs]
+
+
 def _measures(groups: Groups) -> list[m.Measure]:
-    return m.measures([run for runs in groups.values() for run in runs])
+    return m.measures(all_runs(groups))
 
 
-def _over_seeds(measure: m.Measure, runs: Sequence[RunResults]) -> Interval | None:
+def over_seeds(measure: m.Measure, runs: Sequence[RunResults]) -> Interval | None:
+    """The mean over the runs that have the measure; None when none has."""
     values = list(m.by_seed(measure, runs).values())
     return interval(values) if values else None
 
@@ -342,7 +369,13 @@ def _paired(measure: m.Measure, runs: Sequence[RunResults], baseline: Sequence[R
     return paired(m.by_seed(measure, runs), m.by_seed(measure, baseline))
 
 
-def _interval_note(groups: Groups) -> str:
+def scored_note(runs: Sequence[RunResults]) -> str:
+    """Which examples a quality is of."""
+    return f"Scored on the clients' {m.scored_on(runs)} examples."
+
+
+def interval_note(groups: Groups) -> str:
+    """What ± is."""
     most = max(len(runs) for runs in groups.values())
     if most < 2:
         return "One seed each, so no intervals."
@@ -358,11 +391,11 @@ def _quality_row(run: RunResults, task: str) -> tuple[str, ...]:
     end = m.last(run, None, task)
     examples = whole(end.examples) if end else NONE
     shown = (quality_value(value, unit) for value in spread)
-    main = _with_unit(m.metric([run], task), unit)
+    main = with_unit(m.metric([run], task), unit)
     return (task, *_first_and_last(run, task), *shown, str(len(values)), examples, main)
 
 
-def _with_unit(name: str, unit: str) -> str:
+def with_unit(name: str, unit: str) -> str:
     return f"{name} ({unit})" if unit else name
 
 
@@ -385,8 +418,8 @@ def _cost_row(work: str, rows: Sequence[LedgerRow]) -> tuple[str, ...]:
     return (
         work,
         whole(len(rows)),
-        megabytes(sum(row.bytes_down for row in rows)),
-        megabytes(sum(row.bytes_up for row in rows)),
+        megabytes(m.down(rows)),
+        megabytes(m.up(rows)),
         number(sum(row.seconds for row in rows)),
         whole(sum(row.tokens for row in rows)),
         megabytes(median(measured) if measured else None),

@@ -22,9 +22,11 @@ def write_run(
     clients: Iterable[str] = tuple(f"c{number:02}" for number in range(8)),
     layers: int = 4,
     num_experts: int = 16,
+    setting: str = "",
+    split: str = "test",
 ) -> Path:
     """A run of `rounds` rounds in which half of the clients take part each time, evaluated every second round."""
-    rng = Random(f"{method}/{seed}")
+    rng = Random(f"{setting}{method}/{seed}")
     names = list(clients)
     home = {name: list(TASKS)[number % len(TASKS)] for number, name in enumerate(names)}
     holds = {name: _subset(rng, layers, num_experts, SHARE.get(method, 0.5)) for name in names}
@@ -32,6 +34,8 @@ def write_run(
     folder.mkdir(parents=True, exist_ok=True)
     plan = {
         "method": method,
+        "setting": setting,
+        "reference": method == "local",
         "seed": seed,
         "model": {
             "name": "tiny",
@@ -48,6 +52,7 @@ def write_run(
     (folder / "run.toml").write_text(
         f'seed = {seed}\nmodel = {{ name = "tiny" }}\nmethod = {{ name = {json.dumps(method)} }}\n'
         f'federation = {{ rounds = {asked}, clients_per_round = {each}, engine = "local" }}\n'
+        f'evaluation = {{ split = "{split}" }}\n'
     )
     log, ledger, evals = [], [], []
     if method == "fedmoe":
@@ -87,6 +92,15 @@ def write_comparison(folder: Path, methods: Iterable[str] = tuple(GAIN), seeds: 
     for method in methods:
         for seed in range(seeds):
             write_run(folder / method / f"seed-{seed}", method, seed)
+    return folder
+
+
+def write_settings(folder: Path, settings: Iterable[str] = ("standard", "enforced"), seeds: int = 2) -> Path:
+    """What `fedexperts compare` leaves of several run files: OUT/<setting>/<method>/seed-<s>/."""
+    for setting in settings:
+        for method in GAIN:
+            for seed in range(seeds):
+                write_run(folder / setting / method / f"seed-{seed}", method, seed, setting=setting)
     return folder
 
 

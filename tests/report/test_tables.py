@@ -148,7 +148,7 @@ def test_csv_gives_interval_and_difference_of_each_measure():
         "fedmoe": [scored("fedmoe", 0, 0.2), scored("fedmoe", 1, 0.4)],
     }
     rows = list(csv.DictReader(StringIO(tables.to_csv(groups, "fedavg"))))
-    assert len(rows) == 2 * (1 + len(m.COSTS))
+    assert len(rows) == 2 * (1 + len(m.COSTS) + len(m.HELD_IN_FULL))
     row = next(row for row in rows if row["method"] == "fedmoe" and row["measure"] == "quality")
     assert (row["task"], row["unit"], row["seeds"], row["baseline"]) == ("", "%", "2", "fedavg")
     assert float(row["mean"]) == pytest.approx(30)

@@ -1,0 +1,244 @@
+import csv
+from io import StringIO
+from math import sqrt
+from pathlib import Path
+
+import pytest
+
+from fedexperts import report
+from fedexperts.report import across, tables
+from fedexperts.report.across import Target, first_round, rounds_to, target, variation
+from fedexperts.report.read import Evaluation, LedgerRow, ModelPlan, Plan, Round, RunResults, by_setting
+
+from .fake import GAIN, TASKS, write_comparison, write_run, write_settings
+
+
+def run(
+    method: str,
+    qualities: dict[int, float],
+    seed: int = 0,
+    setting: str = "",
+    reference: bool = False,
+    metric: str = "accuracy",
+    task: str = "sort",
+    rounds: tuple[Round, ...] = (),
+) -> RunResults:
+    """A run of one task, scored as `qualities` say in each round."""
+    rows = [
+        Evaluation(number, task=named, metric=metric if named else "overall", value=value)
+        for number, value in qualities.items()
+        for named in (task, None)
+    ]
+    plan = Plan(method, seed, ModelPlan("tiny"), setting=setting, reference=reference)
+    return RunResults(Path("results"), plan, rounds, (), tuple(rows))
+
+
+def settings_of(*runs: RunResults) -> across.Settings:
+    return by_setting(runs)
+
+
+def cell(table: tables.Table, row: str, column: str) -> str:
+    return next(cells for cells in table.rows if cells[0] == row)[table.columns.index(column)]
+
+
+def test_the_variation_of_8_10_12_is_a_fifth():
+    assert variation([8.0, 10.0, 12.0]) == pytest.approx(2.0 / 10.0)  # s = 2 with n − 1
+    assert variation([5.0]) is None
+    assert variation([0.0, 0.0]) is None
+
+
+def test_the_target_is_the_best_mean_over_seeds_of_the_methods_that_federate():
+    groups = {
+        "fedavg": [run("fedavg", {5: 0.9}), run("fedavg", {5: 0.3}, seed=1)],  # 60 on average, once 90
+        "fedmoe": [run("fedmoe", {5: 0.7})],
+        "centralised": [run("centralised", {5: 0.95}, reference=True)],
+    }
+    assert target(groups, None) == target(groups, "sort") == Target("fedmoe", 70.0, "%")
+    assert target({"centralised": groups["centralised"]}, None) is None
+    assert target({"fedmoe": [run("fedmoe", {})]}, None) is None
+
+
+def test_the_first_round_at_a_share_of_the_target_is_an_evaluated_one():
+    goal = Target("fedmoe", 80.0, "%")
+    found = run("fedavg", {0: 0.1, 5: 0.5, 10: 0.72, 15: 0.79, 20: 0.7})
+    assert first_round(found, None, goal, 0.9) == 10  # 72 is 90 % of 80
+    assert first_round(found, None, goal, 0.99) is None  # 79.2 is wanted, 79 was reached
+    assert first_round(found, "sort", goal, 0.05) == 0
+
+
+def test_rounds_to_the_target_are_a_mean_over_the_seeds_that_get_there():
+    goal = Target("fedmoe", 80.0, "%")
+    runs = [run("fedavg", {2: 0.8}), run("fedavg", {2: 0.1, 6: 0.8}), run("fedavg", {2: 0.1})]
+    found = rounds_to(runs, None, goal, 0.9)
+    assert found is not None
+    assert (found.mean, found.n) == (4.0, 2)
+    assert rounds_to(runs[2:], None, goal, 0.9) is None
+
+
+def test_of_perplexities_the_lowest_is_the_target_and_rounds_count_down_to_it():
+    falling = run("fedavg", {0: 100.0, 5: 12.0, 10: 10.0}, metric="perplexity")
+    goal = target({"fedavg": [falling], "fedmoe": [run("fedmoe", {10: 11.0}, metric="perplexity")]}, None)
+    assert goal == Target("fedavg", 10.0, "")
+    assert first_round(falling, None, goal, 0.9) == 10  # at most 11.1 is wanted
+    assert first_round(falling, None, goal, 0.8) == 5  # at most 12.5
+
+
+FOUR = [
+    run("fedmoe", {1: 0.2, 2: 0.5}, setting="one"),
+    run("fedmoe", {1: 0.5, 2: 0.7}, setting="two"),
+    run("fedavg", {1: 0.4, 2: 0.45}, setting="one"),
+    run("local", {1: 0.9, 2: 0.9}, setting="one", reference=True),
+    run("local", {1: 0.9, 2: 0.9}, setting="two", reference=True),
+]
+
+
+def test_a_table_has_each_methods_quality_in_each_setting_and_its_variation():
+    table = across.overall(settings_of(*FOUR))
+    assert [row[0] for row in table.rows] == ["fedmoe", "fedavg", "local"]
+    assert (cell(table, "fedmoe", "one (%)"), cell(table, "fedmoe", "two (%)")) == ("50.0", "70.0")
+    assert cell(table, "fedmoe", "variation, overall") == f"{sqrt(200) / 60:.4f}"  # s of 50 and 70 is √200
+    assert cell(table, "fedmoe", "variation, sort") == f"{sqrt(200) / 60:.4f}"
+    assert cell(table, "local", "variation, overall") == "0.0000"
+    assert "divided by n − 1" in table.note
+
+
+def test_a_method_that_was_not_run_in_a_setting_has_no_number_there():
+    settings = settings_of(*FOUR)
+    table = across.overall(settings)
+    assert (cell(table, "fedavg", "two (%)"), cell(table, "fedavg", "variation, overall")) == ("–", "–")
+    assert cell(across.rounds_to_target(settings), "fedavg", "two, 90 %") == "–"
+    titles = [each.title for each in across.all_tables(settings, "fedavg")]
+    assert "one: Difference from fedavg" in titles
+    assert "two: Comparison" in titles
+    assert "two: Difference from fedavg" not in titles
+    (two,) = across.of_setting(settings, "two", "fedavg")
+    assert [row[0] for row in two.rows] == ["fedmoe", "local"]
+
+
+def test_a_variation_over_some_of_the_settings_says_of_how_many():
+    third = [run("fedmoe", {2: 0.6}, setting="three"), run("fedavg", {2: 0.45}, setting="two")]
+    table = across.overall(settings_of(*FOUR, *third))
+    assert cell(table, "fedavg", "variation, overall") == "0.0000 (2 of 3)"
+    assert cell(table, "fedmoe", "variation, overall") == f"{10 / 60:.4f}"  # of 50, 70, 60
+
+
+def test_rounds_to_target_leave_the_target_to_those_who_federate_and_say_whose_it_is():
+    table = across.rounds_to_target(settings_of(*FOUR))
+    assert cell(table, "fedmoe", "one, 90 %") == "2 (1 of 1)"
+    assert cell(table, "fedavg", "one, 90 %") == "2 (1 of 1)"  # 45 of 50
+    assert cell(table, "fedavg", "one, 99 %") == "– (0 of 1)"
+    assert cell(table, "local", "two, 99 %") == "1 (1 of 1)"
+    assert "one 50.0 % (fedmoe); two 70.0 % (fedmoe)" in table.note
+
+
+def test_settings_of_different_tasks_have_each_their_own():
+    settings = settings_of(
+        run("fedmoe", {1: 0.5}, setting="one"),
+        run("fedmoe", {1: 0.7}, setting="two", task="reverse"),
+        run("fedmoe", {1: 9.0}, setting="three", task="text", metric="perplexity"),
+    )
+    table = across.overall(settings)
+    assert table.columns[1:4] == ("one (%)", "two (%)", "three")
+    assert [cell(table, "fedmoe", f"variation, {name}") for name in ("overall", "sort", "text")] == ["–"] * 3
+    by_task = {each.title: each for each in across.by_task(settings)}
+    assert by_task["Over the settings: reverse"].rows == (("fedmoe", "–", "70.0", "–"),)
+    assert cell(across.rounds_to_target(settings), "fedmoe", "three, 99 %") == "1 (1 of 1)"
+
+
+def test_experts_are_those_of_each_clients_first_and_last_training_over_all_seeds():
+    def held(number: int) -> dict[str, tuple[int, ...]]:
+        return {"layers.0": tuple(range(number))}
+
+    first = (Round(1, holds={"a": held(2), "b": held(4)}), Round(2, holds={"a": held(5)}))
+    second = (Round(1, holds={"a": held(8), "b": held(2)}),)
+    settings = settings_of(
+        run("fedmoe", {1: 0.5}, setting="one", rounds=first),
+        run("fedmoe", {1: 0.5}, setting="one", rounds=second, seed=1),
+        run("fedmoe", {1: 0.5}, setting="two"),
+    )
+    table = across.held(settings)
+    assert table.rows == (("fedmoe", "4.0 (2–8)", "4.8 (2–8)", "–", "–"),)  # (3 + 5) / 2, and (4.5 + 5) / 2
+
+
+def test_csv_has_targets_rounds_and_variations_of_each_task_too():
+    rows = list(csv.DictReader(StringIO(across.to_csv(settings_of(*FOUR), "fedavg"))))
+    found = {(row["setting"], row["method"], row["measure"], row["task"]): row for row in rows}
+    assert len(found) == len(rows)
+    assert found["one", "fedmoe", "target", ""]["mean"] == "50.0"
+    assert found["one", "fedavg", "rounds to 90 % of target", "sort"]["mean"] == "2.0"
+    missed = found["one", "fedavg", "rounds to 99 % of target", "sort"]
+    assert (missed["seeds"], missed["of_seeds"], missed["mean"]) == ("", "1", "")
+    assert float(found["", "fedmoe", "variation over settings", "sort"]["mean"]) == pytest.approx(sqrt(200) / 60)
+    assert found["one", "fedmoe", "quality", ""]["baseline"] == "fedavg"
+    assert found["two", "fedmoe", "quality", ""]["baseline"] == ""
+
+
+def test_runs_without_a_setting_or_of_one_are_reported_as_ever(tmp_path: Path):
+    runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=1)
+    write_run(tmp_path / "runs" / "more", method="local", setting="one")
+    found = report.write([runs])
+    assert [table.title for table in found.tables] == ["Results", "Comparison", "Difference from fedavg"]
+    write_run(tmp_path / "runs" / "two", method="local", setting="two")
+    found = report.write([runs])
+    assert found.tables[0].columns[1:4] == ("no setting (%)", "one (%)", "two (%)")
+
+
+def test_the_report_of_settings_is_written_with_all_its_tables(tmp_path: Path):
+    runs = write_settings(tmp_path / "runs")
+    found = report.write([runs], tmp_path / "r.html", tmp_path / "r.csv", tmp_path / "r.md")
+    titles = [table.title for table in found.tables]
+    assert titles == [
+        "Over the settings: overall quality",
+        *(f"Over the settings: {task}" for task in TASKS),
+        "Rounds to 90 % and 99 % of the target",
+        "Experts held by a client, of 64",
+        *(f"{name}: {what}" for name in ("enforced", "standard") for what in ("Comparison", "Difference from fedavg")),
+    ]
+    markdown, page = (tmp_path / "r.md").read_text(), (tmp_path / "r.html").read_text()
+    assert [title for title in titles if f"### {title.replace('_', chr(92) + '_')}" not in markdown] == []
+    assert [title for title in titles if f"<caption>{title}" not in page] == []
+    assert f"<h1>{len(GAIN)} methods in 2 settings</h1>" in page
+
+
+def test_a_run_that_is_not_finished_is_named_and_left_out_of_the_tables(tmp_path: Path):
+    runs = write_settings(tmp_path / "runs", seeds=2)
+    write_run(runs / "standard/fedmoe/seed-2", "fedmoe", 2, rounds=4, planned_rounds=12, setting="standard")
+    found = report.write([runs], html=tmp_path / "r.html", markdown=tmp_path / "r.md")
+    assert found.unfinished == ("standard: fedmoe, seed 2 (4 of 12 rounds)",)
+    assert "standard: fedmoe, seed 2 (4 of 12 rounds)" in (tmp_path / "r.html").read_text()
+    assert "Not finished: standard: fedmoe, seed 2 (4 of 12 rounds)." in (tmp_path / "r.md").read_text()
+    comparison = next(table for table in found.tables if table.title == "standard: Comparison")
+    assert cell(comparison, "fedmoe", "seeds") == "2"
+
+
+def test_while_no_run_is_finished_those_under_way_are_shown(tmp_path: Path):
+    for setting in ("one", "two"):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{setting}/seed-{seed}", seed=seed, rounds=4, planned_rounds=12, setting=setting)
+    found = report.write([tmp_path])
+    assert len(found.unfinished) == 4
+    assert cell(found.tables[0], "fedmoe", "one (%)") != "–"
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_reports_say_which_examples_were_scored(tmp_path: Path, split: str):
+    runs = [write_run(tmp_path / f"seed-{seed}", seed=seed, split=split) for seed in (0, 1)]
+    for folders in (runs[:1], runs):
+        found = report.write(folders, html=tmp_path / "r.html")
+        assert f"Scored on the clients&#x27; {split} examples." in (tmp_path / "r.html").read_text()
+        assert f"Scored on the clients' {split} examples." in found.tables[0].note
+
+
+def test_bytes_before_the_rounds_are_those_of_each_client_that_took_part():
+    rows = (
+        LedgerRow(0, "a", "profile", bytes_down=3_000_000, bytes_up=1_000_000),
+        LedgerRow(0, "b", "profile", bytes_down=3_000_000, bytes_up=1_000_000),
+        LedgerRow(1, "a", "train", bytes_down=5_000_000, bytes_up=2_000_000),
+        LedgerRow(1, "c", "train", bytes_down=7_000_000, bytes_up=2_000_000),
+        LedgerRow(1, "a", "evaluate", bytes_down=9_000_000),
+    )
+    table = tables.comparison({"fedmoe": [RunResults(Path("r"), Plan("fedmoe", 0, ModelPlan("tiny")), ledger=rows)]})
+    assert cell(table, "fedmoe", "sent before the rounds per client (MB)") == "4.00"
+    assert cell(table, "fedmoe", "down per client and round (MB)") == "6.00"
+    assert cell(table, "fedmoe", "up per client and round (MB)") == "2.00"
+    assert cell(table, "fedmoe", "sent per client and round (MB)") == "8.00"
