@@ -143,11 +143,12 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="All numbers as CSV.")] = None,
     markdown: Annotated[Path | None, typer.Option("--md", help="The tables as Markdown.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The method that others are compared with.")] = None,
+    png: Annotated[Path | None, typer.Option(help="A folder for every figure as a PNG file; needs fedexperts[png].")] = None,
 ) -> None:
     """One run's report, or several side by side: a page that opens from disk."""
     from fedexperts import report as reports
 
-    made = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline)
+    made = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline, png)
     console.print(reports.table(folders))
     for name in made.unfinished:
         console.print(f"not finished: {name}", markup=False, soft_wrap=True, highlight=False)

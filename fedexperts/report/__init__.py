@@ -1,7 +1,7 @@
-"""What a run, or several side by side, gave: an HTML page, a CSV file, Markdown, a table for the terminal."""
+"""What a run, or several side by side, gave: an HTML page, a CSV file, Markdown, pictures, a table for the terminal."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.table import Table as RichTable
 
 from fedexperts.files import write_text
-from fedexperts.report import across, page, tables
+from fedexperts.report import across, figures, page, png, tables
 from fedexperts.report import measures as m
+from fedexperts.report.figures import Figure
 from fedexperts.report.read import RunResults, by_setting, read_all
 from fedexperts.report.tables import Table
 
@@ -31,8 +32,11 @@ def write(
     csv: Path | None = None,
     markdown: Path | None = None,
     baseline: str | None = None,
+    pictures: Path | None = None,
 ) -> Report:
     """Writes the report of the runs in `folders` to the files that are named, each whole or not at all.
+
+    Every figure becomes a PNG file in the folder `pictures`, where one is named.
 
     A folder without a run stands for the runs below it; several runs of one method are its seeds; runs of comparisons over
     several run files are of several settings. Of several runs only finished ones are compared, as long as there are any.
@@ -40,31 +44,35 @@ def write(
 
     Raises:
         BadRun: a folder holds no run, or a file in it cannot be read.
-        BadValue: `baseline` is none of the methods.
+        BadValue: `baseline` is none of the methods, or pictures were asked for and cannot be made.
     """
     runs = read_all(folders)
     settings = by_setting(_compared(runs))
     groups = next(iter(settings.values()))
     base = tables.baseline_of(groups, baseline)
     unfinished = _unfinished(runs) if len(runs) > 1 else ()
-    draw: Callable[[], str]
+    text_of: Callable[[], str]
+    drawn: Callable[[], Mapping[str, Sequence[Figure]]]
     if len(settings) > 1:
-        made, draw = across.all_tables(settings, base), partial(page.several_settings, settings, base, unfinished)
+        made, drawn = across.all_tables(settings, base), partial(figures.several_settings, settings)
+        text_of = partial(page.several_settings, settings, base, unfinished)
     elif len(runs) > 1:
-        made, draw = tables.several(groups, base), partial(page.several, groups, base, unfinished)
+        made, drawn = tables.several(groups, base), partial(figures.several, groups)
+        text_of = partial(page.several, groups, base, unfinished)
     else:
-        made, draw = tables.one_run(runs[0]), partial(page.one_run, runs[0])
+        made, drawn, text_of = tables.one_run(runs[0]), partial(figures.one_run, runs[0]), partial(page.one_run, runs[0])
     texts: dict[Path, str] = {}
     if html is not None:
-        texts[html] = draw()
+        texts[html] = text_of()
     if csv is not None:
         texts[csv] = across.to_csv(settings, base) if len(settings) > 1 else tables.to_csv(groups, base)
     if markdown is not None:
         told = [f"Not finished: {'; '.join(unfinished)}. {page.UNFINISHED}\n"] if unfinished else []
         texts[markdown] = "\n".join([*map(tables.to_markdown, made), *told])
+    pngs = png.write((each for group in drawn().values() for each in group), pictures) if pictures else ()
     for path, text in texts.items():
         write_text(path, text)
-    return Report(runs, made, tuple(texts), unfinished)
+    return Report(runs, made, (*texts, *pngs), unfinished)
 
 
 def table(folders: Sequence[Path], width: int | None = None) -> RichTable:

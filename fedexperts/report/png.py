@@ -1,0 +1,66 @@
+"""Figures as PNG files, for documents that cannot hold a page: drawn by kaleido in a browser on this machine, without network."""
+
+import asyncio
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from fedexperts.errors import BadValue
+from fedexperts.files import write_bytes
+from fedexperts.report.figures import INK, Figure, safe
+
+WIDTH, SCALE = 760, 2  # pixels of the layout, and of the file for each of them
+TEXT, LINE, HEAT = "#1d2530", "#d5dae1", ((0.0, "#eef2f7"), (1.0, "#14508f"))  # those of the page when it is light
+
+
+def write(figures: Iterable[Figure], folder: Path) -> tuple[Path, ...]:
+    """Writes each figure to `folder`, under its title in small letters, and returns the files.
+
+    Raises:
+        BadValue: kaleido is not installed, or finds no browser.
+    """
+    every = list(figures)
+    images = asyncio.run(images_of([still(figure) for figure in every]))
+    paths = tuple(folder / file_name(figure.title) for figure in every)
+    for path, image in zip(paths, images, strict=True):
+        write_bytes(path, image)
+    return paths
+
+
+def file_name(title: str) -> str:
+    """`title` in small letters and digits, with hyphens for all else."""
+    return re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
+
+
+async def images_of(drawings: Sequence[go.Figure]) -> list[bytes]:
+    """Each drawing as a PNG."""
+    try:
+        from kaleido import Kaleido
+        from kaleido.errors import ChromeNotFoundError
+    except ImportError:
+        raise BadValue("PNG files need kaleido, which is not installed: pip install 'fedexperts[png]'") from None
+    try:
+        browser = Kaleido(mathjax=False)  # which it would load from the network
+    except ChromeNotFoundError:
+        raise BadValue(
+            "PNG files need a browser, and there is none: install Chromium or Chrome, or name one in BROWSER_PATH"
+        ) from None
+    async with browser:
+        return [await browser.calc_fig(each, {"format": "png", "width": WIDTH, "scale": SCALE}) for each in drawings]
+
+
+def still(figure: Figure) -> go.Figure:
+    """The drawing in the colours of the light page, under its title."""
+    drawing = go.Figure(figure.drawing)
+    title = {"text": safe(figure.title), "x": 0, "xref": "paper", "font": {"size": 16}}
+    drawing.update_layout(title=title, margin_t=56, paper_bgcolor="white", plot_bgcolor="white", font={"color": TEXT, "size": 13})
+    drawing.update_xaxes(gridcolor=LINE, linecolor=LINE, tickcolor=LINE)
+    drawing.update_yaxes(gridcolor=LINE, linecolor=LINE, tickcolor=LINE)
+    for trace in drawing.data:
+        if trace.meta == INK:
+            trace.update(line={"color": TEXT}, marker={"color": TEXT})
+        elif trace.meta:
+            trace.update(colorscale=HEAT)
+    return drawing

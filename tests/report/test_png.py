@@ -1,0 +1,61 @@
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedexperts import report
+from fedexperts.errors import BadValue
+from fedexperts.report import figures, png
+from fedexperts.report.read import read
+
+from .fake import write_run, write_settings
+
+
+def sizes(paths: tuple[Path, ...]) -> list[tuple[int, int]]:
+    """Width and height of each PNG file, as its header says them."""
+    heads = [path.read_bytes()[:24] for path in paths]
+    assert [head for head in heads if not head.startswith(b"\x89PNG\r\n\x1a\n")] == []
+    return [struct.unpack(">II", head[16:]) for head in heads]
+
+
+def pictures_of(folder: Path, out: Path) -> tuple[Path, ...]:
+    try:
+        return report.write([folder], pictures=out).written
+    except BadValue as missing:
+        pytest.skip(f"no figure can be drawn here: {missing}")
+
+
+def test_every_figure_becomes_a_png_under_its_title(tmp_path: Path):
+    folder = write_run(tmp_path / "run", rounds=2)
+    drawn = [figure for group in figures.one_run(read(folder)).values() for figure in group]
+    written = pictures_of(folder, tmp_path / "png")
+    assert [path.name for path in written] == [png.file_name(figure.title) for figure in drawn]
+    assert "quality-over-rounds.png" in {path.name for path in written}
+    heights = [figure.drawing.layout.height for figure in drawn]
+    assert sizes(written) == [(png.WIDTH * png.SCALE, height * png.SCALE) for height in heights]
+
+
+def test_figures_of_settings_have_files_of_their_own(tmp_path: Path):
+    written = pictures_of(write_settings(tmp_path / "runs", seeds=1), tmp_path / "png")
+    names = [path.name for path in written]
+    assert len(set(names)) == len(names) == len(sizes(written)) > 10
+    assert {f"{name}-overall-quality-over-{axis}.png" for name in ("standard", "enforced") for axis in figures.AXES} <= set(names)
+
+
+def test_a_file_name_takes_no_path_from_a_title():
+    assert png.file_name("../a b: Quality (%)/x") == "a-b-quality-x.png"
+
+
+def test_without_kaleido_one_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(BadValue, match=r"pip install 'fedexperts\[png\]'"):
+        report.write([write_run(tmp_path / "run", rounds=2)], html=tmp_path / "r.html", pictures=tmp_path / "png")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_without_a_browser_one_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("kaleido", reason="kaleido, which looks for the browser, is not installed")
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
+    with pytest.raises(BadValue, match="need a browser, and there is none"):
+        report.write([write_run(tmp_path / "run", rounds=2)], pictures=tmp_path / "png")
