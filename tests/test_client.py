@@ -94,6 +94,12 @@ def test_fit_counts_what_it_did(prepared, bench):
     assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides
 
 
+def test_the_peak_counts_what_a_method_holds_beside_the_model(prepared, bench):
+    held = [torch.zeros(1000), torch.zeros(10, 100)]
+    plain, more = (fit(install(job(prepared), bench), bench, seed="s", steps=2, beside=each) for each in ([], held))
+    assert more.cost.peak_bytes == plain.cost.peak_bytes + 8000
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, bench, place):
     short = fit(install(job(prepared), bench), bench, seed="s", steps=4).cost.peak_bytes

@@ -60,8 +60,8 @@ def test_a_key_that_is_no_name_is_refused(key):
 
 
 def test_an_unknown_method_is_refused_with_all_there_are_and_the_nearest():
-    said = refusal("method.name=fedmoee")
-    assert said == "method.name = 'fedmoee' is not one of fedmoe, random_moe, fedavg, local; did you mean fedmoe?"
+    there = "fedmoe, random_moe, fedavg, fedprox, scaffold, local, centralised"
+    assert refusal("method.name=fedmoee") == f"method.name = 'fedmoee' is not one of {there}; did you mean fedmoe?"
 
 
 @pytest.mark.parametrize("name", ["3", "[1]", "{a = 1}", ""])
@@ -77,7 +77,7 @@ def test_a_field_that_the_method_does_not_have_is_refused_with_the_nearest():
     said = refusal("method.name=fedmoe", "method.patient=3")
     assert said.startswith("method.patient is not a setting of fedmoe, which has initial, adjust")
     assert said.endswith("; did you mean patience?")
-    assert "fedavg, which has none" in refusal("method.name=fedavg", "method.patience=3")
+    assert "centralised, which has none" in refusal("method.name=centralised", "method.patience=3")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -43,6 +44,15 @@ def answer(job: Job, bench: Bench, model: nn.Module, fitted: Fitted, extra: Tens
     """All that `model` trained, in the rows of `job`, with what came of it."""
     patch, metrics = Patch(rows.read(model), job.patch.rows), {"loss": fitted.loss}
     return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, metrics, fitted.cost)
+
+
+@torch.no_grad()
+def add_gradient(parameter: nn.Parameter, added: Tensor) -> None:
+    """Adds to the gradient of `parameter`. A Switch expert that no token reached has none: it gets one unless `added` is 0."""
+    if parameter.grad is not None:
+        parameter.grad += added
+    elif added.any():
+        parameter.grad = added.clone()
 
 
 def by_examples(update: Update) -> float:

@@ -11,10 +11,9 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedexperts.client import fit, install
-from fedexperts.methods.base import Count, Positive, answer, by_examples, mean_rows
+from fedexperts.methods.base import Count, Positive, add_gradient, answer, by_examples, mean_rows
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe.tuning import trainable
 from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
@@ -38,18 +37,29 @@ class FedProx:
         return Assignment(same_for_all(server, client, self.experts_per_layer))
 
     def train(self, job: Job, bench: Bench) -> Update:
+        """The penalty's gradient, μ (w − wᵗ), comes in after backward, tensor by tensor: autograd would hold all of it through
+        backward. So all that FedProx takes beside FedAvg is wᵗ.
+        """
         model = install(job, bench)
         received = [parameter.detach().clone() for parameter in trainable(model)]
-        fitted = fit(
-            model, bench, seed=job.seed, penalty=lambda model: self.mu / 2 * squared_distance(model, received), beside=received
+
+        def penalty(model: nn.Module) -> Tensor:
+            return self.mu / 2 * sum_of_squares(model, received)
+
+        def draw_back(model: nn.Module) -> None:
+            for parameter, then in zip(trainable(model), received, strict=True):
+                add_gradient(parameter, self.mu * (parameter.detach() - then))
+
+        return answer(
+            job, bench, model, fit(model, bench, seed=job.seed, penalty=penalty, after_backward=draw_back, beside=received)
         )
-        return answer(job, bench, model, fitted)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)
 
 
-def squared_distance(model: nn.Module, received: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """‖w − wᵗ‖², w all that `model` trains. mse_loss, unlike (w − wᵗ)², holds no difference until backward."""
+@torch.no_grad()
+def sum_of_squares(model: nn.Module, received: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """‖w − wᵗ‖², w all that `model` trains."""
     pairs = zip(trainable(model), received, strict=True)
-    return torch.stack([functional.mse_loss(now, then, reduction="sum") for now, then in pairs]).sum()
+    return torch.stack([(now - then).square().sum() for now, then in pairs]).sum()

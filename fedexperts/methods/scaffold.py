@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.client import fit, install
-from fedexperts.methods.base import Count, answer, by_examples, mean_rows, of
+from fedexperts.methods.base import Count, add_gradient, answer, by_examples, mean_rows, of
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe import rows
 from fedexperts.types import Assignment, Bench, Client, Job, Server, Tensors, Update
@@ -54,9 +54,7 @@ class Scaffold:
             for (parameter, summed), (_, added) in zip(summing, correcting, strict=True):
                 if parameter.grad is not None:
                     summed += parameter.grad
-                    parameter.grad += added
-                elif added.any():  # a Switch expert that no token reached
-                    parameter.grad = added.clone()
+                add_gradient(parameter, added)
 
         fitted = fit(model, bench, seed=job.seed, after_backward=correct, beside=[*total.values(), *correction.values()])
 

@@ -92,6 +92,18 @@ def test_each_client_has_one_task_and_is_described_by_it():
     assert {example.task for name in ("c01", "c02", "c03") for example in clients[name].test} == {"sort"}
 
 
+def test_all_clients_together_are_one_with_the_examples_of_all_in_their_order():
+    clients = make_clients(settings(), 0)
+    pool = clients.together()
+    assert list(pool) == ["c01-c06"]
+    for part in ("train", "validation", "test"):
+        whole = getattr(pool["c01-c06"], part)
+        assert list(whole) == [example for name in clients for example in getattr(clients[name], part)]
+    assert pool.client("c01-c06").examples == sum(clients.client(name).examples for name in clients)
+    alone = make_clients(settings(sources=TASKS[:1], clients=1), 0)
+    assert dict(alone.together()) == dict(alone)
+
+
 def test_validation_is_the_share_that_was_asked_for():
     split = make_clients(settings(clients=2, validation=0.25), 0)["c01"]
     assert len(split.validation) == round(0.25 * (len(split.train) + len(split.validation)))

@@ -46,6 +46,9 @@ class Obeys:
         if job.task == "keep nonsense":
             bench.kept["w"] = torch.tensor([float("nan")])
             return answer(job)
+        if job.task == "keep and send nonsense":
+            bench.kept["w"] = torch.ones(1)
+            return answer(job, extra={"w": torch.tensor([float("inf")])})
         if job.task == "look":
             shared = all(parameter.is_shared() for parameter in bench.model.parameters())
             seen = float(bench.model.get_parameter(SOME).detach()[0, 0])
@@ -175,6 +178,12 @@ def test_a_client_never_keeps_a_number_that_is_not_finite(one):
     (found,) = one.run(jobs("keep nonsense", ["c01"]))
     assert isinstance(found, Failure)
     assert found.reason == "what it keeps to itself holds NaN or infinity in w"
+    assert one.site.keeper.versions("c01") == []
+
+
+def test_what_a_client_keeps_beside_an_update_that_cannot_be_used_is_not_saved(one):
+    (found,) = one.run(jobs("keep and send nonsense", ["c01"]))
+    assert isinstance(found, Update), "it is the ledger that leaves it out, and counts its bytes"
     assert one.site.keeper.versions("c01") == []
 
 

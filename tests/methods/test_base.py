@@ -4,8 +4,9 @@ from itertools import permutations
 
 import pytest
 import torch
+from torch import nn
 
-from fedexperts.methods.base import all_experts, by_examples, heard, mean_rows, patch_for, train_assigned
+from fedexperts.methods.base import add_gradient, all_experts, by_examples, heard, mean_rows, of, patch_for, train_assigned
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
@@ -56,6 +57,23 @@ def test_a_single_client_is_taken_at_its_word():
     merged = mean_rows(server(), [sent("a", 7, [1, 3], values, values, 0.7)], by_examples).weights
     assert torch.equal(merged[EXPERTS], column(10.0, 0.1, 30.0, 1 / 3))
     assert torch.equal(merged[NORM], column(0.7))
+
+
+def test_a_gradient_is_added_to_and_one_that_is_not_there_is_made_only_for_what_is_not_zero():
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    add_gradient(parameter, torch.zeros(2))
+    assert parameter.grad is None
+    added = torch.tensor([0.0, 3.0])
+    add_gradient(parameter, added)
+    add_gradient(parameter, added)
+    assert parameter.grad.tolist() == [0.0, 6.0]
+    assert added.tolist() == [0.0, 3.0]
+
+
+def test_entries_of_one_kind_are_known_by_the_rest_of_their_names():
+    one, other = torch.ones(1), torch.zeros(1)
+    memory = {"control/a.b": one, "controls/a.b": other, "held/control/c": other, "control": other}
+    assert of("control", memory) == {"a.b": one}
 
 
 def test_without_updates_the_weights_stay_and_the_old_server_is_never_changed():

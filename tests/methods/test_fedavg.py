@@ -17,6 +17,23 @@ def test_everybody_gets_every_expert_whatever_its_memory():
     assert [FedAvg().assign(server, client).experts for client in clients] == [{"0": (0, 1, 2, 3)}] * 2
 
 
+def test_a_number_of_experts_gives_every_client_the_same_small_model_and_leaves_the_others_as_they_were():
+    model = tiny_model("olmoe", num_hidden_layers=2)
+    clients = [Client("a", 4), Client("b", 12)]
+    server, method = tiny_server(model, clients, TRAINING), FedAvg(experts_per_layer=3)
+    jobs = list(jobs_for(server, method, clients))
+    assert jobs[0].experts == jobs[1].experts != server.anatomy.all_experts
+    updates = [method.train(job, tiny_bench(model, client, TRAINING)) for job, client in zip(jobs, clients, strict=True)]
+    merged, seen = method.merge(server, iter(updates)), 0
+    for name, block in server.layout.items():
+        if block is not None:
+            held = list(jobs[0].experts[block])
+            changed = {row for row in range(8) if not torch.equal(merged.weights[name][row], server.weights[name][row])}
+            assert len(held) == 3 and changed == set(held)
+            seen += 1
+    assert seen == 3 * 2
+
+
 def test_the_next_model_is_the_mean_of_the_clients_weighted_by_their_examples():
     model = tiny_model("olmoe", num_hidden_layers=1)
     clients = [Client("a", 4), Client("b", 12)]

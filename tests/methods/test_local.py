@@ -47,6 +47,17 @@ def test_a_client_keeps_what_it_trained_and_goes_on_from_there():
     assert any(not torch.equal(bench.kept[name], first[name]) for name in first)
 
 
+def test_a_number_of_experts_makes_the_model_that_is_kept_small():
+    server, _, bench = start()
+    method = Local(experts_per_layer=3)
+    (job,) = jobs_for(server, method, [CLIENT])
+    for _ in range(2):
+        method.train(job, bench)
+    assert {len(bench.kept[name]) for name, block in server.layout.items() if block is not None} == {3}
+    installed = rows.read(install(job, bench))
+    assert all(torch.equal(installed[name], bench.kept[name]) for name in server.weights)
+
+
 def test_more_rounds_fit_the_training_examples_better():
     _, job, bench = start()
     losses = [Local().train(job, bench).metrics["loss"] for _ in range(8)]

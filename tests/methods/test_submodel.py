@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedexperts.errors import TooSmall
-from fedexperts.methods.submodel import at_random, covering, even_number, evenly, mask, predict, search, units, unmask
+from fedexperts.methods.submodel import (
+    at_random,
+    covering,
+    even_number,
+    evenly,
+    mask,
+    predict,
+    same_for_all,
+    search,
+    units,
+    unmask,
+)
 from fedexperts.moe import shrink
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
@@ -162,6 +173,26 @@ def test_more_random_experts_than_the_memory_holds_are_refused_with_the_number_t
     assert len(at_random(server, client, 0.7, 2, Random(0))["0"]) == 2
     with pytest.raises(TooSmall, match=r"client c07 .* experts_per_layer = 3 .* at most 2"):
         at_random(server, client, 0.7, 3, Random(0))
+
+
+def test_the_same_random_experts_for_every_client_of_a_run():
+    clients = [Client("a", 1), Client("b", 9, "x", memory_bytes=4)]
+    server = bare_server([BlockShape(16, 2), BlockShape(16, 2)], clients)
+    drawn = [same_for_all(replace(server, round=round), client, 2) for client in clients for round in (1, 5)]
+    assert all(each == drawn[0] for each in drawn)
+    assert [len(ids) for ids in drawn[0].values()] == [2, 2]
+    others = [same_for_all(replace(server, seed=str(seed)), clients[0], 2) for seed in range(1, 9)]
+    assert all(each != drawn[0] for each in others)
+    assert drawn[0]["0"] != drawn[0]["1"] or others[0]["0"] != others[0]["1"]
+
+
+def test_the_same_experts_for_all_are_all_of_them_whatever_the_memory_unless_a_number_is_asked_for():
+    small = Client("c07", 1, memory_bytes=5)
+    server = bare_server([FOUR, FOUR], [small])
+    assert same_for_all(server, small, None) == server.anatomy.all_experts
+    assert len(same_for_all(server, small, 2)["0"]) == 2
+    with pytest.raises(TooSmall, match=r"client c07 .* experts_per_layer = 3 .* at most 2"):
+        same_for_all(server, small, 3)
 
 
 def test_every_expert_is_drawn_by_somebody():

@@ -9,6 +9,7 @@ from fedexperts.errors import BadValue
 from fedexperts.moe import rows
 from fedexperts.moe.rows import RowMean
 from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import trainable
 from fedexperts.testing import FAMILIES, tiny_experts, tiny_model
 
 
@@ -41,6 +42,19 @@ def test_more_than_ten_switch_experts_keep_their_order():
     model = tiny_model("switch_transformers", num_experts=12)
     tensor = rows.read(model)["encoder.block.1.layer.1.mlp.experts.wo.weight"]
     assert torch.equal(tensor[10], model.get_parameter("encoder.block.1.layer.1.mlp.experts.expert_10.wo.weight"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_paired_with_views_of_what_rows_have_for_them(family):
+    model = tiny_model(family)
+    tensors = rows.read(model)
+    pairs = rows.paired(model, tensors)
+    assert {id(parameter) for parameter, _ in pairs} == {id(parameter) for parameter in trainable(model)}
+    assert len(pairs) == len(trainable(model)) > 20
+    assert all(torch.equal(parameter, view) for parameter, view in pairs)
+    for _, view in pairs:
+        view.zero_()
+    assert not any(tensor.any() for tensor in tensors.values())
 
 
 def test_only_trained_parameters_have_rows():
