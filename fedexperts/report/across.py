@@ -44,17 +44,15 @@ class Target:
 
 
 def target(groups: Groups, task: str | None) -> Target | None:
-    """The target of `task` (None: overall); None where no federated method was scored. References set none."""
+    """The target of `task` (None: overall); None where no federated method got anywhere. References set none."""
     measure = m.quality(all_runs(groups), task)
     ends = {
         label: fmean(values)
         for label, runs in groups.items()
         if not any(run.plan.reference for run in runs) and (values := m.by_seed(measure, runs).values())
     }
-    if not ends:
-        return None
-    best = (max if measure.unit == "%" else min)(ends, key=lambda label: ends[label])
-    return Target(best, ends[best], measure.unit)
+    best = (max if measure.unit == "%" else min)(ends, key=lambda label: ends[label], default=None)
+    return Target(best, ends[best], measure.unit) if best and ends[best] else None
 
 
 def first_round(run: RunResults, task: str | None, goal: Target, share: float) -> int | None:

@@ -56,6 +56,7 @@ def test_the_target_is_the_best_mean_over_seeds_of_the_methods_that_federate():
     assert target(groups, None) == target(groups, "sort") == Target("fedmoe", 70.0, "%")
     assert target({"centralised": groups["centralised"]}, None) is None
     assert target({"fedmoe": [run("fedmoe", {})]}, None) is None
+    assert target({"fedmoe": [run("fedmoe", {5: 0.0})]}, None) is None  # which everybody would have reached
 
 
 def test_the_first_round_at_a_share_of_the_target_is_an_evaluated_one():
