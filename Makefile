@@ -36,11 +36,14 @@ format: install ## mend the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## the measurements of benchmarks/
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+bench: install ## what federation and sub-models cost
+	for name in overhead submodel; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
+	$(BIN)/python benchmarks/ceilings.py
 
 clean: ## remove what was made, except .venv
 	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install quickstart test check lint types format bench clean
+.PHONY: help install quickstart test check lint types format bench ceilings clean
 .DEFAULT_GOAL := help
