@@ -6,6 +6,7 @@ import torch
 import fedexperts.moe.disk
 from fedexperts.moe import rows, shrink
 from fedexperts.moe.anatomy import anatomy, blocks
+from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -170,6 +171,20 @@ def run_block(block, hidden):
     ids = next(part for part in seen[0] if part.dtype == torch.int64)
     picked = ids[0] if block.is_switch else torch.zeros(40, 8).scatter(1, ids, 1)
     return (output if isinstance(output, torch.Tensor) else output[0])[0], picked.bool()
+
+
+def test_embeddings_that_are_tied_stay_tied_through_all_that_is_done_to_a_model(tmp_path):
+    model, batch = tiny_model("olmoe", tie_word_embeddings=True), tiny_batch("olmoe")
+    experts = tiny_experts(model)
+    small = shrink.shrink(model, experts)
+    shrink.save(small, tmp_path / "small")
+    shrink.save(model, tmp_path / "whole")
+    again, part = shrink.load(tmp_path / "small"), shrink.load_part(tmp_path / "whole", experts)
+    tuned = [prepare(shrink.shrink(model, experts), Tuning(train, rank=4), seed="0").eval() for train in ("full", "lora")]
+    for each in (small, again, part, *tuned):
+        assert each.lm_head.weight is each.model.embed_tokens.weight
+        assert torch.equal(each(**batch).logits, small(**batch).logits)
+        assert not any("lm_head" in name for name in rows.read(each))
 
 
 class CountingReader:
