@@ -91,7 +91,7 @@ def compare(
 
 
 def is_left(planned: Planned, failed: dict[Path, str], progress: Progress | None) -> bool:
-    """Runs it, unless another process is at it; one that fails is entered with its reason."""
+    """Whether another process is at it; where none is, it is run, and entered in `failed` if it fails."""
     try:
         run(planned.config, planned.folder, resume=True, label=planned.label, setting=planned.setting, progress=progress)
     except Busy:

@@ -126,7 +126,7 @@ def rounds_to_target(settings: Settings) -> Table:
         tuple(rows) if asked else (),
         note="The first evaluated round in which a run's overall quality is that share of the target: the mean over the seeds "
         "that get there, and how many do. The target is the best final overall quality, as a mean over seeds, of the federated "
-        f"methods (local and centralised training set none): {told}. Of a perplexity the target is that share.",
+        f"methods (local and centralised training set none): {told}. A perplexity is there when the target is that share of it.",
     )
 
 
