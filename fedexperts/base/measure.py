@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fedexperts import evaluate
 from fedexperts.base.load import Base
 from fedexperts.base.settings import PretrainSettings, Stream, Texts
-from fedexperts.base.stream import as_example, texts_of, token_ids
+from fedexperts.base.stream import Windows, as_example, texts_of, token_ids
 from fedexperts.client import cross_entropy
 from fedexperts.data import sources
 from fedexperts.data.encode import Encoder
@@ -22,7 +22,8 @@ from fedexperts.data.synthetic import examples
 from fedexperts.moe.routing import Recorder, Routing
 from fedexperts.types import Example
 
-WINDOWS = 16  # measured at a time
+WINDOWS = 16  # of held-out text, measured at a time
+BATCHES = 8  # in which the load of the experts is counted
 
 Measured = dict[str, dict[str, Any]]
 """Group → what was measured → value: a number, or a list of one for each expert."""
@@ -34,8 +35,10 @@ def measure(base: Base, settings: PretrainSettings, tokens: Path) -> Measured:
     answers = {group: verbatim(base.model, encoder, chosen) for group, chosen in questions(settings).items() if chosen}
     if settings.stream is None:
         return answers
-    pair = Bigram(load_file(tokens)["texts"], len(base.tokenizer))
-    return {**text_measures(base, pair, settings.stream, settings.measured), **answers}
+    parts = load_file(tokens)
+    pair = Bigram(parts["texts"], len(base.tokenizer))
+    bits = held_out_bits(base, pair, settings.stream, settings.measured)
+    return {**bits, **loads(routing(base.model, Windows(parts, settings, settings.stream), settings)), **answers}
 
 
 def questions(settings: PretrainSettings) -> dict[str, list[Example]]:
@@ -55,16 +58,11 @@ def verbatim(model: nn.Module, encoder: Encoder, chosen: Sequence[Example]) -> d
     return {**found, "mean": round(sum(found.values()) / len(found), 3)}
 
 
-def text_measures(base: Base, pair: "Bigram", stream: Stream, number: int) -> Measured:
-    """Bits per byte of `number` held-out texts of each file, taken from all over it, and how much the experts got of them."""
-    bits: Measured = {}
+def held_out_bits(base: Base, pair: "Bigram", stream: Stream, number: int) -> Measured:
+    """Bits per byte of `number` held-out texts of each file, taken from all over it."""
     files = {file: texts for texts in stream.texts if (file := held_out(texts.name)) is not None}
-    with Recorder(base.model) as recorder:
-        for file, texts in files.items():
-            chosen = held_out_texts(file, texts, number)
-            if chosen:
-                bits[f"bits per byte, {file.name.partition('.')[0]}"] = bits_per_byte(base, pair, chosen, stream.window)
-    return {**bits, **loads(recorder.routing())} if bits else {}
+    chosen = {file.name.partition(".")[0]: held_out_texts(file, texts, number) for file, texts in files.items()}
+    return {f"bits per byte, {name}": bits_per_byte(base, pair, some, stream.window) for name, some in chosen.items() if some}
 
 
 def held_out(name: str) -> Path | None:
@@ -112,6 +110,17 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocabulary"
     """How many bytes of text each token of our tokenizers stands for: they write a byte as one letter, marks as none."""
     letters = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     return torch.tensor([0 if letter in tokenizer.all_special_tokens else len(letter) for letter in letters])
+
+
+@torch.inference_mode()
+def routing(model: nn.Module, windows: Windows, settings: PretrainSettings) -> Routing:
+    """What the routers pick in the batches that would have come next, mixed as those the model was trained on."""
+    with Recorder(model) as recorder:
+        for step in range(settings.steps, settings.steps + BATCHES):
+            for rank in range(settings.workers):
+                batch = windows.batch(step, rank)
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return recorder.routing()
 
 
 def loads(routing: Routing) -> Measured:

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from fedexperts.base.load import Base
-from fedexperts.base.measure import Bigram, bits_per_byte, held_out, held_out_texts, loads, text_measures, token_bytes
-from fedexperts.base.settings import Stream, Texts
+from fedexperts.base.measure import Bigram, bits_per_byte, held_out, held_out_bits, held_out_texts, loads, routing, token_bytes
+from fedexperts.base.settings import PretrainSettings, Stream, Texts
+from fedexperts.base.stream import Windows
 from fedexperts.base.tokenizer import learn_tokenizer, make_tokenizer
 from fedexperts.moe.routing import Routing
 from fedexperts.testing import tiny_model
@@ -87,7 +88,20 @@ def test_the_load_of_an_expert_is_told_in_parts_of_a_fair_share():
     assert found["most used expert, of a fair share"] == {"layer": 3.0}
 
 
-def test_nothing_is_told_of_texts_that_hold_none_out(tmp_path):
+def test_the_load_is_that_of_batches_which_come_after_the_last_step(monkeypatch):
+    stream = Stream(window=4, texts=({"name": "never read"},))
+    settings = PretrainSettings(out="never", batch_size=6, workers=2, steps=3, stream=stream)
+    windows, asked = Windows({"texts": torch.arange(3, 64)}, settings, stream), []
+    batch = windows.batch
+    monkeypatch.setattr(windows, "batch", lambda step, rank: asked.append((step, rank)) or batch(step, rank))
+    found = routing(tiny_model("olmoe"), windows, settings)
+    assert asked == [(step, rank) for step in range(3, 11) for rank in (0, 1)]
+    assert set(found.tokens.values()) == {8 * 6 * 4} and {int(counts.sum()) for counts in found.counts.values()} == {
+        2 * 8 * 6 * 4
+    }
+
+
+def test_texts_that_hold_none_out_have_no_bits_per_byte(tmp_path):
     (tmp_path / "alone.jsonl").write_text('{"text": "once"}\n')
     base = uniform_base(make_tokenizer(64))
-    assert text_measures(base, Bigram(torch.arange(9), 300), Stream(texts=({"name": str(tmp_path / "alone.jsonl")},)), 5) == {}
+    assert held_out_bits(base, Bigram(torch.arange(9), 300), Stream(texts=({"name": str(tmp_path / "alone.jsonl")},)), 5) == {}
