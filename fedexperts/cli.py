@@ -118,7 +118,9 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="A config.json, a model folder, a name on the hub, or tiny.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="tiny, small, a config.json, a model folder, or a name on the hub.", show_default=False)
+    ],
     keep: Annotated[int | None, typer.Option(help="Experts that a sub-model keeps in each layer.")] = None,
     keep_total: Annotated[int | None, typer.Option(help="Experts that it keeps over all layers.")] = None,
     lora: Annotated[str | None, typer.Option(help="Count adapters: attention, experts, or attention+experts.")] = None,
@@ -160,11 +162,10 @@ def report(
 def pretrain(
     run_file: RunFile, set: Set = None, out: Annotated[Path | None, typer.Option("--out", help="The model's folder.")] = None
 ) -> None:
-    """Make a small MoE base from text, instructions and generated tasks; stopped, it goes on where it was."""
+    """Make a small MoE base from text, instructions and generated tasks; stopped, it goes on where it was; finished, it stays."""
     from fedexperts.base import pretrain as pretraining
 
-    folder = pretraining.run_file(run_file, set or [], out, console)
-    console.print(f"written: {folder}", markup=False, soft_wrap=True, highlight=False)
+    pretraining.run_file(run_file, set or [], out, console)
 
 
 def progress(quiet: bool) -> "Progress":

@@ -1,12 +1,16 @@
-"""Files that are whole or not there: written under a temporary name, synced, renamed."""
+"""Files that are whole or not there (written under a temporary name, synced, renamed), and folders held for one process."""
 
+import fcntl
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
+
+from fedexperts.errors import Busy
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -42,3 +46,21 @@ def encoded(tensors: Mapping[str, Tensor]) -> bytes:
         apart[name] = held.clone() if held.untyped_storage().data_ptr() in memory else held
         memory.add(held.untyped_storage().data_ptr())
     return save(apart)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder, made where it is missing, for one process; the lock ends with it, however it ends.
+
+    Raises:
+        Busy: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Busy(f"another process is running in {folder}; wait for it, or give another folder with --out") from None
+    finally:
+        os.close(handle)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fedexperts.base.load import OURS, own_folder
-from fedexperts.errors import BadValue
+from fedexperts.errors import BadValue, nearest
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy, blocks
 from fedexperts.moe.flops import COPIES, on_meta, parameters
 from fedexperts.moe.lora import ExpertLoRA
@@ -144,7 +144,8 @@ def read_config(model: str) -> Any:
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise BadValue(
-            f"no model config could be read from {model!r} ({first}); give a config file, folder or hub name"
+            f"no model config could be read from {model!r} ({first}); "
+            f"give {', '.join(OURS)}, a config file, a folder or a hub name{nearest(model, OURS)}"
         ) from error
 
 

@@ -1,10 +1,8 @@
 """A run from its settings to its results folder."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -18,9 +16,9 @@ from fedexperts.config import EvaluationSettings, RunConfig
 from fedexperts.data.encode import Encoder
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.local import LocalEngine, Site
-from fedexperts.errors import BadRun, Busy
+from fedexperts.errors import BadRun
 from fedexperts.federation import done, federate, jobs_for, steps
-from fedexperts.files import write_text
+from fedexperts.files import locked, write_text
 from fedexperts.ledger import Ledger
 from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
@@ -155,7 +153,7 @@ def failures(ledger: Ledger) -> dict[str, str]:
 
 
 def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, out: Path, progress: Progress) -> None:
-    """Every client's scores on its own test examples, and those of all clients together, into evals.jsonl."""
+    """Every client's scores on its own examples of `evaluation.split`, and those of all clients together, into evals.jsonl."""
     asked = replace(server, task="evaluate", clients=prepared.server.clients)
     progress.evaluating(len(asked.clients))
     jobs = ledger.sent(jobs_for(asked, prepared.method, asked.clients.values()))
@@ -240,21 +238,3 @@ def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds the results folder for one process; the lock ends with it, however it ends.
-
-    Raises:
-        Busy: another process holds it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise Busy(f"another process is running in {out}; wait for it, or give another folder with --out") from None
-    finally:
-        os.close(folder)

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedexperts import checkpoint, cli, running
+from fedexperts.files import locked
 from fedexperts.methods import METHODS
 from fedexperts.methods.fedavg import FedAvg
 
@@ -86,7 +87,7 @@ def test_a_run_leaves_its_settings_plan_logs_checkpoint_and_report(finished):
 
 def test_a_folder_in_which_a_process_runs_is_refused_to_another(fedexperts, finished):
     _, out = finished
-    with running.locked(out):
+    with locked(out):
         code, _, said = fedexperts("run", out / "run.toml", "--out", out, "--resume")
     assert (code, said.count("\n")) == (2, 1)
     assert "another process is running" in said
@@ -337,7 +338,7 @@ def test_a_run_that_fails_does_not_stop_a_comparison_and_is_named_at_its_end(fed
 
 def test_a_comparison_says_which_runs_it_left_to_another_process(fedexperts, run_file, tmp_path):
     out = tmp_path / "out"
-    with running.locked(out / "local" / "seed-0"):
+    with locked(out / "local" / "seed-0"):
         code, shown, _ = fedexperts("compare", run_file, "--methods", "local", "--out", out, "--quiet")
         assert (code, f"left to the process that is at it: {out / 'local' / 'seed-0'}" in shown) == (0, True)
         assert not (out / "report.html").exists()  # there is nothing yet to report

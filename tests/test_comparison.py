@@ -15,8 +15,8 @@ from fedexperts import comparison
 from fedexperts.comparison import Variant, compare, read_settings, read_variants
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun, BadValue
+from fedexperts.files import locked
 from fedexperts.methods import METHODS, REFERENCES
-from fedexperts.running import locked
 from fedexperts.settings import checked
 
 

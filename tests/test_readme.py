@@ -1,14 +1,16 @@
-"""What the README shows works as it stands there."""
+"""What the README shows, the Makefile names and the scripts say works as it stands there."""
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 from fedexperts.config import read
 from fedexperts.plan import plan
 from fedexperts.start import prepare_run
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_run_of_the_readme_can_start(tmp_path, monkeypatch):
@@ -20,3 +22,20 @@ def test_the_run_of_the_readme_can_start(tmp_path, monkeypatch):
     planned = plan(prepare_run(read(Path("my-run.toml"))))
     assert len(planned["clients"]) == 10
     assert 0 < sum(not client["full_fits"] for client in planned["clients"]) < 10  # some hold all experts, some do not
+
+
+def test_every_script_of_a_run_is_one_that_the_shell_can_read():
+    scripts = sorted((ROOT / "runs").rglob("*.sh"))
+    assert scripts
+    for script in scripts:
+        read = subprocess.run(["sh", "-n", script], capture_output=True, text=True)
+        assert (read.returncode, read.stderr) == (0, ""), script
+
+
+def test_every_file_that_the_makefile_or_a_script_names_is_there():
+    made = [(ROOT / "Makefile").read_text(), *(script.read_text() for script in (ROOT / "runs").rglob("*.sh"))]
+    named = {name for text in made for name in re.findall(r"(?<![\w/])(?:runs|benchmarks)/[\w./-]+\.(?:toml|sh|py)\b", text)}
+    (loop,) = re.findall(r"for name in (.*?); do \$\(BIN\)/python benchmarks/\$\$name\.py", made[0])
+    named |= {f"benchmarks/{name}.py" for name in loop.split()}
+    assert len(named) >= 5
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from fedexperts.errors import BadValue
+from fedexperts.errors import BadValue, nearest
 from fedexperts.moe.anatomy import blocks
 from fedexperts.moe.kernel import choose_kernel
 
@@ -70,6 +70,7 @@ def place(name: str) -> str:
     if name.startswith((".", "/", "~")):
         raise BadValue(
             f"model.name = {name!r} is a folder that does not exist; give an existing folder, tiny, small, or a hub id"
+            f"{nearest(name, OURS)}"
         )
     return name
 
@@ -100,7 +101,7 @@ def asked_for(name: str, read: Callable[[], T]) -> T:
             raise BadValue(f"model.name = {name!r} brings its own code, which runs only on trust; {ask}") from error
         first = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else type(error).__name__
         told = "give tiny, small, a folder that transformers can read, or the id of a model on the hub that can be reached"
-        raise BadValue(f"model.name = {name!r} cannot be loaded ({first}); {told}") from error
+        raise BadValue(f"model.name = {name!r} cannot be loaded ({first}); {told}{nearest(name, OURS)}") from error
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from fedexperts.client import cross_entropy
 from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import draw, text
 from fedexperts.errors import BadRun
-from fedexperts.files import write_tensors, write_text
+from fedexperts.files import locked, write_tensors, write_text
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.settings import different
@@ -58,19 +58,22 @@ class Point(NamedTuple):
 
 
 def run_file(path: Path, changes: Sequence[str], out: Path | None, console: Console) -> Path:
-    """What `fedexperts pretrain` does: makes the base that the TOML file describes and gives its folder.
+    """What `fedexperts pretrain` does: makes the base that the TOML file describes, unless it is there, and gives its folder.
 
     Raises:
         BadValue: the file or a change is not allowed.
         BadRun, BadData: as `pretrain`.
     """
     settings = read_settings(path, [*changes, *([f"out={json.dumps(str(out))}"] if out else [])])
+    there = finished(settings)
     folder = pretrain(settings)
     measured = json.loads((folder / RECIPE).read_text())["measured"]
     for group, values in measured.items():
         console.print(
             f"{group}: " + ", ".join(f"{name} {value}" for name, value in values.items()), markup=False, highlight=False
         )
+    told = "finished before with these very settings; to make it anew, remove it or give another folder with --out"
+    console.print(f"{told if there else 'written'}: {folder}", markup=False, soft_wrap=True, highlight=False)
     return folder
 
 
@@ -78,29 +81,70 @@ def pretrain(settings: PretrainSettings) -> Path:
     """Makes the base and gives its folder, which `base.load` and transformers both read.
 
     Until it is finished, what there is of it lies beside it in `.<name>.partial`; the same settings go on from there, to the
-    same bits as in one go. The number of steps may change as long as the learning rate has not begun to fall.
+    same bits as in one go. The number of steps may change as long as the learning rate has not begun to fall. A base that is
+    finished with these very settings stays as it is.
 
     Raises:
-        BadRun: `settings.out` holds something that no pretraining wrote, or its partial folder a run with other settings.
+        BadRun: `settings.out` holds anything else, or its partial folder a run with other settings.
+        Busy: another process is making it.
         BadData, BadValue: a source is missing, empty, damaged, unknown or no plain text; then nothing was written.
     """
-    out = settings.out
-    if out.exists() and any(out.iterdir()) and not (out / RECIPE).exists():
-        raise BadRun(f"{out} holds something other than a pretrained base; choose another folder for out")
     questions(settings)  # what cannot be asked is told here, not by a worker after the last step
     partial = partial_folder(settings)
+    with locked(partial):
+        try:
+            if not finished(settings):
+                begin(partial, settings)
+                make(settings)
+            if begun_with(partial) == recipe_settings(settings):
+                (partial / SETTINGS).unlink()
+        finally:
+            if not (partial / SETTINGS).exists():  # then nothing there counts
+                shutil.rmtree(partial)
+    return settings.out
+
+
+def finished(settings: PretrainSettings) -> bool:
+    """Whether `settings.out` holds the base of these very settings already.
+
+    Raises:
+        BadRun: it holds another base, or something that no pretraining wrote.
+    """
+    out = settings.out
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if not (out / RECIPE).exists():
+        raise BadRun(f"{out} holds something other than a pretrained base; choose another folder for out")
+    there = json.loads((out / RECIPE).read_text())["settings"]
+    if changed := different(there, recipe_settings(settings)):
+        raise BadRun(
+            f"{out} holds a base made with another {', '.join(changed)}; remove that folder, or give another one with --out"
+        )
+    return True
+
+
+def begin(partial: Path, settings: PretrainSettings) -> None:
+    """Brings the partial folder to where training can start or go on."""
     if (partial / SETTINGS).exists():
         check_same(partial, settings)
     else:
         prepare(partial, settings)
     write_text(partial / SETTINGS, json.dumps(recipe_settings(settings)))  # comes last: where it lies, the rest is whole
+
+
+def begun_with(partial: Path) -> dict[str, Any] | None:
+    """The settings that the partial folder was last worked on with; None: what it holds does not count."""
+    path = partial / SETTINGS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def make(settings: PretrainSettings) -> None:
+    """Trains, in all workers, and saves."""
     with tempfile.TemporaryDirectory() as meeting:
         if settings.workers == 1:
             work(0, settings, meeting)
         else:
             cast("Any", torch.multiprocessing).spawn(work, (settings, meeting), nprocs=settings.workers)
-    shutil.rmtree(partial)
-    return out
 
 
 def partial_folder(settings: PretrainSettings) -> Path:
@@ -305,11 +349,11 @@ def average_gradients(model: nn.Module) -> None:
 def save(
     model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: PretrainSettings, curve: list[Point], partial: Path
 ) -> None:
-    """The finished folder in the place of what was there, in one step."""
+    """The finished folder, there in one step."""
     out = settings.out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new = Path(scratch) / "new"
         with without_bars():
             cast("Any", model).to(torch.bfloat16).save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -327,10 +371,7 @@ def save(
         (new / "loss.csv").write_text("\n".join(lines) + "\n")
         for file in new.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        new.rename(out)  # refused where something came to lie there meanwhile
 
 
 def progress(rank: int) -> Progress:

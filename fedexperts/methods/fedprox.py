@@ -23,8 +23,8 @@ from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
 class FedProx:
     """FedAvg, but each client minimises h(w) = F(w) + μ/2 · ‖w − wᵗ‖², wᵗ what it received (equation 2).
 
-    mu: μ. The authors tune it among 0.001, 0.01, 0.1, 0.5 and 1 and name no default; 0.01 (ours) is a light hold, so that a run
-    that does not tune it stays near FedAvg.
+    mu: μ. The authors' code says to tune it among 0.001, 0.01, 0.1, 0.5 and 1 for each dataset, and names no default; 0.01 (ours)
+    is a light hold, so that a run that does not tune it stays near FedAvg.
     experts_per_layer: of random experts, the same in every client; None: all experts, whatever the client's memory.
     """
 
@@ -38,7 +38,7 @@ class FedProx:
 
     def train(self, job: Job, bench: Bench) -> Update:
         """The penalty's gradient, μ (w − wᵗ), comes in after backward, tensor by tensor: autograd would hold all of it through
-        backward. So all that FedProx takes beside FedAvg is wᵗ.
+        backward. So all that FedProx takes beside FedAvg is wᵗ, and temporaries of the largest tensor.
         """
         model = install(job, bench)
         received = [parameter.detach().clone() for parameter in trainable(model)]

@@ -96,7 +96,7 @@ def at_random(server: Server, client: Client, reserve: float, per_layer: int | N
     A layer that has fewer keeps all; none keeps fewer than its top-k, nor a part of a grouped router's group.
 
     Raises:
-        TooSmall: the memory does not hold the minimum, or not as many as were asked for.
+        TooSmall: the memory does not hold the minimum, or not as many as were asked for (told with what all clients hold).
     """
     require_minimum(server, client)
     blocks = server.anatomy.blocks
@@ -108,9 +108,12 @@ def at_random(server: Server, client: Client, reserve: float, per_layer: int | N
     experts = {name: members(order[: counts[name] // blocks[name].unit], blocks[name]) for name, order in orders.items()}
     needed = server.footprint.of(experts)
     if client.memory_bytes is not None and client.memory_bytes < needed:
+        for each in server.clients.values():
+            require_minimum(server, each)  # where one holds nothing, no number helps
+        most = min(even_number(server, each) for each in (client, *server.clients.values()))
         raise TooSmall(
             f"client {client.name} has {client.memory_bytes / 1e6:.1f} MB of memory, but experts_per_layer = {per_layer} takes "
-            f"{needed / 1e6:.1f} MB to train; ask for at most {even_number(server, client)}, or leave it out"
+            f"{needed / 1e6:.1f} MB to train; ask for at most {most}, which every client holds, or leave it out"
         )
     return experts
 

@@ -97,6 +97,8 @@ def test_a_model_with_experts_but_no_tokenizer_is_told_so(tmp_path, family):
 def test_a_missing_folder_is_told_by_its_name():
     with pytest.raises(BadValue, match=r"'\./nowhere' is a folder that does not exist"):
         load("./nowhere")
+    with pytest.raises(BadValue, match=r"'\./small' is a folder that does not exist.*; did you mean small\?$"):
+        load("./small")
 
 
 def test_a_folder_without_a_model_is_told_by_its_name(tmp_path):
@@ -108,6 +110,15 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BadValue, match="'nobody/no-such-model' cannot be loaded") as raised:
         load("nobody/no-such-model")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("read", [load, inspect.read_config])
+@pytest.mark.parametrize(("given", "meant"), [("smal", "small"), ("tinny", "tiny")])
+def test_a_misspelt_base_of_ours_is_told_with_the_one_meant(monkeypatch, read, given, meant):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BadValue, match=rf"'{given}' .*give tiny, small, .*; did you mean {meant}\?$") as raised:
+        read(given)
     assert "\n" not in str(raised.value)
 
 

@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 import math
 from itertools import count
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fedexperts.base import pretrain as pretraining
@@ -15,7 +17,8 @@ from fedexperts.base.settings import Mixture, PretrainSettings, Shape, read_sett
 from fedexperts.base.tokenizer import learn_tokenizer, make_tokenizer
 from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, side
-from fedexperts.errors import BadData, BadRun, BadValue
+from fedexperts.errors import BadData, BadRun, BadValue, Busy
+from fedexperts.files import locked
 from fedexperts.moe.routing import Recorder, balance_loss
 
 SMALL = Shape(hidden=16, layers=1, heads=2, experts=4, top_k=2, expert_width=8, max_positions=64)
@@ -52,14 +55,54 @@ def test_two_workers_make_one_base(tmp_path):
     assert load(str(folder)).hash != load(str(pretrain(small(tmp_path / "alone", measured=0)))).hash
 
 
-def test_a_finished_base_is_replaced_but_nothing_else_is(tmp_path):
+def test_nothing_that_lies_there_is_replaced(tmp_path):
     first = load(str(pretrain(small(tmp_path / "base", measured=0)))).hash
-    assert load(str(pretrain(small(tmp_path / "base", measured=0, seed=1)))).hash != first
+    with pytest.raises(BadRun, match=r"base holds a base made with another lr, seed; remove that folder, or give another one"):
+        pretrain(small(tmp_path / "base", measured=0, seed=1, lr=0.5))
+    assert load(str(tmp_path / "base")).hash == first
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.md").write_text("precious")
     with pytest.raises(BadRun, match="thesis holds something other than a pretrained base"):
         pretrain(small(tmp_path / "thesis"))
     assert (tmp_path / "thesis" / "chapter.md").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "thesis"}
+
+
+def test_a_base_that_is_finished_with_these_very_settings_stays_and_how_to_make_it_anew_is_told(tmp_path, monkeypatch):
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("steps = 1\nbatch_size = 2\nmeasured = 0\nmodel = { hidden = 16, layers = 1, heads = 2, experts = 4 }\n")
+    told = []
+    for patched in (False, True):
+        console = Console(file=io.StringIO(), width=80)
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(pretraining, "begin", raising(Killed))
+            folder = pretraining.run_file(run_file, ["save_every=7"] * patched, tmp_path / "base", console)
+        told.append(console.file.getvalue().splitlines()[-1])
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "run.toml"}
+    how = "finished before with these very settings; to make it anew, remove it or give another folder with --out"
+    assert told == [f"written: {folder}", f"{how}: {folder}"]
+
+
+def test_what_a_run_killed_after_its_last_move_left_beside_the_finished_base_goes(tmp_path, monkeypatch):
+    settings = small(tmp_path / "base", measured=0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pretraining, "begun_with", raising(Killed))
+        pretrain(settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", ".base.partial"}
+    made = (tmp_path / "base" / RECIPE).read_bytes()
+    pretrain(settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    assert (tmp_path / "base" / RECIPE).read_bytes() == made
+
+
+def test_a_base_that_another_process_is_making_is_left_to_it(tmp_path):
+    with locked(tmp_path / ".base.partial"):
+        with pytest.raises(Busy, match=r"another process is running in .*\.base\.partial; wait for it, or give another folder"):
+            pretrain(small(tmp_path / "base", measured=0))
+        assert (tmp_path / ".base.partial").exists() and not (tmp_path / "base").exists()
+    pretrain(small(tmp_path / "base", measured=0))
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
 def test_batches_hold_training_prompts_only_and_new_tasks_only_late_and_rarely(tmp_path):
@@ -256,7 +299,7 @@ def test_without_exposed_tasks_none_are_measured(tmp_path):
 def test_training_keeps_the_load_of_experts_more_even_with_the_balance_loss_than_without(tmp_path):
     uneven = {}
     for balance in (0.0, 1.0):
-        model = load(str(pretrain(small(tmp_path / "base", steps=60, measured=0, balance=balance)))).model
+        model = load(str(pretrain(small(tmp_path / str(balance), steps=60, measured=0, balance=balance)))).model
         batch = Encoder(make_tokenizer(64), 64).batch(mixed(0, 0, small(tmp_path)))
         with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
             model(**batch)

@@ -195,6 +195,21 @@ def test_the_same_experts_for_all_are_all_of_them_whatever_the_memory_unless_a_n
         same_for_all(server, small, 3)
 
 
+def test_the_number_that_fits_is_that_of_the_client_with_the_least_memory_whichever_is_refused_first():
+    first, least = Client("c01", 1, memory_bytes=7), Client("c02", 1, memory_bytes=5)
+    server = bare_server([FOUR, FOUR], [first, least, Client("c03", 1)])
+    assert (even_number(server, first), even_number(server, least)) == (3, 2)
+    for ask in (
+        lambda number: same_for_all(server, first, number),
+        lambda number: at_random(server, first, 0.7, number, Random(0)),
+    ):
+        with pytest.raises(TooSmall, match=r"client c01 .* experts_per_layer = 4 .* at most 2, which every client holds"):
+            ask(4)
+    nothing = bare_server([FOUR, FOUR], [first, Client("c04", 1, memory_bytes=1)])
+    with pytest.raises(TooSmall, match=r"client c04 .* smallest legal sub-model"):
+        same_for_all(nothing, first, 4)
+
+
 def test_every_expert_is_drawn_by_somebody():
     server = bare_server([FOUR], [])
     drawn = {e for seed in range(20) for e in at_random(server, Client("c", 1), 0.7, 1, Random(seed))["0"]}
