@@ -13,9 +13,11 @@ from fedexperts.methods import METHODS
 from fedexperts.progress import Progress
 from fedexperts.running import claim, require_same_inputs, run
 from fedexperts.settings import checked, with_settings
-from fedexperts.start import prepare_run
+from fedexperts.start import Parts, prepare_run
 
 REPORTS = ("report.html", "report.csv", "report.md")
+DEEPEST = 4  # levels below a folder that a report looks for runs in
+SAME = ("data", "devices", "evaluation", "seed")  # what no method of a comparison sets for itself
 LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
 
 
@@ -72,7 +74,7 @@ def compare(
 
     Raises:
         FedExpertsError: before the first run starts, as every run is prepared once before.
-        BadRun: `out` holds something other than a comparison of this form.
+        BadRun: `out` holds runs that no comparison of this form wrote.
     """
     require_room(out, len(settings))
     runs = [
@@ -81,19 +83,21 @@ def compare(
         for setting, config in settings.items()
         for variant in variants
     ]
+    parts = Parts()
     for each in runs:  # a client that has no part in the last method says so before the first one runs
         claim(each.config, each.folder, resume=True)
-        require_same_inputs(prepare_run(each.config, each.label), each.folder)
+        require_same_inputs(prepare_run(each.config, each.label, parts=parts), each.folder)
     failed: dict[Path, str] = {}
-    first = [each for each in runs if is_left(each, failed, progress)]
-    left = [each for each in first if is_left(each, failed, progress)]  # the others are done meanwhile, or were stopped
+    first = [each for each in runs if is_left(each, parts, failed, progress)]
+    left = [each for each in first if is_left(each, parts, failed, progress)]  # the others are done meanwhile, or were stopped
     return Compared(tuple(each.folder for each in runs), tuple(each.folder for each in left), failed)
 
 
-def is_left(planned: Planned, failed: dict[Path, str], progress: Progress | None) -> bool:
+def is_left(planned: Planned, parts: Parts, failed: dict[Path, str], progress: Progress | None) -> bool:
     """Whether another process is at it; where none is, it is run, and entered in `failed` if it fails."""
     try:
-        run(planned.config, planned.folder, resume=True, label=planned.label, setting=planned.setting, progress=progress)
+        told = {"label": planned.label, "setting": planned.setting}
+        run(planned.config, planned.folder, resume=True, **told, progress=progress, parts=parts)
     except Busy:
         return True
     except BadRun as error:
@@ -122,11 +126,11 @@ def read_variants(text: str) -> list[Variant]:
     """The methods that a comma-separated list names, each once.
 
     One is `method`, `method:key=value:key=value` or, with a name for tables and folders, `name=method:…`. A key without a dot
-    is the method's own setting; one with a dot is any setting of the run file. Commas and colons in brackets or quotes divide
-    nothing.
+    is the method's own setting; one with a dot is a setting of the run file, of `model`, `training` or `federation`. Commas and
+    colons in brackets or quotes divide nothing.
 
     Raises:
-        BadValue: no method, one there is none of, or two of one name.
+        BadValue: no method, one there is none of, two of one name, or a setting that all methods of a comparison share.
     """
     found: dict[str, Variant] = {}
     for each in pieces(text, ","):
@@ -147,6 +151,12 @@ def read_variant(text: str) -> Variant:
         raise BadValue(f"{method!r} is not one of {', '.join(METHODS)}{nearest(method, METHODS)}")
     if equals and not re.match(r"\w", name):
         raise BadValue(f"{text} calls its method {name!r}; a name begins with a letter or a digit")
+    for setting in settings:
+        if setting.partition("=")[0].partition(".")[0].strip() in SAME:
+            raise BadValue(
+                f"{text} sets {setting.strip()}, but the methods of a comparison share data, devices, evaluation and seeds; "
+                "set it for all with --set, or give another run file, as a setting of its own"
+            )
     keyed = (setting if "." in setting.partition("=")[0] else f"method.{setting}" for setting in settings)
     variant = Variant(name if equals else text, method, tuple(keyed))
     if len(variant.folder) > LONGEST:
@@ -169,23 +179,21 @@ def pieces(text: str, separator: str) -> list[str]:
 
 
 def require_room(out: Path, settings: int) -> None:
-    """Raises BadRun when `out` holds anything but the runs of a comparison over so many run files, and their reports."""
+    """Raises BadRun when `out` cannot take a comparison over so many run files; what holds no run may lie there too."""
+    if out.exists() and not out.is_dir():
+        raise BadRun(f"{out} is a file; give a folder with --out")
     if (out / "resolved.json").exists():
         raise BadRun(f"{out} holds a single run, so a comparison cannot be put there; give another folder with --out")
-    there = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
-    found = [path for path in there if not is_report(path)]
-    others = [path for path in found if not holds_runs(path, 2 if settings > 1 else 1)] or ([] if found else there)
-    if others:
-        kind = "over several run files" if settings > 1 else "over a single run file"
-        raise BadRun(f"{out} holds {others[0].name}, which no comparison {kind} wrote; give another folder with --out")
+    kind, depth = ("over several run files", 3) if settings > 1 else ("over a single run file", 2)
+    ours, *others = (runs_at(out, each) for each in (depth, *(each for each in range(1, DEEPEST + 1) if each != depth)))
+    if other := next(filter(None, others), None):
+        raise BadRun(f"{out} holds the run {other[0]}, which no comparison {kind} wrote; give another folder with --out")
+    there = [name for name in REPORTS if (out / name).exists()]
+    if there and not ours:
+        raise BadRun(f"{out} holds {there[0]} and no run, and a comparison would write over it; give another folder with --out")
 
 
-def holds_runs(folder: Path, depth: int) -> bool:
-    """Whether it holds seed-<seed> folders, `depth` levels down, and nothing else but reports."""
-    inside = [path for path in folder.iterdir() if not is_report(path)] if folder.is_dir() else [folder]
-    return all(holds_runs(path, depth - 1) if depth > 1 else path.name.startswith("seed-") for path in inside)
-
-
-def is_report(path: Path) -> bool:
-    """Whether it is a report, or one that another process is writing."""
-    return path.name in REPORTS or path.name.startswith(tuple(f".{name}." for name in REPORTS))
+def runs_at(out: Path, depth: int) -> list[Path]:
+    """The runs `depth` levels below `out`, relative to it."""
+    found = out.glob("/".join([*["*"] * depth, "resolved.json"]))
+    return sorted(path.parent.relative_to(out) for path in found)

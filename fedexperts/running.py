@@ -23,7 +23,7 @@ from fedexperts.ledger import Ledger
 from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
 from fedexperts.settings import different, to_toml
-from fedexperts.start import Prepared, prepare_run, versions
+from fedexperts.start import Parts, Prepared, prepare_run, versions
 from fedexperts.types import Bench, Engine, Job, Method, Patch, Server, Update
 
 MAY_DIFFER = ("federation.workers",)
@@ -57,8 +57,11 @@ def run(
     label: str | None = None,
     setting: str = "",
     progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> Path:
     """Runs `config` and returns its results folder, `out`. `label` and `setting` are what reports call its method and run file.
+
+    `parts` are those of runs before it, which are not made again.
 
     Raises:
         BadValue: a setting, the data or the model does not allow the run; nothing was written then.
@@ -67,7 +70,7 @@ def run(
     """
     torch.set_num_threads(config.training.threads)
     claim(config, out, resume)
-    prepared = prepare_run(config, label, setting)
+    prepared = prepare_run(config, label, setting, parts)
     require_same_inputs(prepared, out)
     with locked(out), progress or Quiet() as shown:
         write_start(prepared, out)

@@ -46,7 +46,7 @@ def with_settings(tree: Tree, settings: Sequence[str]) -> Tree:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise BadValue(f"--set {setting} is not of the form a.b=c")
+            raise BadValue(f"{setting!r} is not of the form a.b=c; write a setting, = and its value, such as training.lr=1e-3")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

@@ -1,24 +1,67 @@
 """From settings to a run that can start: the base, the clients with their data and devices, the first server."""
 
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Any, TypeVar
 
 from fedexperts.base.load import Base, load
-from fedexperts.config import RunConfig
-from fedexperts.data.clients import Clients, make_clients
+from fedexperts.config import ModelSettings, RunConfig
+from fedexperts.data.clients import Clients, Pool, load_pool, make_clients
+from fedexperts.data.settings import DataSettings
 from fedexperts.devices import memories
 from fedexperts.federation import steps
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
-from fedexperts.moe.flops import footprint
+from fedexperts.moe.flops import Footprint, footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
 from fedexperts.types import Client, Method, Server, Split, Training
+
+T = TypeVar("T")
+Kept = dict[Hashable, T]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What runs of several methods have in common: made for the first that asks, then shared. Nobody writes to it.
+
+    Files are read once, so all runs see them as they were then. Only the last few of each kind are held.
+    """
+
+    bases: Kept[Base] = field(default_factory=dict)
+    pools: Kept[Pool] = field(default_factory=dict)
+    divided: Kept[Clients] = field(default_factory=dict)
+    footprints: Kept[Footprint] = field(default_factory=dict)
+
+    def base(self, model: ModelSettings) -> Base:
+        return kept(self.bases, 1, model, lambda: load(model.name, model.trust_remote_code))
+
+    def clients(self, data: DataSettings, seed: int) -> Clients:
+        key = data.model_dump_json(), seed
+        return kept(self.divided, 8, key, lambda: make_clients(data, seed, self.pool(data)))
+
+    def pool(self, data: DataSettings) -> Pool:
+        return kept(self.pools, 2, (data.sources, data.limit), lambda: load_pool(data))
+
+    def footprint(self, config: RunConfig) -> Footprint:
+        training = config.training.build()
+        size = (training.batch_size, config.data.max_tokens)
+        key = config.model, training.tuning, size, training.optimizer
+        model = self.base(config.model).model
+        return kept(self.footprints, 8, key, lambda: footprint(model, training.tuning, size, optimizer=training.optimizer))
+
+
+def kept(store: Kept[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
+    """What `store` has for `key`; where it has nothing, the oldest makes room before it is made."""
+    if key not in store:
+        if len(store) == most:
+            del store[next(iter(store))]
+        store[key] = make()
+    return store[key]
 
 
 @dataclass(frozen=True)
@@ -37,16 +80,16 @@ class Prepared:
     setting: str = ""  # the run file of a comparison, by its name
 
 
-def prepare_run(config: RunConfig, label: str | None = None, setting: str = "") -> Prepared:
-    """The base, the clients' data and the first server.
+def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", parts: Parts | None = None) -> Prepared:
+    """The base, the clients' data and the first server; of `parts` whatever is there already.
 
     Raises:
         BadValue: the model, the data, the devices or the method do not allow the run.
     """
     method = config.build_method()
-    base = load(config.model.name, config.model.trust_remote_code)
-    clients = make_clients(config.data, config.seed)
-    server = first_server(config, base, clients)
+    parts = parts or Parts()
+    base, clients = parts.base(config.model), parts.clients(config.data, config.seed)
+    server = first_server(config, base, clients, parts.footprint(config))
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training.build()
@@ -69,14 +112,11 @@ def pooled(prepared: Prepared) -> Prepared:
     )
 
 
-def first_server(config: RunConfig, base: Base, clients: Clients) -> Server:
+def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprint) -> Server:
     """The server before the first round: the base's weights that will be trained, or fresh adapters."""
-    training = config.training.build()
     seed = str(config.seed)
     shape = anatomy(base.model)
-    model = prepare(shrink(base.model, shape.all_experts), training.tuning, seed=f"{seed}/start")
-    size = (training.batch_size, config.data.max_tokens)
-    cost = footprint(base.model, training.tuning, size, optimizer=training.optimizer)
+    model = prepare(shrink(base.model, shape.all_experts), config.training.build().tuning, seed=f"{seed}/start")
     devices = config.devices
     memory = memories(list(clients), cost.of(shape.all_experts), seed, gb=devices.memory_gb, share=devices.memory_share)
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}

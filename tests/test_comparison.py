@@ -4,19 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedexperts import comparison
+from fedexperts import comparison, start
 from fedexperts.comparison import Variant, compare, read_settings, read_variants
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.files import locked
 from fedexperts.methods import METHODS, REFERENCES
+from fedexperts.running import run
 from fedexperts.settings import checked
 
 
@@ -48,18 +48,12 @@ def rounds(out):
         ("fedavg:training.lr=1e-3", [Variant("fedavg:training.lr=1e-3", "fedavg", ("training.lr=1e-3",))]),
         ("slow=fedmoe:patience=3:training.lr=1e-4", [Variant("slow", "fedmoe", ("method.patience=3", "training.lr=1e-4"))]),
         (
-            'two = fedavg:data.sources=["a","hub:b/c"],local',
-            [Variant("two", "fedavg", ('data.sources=["a","hub:b/c"]',)), Variant("local", "local")],
+            'two = fedavg:training.parts=["experts","a:b"],local',
+            [Variant("two", "fedavg", ('training.parts=["experts","a:b"]',)), Variant("local", "local")],
         ),
         (
-            "fedavg:devices.memory_gb={uniform=[1,2]}:training.lr=1",
-            [
-                Variant(
-                    "fedavg:devices.memory_gb={uniform=[1,2]}:training.lr=1",
-                    "fedavg",
-                    ("devices.memory_gb={uniform=[1,2]}", "training.lr=1"),
-                )
-            ],
+            "fedavg:own={uniform=[1,2]}:training.lr=1",
+            [Variant("fedavg:own={uniform=[1,2]}:training.lr=1", "fedavg", ("method.own={uniform=[1,2]}", "training.lr=1"))],
         ),
     ],
 )
@@ -76,6 +70,10 @@ def test_methods_are_read_with_their_names_and_what_they_set(text, expected):
         ("../x=fedavg", "a name begins with a letter"),
         ("=fedavg", "a name begins with a letter"),
         (f"fedavg:model.name={'x' * 300}", "give it a short one"),
+        ("fedavg:training.lr=1:data.clients=3", r"sets data\.clients=3, but the methods of a comparison share data"),
+        ("fedavg: devices.memory_gb=1", r"sets devices\.memory_gb=1, .* set it for all with --set, or give another run file"),
+        ("mine=fedavg:evaluation.split=validation", r"mine=.* sets evaluation\.split=validation, but"),
+        ("fedavg:seed=3", "sets seed=3, but"),
     ],
 )
 def test_methods_that_cannot_be_read_are_refused(text, said):
@@ -90,15 +88,17 @@ def test_no_two_labels_share_a_folder_and_each_is_one_part_of_a_path(labels):
     assert not [folder for folder in folders if "/" in folder or "\0" in folder]
 
 
-def test_a_variant_sets_any_key_and_leaves_what_the_run_file_says_of_its_method(tiny_tree):
+def test_a_variant_sets_what_it_names_and_leaves_what_the_run_file_says_of_its_method(tiny_tree):
     config = checked(RunConfig, {**tiny_tree, "method": {"name": "fedmoe", "patience": 7, "neighbours": 2}})
-    (variant,) = read_variants("fedmoe:patience=1:training.lr=0.5:evaluation.split=validation")
+    (variant,) = read_variants("fedmoe:patience=1:training.lr=0.5:federation.rounds=9:model.name=other")
     found = variant.of(config)
     assert found.method == {"name": "fedmoe", "patience": 1, "neighbours": 2}
-    assert (found.training.lr, found.evaluation.split) == (0.5, "validation")
+    assert (found.training.lr, found.federation.rounds, found.model.name) == (0.5, 9, "other")
     assert found.training.local_steps == config.training.local_steps == 2
     with pytest.raises(BadValue, match=r"training\.rl is not a setting; did you mean training\.lr\?"):
         read_variants("fedavg:training.rl=1")[0].of(config)
+    with pytest.raises(BadValue, match=r"^'training\.lr' is not of the form a\.b=c"):
+        read_variants("fedavg:training.lr")[0].of(config)
 
 
 def test_references_are_told_from_methods_that_federate():
@@ -166,18 +166,87 @@ def test_two_commands_started_together_share_the_runs(tiny_tree, tmp_path):
     assert set(map(tuple, found.values())) == {(1, 2, 3)}  # each round once: no two processes did the same run
 
 
-@pytest.mark.parametrize("there", ["standard/thesis.tex", "thesis.tex", "report.md", "fedavg/seed-0/plan.json"])
-def test_a_comparison_over_settings_is_put_among_nothing_else(settings, tmp_path, there):
-    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / there).write_text("precious")
-    with pytest.raises(BadRun, match=r"holds .*, which no comparison over several run files wrote"):
+RUNS = ("run", "fedavg/seed-0", "standard/fedavg/seed-0", "more/standard/fedavg/seed-0")
+"""Where runs lie below a folder, by their depth."""
+
+
+def put(out, *paths):
+    for path in paths:
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text("{}")
+
+
+@pytest.mark.parametrize("there", RUNS)
+@pytest.mark.parametrize(("number", "own"), [(1, RUNS[1]), (2, RUNS[2])])
+def test_a_comparison_is_not_put_among_runs_of_another_form(tmp_path, there, number, own):
+    put(tmp_path, f"{there}/resolved.json")
+    if there == own:
+        comparison.require_room(tmp_path, number)
+    else:
+        with pytest.raises(BadRun, match=rf"holds the run {there}, which no comparison over .* run files? wrote"):
+            comparison.require_room(tmp_path, number)
+
+
+@pytest.mark.parametrize(("there", "said"), [("resolved.json", "holds a single run"), ("report.md", "would write over it")])
+def test_a_comparison_writes_over_no_single_run_and_over_no_report_but_its_own(settings, tmp_path, there, said):
+    put(tmp_path, there)
+    with pytest.raises(BadRun, match=said):
         compare(settings, read_variants("local"), 1, tmp_path)
-    assert [path.name for path in tmp_path.rglob("*.*")] == [Path(there).name]
+    assert [path.name for path in tmp_path.iterdir()] == [there]
 
 
-def test_a_comparison_over_one_setting_is_not_put_beside_one_over_several(settings, tmp_path):
-    (tmp_path / "enforced/fedavg/seed-0").mkdir(parents=True)
-    (tmp_path / "enforced/report.html").write_text("of enforced alone")
-    with pytest.raises(BadRun, match="holds enforced, which no comparison over a single run file wrote"):
-        compare({"standard": settings["standard"]}, read_variants("local"), 1, tmp_path)
-    comparison.require_room(tmp_path, settings=2)
+def test_a_comparison_is_not_put_into_a_file(settings, tmp_path):
+    put(tmp_path, "out")
+    with pytest.raises(BadRun, match="out is a file; give a folder"):
+        compare(settings, read_variants("local"), 1, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_comparison_goes_on_beside_its_reports_and_whatever_holds_no_run(settings, tmp_path, number):
+    chosen = dict(list(settings.items())[:number])
+    put(tmp_path, "notes.txt", ".DS_Store", "local/.DS_Store")
+    begun = compare(chosen, read_variants("local"), 1, tmp_path)
+    put(tmp_path, "report.html", "png/quality.png", "mine.csv", "mine.md", "local/report.html", "standard/report.html")
+    again = compare(chosen, read_variants("local,fedavg"), 1, tmp_path)
+    assert set(begun.folders) < set(again.folders)
+    assert set(rounds(tmp_path)) == {path.relative_to(tmp_path).as_posix() for path in again.folders}
+    assert (len(again.folders), again.failed, again.left) == (2 * number, {}, ())
+
+
+def test_runs_of_a_comparison_share_what_they_are_made_of_and_give_the_bits_of_runs_alone(settings, tmp_path, monkeypatch):
+    made = []
+    for name in ("load", "load_pool", "make_clients", "footprint"):
+        real = getattr(start, name)
+        monkeypatch.setattr(start, name, lambda *given, real=real, name=name, **told: made.append(name) or real(*given, **told))
+    chosen = read_variants("fedavg,fedmoe,half=scaffold:experts_per_layer=4,centralised")
+    found = compare(settings, chosen, 2, tmp_path / "together")
+    assert len(found.folders) == 16
+    assert sorted(made) == ["footprint", "load", "load_pool", "make_clients", "make_clients"]  # clients: of each seed
+    for folder in found.folders[:4]:
+        config = checked(RunConfig, json.loads((folder / "resolved.json").read_text()))
+        alone = run(config, tmp_path / "alone" / folder.parent.name)
+        assert results(alone) == results(folder)
+
+
+def results(folder):
+    """What a run came to: the bytes of its weights and of what its clients keep, its evaluations and who has which examples."""
+    files = [*folder.rglob("*.safetensors"), folder / "evals.jsonl", folder / "partition.json"]
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    assert any(name.startswith("checkpoint/") for name in found)
+    return found
+
+
+def test_a_comparison_started_again_does_nothing_to_finished_runs_and_still_sees_that_its_data_changed(tiny_tree, tmp_path):
+    source = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"double {number}", "response": str(2 * number)} for number in range(40)]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    data = {**tiny_tree["data"], "sources": [str(source)], "partition": "iid", "limit": None}
+    chosen = {"mine": checked(RunConfig, {**tiny_tree, "data": data, "federation": {"rounds": 1}})}
+    out = tmp_path / "out"
+    compare(chosen, read_variants("fedavg"), 1, out)
+    before = results(out / "fedavg/seed-0")
+    assert compare(chosen, read_variants("fedavg"), 1, out).failed == {}
+    assert results(out / "fedavg/seed-0") == before
+    source.write_text("\n".join(map(json.dumps, rows[:-1])))
+    with pytest.raises(BadRun, match="data_hashes changed"):
+        compare(chosen, read_variants("fedavg"), 1, out)

@@ -102,13 +102,15 @@ class Clients(Mapping[str, Split]):
         write_text(path, json.dumps(self.manifest()))
 
 
-def make_clients(settings: DataSettings, seed: int | str) -> Clients:
-    """Loads all sources and divides them. The seed decides who gets what, never which examples there are.
+def make_clients(settings: DataSettings, seed: int | str, pool: Pool | None = None) -> Clients:
+    """Loads all sources, unless their `pool` is there already, and divides them.
+
+    The seed decides who gets what, never which examples there are.
 
     Raises:
         BadData: data that cannot be read, or too little of it for so many clients.
     """
-    pool = load_pool(settings)
+    pool = pool or load_pool(settings)
     groups = _groups(pool, settings.partition, str(seed))
     parts = _parts(pool, groups, settings, str(seed))
     made = Partition(tuple(map(tuple, parts)), str(seed), settings.partition.model_dump())
