@@ -42,8 +42,14 @@ bench: install ## what federation and sub-models cost
 ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
 	$(BIN)/python benchmarks/ceilings.py
 
+fedmoe: install ## FedMoE's experiment in full: four settings, three seeds; hours; needs FEDEXPERTS_DATA
+	sh runs/fedmoe/table.sh $(BIN)/fedexperts
+
+fedmoe-short: install ## the same in little: one setting, one seed, half the rounds; minutes
+	sh runs/fedmoe/short.sh $(BIN)/fedexperts
+
 clean: ## remove what was made, except .venv
 	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install quickstart test check lint types format bench ceilings clean
+.PHONY: help install quickstart test check lint types format bench ceilings fedmoe fedmoe-short clean
 .DEFAULT_GOAL := help

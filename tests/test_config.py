@@ -172,5 +172,5 @@ def test_every_setting_has_a_full_name():
 
 
 def test_the_run_files_that_come_with_the_library_are_runs():
-    files = [path for path in Path(__file__).parents[1].joinpath("runs").glob("*.toml") if not path.stem.startswith("pretrain")]
+    files = [path for path in Path(__file__).parents[1].joinpath("runs").rglob("*.toml") if not path.stem.startswith("pretrain")]
     assert [read(path).build_method() for path in files]
