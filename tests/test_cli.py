@@ -181,7 +181,7 @@ def test_a_folder_that_is_a_file_is_left_alone(fedexperts, run_file, tmp_path):
         ("training.learning_rate=1", ["training.learning_rate", "did you mean training.lr?"]),
         ("method.name=fedmoee", ["'fedmoee'", "did you mean fedmoe?"]),
         ("method.patience=1", ["method.patience", "fedavg"]),
-        ("training.lr", ["--set training.lr", "a.b=c"]),
+        ("training.lr", ["'training.lr' is not of the form", "a.b=c"]),
         ("devices.memory_gb=0.00001", ["client c01 has 0.0 MB", "takes", "MB to train", "give it more memory"]),
         ("devices.memory_gb=[1, 1]", ["2 numbers for 4 clients"]),
         ("data.clients=100", ["50 clients", "there are 12", "ask for at most 3 clients"]),
