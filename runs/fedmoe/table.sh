@@ -1,6 +1,6 @@
 #!/bin/sh
-# FedMoE's experiment: four settings, seven methods and FedAvg beyond the clients' memory, three seeds; then the two ablations.
-# Started twice at once, the two share the work. Learning rates are not tuned yet: tune.sh.
+# FedMoE's experiment: four settings, seven methods, three seeds; then, on Standard-T, the two ablations and FedAvg with all experts.
+# Started twice at once, the two share the work. The learning rates are the run files', not tuned yet: tune.sh.
 set -e
 command=${1:-fedexperts}
 same="experts_per_layer=6"

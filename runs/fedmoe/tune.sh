@@ -1,6 +1,6 @@
 #!/bin/sh
 # Three tries for each method of FedMoE's experiment, judged on validation examples, on a seed that no table uses. Two of them
-# at once share the work. What came out stands in table.sh.
+# at once share the work. What comes out belongs into table.sh.
 set -e
 command=${1:-fedexperts}
 same="experts_per_layer=6"
