@@ -40,7 +40,7 @@ bench: install ## what federation and sub-models cost
 	for name in overhead submodel; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
-	$(BIN)/python benchmarks/ceilings.py
+	$(BIN)/python benchmarks/ceilings.py --epochs 5 --lr 1.5e-3
 
 fedmoe: install ## FedMoE's experiment in full: four settings, three seeds; hours; needs FEDEXPERTS_DATA
 	sh runs/fedmoe/table.sh $(BIN)/fedexperts
