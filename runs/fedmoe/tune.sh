@@ -6,12 +6,9 @@ command=${1:-fedexperts}
 same="experts_per_layer=6"
 tries=""
 for lr in 1e-4 3e-4 1e-3; do
-  for method in fedmoe "random_moe:$same" "fedavg:$same" "scaffold:$same" "local:$same" centralised; do
+  for method in fedmoe "random_moe:$same" "fedavg:$same" "fedprox:$same" "scaffold:$same" "local:$same" centralised; do
     tries="$tries$method:training.lr=$lr,"
   done
-done
-for mu in 0.001 0.01 0.1; do
-  tries="${tries}fedprox:$same:training.lr=3e-4:mu=$mu,"
 done
 "$command" compare runs/fedmoe/standard-t.toml --methods "$tries" --out results/fedmoe-tune --set seed=100 \
   --set evaluation.split=validation --set federation.rounds=20 --set evaluation.every=20 --set federation.workers="${WORKERS:-1}"
