@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedexperts.moe import rows
+from fedexperts.moe.anatomy import Experts
+from fedexperts.moe.backward import SelectiveBackward
 from fedexperts.moe.flops import flops_estimated
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
@@ -62,46 +64,75 @@ def fit(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     after_backward: Callable[[nn.Module], None] | None = None,
     beside: Iterable[Tensor] = (),
+    watch: Callable[[Recorder], Tensor | None] | None = None,
+    reach: Callable[[Recorder], Experts] | None = None,
 ) -> Fitted:
     """`steps` (default: the run's local_steps) optimiser steps on the client's training examples.
 
     The loss is cross-entropy per response token with label smoothing, plus the load-balance loss (FedMoE, section 3.1), plus
     `penalty` of the model. `after_backward` sees the gradients before they are clipped. The optimiser starts afresh. `beside` is
     what the method holds through all steps: it counts in the peak.
+
+    `watch` sees what the routers did with each batch; what it returns is added to the loss. `reach` then says which experts
+    backward reaches (HFedMoE, equation 15): only they get gradients and move, and the optimiser forgets what it knew of others.
     """
     training = bench.training
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = optimizer_for(trained, training)
     losses, tokens, flops, peak = [], 0, 0.0, 0
     flops_of = flops_estimated(model)
     steps = training.local_steps if steps is None else steps
+    looked_at = bool(training.balance or watch or reach)
     model.train()
 
     drawn = [bench.encoder.batch(chosen) for chosen in batches(bench.data.train, training.batch_size, steps, seed)]
     metered = heaviest(drawn)
-    for step, batch in enumerate(drawn):
-        meter = MemoryMeter(model, optimizer, beside) if step == metered else None
-        with meter or nullcontext():
-            with Recorder(model, keep_logits=True) if training.balance else nullcontext() as recorder:
-                loss = cross_entropy(model, batch, training.label_smoothing)
-            if recorder is not None:
-                loss = loss + training.balance * balance_loss(recorder)
-            if penalty is not None:
-                loss = loss + penalty(model)
-            loss.backward()
-            if after_backward is not None:
-                after_backward(model)
-            if training.clip:
-                nn.utils.clip_grad_norm_(trained, training.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        tokens += seen(model, batch)
-        flops += flops_of(batch)
-        peak = max(peak, meter.peak_bytes) if meter else peak
+    with SelectiveBackward(model) if reach else nullcontext() as selective:
+        trained = selective.parameters if selective else [each for each in model.parameters() if each.requires_grad]
+        optimizer = optimizer_for(trained, training)
+        for step, batch in enumerate(drawn):
+            meter = MemoryMeter(model, optimizer, beside) if step == metered else None
+            with meter or nullcontext():
+                with Recorder(model, keep_logits=True) if looked_at else nullcontext() as recorder:
+                    loss = cross_entropy(model, batch, training.label_smoothing)
+                if recorder is not None and training.balance:
+                    loss = loss + training.balance * balance_loss(recorder)
+                if penalty is not None:
+                    loss = loss + penalty(model)
+                if recorder is not None and watch is not None and (added := watch(recorder)) is not None:
+                    loss = loss + added
+                reached = None
+                if recorder is not None and selective is not None and reach is not None:
+                    chosen = reach(recorder)
+                    selective.choose(chosen)
+                    forget(optimizer, selective.left_out())
+                    reached = share_of(recorder.routing(), chosen)
+                loss.backward()
+                if after_backward is not None:
+                    after_backward(model)
+                if training.clip:
+                    nn.utils.clip_grad_norm_(trained, training.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            tokens += seen(model, batch)
+            flops += flops_of(batch, reached) if reached else flops_of(batch)
+            peak = max(peak, meter.peak_bytes) if meter else peak
 
     model.eval()
     return Fitted(sum(losses) / len(losses), Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops))
+
+
+def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Drops the optimiser's state of `parameters`; those that come back start afresh."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def share_of(routing: Routing, experts: Experts) -> dict[str, float]:
+    """MoE block → share of the (token, expert) pairs of `routing` that went to `experts`."""
+    return {
+        block: float(counts[list(experts.get(block, ()))].sum()) / max(int(counts.sum()), 1)
+        for block, counts in routing.counts.items()
+    }
 
 
 def heaviest(drawn: Sequence[Mapping[str, Tensor]]) -> int:

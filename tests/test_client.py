@@ -191,3 +191,70 @@ def test_the_loss_of_an_encoder_decoder_is_over_its_labels_as_they_stand():
     model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers")
     expected = model(**batch, output_router_logits=False).loss
     assert float(cross_entropy(model, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def whole_job(prepared):
+    return job(prepared, prepared.server.anatomy.all_experts)
+
+
+def few(recorder):
+    """The most used expert of each block."""
+    return {block: (int(counts.argmax()),) for block, counts in recorder.routing().counts.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, bench, optimizer):
+    bench = replace(bench, training=replace(bench.training, optimizer=optimizer, weight_decay=0.1))
+    model = install(whole_job(prepared), bench)
+    before, chosen = rows.read(model), {}
+
+    def reach(recorder):
+        for block, ids in few(recorder).items():
+            chosen.setdefault(block, set()).update(ids)
+        return few(recorder)
+
+    fit(model, bench, seed="s", reach=reach)
+    after, layout = rows.read(model), rows.layout(model)
+    moved = {name: {i for i, row in enumerate(after[name]) if not torch.equal(row, before[name][i])} for name in after}
+    experts = {name: block for name, block in layout.items() if block and "experts" in name}
+    assert {name: moved[name] for name in experts} == {name: chosen[block] for name, block in experts.items()}
+    assert all(moved[name] for name in after.keys() - experts.keys()), "routers and all that is dense move"
+
+
+def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches(prepared, bench):
+    model, other = install(whole_job(prepared), bench), install(whole_job(prepared), bench)
+    sgd = replace(bench, training=replace(bench.training, optimizer="sgd", lr=0.1))
+    plain = fit(model, sgd, seed="s")
+    reached = fit(other, sgd, seed="s", reach=lambda recorder: prepared.server.anatomy.all_experts)
+    assert reached.loss == pytest.approx(plain.loss, abs=1e-5)
+    ours, theirs = rows.read(other), rows.read(model)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+
+
+def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, bench):
+    costs = []
+    for reach in (None, lambda recorder: prepared.server.anatomy.all_experts, few):
+        costs.append(fit(install(whole_job(prepared), bench), bench, seed="s", reach=reach).cost)
+    full, whole, one = costs
+    assert one.peak_bytes < whole.peak_bytes <= full.peak_bytes
+    assert one.flops_estimated < full.flops_estimated < whole.flops_estimated, "what is not kept is computed again"
+
+
+def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, bench):
+    bench = replace(bench, training=replace(bench.training, balance=0.0))
+    tokens = []
+
+    def watch(recorder):
+        routing = recorder.routing()
+        tokens.append(next(iter(routing.tokens.values())))
+        assert all(sum(len(each) for each in passes) == tokens[-1] for passes in recorder.logits.values())
+        return 100.0 + 0.0 * next(iter(recorder.logits.values()))[0].sum()
+
+    model = install(whole_job(prepared), bench)
+    fitted = fit(model, bench, seed="s", watch=watch)
+    assert len(tokens) == bench.training.local_steps
+    assert sum(tokens) == fitted.cost.tokens
+    other = install(whole_job(prepared), bench)
+    plain = fit(other, bench, seed="s", watch=lambda recorder: None)
+    assert fitted.loss == pytest.approx(plain.loss + 100.0, rel=1e-4)
+    assert equal(rows.read(model), rows.read(other))

@@ -77,24 +77,27 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
     """Stacked experts with their adapters: what transformers calls in place of its own implementation."""
     tokens, top_k = top_k_index.shape
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).to(torch.int32)
-
-    def linear(name: str, rows: Tensor) -> Tensor:
-        weight = getattr(self, name)
-        out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
-        out = self.lora[name].add(out, rows, expert, ends) if name in self.lora else out
-        return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
-
-    rows = hidden[order // top_k]
-    inner = self._apply_gate(linear("gate_up_proj", rows)) if self.has_gate else self.act_fn(linear("up_proj", rows))
-    out = linear("down_proj", inner)
-    if self.has_post_expert_norm:
-        out = self.post_expert_norm(out)
-
+    out = expert_outputs(self, hidden[order // top_k], expert)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     weighted = (out * top_k_weights.reshape(-1)[order].unsqueeze(1))[back]
     return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+def expert_outputs(self: Any, rows: Float[Tensor, "rows hidden"], expert: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
+    """What stacked experts, with adapters or without, make of rows that are sorted by their `expert`; not weighted yet."""
+    ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).to(torch.int32)
+    adapters = self.lora if "lora" in self._modules else {}
+
+    def linear(name: str, rows: Tensor) -> Tensor:
+        weight = getattr(self, name)
+        out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
+        out = adapters[name].add(out, rows, expert, ends) if name in adapters else out
+        return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
+
+    inner = self._apply_gate(linear("gate_up_proj", rows)) if self.has_gate else self.act_fn(linear("up_proj", rows))
+    out = linear("down_proj", inner)
+    return cast("Tensor", self.post_expert_norm(out)) if self.has_post_expert_norm else out
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
