@@ -48,7 +48,7 @@ def config(method: dict, training: dict, *, clients: int = 8, rounds: int = 2, w
             "method": method,
             "training": {"batch_size": 16, "local_steps": 20, **training},
             "federation": {"rounds": rounds, "clients_per_round": 4, "workers": workers},
-            "devices": {"memory_share": {"uniform": [0.7, 1.3]}},
+            "devices": {"memory_share": {"uniform": [0.7, 1.3]}, "out_of_memory": "train anyway"},
             "evaluation": {"every": 1000},
             "data": {
                 "sources": ["synthetic/double", "synthetic/first", "synthetic/descend", "synthetic/next"],

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedexperts.data.settings import DataSettings
+from fedexperts.devices import UTILISATION, Profile, profiles
 from fedexperts.errors import BadValue, nearest
 from fedexperts.methods import METHODS
 from fedexperts.moe.tuning import Part, Tuning
@@ -64,10 +65,31 @@ class FederationSettings(Settings):
 
 
 class DeviceSettings(Settings):
-    """The clients' memory, in gigabytes or in shares of the full model's need: a number, a list, or { uniform = [low, high] }."""
+    """The clients' devices.
 
+    `profile`: how fast they are and what they hold (forms in `devices.profiles`); with it a run has a clock. `memory_gb` or
+    `memory_share`: their memory, in gigabytes or in shares of the full model's need, whatever the profile says: a number, a
+    list, or { uniform = [low, high] }.
+    """
+
+    profile: Any = None
+    utilisation: float = Field(UTILISATION, gt=0, le=1)  # what training sustains of a preset's peak
     memory_gb: Any = None
     memory_share: Any = None
+    deadline_seconds: float | None = Field(None, gt=0)  # of virtual time in a round; who would answer later is left out
+    out_of_memory: Literal["fail", "train anyway"] = "fail"  # what becomes of a job whose measured peak is above the memory
+
+    def profiles(self, clients: Sequence[str], seed: str) -> dict[str, Profile]:
+        """The device of each client; none where there is no `profile`."""
+        return profiles(self.profile, clients, seed, self.utilisation)
+
+    @model_validator(mode="after")
+    def deadline_has_a_clock(self) -> Self:
+        if self.deadline_seconds is not None and self.profile is None:
+            raise BadValue(
+                "devices.deadline_seconds needs a clock; give devices.profile too, such as a preset: jetson_agx_xavier"
+            )
+        return self
 
 
 class EvaluationSettings(Settings):

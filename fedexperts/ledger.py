@@ -1,12 +1,14 @@
 """What was sent and what it took, counted on the very objects that travel."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import inf
 
 import torch
 
+from fedexperts.devices import Profile
 from fedexperts.moe.anatomy import Experts
-from fedexperts.types import Cost, Failure, Job, Tensors, Update
+from fedexperts.types import Failure, Job, Tensors, Update
 
 
 @dataclass(frozen=True)
@@ -25,57 +27,85 @@ class Entry:
     flops_estimated: float = 0.0
     failed: str | None = None
     loss: float | None = None  # mean over the client's steps
+    clock_seconds: float | None = None  # virtual; None without a clock, and for what measures the run
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Virtual time: what a job takes on its client's device, from what was counted.
+
+    Without a profile a client has none, and evaluations take none. A client that fails by itself says so as soon as it has its
+    job.
+    """
+
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    deadline_seconds: float = inf
+
+    def timed(self, entry: Entry) -> Entry:
+        """`entry` with its seconds. One that is past the deadline lasts until then: it failed, and nothing of it went up."""
+        profile = self.profiles.get(entry.client)
+        if profile is None or entry.task == "evaluate":
+            return entry
+        seconds = profile.seconds(entry.bytes_down, entry.flops_estimated, entry.bytes_up)
+        if seconds <= self.deadline_seconds:
+            return replace(entry, clock_seconds=seconds)
+        late = f"it would have answered after {seconds:,.1f} s, later than the deadline of {self.deadline_seconds:,g} s"
+        return replace(entry, clock_seconds=self.deadline_seconds, bytes_up=0, loss=None, failed=entry.failed or late)
+
+
 class Ledger:
     """The entries of the round under way, in the order of its jobs, and who held what in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = Clock()) -> None:
+        self.clock = clock
         self.entries: list[Entry] = []
         self.holds: dict[str, Experts] = {}
 
     def clear(self) -> None:
         self.entries, self.holds = [], {}
 
+    @property
+    def clock_seconds(self) -> float | None:
+        """How long the round lasts: as its slowest client; None without a clock."""
+        return max((entry.clock_seconds for entry in self.entries if entry.clock_seconds is not None), default=None)
+
     def sent(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """`jobs`, each entered as it passes."""
         for job in jobs:
-            experts = sum(len(ids) for ids in job.experts.values())
-            self.entries.append(Entry(job.round, job.client, job.task, experts, bytes_down=job.nbytes))
+            self.entries.append(asked(job))
             self.holds[job.client] = job.experts
             yield job
 
     def received(self, answers: Iterable[Update | Failure]) -> Iterator[Update]:
         """The updates that can be used, all of `answers` entered.
 
-        A failure is entered with its reason and goes no further, and so does an update with a number that is not finite.
+        A failure is entered with its reason and goes no further, and so does an update with a number that is not finite, or one
+        that comes after the deadline.
         """
         for answer in answers:
-            broken = unusable(answer) if isinstance(answer, Update) else answer.reason
-            cost = answer.cost if isinstance(answer, Update) else Cost()
-            self.enter(
-                answer.client,
-                answer.task,
-                bytes_up=answer.nbytes if isinstance(answer, Update) else 0,
-                loss=answer.metrics.get("loss") if isinstance(answer, Update) and not broken else None,
-                failed=broken,
-                **asdict(cost),
-            )
-            if isinstance(answer, Update) and not broken:
+            i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (answer.client, answer.task))
+            self.entries[i] = answered(self.entries[i], answer, self.clock)
+            if isinstance(answer, Update) and not self.entries[i].failed:
                 yield answer
 
-    def enter(self, client: str, task: str, **found: object) -> None:
-        i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (client, task))
-        self.entries[i] = replace(self.entries[i], **found)  # type: ignore[arg-type]  # the fields of Entry, by name
+
+def asked(job: Job) -> Entry:
+    """The entry of a job without its answer."""
+    experts = sum(len(ids) for ids in job.experts.values())
+    return Entry(job.round, job.client, job.task, experts, bytes_down=job.nbytes)
 
 
-def unusable(update: Update) -> str | None:
-    """The reason to leave `update` out."""
-    broken = not_finite({**update.patch.tensors, **update.extra})
-    return f"its update holds NaN or infinity in {broken}" if broken else None
+def answered(entry: Entry, answer: Update | Failure, clock: Clock) -> Entry:
+    """`entry` with what its answer took; it has `failed` where the answer cannot be used."""
+    if isinstance(answer, Failure):
+        return clock.timed(replace(entry, failed=answer.reason))
+    broken = not_finite({**answer.patch.tensors, **answer.extra})
+    failed = f"its update holds NaN or infinity in {broken}" if broken else None
+    loss = None if failed else answer.metrics.get("loss")
+    return clock.timed(replace(entry, bytes_up=answer.nbytes, failed=failed, loss=loss, **asdict(answer.cost)))
 
 
 def not_finite(tensors: Tensors) -> str | None:

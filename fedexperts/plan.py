@@ -14,6 +14,12 @@ from fedexperts.moe.tuning import prepare
 from fedexperts.start import Prepared
 from fedexperts.types import Client, Server
 
+WHAT_THEN = {
+    "train anyway": "it trains there all the same, and the report marks them",
+    "fail": 'their jobs fail where the measured peak is above it, unless devices.out_of_memory = "train anyway"',
+}
+"""What becomes of a client that has too little memory, by `devices.out_of_memory`."""
+
 
 def plan(prepared: Prepared) -> dict[str, Any]:
     """What a run will work with, as plan.json says it: the model, and each client's data, memory and what fits it."""
@@ -54,7 +60,7 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[s
     over = [client["name"] for client in clients if client["first_experts"] and not client["first_fits"]]
     too_little_memory = (
         f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
-        "it trains there all the same, and the report marks them"
+        + WHAT_THEN[prepared.config.devices.out_of_memory]
     )
     return [*([too_little_memory] if over else []), *too_long_labels(prepared)]
 

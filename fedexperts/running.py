@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,20 +15,24 @@ from fedexperts import checkpoint, evaluate
 from fedexperts.client import install
 from fedexperts.config import EvaluationSettings, RunConfig
 from fedexperts.data.encode import Encoder
+from fedexperts.devices import UTILISATION
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.local import LocalEngine, Site
 from fedexperts.errors import BadRun
 from fedexperts.federation import done, federate, jobs_for, steps
 from fedexperts.files import locked, write_text
-from fedexperts.ledger import Ledger
+from fedexperts.ledger import Clock, Ledger
 from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
-from fedexperts.settings import different, to_toml
+from fedexperts.settings import different, flattened, to_toml
 from fedexperts.start import Parts, Prepared, prepare_run, versions
 from fedexperts.types import Bench, Engine, Job, Method, Patch, Server, Update
 
 MAY_DIFFER = ("federation.workers",)
 """Settings that a resumed run may change: they do not change the result."""
+
+BEFORE = {"devices.out_of_memory": "train anyway", "devices.utilisation": UTILISATION}
+"""What a run did that began before these settings were there."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def run(
 def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progress: Progress) -> None:
     """All rounds after `begun`, each with its evaluation, its lines in the logs and its checkpoint."""
     federation, method = prepared.config.federation, prepared.method
-    ledger = Ledger()
+    ledger = Ledger(clock_for(prepared))
     if begun.task == "start" and not method.before:
         assess(prepared, begun, engine, ledger, out, progress)
     number = federation.clients_per_round or len(begun.clients)
@@ -131,6 +136,7 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
         "failed": failures(ledger),
         "loss": sum(losses) / len(losses) if losses else None,
         "seconds": seconds,
+        "clock_seconds": ledger.clock_seconds,
         "holds": {client: {block: list(ids) for block, ids in held.items()} for client, held in ledger.holds.items()},
     }
     append(out / "rounds.jsonl", [line])
@@ -189,8 +195,24 @@ def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
         data=prepared.data,
         work=Work(prepared.method, config.evaluation),
         keeper=Keeper(out / "clients"),
+        clock=clock_for(prepared),
+        limits=limits(prepared),
     )
     return LocalEngine(site, config.federation.workers)
+
+
+def clock_for(prepared: Prepared) -> Clock:
+    """The run's virtual clock. One place that has all data is no device, so a pooled method has none."""
+    devices, server = prepared.config.devices, prepared.server
+    profiles = {} if prepared.method.pooled else devices.profiles(list(server.clients), server.seed)
+    return Clock(profiles, devices.deadline_seconds or inf)
+
+
+def limits(prepared: Prepared) -> dict[str, int]:
+    """Participant → the memory that no job of its may exceed."""
+    if prepared.config.devices.out_of_memory == "train anyway":
+        return {}
+    return {name: client.memory_bytes for name, client in prepared.participants.items() if client.memory_bytes is not None}
 
 
 def claim(config: RunConfig, out: Path, resume: bool) -> None:
@@ -203,7 +225,8 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise BadRun(f"{out} holds a run already; continue it with --resume, or give another folder with --out")
-    changed = [key for key in different(json.loads(there.read_text()), config.resolved()) if key not in MAY_DIFFER]
+    begun = {**BEFORE, **flattened(json.loads(there.read_text()))}
+    changed = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
     if changed:
         raise BadRun(
             f"{out} holds a run with other settings: {', '.join(changed)} changed; resume it with the run file it had "

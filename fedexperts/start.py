@@ -12,7 +12,7 @@ from fedexperts.base.load import Base, load
 from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.data.clients import Clients, Pool, load_pool, make_clients
 from fedexperts.data.settings import DataSettings
-from fedexperts.devices import memories
+from fedexperts.devices import memories, trace_hash
 from fedexperts.federation import steps
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
@@ -118,7 +118,9 @@ def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprin
     shape = anatomy(base.model)
     model = prepare(shrink(base.model, shape.all_experts), config.training.build().tuning, seed=f"{seed}/start")
     devices = config.devices
-    memory = memories(list(clients), cost.of(shape.all_experts), seed, gb=devices.memory_gb, share=devices.memory_share)
+    profiles = devices.profiles(list(clients), seed)
+    full = cost.of(shape.all_experts)
+    memory = memories(list(clients), full, seed, gb=devices.memory_gb, share=devices.memory_share, profiles=profiles)
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
     return Server(weights=rows.read(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
 
@@ -129,7 +131,7 @@ def versions(prepared: Prepared) -> dict[str, Any]:
         **{package: version(package) for package in packages},
         "git_commit": git_commit(),
         "model_hash": prepared.base.hash,
-        "data_hashes": dict(prepared.clients.hashes),
+        "data_hashes": {**prepared.clients.hashes, **trace_hash(prepared.config.devices.profile)},
     }
 
 

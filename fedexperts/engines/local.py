@@ -3,9 +3,10 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
+from math import inf
 from multiprocessing.connection import Connection, wait
 from time import perf_counter
 from typing import Self, cast
@@ -16,7 +17,7 @@ from torch import nn
 
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.ledger import not_finite, unusable
+from fedexperts.ledger import Clock, answered, asked, not_finite
 from fedexperts.types import Bench, Client, Encoder, Failure, Job, Split, Training, Update
 
 Work = Callable[[Job, Bench], Update]
@@ -33,6 +34,8 @@ class Site:
     data: Mapping[str, Split]
     work: Work
     keeper: Keeper
+    clock: Clock = Clock()
+    limits: Mapping[str, int] = field(default_factory=dict)  # client → bytes of memory; a job that takes more fails
 
     def answer(self, job: Job) -> Update | Failure:
         """The client's update and the seconds it took. Whatever goes wrong on a client is its failure, with the reason."""
@@ -44,7 +47,12 @@ class Site:
                 update = self.work(job, bench)
             if broken := not_finite(kept):
                 return Failure(job.client, job.round, job.task, f"what it keeps to itself holds NaN or infinity in {broken}")
-            if kept and job.task != "evaluate" and not unusable(update):  # or server and client would remember different rounds
+            if job.task != "evaluate" and update.cost.peak_bytes > self.limits.get(job.client, inf):
+                needed, has = update.cost.peak_bytes / 1e6, self.limits[job.client] / 1e6
+                reason = f"out of memory: it needs {needed:,.1f} MB and has {has:,.1f} MB"
+                return Failure(job.client, job.round, job.task, reason)
+            usable = not answered(asked(job), update, self.clock).failed
+            if kept and job.task != "evaluate" and usable:  # or server and client would remember different rounds
                 self.keeper.save(job, kept)
         except Exception as error:  # a client's device may fail in any way, and the round goes on without it
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

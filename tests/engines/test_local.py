@@ -30,6 +30,7 @@ class Obeys:
     """Does what the job's task says, whatever the client."""
 
     before: tuple[str, ...] = ()
+    pooled = False
 
     def assign(self, server, client):
         return all_experts(server)
