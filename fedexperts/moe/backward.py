@@ -4,7 +4,7 @@ To mask gradients after backward saves nothing. Here no weight gradient is compu
 of its inside is kept for backward, and each expert is a parameter of its own to the optimiser, which so holds no state for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, Experts, blocks
-from fedexperts.moe.lora import ExpertLoRA, expert_outputs
+from fedexperts.moe.lora import ExpertLoRA, activated, ends_of, first_matrix, grouped, grouped_outer, normed, projected
 
 IMPLEMENTATION = "fedexperts_selective"  # the name of our experts function in transformers' registry
 
@@ -26,8 +26,8 @@ class SelectiveBackward:
 
     Between forward and backward `choose` names them. What a token gets from an expert that is not chosen is a constant to
     backward: no gradient for the expert's weights, and none through them to the layers below. The router's gradient is that
-    of the full backward, since the outputs of all experts are kept for it; all else that an expert computed is not kept but
-    computed again in backward, for the chosen alone.
+    of the full backward, since the outputs of all experts are kept for it. What else an expert computed is dropped as soon
+    as it is not chosen (Switch's experts keep nothing, and the chosen compute it again).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,7 +69,7 @@ class SelectiveBackward:
             if list(ids) != sorted(set(ids)) or not all(0 <= expert < number for expert in ids):
                 raise BadValue(f"{name} was given experts {list(ids)}; give ids from 0 to {number - 1}, ascending, each once")
         for name, part in self._parts.items():
-            part.chosen = torch.tensor(experts.get(name, ()), dtype=torch.int64)
+            part.choose(torch.tensor(experts.get(name, ()), dtype=torch.int64))
 
     def left_out(self) -> Iterator[nn.Parameter]:
         """The trained parameters of all experts that are not chosen: an optimiser may forget them."""
@@ -88,6 +88,8 @@ class _Stacked:
         self.number = block.shape.num_experts
         self.chosen: Tensor | None = None
         self.anchor = torch.zeros((), requires_grad=True)
+        self.expert = torch.empty(0, dtype=torch.int64)  # of each pair of the last forward
+        self.first: Tensor | None = None  # what the first matrices gave for it; once experts are chosen, for theirs
         # Each trained stack by its path below the experts, and its rows as parameters of their own: expert → row.
         self.stacks = dict(self._stacks())
         self.parameters = {
@@ -121,63 +123,90 @@ class _Stacked:
     def of(self, expert: int) -> Iterator[nn.Parameter]:
         return (rows[expert] for rows in self.parameters.values() if expert in rows)
 
-    def outputs(self, rows: Tensor, expert: Tensor) -> tuple[Tensor, None]:
-        return expert_outputs(self.experts, rows, expert), None
+    def choose(self, chosen: Tensor) -> None:
+        self.chosen = chosen
+        if self.first is not None:
+            self.first = self.first[torch.isin(self.expert, chosen)]
 
-    def again(self, rows: Tensor, expert: Tensor, gradient: Tensor, _: None) -> None:
-        """The outputs once more, and backward through them: into `rows` and the parameters of these experts."""
-        met, local = expert.unique(return_inverse=True)
-        twin = _Chosen(self.experts, met)
+    def outputs(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """What the experts make of their rows; what their first matrices gave stays, for backward."""
+        ends = ends_of(expert, self.number)
+        self.expert = expert
+        self.first = projected(self.experts, first_matrix(self.experts), rows, expert, ends)
+        return projected(self.experts, "down_proj", activated(self.experts, self.first), expert, ends)
+
+    def finished(self, out: Tensor) -> Tensor:
+        return normed(self.experts, out)
+
+    def again(self, rows: Tensor, out: Tensor, expert: Tensor, gradient: Tensor) -> None:
+        """Backward through what gave `out`: into `rows` and the parameters of these experts."""
+        assert self.first is not None
+        met = expert.unique()
+        adapters = {name: _rows_of(adapter, met) for name, adapter in self.adapters()}
         with torch.enable_grad():
-            out = expert_outputs(twin, rows, local)
-        if out.requires_grad:
-            torch.autograd.backward(out, gradient)
-        for path, stack, ids in twin.stacks():
-            if stack.grad is not None:
-                for each, row in zip(ids, stack.grad, strict=True):
-                    _add(self.parameters[path][each], row)
+            first = self.known(first_matrix(self.experts), rows, expert, self.first, adapters)
+            out = normed(self.experts, self.known("down_proj", activated(self.experts, first), expert, out, adapters))
+        torch.autograd.backward(out, gradient)
+        for name, adapter in adapters.items():
+            for path, each in adapter.named_parameters():
+                if each.grad is not None:
+                    self.add(f"lora.{name}.{path}", met[adapter.ids], each.grad)
+        self.first = None
+
+    def known(self, name: str, rows: Tensor, expert: Tensor, value: Tensor, adapters: Mapping[str, ExpertLoRA]) -> Tensor:
+        """`projected`, whose value is known, with a way back to `rows` and to what is trained of these experts."""
+        out = cast("Tensor", _Known.apply(self, name, self.anchor, value, rows, expert))  # type: ignore[no-untyped-call]  # torch's
+        if name not in adapters or not len(adapters[name].ids):
+            return out
+        met, local = expert.unique(return_inverse=True)
+        share = adapters[name].add(torch.zeros_like(value), rows, local, ends_of(local, len(met)))
+        return out + (share - share.detach())  # its value is in `value` already
+
+    def adapters(self) -> Iterator[tuple[str, ExpertLoRA]]:
+        if "lora" in self.experts._modules:
+            yield from ((name, cast("ExpertLoRA", each)) for name, each in cast("nn.ModuleDict", self.experts.lora).items())
+
+    def add(self, path: str, experts: Tensor, gradients: Tensor) -> None:
+        """A gradient to each of `experts`, for what it has in the stack `path`."""
+        for expert, gradient in zip(experts.tolist(), gradients, strict=True):
+            row = self.parameters[path][expert]
+            row.grad = gradient if row.grad is None else row.grad + gradient
 
 
-class _Chosen:
-    """Stacked experts with only some rows of their stacks: copies with gradients of their own. All else is the original's."""
+class _Known(torch.autograd.Function):
+    """`projected` without adapters, whose value is known and not computed.
 
-    def __init__(self, experts: nn.Module, chosen: Tensor) -> None:
-        self._experts = experts
-        self._ids = chosen.tolist()
-        self.num_experts = len(chosen)
-        for name, stack in experts.named_parameters(recurse=False):
-            if len(stack) == experts.num_experts:
-                setattr(self, name, stack.detach()[chosen].requires_grad_(stack.requires_grad))
-        self.lora = {name: each for name, adapter in self._adapters() if (each := _rows_of(adapter, chosen)) is not None}
-        self._modules = {"lora": self.lora}
+    Gradients of the weights are computed for the experts met alone, and left with their own parameters.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._experts, name)
+    @staticmethod
+    def forward(ctx: Any, part: _Stacked, name: str, anchor: Tensor, value: Tensor, rows: Tensor, expert: Tensor) -> Tensor:
+        ctx.part, ctx.name = part, name
+        ctx.save_for_backward(rows, expert)
+        return value.view_as(value)
 
-    def _adapters(self) -> Iterator[tuple[str, ExpertLoRA]]:
-        if "lora" in self._experts._modules:
-            yield from cast("dict[str, ExpertLoRA]", self._experts.lora).items()
-
-    def stacks(self) -> Iterator[tuple[str, Tensor, list[int]]]:
-        """Path, copy and experts of each stack that has a gradient of its own."""
-        for name in dict(self._experts.named_parameters(recurse=False)):
-            if name in vars(self):
-                yield name, getattr(self, name), self._ids
-        for name, adapter in self.lora.items():
-            ids = [self._ids[position] for position in adapter.ids.tolist()]
-            yield f"lora.{name}.a", adapter.a, ids
-            yield f"lora.{name}.b", adapter.b, ids
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, expert), arriving = ctx.saved_tensors, gradients[0].contiguous()
+        part, name = ctx.part, ctx.name
+        met, local = expert.unique(return_inverse=True)
+        if name in part.parameters:
+            left, right = (rows, arriving) if part.experts.is_transposed else (arriving, rows)
+            part.add(name, met, grouped_outer(left, right, ends_of(local, len(met))))
+        if f"{name}_bias" in part.parameters:
+            part.add(f"{name}_bias", met, arriving.new_zeros(len(met), arriving.shape[1]).index_add_(0, local, arriving))
+        weight = getattr(part.experts, name)
+        back = weight.transpose(1, 2) if part.experts.is_transposed else weight
+        for_rows = grouped(arriving, back, ends_of(expert, part.number)) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, for_rows, None
 
 
-def _rows_of(adapter: ExpertLoRA, chosen: Tensor) -> ExpertLoRA | None:
-    """The adapter of those of `chosen` that have one, which are numbered anew; None where none has."""
+def _rows_of(adapter: ExpertLoRA, chosen: Tensor) -> ExpertLoRA:
+    """The adapter of those of `chosen` that have one, numbered by their places there: copies with gradients of their own."""
     kept = torch.isin(adapter.ids, chosen)
-    if not kept.any():
-        return None
     ids = torch.searchsorted(chosen, adapter.ids[kept]).tolist()
     rows = ExpertLoRA(adapter.a.detach()[kept], adapter.b.detach()[kept], adapter.scale, ids, len(chosen))
-    rows.requires_grad_(adapter.a.requires_grad)
-    return rows
+    return rows.requires_grad_(adapter.a.requires_grad)
 
 
 class _Apart:
@@ -188,6 +217,7 @@ class _Apart:
         self.number = block.shape.num_experts
         self.chosen: Tensor | None = None
         self.anchor = torch.zeros((), requires_grad=True)
+        self.chance: dict[int, Tensor] = {}  # its state before each expert drew from it
 
     def enter(self) -> None:
         cast("Any", self.experts).forward = partial(_one_hot_forward, self)
@@ -201,19 +231,25 @@ class _Apart:
     def of(self, expert: int) -> Iterator[nn.Parameter]:
         return (each for each in self.experts[f"expert_{expert}"].parameters() if each.requires_grad)
 
-    def outputs(self, rows: Tensor, expert: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """What each expert makes of its rows, and the state of chance before it did."""
-        out, states = torch.empty_like(rows), {}
-        for each in expert.unique().tolist():
-            states[each] = torch.get_rng_state()
-            out[expert == each] = self.experts[f"expert_{each}"](rows[expert == each])
-        return out, states
+    def choose(self, chosen: Tensor) -> None:
+        self.chosen = chosen
 
-    def again(self, rows: Tensor, expert: Tensor, gradient: Tensor, states: dict[int, Tensor]) -> None:
-        """The outputs once more, and backward through them: into `rows` and the parameters of these experts."""
+    def outputs(self, rows: Tensor, expert: Tensor) -> Tensor:
+        """What each expert makes of its rows."""
+        out = torch.empty_like(rows)
+        for each in expert.unique().tolist():
+            self.chance[each] = torch.get_rng_state()
+            out[expert == each] = self.experts[f"expert_{each}"](rows[expert == each])
+        return out
+
+    def finished(self, out: Tensor) -> Tensor:
+        return out
+
+    def again(self, rows: Tensor, _: Tensor, expert: Tensor, gradient: Tensor) -> None:
+        """The same once more, and backward through it: into `rows` and the parameters of these experts."""
         for each in expert.unique().tolist():
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                torch.set_rng_state(states[each])
+                torch.set_rng_state(self.chance[each])
                 out = self.experts[f"expert_{each}"](rows[expert == each])
             if out.requires_grad:
                 torch.autograd.backward(out, gradient[expert == each])
@@ -236,11 +272,11 @@ class _Selective(torch.autograd.Function):
         pair: Int[Tensor, " pairs"],
     ) -> Float[Tensor, "tokens hidden"]:
         tokens, top_k = weights.shape
-        out, ctx.chance = part.outputs(hidden[pair // top_k], expert)
+        out = part.outputs(hidden[pair // top_k], expert)
         ctx.part = part
         ctx.save_for_backward(hidden, weights, expert, pair, out)
         weighted = hidden.new_zeros(tokens * top_k, out.shape[-1], dtype=torch.promote_types(out.dtype, weights.dtype))
-        weighted[pair] = out * weights.reshape(-1)[pair].unsqueeze(1)
+        weighted[pair] = part.finished(out) * weights.reshape(-1)[pair].unsqueeze(1)
         return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
     @staticmethod
@@ -252,12 +288,12 @@ class _Selective(torch.autograd.Function):
         arriving = gradients[0]
 
         for_weights = torch.zeros_like(weights)
-        for_weights.view(-1)[pair] = (arriving[token] * out).sum(-1).to(weights.dtype)
+        for_weights.view(-1)[pair] = (arriving[token] * ctx.part.finished(out)).sum(-1).to(weights.dtype)
 
         reached = torch.isin(expert, chosen).nonzero().flatten()
         rows = hidden[token[reached]].requires_grad_(ctx.needs_input_grad[2])
         share = arriving[token[reached]] * weights.reshape(-1)[pair[reached]].unsqueeze(1)
-        ctx.part.again(rows, expert[reached], share.to(out.dtype), ctx.chance)
+        ctx.part.again(rows, out[reached], expert[reached], share.to(out.dtype))
         for_hidden = torch.zeros_like(hidden)
         if rows.grad is not None:
             for_hidden.index_add_(0, token[reached], rows.grad)
@@ -282,7 +318,3 @@ def _one_hot_forward(part: _Apart, hidden: Tensor, picked: Tensor, weights: Tens
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _stacked_forward)
-
-
-def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

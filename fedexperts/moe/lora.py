@@ -73,6 +73,16 @@ def grouped(
     return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight.unbind(), strict=True)])
 
 
+def grouped_outer(
+    rows: Float[Tensor, "rows fan_in"], gradient: Float[Tensor, "rows fan_out"], ends: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts fan_in fan_out"]:
+    """The gradient of the matrices of `grouped`."""
+    if fits(rows.unsqueeze(0)) and fits(gradient.unsqueeze(0)):
+        return torch.nn.functional.grouped_mm(rows.t(), gradient, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.stack([left.t() @ right for left, right in zip(rows.split(counts), gradient.split(counts), strict=True)])
+
+
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Stacked experts with their adapters: what transformers calls in place of its own implementation."""
     tokens, top_k = top_k_index.shape
@@ -86,17 +96,34 @@ def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weight
 
 def expert_outputs(self: Any, rows: Float[Tensor, "rows hidden"], expert: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
     """What stacked experts, with adapters or without, make of rows that are sorted by their `expert`; not weighted yet."""
-    ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).to(torch.int32)
+    ends = ends_of(expert, self.num_experts)
+    inner = activated(self, projected(self, first_matrix(self), rows, expert, ends))
+    return normed(self, projected(self, "down_proj", inner, expert, ends))
+
+
+def ends_of(expert: Int[Tensor, " rows"], num_experts: int) -> Int[Tensor, " experts"]:
+    """Where the rows of each expert end, which are sorted by `expert`."""
+    return torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True).to(torch.int32)
+
+
+def first_matrix(self: Any) -> str:
+    return "gate_up_proj" if self.has_gate else "up_proj"
+
+
+def projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+    """Sorted rows times the stacked matrix `name`, with its adapters and biases."""
+    weight = getattr(self, name)
+    out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
     adapters = self.lora if "lora" in self._modules else {}
+    out = adapters[name].add(out, rows, expert, ends) if name in adapters else out
+    return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
 
-    def linear(name: str, rows: Tensor) -> Tensor:
-        weight = getattr(self, name)
-        out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
-        out = adapters[name].add(out, rows, expert, ends) if name in adapters else out
-        return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
 
-    inner = self._apply_gate(linear("gate_up_proj", rows)) if self.has_gate else self.act_fn(linear("up_proj", rows))
-    out = linear("down_proj", inner)
+def activated(self: Any, first: Tensor) -> Tensor:
+    return cast("Tensor", self._apply_gate(first) if self.has_gate else self.act_fn(first))
+
+
+def normed(self: Any, out: Tensor) -> Tensor:
     return cast("Tensor", self.post_expert_norm(out)) if self.has_post_expert_norm else out
 
 

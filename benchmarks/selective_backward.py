@@ -1,0 +1,207 @@
+"""What it saves to reach only some experts in backward: time, gradient and optimiser bytes, peak memory, in one process.
+
+    python benchmarks/selective_backward.py [--repeats 9]
+
+Each repeat takes, in turn, one training step (AdamW, everything trained) of each way, so that all ways meet the same noise:
+
+full        the ordinary backward
+mask        the ordinary backward; then the gradients of all experts but those chosen are taken away, row by row
+selective   SelectiveBackward (HFedMoE); at a budget of 100 % it is what `fit` never does, as a client without a limit trains plainly
+
+The experts are chosen by (14) and (15) on the batch itself, as many as the budget says, over all layers. Columns, medians:
+
+backward    CPU seconds from the loss to the gradients, over the full way's; selective computes activations again, which counts here
+step        forward, selection, backward and optimiser, over the full way's
+update MiB  gradients and optimiser state of the experts, after a step; and their ratio to the full way's
+peak MiB    the most bytes of tensors alive in a step (MemoryMeter, in a step that is not timed); and its ratio
+selection   CPU seconds of (3) to (15), over the step's own
+pairs       share of the (token, expert) pairs whose expert was chosen
+"""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedexperts.base.load import load
+from fedexperts.client import forget, optimizer_for, share_of
+from fedexperts.moe.anatomy import Experts, anatomy, blocks
+from fedexperts.moe.backward import SelectiveBackward
+from fedexperts.moe.flops import next_token_loss
+from fedexperts.moe.importance import importance, select
+from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.routing import Recorder
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import Tuning, prepare
+from fedexperts.types import Training
+
+SHAPES = {"h256 I256 E32": (256, 32), "h256 I256 E64": (256, 64)}
+BATCH = (8, 128)
+BUDGETS = (1.0, 0.5, 0.25)
+MIB = 2**20
+
+
+@dataclass
+class Way:
+    """One way to train: its own copy of the model, its optimiser, and what was measured."""
+
+    model: nn.Module
+    budget: float
+    kind: str
+    selective: SelectiveBackward | None = None
+    seconds: dict[str, list[float]] = field(
+        default_factory=lambda: {"forward": [], "selection": [], "backward": [], "optimiser": []}
+    )
+    pairs: list[float] = field(default_factory=list)
+    update_bytes: int = 0
+    peak_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.selective = SelectiveBackward(self.model) if self.kind == "selective" else None
+        parameters = self.selective.parameters if self.selective else [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer_for(parameters, Training())
+        self.experts = {
+            f"{name}.experts.{path}": (name, each)
+            for name, block in blocks(self.model).items()
+            for path, each in block.experts.named_parameters()
+        }
+
+    def step(self, batch: dict[str, Tensor], timed: bool) -> None:
+        marks = [process_time()]
+        with self.selective or nullcontext(), nullcontext() if timed else MemoryMeter(self.model, self.optimizer) as meter:
+            with Recorder(self.model, keep_logits=True) as recorder:
+                loss = next_token_loss(self.model, batch)
+            marks.append(process_time())
+            chosen = self.chosen(recorder) if self.kind != "full" else {}
+            marks.append(process_time())
+            if self.selective:
+                self.selective.choose(chosen)
+                forget(self.optimizer, self.selective.left_out())
+            loss.backward()
+            if self.kind == "mask":
+                self.mask(chosen)
+            marks.append(process_time())
+            self.optimizer.step()
+            if not timed:
+                self.update_bytes = self.held_for_experts()
+            self.optimizer.zero_grad(set_to_none=True)
+            marks.append(process_time())
+        if meter:
+            self.peak_bytes = meter.peak_bytes
+        if timed:
+            for kind, (start, end) in zip(self.seconds, zip(marks, marks[1:], strict=False), strict=True):
+                self.seconds[kind].append(end - start)
+            shares = share_of(recorder.routing(), chosen).values() if chosen else [1.0]
+            self.pairs.append(sum(shares) / len(shares))
+
+    def chosen(self, recorder: Recorder) -> Experts:
+        """(15), as many as the budget says of all experts."""
+        sizes = [block.shape.num_experts for block in recorder.blocks.values()]
+        found = importance(recorder)
+        mask = select(found.bottleneck, found.picked, sizes, round(self.budget * sum(sizes)))
+        return {
+            name: tuple(part.nonzero().flatten().tolist()) for name, part in zip(recorder.blocks, mask.split(sizes), strict=True)
+        }
+
+    @torch.no_grad()
+    def mask(self, chosen: Experts) -> None:
+        for block, each in self.experts.values():
+            rest = sorted(set(range(len(each))) - set(chosen[block]))
+            each.grad[rest] = 0.0  # type: ignore[index]  # there is one after backward
+
+    def held_for_experts(self) -> int:
+        """Bytes of gradients and moments of all experts."""
+        rows = (
+            [row for part in self.selective._parts.values() for row in part.rows()]
+            if self.selective
+            else [e for _, e in self.experts.values()]
+        )
+        gradients = sum(row.grad.nbytes for row in rows if row.grad is not None)
+        states = [self.optimizer.state.get(row, {}) for row in rows]
+        return gradients + sum(each.nbytes for state in states for name, each in state.items() if name.startswith("exp_avg"))
+
+    def of(self, *kinds: str) -> float:
+        return median(map(sum, zip(*(self.seconds[kind] for kind in kinds), strict=True)))
+
+
+def base_of(shape: str) -> nn.Module:
+    if shape == "small":
+        return load("small").model
+    size, experts = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "olmoe", hidden_size=size, intermediate_size=size, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        num_experts=experts, num_experts_per_tok=2, vocab_size=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def batch_of(shape: str) -> dict[str, Tensor]:
+    """Random tokens; for the trained base, whose routers know language, the words of this project's own guide."""
+    ids = torch.randint(3, 1000, BATCH, generator=torch.Generator().manual_seed(0))
+    if shape == "small":
+        text = (Path(__file__).parents[1] / "docs/guide.md").read_text()
+        ids = torch.tensor(load("small").tokenizer(text)["input_ids"][: ids.numel()]).view(BATCH)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def compare(shape: str, repeats: int, table: Table) -> dict[float, Way]:
+    """Adds the lines of one model; gives the selective ways by budget."""
+    batch = batch_of(shape)
+    kinds = [("full", 1.0), *(("mask", b) for b in BUDGETS[1:]), *(("selective", b) for b in BUDGETS)]
+    model = base_of(shape)
+    whole = anatomy(model).all_experts
+    ways = [Way(prepare(shrink(model, whole), Tuning(), seed="0").train(), budget, kind) for kind, budget in kinds]
+    for way in ways:
+        way.step(batch, timed=False)
+        way.step(batch, timed=False)  # the second has the optimiser's state from its start
+    for _ in range(repeats):
+        for way in ways:
+            way.step(batch, timed=True)
+    full = ways[0]
+    for way in ways:
+        whole_step = way.of(*way.seconds)
+        table.add_row(
+            shape, way.kind, f"{way.budget:.0%}", f"{way.of('backward') / full.of('backward'):.2f}", f"{whole_step / full.of(*full.seconds):.2f}",
+            f"{way.update_bytes / MIB:.1f}", f"{way.update_bytes / full.update_bytes:.2f}", f"{way.peak_bytes / MIB:.1f}",
+            f"{way.peak_bytes / full.peak_bytes:.2f}", f"{way.of('selection') / whole_step:.1%}" if way.kind != "full" else "", f"{median(way.pairs):.0%}",
+        )  # fmt: skip
+    return {way.budget: way for way in ways if way.kind == "selective"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    table = Table(title=f"Training step of {BATCH[0]} × {BATCH[1]} tokens, one thread, medians of {asked.repeats}")
+    for column in (
+        "model",
+        "way",
+        "budget",
+        "backward",
+        "step",
+        "update MiB",
+        "of full",
+        "peak MiB",
+        "of full",
+        "selection",
+        "pairs",
+    ):
+        table.add_column(column, justify="right")
+    for shape in (*SHAPES, "small"):
+        compare(shape, asked.repeats, table)
+    Console(width=130).print(table)
+    print("wanted at 25 %, from 32 experts on: backward at most 0.80, update at most 0.30; selection at most 3 %")
+
+
+if __name__ == "__main__":
+    main()
