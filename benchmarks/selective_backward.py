@@ -6,11 +6,11 @@ Each repeat takes, in turn, one training step (AdamW, everything trained) of eac
 
 full        the ordinary backward
 mask        the ordinary backward; then the gradients of all experts but those chosen are taken away, row by row
-selective   SelectiveBackward (HFedMoE); at a budget of 100 % it is what `fit` never does, as a client without a limit trains plainly
+selective   SelectiveBackward (HFedMoE); its line at 100 % shows what it costs itself: a client without a limit trains plainly
 
 The experts are chosen by (14) and (15) on the batch itself, as many as the budget says, over all layers. Columns, medians:
 
-backward    CPU seconds from the loss to the gradients, over the full way's; selective computes activations again, which counts here
+backward    CPU seconds from the loss to the gradients (mask: and of the masking), over the full way's
 step        forward, selection, backward and optimiser, over the full way's
 update MiB  gradients and optimiser state of the experts, after a step; and their ratio to the full way's
 peak MiB    the most bytes of tensors alive in a step (MemoryMeter, in a step that is not timed); and its ratio
@@ -21,6 +21,7 @@ pairs       share of the (token, expert) pairs whose expert was chosen
 import argparse
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -47,6 +48,7 @@ SHAPES = {"h256 I256 E32": (256, 32), "h256 I256 E64": (256, 64)}
 BATCH = (8, 128)
 BUDGETS = (1.0, 0.5, 0.25)
 MIB = 2**20
+PARTS = ("forward", "selection", "backward", "optimiser")
 
 
 @dataclass
@@ -54,29 +56,24 @@ class Way:
     """One way to train: its own copy of the model, its optimiser, and what was measured."""
 
     model: nn.Module
-    budget: float
     kind: str
-    selective: SelectiveBackward | None = None
-    seconds: dict[str, list[float]] = field(
-        default_factory=lambda: {"forward": [], "selection": [], "backward": [], "optimiser": []}
-    )
+    budget: float
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     pairs: list[float] = field(default_factory=list)
     update_bytes: int = 0
     peak_bytes: int = 0
 
     def __post_init__(self) -> None:
+        self.stacks = [(name, each) for name, block in blocks(self.model).items() for each in block.experts.parameters()]
         self.selective = SelectiveBackward(self.model) if self.kind == "selective" else None
-        parameters = self.selective.parameters if self.selective else [p for p in self.model.parameters() if p.requires_grad]
+        parameters = self.selective.parameters if self.selective else list(self.model.parameters())
         self.optimizer = optimizer_for(parameters, Training())
-        self.experts = {
-            f"{name}.experts.{path}": (name, each)
-            for name, block in blocks(self.model).items()
-            for path, each in block.experts.named_parameters()
-        }
+        stacks = {each.untyped_storage().data_ptr() for _, each in self.stacks}
+        self.experts = [each for each in parameters if each.untyped_storage().data_ptr() in stacks]
 
     def step(self, batch: dict[str, Tensor], timed: bool) -> None:
-        marks = [process_time()]
         with self.selective or nullcontext(), nullcontext() if timed else MemoryMeter(self.model, self.optimizer) as meter:
+            marks = [process_time()]
             with Recorder(self.model, keep_logits=True) as recorder:
                 loss = next_token_loss(self.model, batch)
             marks.append(process_time())
@@ -91,14 +88,14 @@ class Way:
             marks.append(process_time())
             self.optimizer.step()
             if not timed:
-                self.update_bytes = self.held_for_experts()
+                self.update_bytes = sum(map(self.held_for, self.experts))
             self.optimizer.zero_grad(set_to_none=True)
             marks.append(process_time())
         if meter:
             self.peak_bytes = meter.peak_bytes
         if timed:
-            for kind, (start, end) in zip(self.seconds, zip(marks, marks[1:], strict=False), strict=True):
-                self.seconds[kind].append(end - start)
+            for part, (start, end) in zip(PARTS, pairwise(marks), strict=True):
+                self.seconds[part].append(end - start)
             shares = share_of(recorder.routing(), chosen).values() if chosen else [1.0]
             self.pairs.append(sum(shares) / len(shares))
 
@@ -106,27 +103,19 @@ class Way:
         """(15), as many as the budget says of all experts."""
         sizes = [block.shape.num_experts for block in recorder.blocks.values()]
         found = importance(recorder)
-        mask = select(found.bottleneck, found.picked, sizes, round(self.budget * sum(sizes)))
-        return {
-            name: tuple(part.nonzero().flatten().tolist()) for name, part in zip(recorder.blocks, mask.split(sizes), strict=True)
-        }
+        parts = select(found.bottleneck, found.picked, sizes, round(self.budget * sum(sizes))).split(sizes)
+        return {name: tuple(part.nonzero().flatten().tolist()) for name, part in zip(recorder.blocks, parts, strict=True)}
 
-    @torch.no_grad()
     def mask(self, chosen: Experts) -> None:
-        for block, each in self.experts.values():
+        for block, each in self.stacks:
             rest = sorted(set(range(len(each))) - set(chosen[block]))
             each.grad[rest] = 0.0  # type: ignore[index]  # there is one after backward
 
-    def held_for_experts(self) -> int:
-        """Bytes of gradients and moments of all experts."""
-        rows = (
-            [row for part in self.selective._parts.values() for row in part.rows()]
-            if self.selective
-            else [e for _, e in self.experts.values()]
-        )
-        gradients = sum(row.grad.nbytes for row in rows if row.grad is not None)
-        states = [self.optimizer.state.get(row, {}) for row in rows]
-        return gradients + sum(each.nbytes for state in states for name, each in state.items() if name.startswith("exp_avg"))
+    def held_for(self, parameter: nn.Parameter) -> int:
+        """Bytes of its gradient and its two moments."""
+        state = self.optimizer.state.get(parameter, {})
+        gradient = parameter.grad.nbytes if parameter.grad is not None else 0
+        return gradient + sum(each.nbytes for name, each in state.items() if name.startswith("exp_avg"))
 
     def of(self, *kinds: str) -> float:
         return median(map(sum, zip(*(self.seconds[kind] for kind in kinds), strict=True)))
@@ -153,13 +142,11 @@ def batch_of(shape: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def compare(shape: str, repeats: int, table: Table) -> dict[float, Way]:
-    """Adds the lines of one model; gives the selective ways by budget."""
-    batch = batch_of(shape)
-    kinds = [("full", 1.0), *(("mask", b) for b in BUDGETS[1:]), *(("selective", b) for b in BUDGETS)]
-    model = base_of(shape)
-    whole = anatomy(model).all_experts
-    ways = [Way(prepare(shrink(model, whole), Tuning(), seed="0").train(), budget, kind) for kind, budget in kinds]
+def compare(shape: str, repeats: int, table: Table) -> None:
+    """Adds the lines of one model."""
+    batch, model = batch_of(shape), base_of(shape)
+    kinds = [("full", 1.0), *(("mask", share) for share in BUDGETS[1:]), *(("selective", share) for share in BUDGETS)]
+    ways = [Way(prepare(shrink(model, anatomy(model).all_experts), Tuning(), seed="0").train(), *kind) for kind in kinds]
     for way in ways:
         way.step(batch, timed=False)
         way.step(batch, timed=False)  # the second has the optimiser's state from its start
@@ -168,13 +155,12 @@ def compare(shape: str, repeats: int, table: Table) -> dict[float, Way]:
             way.step(batch, timed=True)
     full = ways[0]
     for way in ways:
-        whole_step = way.of(*way.seconds)
-        table.add_row(
-            shape, way.kind, f"{way.budget:.0%}", f"{way.of('backward') / full.of('backward'):.2f}", f"{whole_step / full.of(*full.seconds):.2f}",
-            f"{way.update_bytes / MIB:.1f}", f"{way.update_bytes / full.update_bytes:.2f}", f"{way.peak_bytes / MIB:.1f}",
-            f"{way.peak_bytes / full.peak_bytes:.2f}", f"{way.of('selection') / whole_step:.1%}" if way.kind != "full" else "", f"{median(way.pairs):.0%}",
-        )  # fmt: skip
-    return {way.budget: way for way in ways if way.kind == "selective"}
+        backward, step = way.of("backward") / full.of("backward"), way.of(*PARTS) / full.of(*PARTS)
+        update = f"{way.update_bytes / MIB:.1f}", f"{way.update_bytes / full.update_bytes:.2f}"
+        peak = f"{way.peak_bytes / MIB:.1f}", f"{way.peak_bytes / full.peak_bytes:.2f}"
+        selection = f"{way.of('selection') / way.of(*PARTS):.1%}" if way.kind != "full" else ""
+        ratios = f"{backward:.2f}", f"{step:.2f}"
+        table.add_row(shape, way.kind, f"{way.budget:.0%}", *ratios, *update, *peak, selection, f"{median(way.pairs):.0%}")
 
 
 def main() -> None:
