@@ -1,12 +1,14 @@
 import pytest
 import torch
 
-from fedexperts.ledger import Ledger
+from fedexperts.devices import Profile
+from fedexperts.ledger import Clock, Ledger
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 IDS = torch.tensor([0, 2])  # 16 bytes
 PATCH = Patch({"up": torch.ones(2, 3), "down": torch.ones(2, 5, dtype=torch.bfloat16)}, {"up": IDS, "down": IDS})
 PATCH_BYTES = 2 * 3 * 4 + 2 * 5 * 2 + 16
+NO_CLOCK = Clock()
 
 
 def job(client="c01", **fields):
@@ -18,8 +20,8 @@ def update(client="c01", **fields):
     return Update(client, **{"round": 1, "task": "train", "patch": PATCH, "examples": 3, **fields})
 
 
-def entered(jobs, answers):
-    ledger = Ledger()
+def entered(jobs, answers, clock=NO_CLOCK):
+    ledger = Ledger(clock)
     assert len(list(ledger.sent(jobs))) == len(jobs)
     return ledger, list(ledger.received(answers))
 
@@ -77,3 +79,54 @@ def test_it_knows_who_held_what_and_forgets_it_when_cleared():
     assert ledger.holds == {"c01": {"a": (0, 2), "b": (1,)}}
     ledger.clear()
     assert (ledger.entries, ledger.holds) == ([], {})
+
+
+FAST = Profile(flops_per_second=100.0, down_bytes_per_second=30.0, up_bytes_per_second=15.0)
+SLOW = Profile(flops_per_second=10.0, down_bytes_per_second=6.0, up_bytes_per_second=3.0)
+BOTH = Clock({"c01": FAST, "c02": SLOW})
+WORK = Cost(flops_estimated=200.0)
+
+
+def test_a_round_lasts_as_long_as_its_slowest_client():
+    assert PATCH_BYTES == 60
+    ledger, usable = entered([job("c01"), job("c02")], [update("c01", cost=WORK), update("c02", cost=WORK)], BOTH)
+    # with no metrics an update is 60 bytes of tensors and the 2 of {}
+    assert [entry.bytes_up for entry in ledger.entries] == [62, 62]
+    assert [entry.clock_seconds for entry in ledger.entries] == [60 / 30 + 200 / 100 + 62 / 15, 60 / 6 + 200 / 10 + 62 / 3]
+    assert ledger.clock_seconds == 10 + 20 + 62 / 3
+    assert len(usable) == 2
+
+
+def test_who_would_answer_after_the_deadline_is_left_out_and_the_round_lasts_until_then():
+    clock = Clock(BOTH.profiles, deadline_seconds=20.0)
+    answers = [update("c01", cost=WORK, metrics={"loss": 1.0}), update("c02", cost=WORK, metrics={"loss": 1.0})]
+    ledger, usable = entered([job("c01"), job("c02")], answers, clock)
+    assert [answer.client for answer in usable] == ["c01"]
+    assert ledger.clock_seconds == 20.0
+    in_time, late = ledger.entries
+    assert (in_time.failed, in_time.loss) == (None, 1.0)
+    assert late.failed == "it would have answered after 54.3 s, later than the deadline of 20 s"  # 10 + 20 + 73 / 3
+    assert (late.bytes_down, late.bytes_up, late.loss) == (60, 0, None)
+
+
+def test_who_answers_at_the_deadline_is_in_time():
+    _, usable = entered([job("c02")], [update("c02")], Clock({"c02": SLOW}, deadline_seconds=60 / 6 + 62 / 3))
+    assert len(usable) == 1
+
+
+def test_a_client_that_fails_has_had_its_job_sent():
+    ledger, _ = entered([job("c02")], [Failure("c02", 1, "train", "no power")], BOTH)
+    (entry,) = ledger.entries
+    assert (entry.clock_seconds, entry.failed) == (60 / 6, "no power")
+
+
+def test_an_evaluation_takes_no_virtual_time_and_is_never_late():
+    clock = Clock(BOTH.profiles, deadline_seconds=1e-9)
+    ledger, usable = entered([job("c01", task="evaluate")], [update("c01", task="evaluate")], clock)
+    assert len(usable) == 1
+    assert (ledger.clock_seconds, ledger.entries[0].clock_seconds) == (None, None)
+
+
+def test_without_profiles_there_is_no_clock():
+    ledger, _ = entered([job()], [update(cost=WORK)])
+    assert (ledger.clock_seconds, ledger.entries[0].clock_seconds) == (None, None)
