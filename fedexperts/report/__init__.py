@@ -57,7 +57,8 @@ def write(
         made, drawn = across.all_tables(settings, base), partial(figures.several_settings, settings)
         text_of = partial(page.several_settings, settings, base, unfinished)
     elif len(runs) > 1:
-        made, drawn = tables.several(groups, base), partial(figures.several, groups)
+        made = (*tables.several(groups, base), *across.to_target(settings))
+        drawn = partial(figures.several, groups)
         text_of = partial(page.several, groups, base, unfinished)
     else:
         made, drawn, text_of = tables.one_run(runs[0]), partial(figures.one_run, runs[0]), partial(page.one_run, runs[0])
@@ -65,7 +66,7 @@ def write(
     if html is not None:
         texts[html] = text_of()
     if csv is not None:
-        texts[csv] = across.to_csv(settings, base) if len(settings) > 1 else tables.to_csv(groups, base)
+        texts[csv] = across.to_csv(settings, base)
     if markdown is not None:
         told = [f"Not finished: {'; '.join(unfinished)}. {page.UNFINISHED}\n"] if unfinished else []
         texts[markdown] = "\n".join([*map(tables.to_markdown, made), *told])

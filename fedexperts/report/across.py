@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean, stdev
 
 from fedexperts.report import measures as m
@@ -61,10 +62,12 @@ def first_round(run: RunResults, task: str | None, goal: Target, share: float) -
     return next((round for round, value in values.items() if goal.reached(m.shown(value, goal.unit), share)), None)
 
 
-def rounds_to(runs: Sequence[RunResults], task: str | None, goal: Target, share: float) -> Interval | None:
-    """`first_round` over the seeds that get there; None where none does."""
-    found = [first_round(run, task, goal, share) for run in runs]
-    reached = [float(round) for round in found if round is not None]
+def taken_to(
+    runs: Sequence[RunResults], task: str | None, goal: Target, share: float, axis: m.Axis = m.BY_ROUNDS
+) -> Interval | None:
+    """Where on `axis` the `first_round` lies, over the seeds that get there and have the axis; None where none does."""
+    found = [(first_round(run, task, goal, share), axis.of(run)) for run in runs]
+    reached = [place(round) for round, place in found if round is not None and place is not None]
     return interval(reached) if reached else None
 
 
@@ -112,22 +115,35 @@ def by_task(settings: Settings) -> Iterator[Table]:
         yield Table(f"Over the settings: {task}", ("method", *_heads(settings, task)), tuple(rows), note=_note(settings))
 
 
-def rounds_to_target(settings: Settings) -> Table:
-    """The rounds that each method takes to the `SHARES` of the overall target of each setting."""
-    goals = {name: goal for name, groups in settings.items() if (goal := target(groups, None))}
+def to_target(settings: Settings) -> tuple[Table, ...]:
+    """What each method takes to the `SHARES` of the overall target of each setting: rounds, bytes and virtual time."""
+    every = (_to_target(settings, axis) for axis in m.AXES)
+    return tuple(table for table in every if table.rows)
+
+
+def _to_target(settings: Settings, axis: m.Axis) -> Table:
+    """On one axis; without rows where no run has it."""
+    goals = {name: goal for name, groups in settings.items() if (goal := target(groups, None)) and _has(groups, axis)}
     asked = [(name, goal, share) for name, goal in goals.items() for share in SHARES]
     rows = (
-        (method, *(_rounds(settings[name][method], goal, share) for name, goal, share in asked)) for method in methods(settings)
+        (method, *(_taken(settings[name][method], goal, share, axis) for name, goal, share in asked))
+        for method in methods(settings)
     )
-    told = "; ".join(f"{name} {_shown(goal)} ({goal.method})" for name, goal in goals.items())
+    told = "; ".join(f"{name} {_shown(goal)} ({goal.method})".lstrip() for name, goal in goals.items())
+    cost = with_unit(axis.cost, axis.unit)
     return Table(
-        "Rounds to 90 % and 99 % of the target",
-        ("method", *(f"{name}, {_percent(share)}" for name, _, share in asked)),
+        f"{cost[0].upper()}{cost[1:]} to 90 % and 99 % of the target",
+        ("method", *(f"{name}, {_percent(share)}".removeprefix(", ") for name, _, share in asked)),
         tuple(rows) if asked else (),
-        note="The first evaluated round in which a run's overall quality is that share of the target: the mean over the seeds "
-        "that get there, and how many do. The target is the best final overall quality, as a mean over seeds, of the federated "
-        f"methods (local and centralised training set none): {told}. A perplexity is there when the target is that share of it.",
+        note="Up to the first evaluated round in which a run's overall quality is that share of the target: the mean over the "
+        "seeds that get there, and how many do. The target is the best final overall quality, as a mean over seeds, of the "
+        f"federated methods (local and centralised training set none): {told}. A perplexity is there when the target is that "
+        f"share of it. {axis.note}".rstrip(),
     )
+
+
+def _has(groups: Groups, axis: m.Axis) -> bool:
+    return any(axis.of(run) for run in all_runs(groups))
 
 
 def held(settings: Settings) -> Table:
@@ -149,7 +165,7 @@ def held(settings: Settings) -> Table:
 def all_tables(settings: Settings, baseline: str) -> tuple[Table, ...]:
     """All tables of several settings, those without rows left out: over them, then within each."""
     within = [table for name in settings for table in of_setting(settings, name, baseline)]
-    every = [overall(settings), *by_task(settings), rounds_to_target(settings), held(settings), *within]
+    every = [overall(settings), *by_task(settings), *to_target(settings), held(settings), *within]
     return tuple(table for table in every if table.rows)
 
 
@@ -166,7 +182,7 @@ def there(groups: Groups) -> Groups:
 
 
 def to_csv(settings: Settings, baseline: str) -> str:
-    """The lines of `tables.to_csv` in each setting; its targets and the rounds to them, for each task too; the variations."""
+    """The measures in each setting; its targets and what it takes to them, for each task too; the variations over them."""
     within = (line for name, groups in settings.items() for line in csv_lines(there(groups), baseline, name))
     targets = (line for name, groups in settings.items() for line in _csv_targets(name, there(groups)))
     return csv_text([*within, *targets, *_csv_variations(settings)])
@@ -177,10 +193,11 @@ def _csv_targets(name: str, groups: Groups) -> Iterator[tuple[str, ...]]:
         goal = target(groups, task)
         if goal is not None:
             yield csv_line(name, goal.method, "target", task, goal.unit, Interval(goal.value, None, len(groups[goal.method])))
-            for share in SHARES:
+            for axis, share in product((axis for axis in m.AXES if _has(groups, axis)), SHARES):
                 for method, runs in groups.items():
-                    found = rounds_to(runs, task, goal, share)
-                    yield csv_line(name, method, f"rounds to {_percent(share)} of target", task, "", found, len(runs))
+                    found = taken_to(runs, task, goal, share, axis)
+                    measure = f"{axis.cost} to {_percent(share)} of target"
+                    yield csv_line(name, method, measure, task, axis.unit, found, len(runs))
 
 
 def _csv_variations(settings: Settings) -> Iterator[tuple[str, ...]]:
@@ -219,10 +236,11 @@ def _shown(goal: Target) -> str:
     return f"{goal.value:.1f} %" if goal.unit else number(goal.value)
 
 
-def _rounds(runs: Sequence[RunResults], goal: Target, share: float) -> str:
-    found = rounds_to(runs, None, goal, share)
-    reached = f"{whole(found.mean)} ({found.n}" if found else f"{NONE} (0"
-    return f"{reached} of {len(runs)})" if runs else NONE
+def _taken(runs: Sequence[RunResults], goal: Target, share: float, axis: m.Axis) -> str:
+    found = taken_to(runs, None, goal, share, axis)
+    shown = number if axis.unit else whole
+    reached = f"{shown(found.mean)} ({found.n}" if found else f"{NONE} (0"
+    return f"{reached} of {len(runs)})" if any(map(axis.of, runs)) else NONE
 
 
 def _held(runs: Sequence[RunResults], when: Callable[[RunResults], m.Held | None]) -> str:

@@ -26,7 +26,7 @@ LINE_OF_A_ROW = 22  # pixels
 MANY_CLIENTS = 60  # more are not drawn one by one; the tables name all
 
 Points = list[tuple[float, float]]
-Axis = Callable[[RunResults], Callable[[int], float]]  # of a run, where a round lies on the horizontal axis
+AXES: Mapping[str, m.Axis] = {axis.name: axis for axis in m.AXES}
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,6 @@ class Figure:
     title: str
     caption: str
     drawing: go.Figure
-
-
-def rounds(run: RunResults) -> Callable[[int], float]:
-    """Horizontal axis: rounds."""
-    return float
-
-
-def sent(run: RunResults) -> Callable[[int], float]:
-    """Horizontal axis: MB down and up of all clients together by the end of a round."""
-    until = m.bytes_until(run)
-    return lambda round: until(round) / m.MB
-
-
-AXES: Mapping[str, tuple[Axis, str]] = {
-    "rounds": (rounds, "round"),
-    "bytes": (sent, "MB sent so far (10^6 bytes)"),
-}
 
 
 def one_run(run: RunResults) -> dict[str, list[Figure]]:
@@ -118,9 +101,9 @@ def _with_data(figures: Mapping[str, Sequence[Figure]]) -> dict[str, list[Figure
 
 def curves(run: RunResults, over: str, unit: str) -> Figure:
     """Quality of each task measured in `unit`, of each of its clients, and the mean over tasks."""
-    axis, label = AXES[over]
-    drawing = _drawing(label, f"quality ({unit})" if unit else "perplexity (lower is better)")
-    tasks = [task for task in m.tasks([run]) if m.unit([run], task) == unit]
+    axis = AXES[over]
+    drawing = _drawing(axis.label, f"quality ({unit})" if unit else "perplexity (lower is better)")
+    tasks = [task for task in m.tasks([run]) if m.unit([run], task) == unit] if axis.of(run) else []
     every = list(m.walk_clients(run))
     drawn = set(every[:MANY_CLIENTS])
     for index, task in enumerate(tasks):
@@ -135,7 +118,7 @@ def curves(run: RunResults, over: str, unit: str) -> Figure:
     _tick_rounds(drawing, over, [run])
     what = "Quality" if unit else "Perplexity"
     caption = f"Thick: the mean over tasks. Middle: each task. Thin: {_clients_drawn(every, 'each client')} on its task."
-    return Figure(f"{what} over {over}", f"{caption} {_axis_note(over)}".strip(), drawing)
+    return Figure(f"{what} over {over}", f"{caption} {axis.note}".strip(), drawing)
 
 
 def experts_over_rounds(run: RunResults) -> Figure:
@@ -225,11 +208,14 @@ def partition(run: RunResults) -> Figure:
 
 
 def compared(groups: Groups, task: str | None, over: str) -> Figure:
-    """One line for each method: the mean over seeds, with the 95 % interval as a band where there are seeds for one."""
-    axis, label = AXES[over]
+    """One line for each method: the mean over seeds, with the 95 % interval as a band where there are seeds for one.
+
+    Methods of which a run lacks the axis (virtual time, where it has no clock) have none.
+    """
+    axis = AXES[over]
     unit = m.unit(all_runs(groups), task)
     what = "overall" if task is None else task
-    drawing = _drawing(label, f"{what} ({unit or 'lower is better'})")
+    drawing = _drawing(axis.label, f"{what} ({unit or 'lower is better'})")
     for index, (method, runs) in enumerate(groups.items()):
         points = list(_mean_points(runs, task, axis))
         if points and all(each.half is not None for _, each in points):
@@ -239,7 +225,7 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
     _tick_rounds(drawing, over, all_runs(groups))
     title = "Overall quality" if task is None else task
     band = "Line: mean over seeds. Band: 95 % Student t interval." if max(map(len, groups.values())) > 1 else "One seed each."
-    return Figure(f"{title} over {over}", f"{band} {_axis_note(over)}".strip(), drawing)
+    return Figure(f"{title} over {over}", f"{band} {axis.note}".strip(), drawing)
 
 
 def tradeoff(groups: Groups, cost: m.Measure) -> Figure:
@@ -310,15 +296,17 @@ def _changes(held: Sequence[tuple[int, Holds]], blocks: Sequence[str]) -> list[t
     return found
 
 
-def _points(run: RunResults, client: str | None, task: str | None, axis: Axis) -> Points:
-    place, unit = axis(run), m.unit([run], task)
+def _points(run: RunResults, client: str | None, task: str | None, axis: m.Axis) -> Points:
+    place, unit = axis.of(run), m.unit([run], task)
     rows = m.evaluated(run, client, task)
-    return [(place(row.round), m.shown(row.value, unit)) for row in rows if row.value is not None]
+    return [(place(row.round), m.shown(row.value, unit)) for row in rows if row.value is not None] if place else []
 
 
-def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> Iterator[tuple[float, Interval]]:
+def _mean_points(runs: Sequence[RunResults], task: str | None, axis: m.Axis) -> Iterator[tuple[float, Interval]]:
     """The rounds that all seeds have evaluated: where they lie on average, and the interval of their values."""
-    places = [axis(run) for run in runs]
+    places = [place for run in runs if (place := axis.of(run))]
+    if len(places) < len(runs):
+        return
     values = [{row.round: row.value for row in m.evaluated(run, None, task)} for run in runs]
     unit = m.unit(runs, task)
     for round in sorted(set.intersection(*(set(each) for each in values)) if values else ()):
@@ -333,10 +321,6 @@ def _clients_drawn(clients: Sequence[str], all_of_them: str) -> str:
 def _tick_rounds(drawing: go.Figure, over: str, runs: Sequence[RunResults]) -> None:
     if over == "rounds" and max(map(m.rounds_done, runs)) <= FEW_ROUNDS:
         drawing.update_xaxes(dtick=1)
-
-
-def _axis_note(over: str) -> str:
-    return "Bytes: down and up, all clients together, evaluations apart." if over == "bytes" else ""
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -34,6 +34,21 @@ class Measure:
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
 
+Place = Callable[[int], float]  # where a round lies on an axis
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the progress of a run is told by."""
+
+    name: str
+    label: str  # of the axis of a figure
+    cost: str  # what it takes to get somewhere, in `unit`
+    unit: str
+    of: Callable[[RunResults], Place | None]  # None: the run has no such axis
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Held:
     """How many experts clients held, over all MoE layers of each."""
@@ -201,6 +216,33 @@ def bytes_until(run: RunResults) -> Callable[[int], int]:
     return lambda round: sums[bisect_right(rounds, round)]
 
 
+def mb_until(run: RunResults) -> Place:
+    """`bytes_until` in MB."""
+    until = bytes_until(run)
+    return lambda round: until(round) / MB
+
+
+def has_clock(run: RunResults) -> bool:
+    """Whether every round of the run has its virtual time."""
+    return bool(run.rounds) and all(row.clock_seconds is not None for row in run.rounds)
+
+
+def clock_until(run: RunResults) -> Place | None:
+    """A function of a round: the virtual seconds of all stages and rounds by its end; None for a run without a clock."""
+    if not has_clock(run):
+        return None
+    rows = sorted(run.rounds, key=lambda row: row.round)
+    rounds = [row.round for row in rows]
+    sums = [0.0, *accumulate(row.clock_seconds or 0.0 for row in rows)]
+    return lambda round: sums[bisect_right(rounds, round)]
+
+
+def virtual_seconds(run: RunResults) -> float | None:
+    """The virtual time of the whole run; None without a clock."""
+    until = clock_until(run)
+    return until(rounds_done(run)) if until else None
+
+
 def history(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
     """For each client the rounds it trained in, and the experts it worked with in each."""
     found: dict[str, list[tuple[int, Holds]]] = {}
@@ -252,8 +294,13 @@ def peak_by_client(run: RunResults) -> dict[str, int]:
 
 
 def measures(runs: Sequence[RunResults]) -> list[Measure]:
-    """All that runs are compared by: each task's quality, the overall one, and what it cost."""
-    return [*quality_measures(runs), *COSTS]
+    """All that runs are compared by: each task's quality, the overall one, what it cost, and its time where any has a clock."""
+    return [*quality_measures(runs), *COSTS, *times(runs)]
+
+
+def times(runs: Sequence[RunResults]) -> list[Measure]:
+    """The virtual time, where any of the runs has a clock."""
+    return [TIME] if any(map(has_clock, runs)) else []
 
 
 def quality_measures(runs: Sequence[RunResults]) -> list[Measure]:
@@ -309,6 +356,7 @@ HELD = Measure("experts held", "", _number_held(held_last, "mean"))
 FLOPS = Measure("FLOPs estimated", "10^12", lambda run: sum(row.flops_estimated for row in counted(run)) / 1e12)
 SECONDS = Measure("client seconds", "s", lambda run: sum(row.seconds for row in counted(run)))
 FAILURES = Measure("failures", "", lambda run: float(len(failures(run))))
+TIME = Measure("virtual time", "s", virtual_seconds)
 COSTS = (SENT_EACH, DOWN_EACH, UP_EACH, BEFORE, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
 HELD_IN_FULL = tuple(
     Measure(f"experts held at {time}, {which}", "", _number_held(when, which))
@@ -316,6 +364,25 @@ HELD_IN_FULL = tuple(
     for which in ("mean", "least", "most")
 )
 """Over clients, the first and the last time each trained."""
+
+BY_ROUNDS = Axis("rounds", "round", "rounds", "", lambda run: float)
+BY_BYTES = Axis(
+    "bytes",
+    "MB sent so far (10^6 bytes)",
+    "sent",
+    "MB",
+    mb_until,
+    "Bytes: down and up, all clients together, evaluations apart.",
+)
+BY_TIME = Axis(
+    "virtual time",
+    "virtual time (s)",
+    "virtual time",
+    "s",
+    clock_until,
+    "Virtual time: each round as long as its slowest client would take on its device, evaluations apart.",
+)
+AXES = (BY_ROUNDS, BY_BYTES, BY_TIME)
 
 
 def walk_clients(run: RunResults) -> Iterator[str]:

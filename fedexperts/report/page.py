@@ -52,6 +52,7 @@ def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> st
     maps = _maps(groups)
     sections = {
         "Against each other": [_figures(drawn["overall"])],
+        "To the target": [*map(_table, across.to_target({"": groups}))],
         "Each task": [_figures(drawn["each task"])],
         "All measures": [_table(tables.comparison(groups)), _table(tables.differences(groups, baseline))],
         "Experts": [_map(maps)],
@@ -71,7 +72,7 @@ def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str
     maps = _maps(every)
     sections = {
         "Over the settings": [*(_figures(drawn[over]) for over in figures.AXES), *map(_table, across.by_task(settings))],
-        "Rounds to the target": [_table(across.rounds_to_target(settings))],
+        "To the target": [*map(_table, across.to_target(settings))],
         "Experts": [_table(across.held(settings)), _map(maps)],
         **{
             f"Setting {name}": [
@@ -157,6 +158,7 @@ def _what_came_out(run: RunResults) -> dict[str, str]:
         f"overall quality ({unit})" if unit else "overall quality": " → ".join(ends) or tables.NONE,
         "sent per client and round, down and up": f"{tables.megabytes(m.bytes_per_client_round(run))} MB",
         "sent in total": f"{tables.megabytes(m.carried(m.counted(run)))} MB",
+        **({"virtual time": f"{tables.number(m.virtual_seconds(run))} s"} if m.has_clock(run) else {}),
         "largest peak memory of a client": f"{tables.megabytes(m.largest_peak(run))} MB",
         f"experts held by a client, of {m.experts_of(run)} (mean, least–most)": _held(held),
         "clients over their memory": str(len(over)),

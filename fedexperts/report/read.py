@@ -74,6 +74,7 @@ class Round:
     failed: Mapping[str, str] = field(default_factory=dict)  # client → reason
     loss: float | None = None
     seconds: float = 0.0
+    clock_seconds: float | None = None  # virtual; None: no clock
     holds: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → Holds
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,6 +94,7 @@ class LedgerRow:
     flops_estimated: float = 0.0
     experts: int = 0
     failed: str | None = None
+    clock_seconds: float | None = None  # virtual; None: no clock
 
 
 @dataclass(frozen=True)

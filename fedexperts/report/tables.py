@@ -266,7 +266,7 @@ def baseline_of(groups: Groups, given: str | None = None) -> str:
 def final(groups: Groups) -> Table:
     """The table a run or comparison ends with."""
     runs = all_runs(groups)
-    found = [*m.quality_measures(runs), m.SENT_EACH, m.PEAK, m.HELD, m.FAILURES]
+    found = [*m.quality_measures(runs), m.SENT_EACH, m.PEAK, m.HELD, *m.times(runs), m.FAILURES]
     rows = [(label, *(pm(over_seeds(measure, members), measure.unit) for measure in found)) for label, members in groups.items()]
     seeds = max(len(members) for members in groups.values())
     note = f"{interval_note(groups)} {scored_note(runs)}" if seeds > 1 else scored_note(runs)
@@ -307,13 +307,11 @@ def width(table: Table) -> int:
     return sum(max(map(len, cells)) + 2 for cells in zip(heads, *table.rows, strict=True)) + 2
 
 
-def to_csv(groups: Groups, baseline: str) -> str:
-    """One line for each method and measure: mean and interval over seeds, and the paired difference from the baseline."""
-    return csv_text(csv_lines(groups, baseline))
-
-
 def csv_lines(groups: Groups, baseline: str, setting: str = "") -> Iterator[tuple[str, ...]]:
-    """The lines of `to_csv`, in the columns of `csv_text`."""
+    """For each method and measure the mean and interval over seeds, and the paired difference from the baseline.
+
+    In the columns of `csv_text`.
+    """
     for label, runs in groups.items():
         for measure in [*_measures(groups), *m.HELD_IN_FULL]:
             versus = None if label == baseline else _paired(measure, runs, groups.get(baseline, ()))

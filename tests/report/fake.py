@@ -24,8 +24,12 @@ def write_run(
     num_experts: int = 16,
     setting: str = "",
     split: str = "test",
+    clock: bool = False,
 ) -> Path:
-    """A run of `rounds` rounds in which half of the clients take part each time, evaluated every second round."""
+    """A run of `rounds` rounds in which half of the clients take part each time, evaluated every second round.
+
+    Without `clock` its logs say nothing of virtual time, as those of runs from before there was any.
+    """
     rng = Random(f"{setting}{method}/{seed}")
     names = list(clients)
     home = {name: list(TASKS)[number % len(TASKS)] for number, name in enumerate(names)}
@@ -82,6 +86,8 @@ def write_run(
         if number % 2 == 0:
             evals += _evaluations(rng, number, home, 0.1 + GAIN.get(method, 0.5) * (1 - 0.75**number))
             ledger += [_row(rng, number, name, "evaluate", holds[name], uploads=True) for name in names]
+    for row in log if clock else ():
+        row["clock_seconds"] = 20.0 + row["round"]
     for file, rows in (("rounds", log), ("ledger", ledger), ("evals", evals)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -95,12 +101,12 @@ def write_comparison(folder: Path, methods: Iterable[str] = tuple(GAIN), seeds: 
     return folder
 
 
-def write_settings(folder: Path, settings: Iterable[str] = ("standard", "enforced"), seeds: int = 2) -> Path:
+def write_settings(folder: Path, settings: Iterable[str] = ("standard", "enforced"), seeds: int = 2, clock: bool = False) -> Path:
     """What `fedexperts compare` leaves of several run files: OUT/<setting>/<method>/seed-<s>/."""
     for setting in settings:
         for method in GAIN:
             for seed in range(seeds):
-                write_run(folder / setting / method / f"seed-{seed}", method, seed, setting=setting)
+                write_run(folder / setting / method / f"seed-{seed}", method, seed, setting=setting, clock=clock)
     return folder
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from fedexperts import report
 from fedexperts.report import across, tables
-from fedexperts.report.across import Target, first_round, rounds_to, target, variation
+from fedexperts.report import measures as m
+from fedexperts.report.across import Target, first_round, taken_to, target, variation
 from fedexperts.report.read import Evaluation, LedgerRow, ModelPlan, Plan, Round, RunResults, by_setting
 
 from .fake import GAIN, TASKS, write_comparison, write_run, write_settings
@@ -22,6 +23,7 @@ def run(
     metric: str = "accuracy",
     task: str = "sort",
     rounds: tuple[Round, ...] = (),
+    ledger: tuple[LedgerRow, ...] = (),
 ) -> RunResults:
     """A run of one task, scored as `qualities` say in each round."""
     rows = [
@@ -30,7 +32,7 @@ def run(
         for named in (task, None)
     ]
     plan = Plan(method, seed, ModelPlan("tiny"), setting=setting, reference=reference)
-    return RunResults(Path("results"), plan, rounds, (), tuple(rows))
+    return RunResults(Path("results"), plan, rounds, ledger, tuple(rows))
 
 
 def settings_of(*runs: RunResults) -> across.Settings:
@@ -70,10 +72,44 @@ def test_the_first_round_at_a_share_of_the_target_is_an_evaluated_one():
 def test_rounds_to_the_target_are_a_mean_over_the_seeds_that_get_there():
     goal = Target("fedmoe", 80.0, "%")
     runs = [run("fedavg", {2: 0.8}), run("fedavg", {2: 0.1, 6: 0.8}), run("fedavg", {2: 0.1})]
-    found = rounds_to(runs, None, goal, 0.9)
+    found = taken_to(runs, None, goal, 0.9)
     assert found is not None
     assert (found.mean, found.n) == (4.0, 2)
-    assert rounds_to(runs[2:], None, goal, 0.9) is None
+    assert taken_to(runs[2:], None, goal, 0.9) is None
+
+
+def timed(method: str, *seconds: float | None, first: int = 1, **fields) -> RunResults:
+    """A run that sends 2 MB in each round, scores 40 % and 10 for each round, and whose rounds took so many virtual seconds."""
+    numbers = range(first, first + len(seconds))
+    rounds = tuple(Round(number, clock_seconds=each) for number, each in zip(numbers, seconds, strict=True))
+    ledger = tuple(LedgerRow(number, "a", "train", bytes_down=1_500_000, bytes_up=500_000) for number in numbers)
+    return run(method, {number: 0.4 + 0.1 * number for number in numbers}, rounds=rounds, ledger=ledger, **fields)
+
+
+def test_what_it_took_to_the_target_is_told_in_rounds_bytes_and_virtual_time():
+    settings = settings_of(
+        timed("fedavg", 100.0, 50.0, 25.0), timed("fedmoe", 1.0, 1.0), timed("centralised", None, None, None, reference=True)
+    )
+    rounds, sent, time = across.to_target(settings)  # 70 % of fedavg: 63 and 69.3
+    assert [table.title.split(" to ")[0] for table in (rounds, sent, time)] == ["Rounds", "Sent (MB)", "Virtual time (s)"]
+    assert rounds.columns == sent.columns == time.columns == ("method", "90 %", "99 %")
+    assert [cell(table, "fedavg", "90 %") for table in (rounds, sent, time)] == ["3 (1 of 1)", "6.00 (1 of 1)", "175.0 (1 of 1)"]
+    assert [cell(table, "fedmoe", "90 %") for table in (rounds, sent, time)] == ["– (0 of 1)"] * 3
+    assert [cell(table, "centralised", "99 %") for table in (rounds, sent, time)] == ["3 (1 of 1)", "6.00 (1 of 1)", "–"]
+
+
+def test_where_no_run_has_a_clock_there_is_no_table_of_time():
+    assert len(across.to_target(settings_of(timed("fedavg", None, None), timed("fedmoe", None)))) == 2
+
+
+def test_a_run_has_a_clock_only_where_every_round_of_it_has_a_time():
+    assert m.clock_until(timed("fedavg", 3.0, None)) is None
+    assert m.virtual_seconds(timed("fedavg", 3.0, None)) is None
+    assert m.clock_until(run("fedavg", {0: 0.1})) is None
+    until = m.clock_until(timed("fedmoe", 5.0, 7.0, 2.0, first=0))  # the first is a stage before the rounds
+    assert until is not None
+    assert [until(round) for round in (0, 1, 2)] == [5.0, 12.0, 14.0]
+    assert m.virtual_seconds(timed("fedmoe", 5.0, 7.0, 2.0, first=0)) == 14.0
 
 
 def test_of_perplexities_the_lowest_is_the_target_and_rounds_count_down_to_it():
@@ -107,7 +143,7 @@ def test_a_method_that_was_not_run_in_a_setting_has_no_number_there():
     settings = settings_of(*FOUR)
     table = across.overall(settings)
     assert (cell(table, "fedavg", "two (%)"), cell(table, "fedavg", "variation, overall")) == ("–", "–")
-    assert cell(across.rounds_to_target(settings), "fedavg", "two, 90 %") == "–"
+    assert cell(across.to_target(settings)[0], "fedavg", "two, 90 %") == "–"
     titles = [each.title for each in across.all_tables(settings, "fedavg")]
     assert "one: Difference from fedavg" in titles
     assert "two: Comparison" in titles
@@ -124,7 +160,8 @@ def test_a_variation_over_some_of_the_settings_says_of_how_many():
 
 
 def test_rounds_to_target_leave_the_target_to_those_who_federate_and_say_whose_it_is():
-    table = across.rounds_to_target(settings_of(*FOUR))
+    table = across.to_target(settings_of(*FOUR))[0]
+    assert table.title == "Rounds to 90 % and 99 % of the target"
     assert cell(table, "fedmoe", "one, 90 %") == "2 (1 of 1)"
     assert cell(table, "fedavg", "one, 90 %") == "2 (1 of 1)"  # 45 of 50
     assert cell(table, "fedavg", "one, 99 %") == "– (0 of 1)"
@@ -143,7 +180,7 @@ def test_settings_of_different_tasks_have_each_their_own():
     assert [cell(table, "fedmoe", f"variation, {name}") for name in ("overall", "sort", "text")] == ["–"] * 3
     by_task = {each.title: each for each in across.by_task(settings)}
     assert by_task["Over the settings: reverse"].rows == (("fedmoe", "–", "70.0", "–"),)
-    assert cell(across.rounds_to_target(settings), "fedmoe", "three, 99 %") == "1 (1 of 1)"
+    assert cell(across.to_target(settings)[0], "fedmoe", "three, 99 %") == "1 (1 of 1)"
 
 
 def test_experts_are_those_of_each_clients_first_and_last_training_over_all_seeds():
@@ -178,7 +215,13 @@ def test_runs_without_a_setting_or_of_one_are_reported_as_ever(tmp_path: Path):
     runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=1)
     write_run(tmp_path / "runs" / "more", method="local", setting="one")
     found = report.write([runs])
-    assert [table.title for table in found.tables] == ["Results", "Comparison", "Difference from fedavg"]
+    assert [table.title for table in found.tables] == [
+        "Results",
+        "Comparison",
+        "Difference from fedavg",
+        "Rounds to 90 % and 99 % of the target",
+        "Sent (MB) to 90 % and 99 % of the target",
+    ]
     write_run(tmp_path / "runs" / "two", method="local", setting="two")
     found = report.write([runs])
     assert found.tables[0].columns[1:4] == ("no setting (%)", "one (%)", "two (%)")
@@ -192,6 +235,7 @@ def test_the_report_of_settings_is_written_with_all_its_tables(tmp_path: Path):
         "Over the settings: overall quality",
         *(f"Over the settings: {task}" for task in TASKS),
         "Rounds to 90 % and 99 % of the target",
+        "Sent (MB) to 90 % and 99 % of the target",
         "Experts held by a client, of 64",
         *(f"{name}: {what}" for name in ("enforced", "standard") for what in ("Comparison", "Difference from fedavg")),
     ]

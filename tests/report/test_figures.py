@@ -63,6 +63,20 @@ def test_over_bytes_a_curve_lies_where_the_ledger_says(tmp_path: Path):
     assert list(mean.x) == pytest.approx(counted)
 
 
+def test_over_virtual_time_a_curve_lies_where_the_rounds_end(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=4, clock=True))
+    mean = figures.curves(run, "virtual time", "%").drawing.data[-1]
+    assert list(mean.x) == [20, 20 + 21 + 22, 20 + 21 + 22 + 23 + 24]  # stage 0, rounds 1 to 4
+
+
+def test_a_run_without_a_clock_has_no_curve_over_virtual_time(tmp_path: Path):
+    timed, other = (read(write_run(tmp_path / name, rounds=4, clock=name == "a")) for name in ("a", "b"))
+    assert not figures.curves(other, "virtual time", "%").drawing.data
+    assert [len(group) for group in (figures.one_run(timed)["quality"], figures.one_run(other)["quality"])] == [3, 2]
+    drawn = figures.compared({"fedmoe": [timed], "centralised": [other]}, None, "virtual time").drawing.data
+    assert [trace.name for trace in drawn] == ["fedmoe"]
+
+
 def test_a_band_is_drawn_only_where_there_are_seeds_for_it(tmp_path: Path):
     several = grouped(read_all([write_comparison(tmp_path / "three", methods=("fedmoe",), seeds=3)]))
     single = grouped(read_all([write_comparison(tmp_path / "one", methods=("fedmoe",), seeds=1)]))

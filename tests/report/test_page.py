@@ -150,7 +150,13 @@ def test_a_comparison_writes_all_it_was_asked_for(tmp_path: Path):
     found = report.write([runs], tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["r.csv", "r.html", "r.md"]
     assert found.written == (tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
-    assert [table.title for table in found.tables] == ["Results", "Comparison", "Difference from fedavg"]
+    assert [table.title for table in found.tables] == [
+        "Results",
+        "Comparison",
+        "Difference from fedavg",
+        "Rounds to 90 % and 99 % of the target",
+        "Sent (MB) to 90 % and 99 % of the target",
+    ]
     assert re.findall("^### (.*)$", (tmp_path / "out/r.md").read_text(), re.M) == [table.title for table in found.tables]
 
 

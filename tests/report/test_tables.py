@@ -147,7 +147,7 @@ def test_csv_gives_interval_and_difference_of_each_measure():
         "fedavg": [scored("fedavg", 0, 0.1), scored("fedavg", 1, 0.3)],
         "fedmoe": [scored("fedmoe", 0, 0.2), scored("fedmoe", 1, 0.4)],
     }
-    rows = list(csv.DictReader(StringIO(tables.to_csv(groups, "fedavg"))))
+    rows = list(csv.DictReader(StringIO(tables.csv_text(tables.csv_lines(groups, "fedavg")))))
     assert len(rows) == 2 * (1 + len(m.COSTS) + len(m.HELD_IN_FULL))
     row = next(row for row in rows if row["method"] == "fedmoe" and row["measure"] == "quality")
     assert (row["task"], row["unit"], row["seeds"], row["baseline"]) == ("", "%", "2", "fedavg")
