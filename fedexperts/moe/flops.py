@@ -2,8 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
 from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
-from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
+from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
+from fedexperts.moe.lora import ExpertLoRA
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.tuning import PROJECTIONS, Tuning, attentions, prepare
 
@@ -33,11 +34,41 @@ class Footprint:
     sides: int = 0  # rows plus columns of all experts' matrices: what a LoRA of rank 1 on every expert has parameters
     copies: int = 4  # times its own bytes that a trained parameter takes
     lora_bytes: int | None = None  # of training the whole model's adapters, when that is how the run trains
+    num_experts: Mapping[str, int] = field(default_factory=dict)  # MoE block → those of the whole model
+    update_bytes: Mapping[str, int] = field(default_factory=dict)  # MoE block → gradient and optimiser state of one expert
 
     def of(self, experts: Experts) -> int:
         """Bytes of the sub-model that holds `experts`."""
         held = sum(len(ids) * self.expert_bytes[block] for block, ids in experts.items())
         return self.dense_bytes + held + self.activation_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Of training the whole model while backward reaches no expert: weights, what is trained besides, activations."""
+        everything = {block: tuple(range(number)) for block, number in self.num_experts.items()}
+        return self.of(everything) - sum(number * self.update_bytes[block] for block, number in self.num_experts.items())
+
+    @property
+    def reached_bytes(self) -> int:
+        """Of each expert that backward reaches: gradient and optimiser state, where blocks differ of one that takes most."""
+        return max(self.update_bytes.values())
+
+    def reaching(self, number: int) -> int:
+        """Bytes of training the whole model, of whose experts backward reaches at most `number` at a time (HFedMoE).
+
+        Where the blocks' experts differ in size, all count as the largest, so it may be more than they take.
+        """
+        return self.fixed_bytes + min(number, sum(self.num_experts.values())) * self.reached_bytes
+
+    def reached_within(self, memory_bytes: int) -> int:
+        """The most experts that backward may reach at a time within `memory_bytes`: at least 0, at most all.
+
+        C_k of HFedMoE, for which the paper gives no formula: what is fixed off the memory, divided by what an expert takes.
+        """
+        left, most = memory_bytes - self.fixed_bytes, sum(self.num_experts.values())
+        if left < 0:
+            return 0
+        return min(left // self.reached_bytes, most) if self.reached_bytes else most  # frozen ones take nothing
 
     def adapting(self, rank: int) -> int:
         """Bytes of training LoRA of this rank on every expert of the whole model, in fp32, all else frozen.
@@ -124,25 +155,36 @@ def footprint(
     batch: tuple[int, int],
     optimizer: Optimizer = "adamw",
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
+    target_places: int | None = None,
 ) -> Footprint:
     """Bytes that it takes to train `model` as `tuning` says on batches of (examples, tokens each).
 
     Nothing is computed and no weight is copied: a twin of `model` without data takes one training step of shapes. A frozen
     parameter counts its own bytes, a trained one four times that under AdamW (weight, gradient, two moments: 16 bytes in
     fp32) and twice under SGD. `activation_bytes` is the most that was alive in forward and backward beside the parameters
-    and their gradients: what autograd saves, logits, temporaries. An encoder-decoder reads `tokens each` and writes as many.
-    `loss` stands for the training loop's own (default: cross-entropy of the next token).
+    and their gradients: what autograd saves, logits, temporaries. `loss` stands for the training loop's own (default:
+    cross-entropy of the next token).
+
+    `target_places` are the places of a batch at which some example has a target: logits are made nowhere else, by models that
+    can be told so. Of an encoder-decoder they are the tokens it writes. Default: all of `tokens each`.
     """
     twin = prepare(on_meta(model), tuning, seed="")
+    _, update, _ = weigh(twin, lambda p: p.nbytes * (COPIES[optimizer] - 1) if p.requires_grad else 0)
     dense, expert, row = weigh(twin, lambda p: p.nbytes * (COPIES[optimizer] if p.requires_grad else 1))
     with FakeTensorMode(allow_non_fake_inputs=True):
         device = next(model.parameters()).device
         twin = with_tensors(twin, lambda tensor: torch.empty_like(tensor, device="cpu" if device.type == "meta" else device))
         as_shapes(twin)
-        activations = step_bytes(twin, batch, loss or next_token_loss)
-    held = {block: expert[block] + row[block] for block in expert}
+        activations = step_bytes(twin, batch, loss or next_token_loss, batch[1] if target_places is None else target_places)
     cost = Footprint(
-        dense, held, activations, sum(each.nbytes for each in model.parameters()), expert_sides(model), COPIES[optimizer]
+        dense_bytes=dense,
+        expert_bytes={block: expert[block] + row[block] for block in expert},
+        activation_bytes=activations,
+        frozen_bytes=sum(each.nbytes for each in model.parameters()),
+        sides=expert_sides(model),
+        copies=COPIES[optimizer],
+        num_experts={name: shape.num_experts for name, shape in anatomy(model).blocks.items()},
+        update_bytes=update,
     )
     return replace(cost, lora_bytes=cost.of(anatomy(model).all_experts)) if tuning.train == "lora" else cost
 
@@ -191,11 +233,18 @@ def in_equal_shares(experts: list[nn.Module], hidden: Tensor, weights: Tensor) -
     return out
 
 
-def step_bytes(twin: nn.Module, batch: tuple[int, int], loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]) -> int:
+def step_bytes(
+    twin: nn.Module, batch: tuple[int, int], loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], target_places: int
+) -> int:
     """The most bytes alive beside parameters and gradients in one forward and backward of `twin`."""
     device = next(twin.parameters()).device
     ids = torch.zeros(batch, dtype=torch.int64, device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    labels = ids.clone()
+    if is_encoder_decoder(twin):
+        labels = labels[:, :target_places].contiguous()
+    elif keeps_logits(twin):
+        labels = labels[:, : target_places + 1]  # the first is nobody's target
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     for parameter in twin.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
@@ -232,7 +281,21 @@ def grouped_shape(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(ends.shape[0], left.shape[0], right.shape[1])
 
 
-def flops_estimated(model: nn.Module) -> Callable[[Batch], float]:
+@runtime_checkable
+class FlopsOfBatch(Protocol):
+    """Of a training step on a batch. `reached`: MoE block → share of the pairs (token, expert) that backward reaches."""
+
+    def __call__(self, batch: Batch, reached: Mapping[str, float] | None = None) -> float: ...
+
+
+@runtime_checkable
+class FlopsOfLengths(Protocol):
+    """FlopsOfBatch for sequences of these lengths."""
+
+    def __call__(self, read: list[int], written: list[int], reached: Mapping[str, float] | None = None) -> float: ...
+
+
+def flops_estimated(model: nn.Module) -> FlopsOfBatch:
     """Counts the floating point operations of a training step on a batch, from shapes; padding is not counted.
 
     Forward: 2 for each weight that multiplies a token, where of a stack of E experts a token meets top_k; plus attention
@@ -240,43 +303,64 @@ def flops_estimated(model: nn.Module) -> Callable[[Batch], float]:
     halve it). Backward: as much again for the gradient of the inputs; for the gradient of the weights another 2 for each
     weight that is trained; scores twice the forward. Embedding look-ups, norms, biases and activations count nothing. Of an
     encoder-decoder, the encoder sees the prompt and all else the labels.
+
+    Where backward reaches only some experts of a block (moe/backward.py), it takes that share of what it else would for them;
+    and 2 more for each weight of Switch's experts and of adapters, which are computed again. Other blocks and all else as ever.
     """
     of_lengths = per_step(model)
 
-    def of_batch(batch: Batch) -> float:
+    def of_batch(batch: Batch, reached: Mapping[str, float] | None = None) -> float:
         read, written = batch["attention_mask"].sum(dim=1), (batch["labels"] != IGNORED).sum(dim=1)
-        return of_lengths(read.tolist(), written.tolist())
+        return of_lengths(read.tolist(), written.tolist(), reached)
 
     return of_batch
 
 
-def per_step(model: nn.Module) -> Callable[[list[int], list[int]], float]:
+def per_step(model: nn.Module) -> FlopsOfLengths:
     """flops_estimated for sequences of given lengths, read and written; the model is looked through once."""
     encoder = "encoder." if is_encoder_decoder(model) else ""  # all that a decoder-only model has goes by what it reads
     matrices, scores = list(products(model)), list(score_widths(model))
-    reading = [name.startswith(encoder) for name, _, _ in matrices], [name.startswith(encoder) for name, _ in scores]
 
-    def of_lengths(read: list[int], written: list[int]) -> float:
+    def of_lengths(read: list[int], written: list[int], reached: Mapping[str, float] | None = None) -> float:
         tokens = {True: sum(read), False: sum(written)}
-        squares = {True: sum(n * n for n in read), False: sum(n * n for n in written)}
         multiplied = sum(
-            tokens[reads] * meets * (6 if trained else 4) for reads, (_, meets, trained) in zip(reading[0], matrices, strict=True)
+            tokens[each.module.startswith(encoder)] * each.weights * operations(each, reached or {}) for each in matrices
         )
-        attended = sum(squares[reads] * width * 6 for reads, (_, width) in zip(reading[1], scores, strict=True))
+        squares = {True: sum(n * n for n in read), False: sum(n * n for n in written)}
+        attended = sum(squares[name.startswith(encoder)] * width * 6 for name, width in scores)
         return float(multiplied + attended)
 
     return of_lengths
 
 
-def products(model: nn.Module) -> Iterator[tuple[str, float, bool]]:
-    """Each matrix that multiplies tokens: its module, how many of its weights one token meets, and whether it is trained."""
+class Product(NamedTuple):
+    """A matrix, or a stack of them, that multiplies tokens."""
+
+    module: str
+    block: str | None  # the MoE block whose experts it is of
+    weights: float  # that one token meets
+    trained: bool
+    again: bool  # whether a backward that reaches only some experts computes it once more
+
+
+def operations(product: Product, reached: Mapping[str, float]) -> float:
+    """Of a training step, for each weight that a token meets: forward, and backward as far as it reaches."""
+    backward = 4.0 if product.trained else 2.0
+    if product.block is None or product.block not in reached:
+        return 2 + backward
+    return 2 + reached[product.block] * (backward + 2 * product.again)
+
+
+def products(model: nn.Module) -> Iterator[Product]:
+    """Each matrix that multiplies tokens."""
     found = blocks(model)
     for name, module in model.named_modules():
-        block = next((each for path, each in found.items() if name.startswith(f"{path}.experts")), None)
-        share = block.shape.top_k / block.shape.num_experts if block else 1.0
+        block = next((path for path in found if name.startswith(f"{path}.experts")), None)
+        share = found[block].shape.top_k / found[block].shape.num_experts if block else 1.0
+        again = isinstance(module, ExpertLoRA) or (block is not None and found[block].is_switch)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and "bias" not in key and not isinstance(module, nn.Embedding):
-                yield name, parameter.numel() * share, parameter.requires_grad
+                yield Product(name, block, parameter.numel() * share, parameter.requires_grad, again)
 
 
 def score_widths(model: nn.Module) -> Iterator[tuple[str, int]]:

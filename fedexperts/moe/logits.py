@@ -17,6 +17,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(cast("Any", model).config.is_encoder_decoder)
 
 
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the model can be told at which places to make logits."""
+    return "logits_to_keep" in signature(model.forward).parameters
+
+
 def predictions(
     model: nn.Module, batch: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, "examples places vocabulary"], Int[Tensor, "examples places"]]:
@@ -29,7 +34,7 @@ def predictions(
         return model(**batch, use_cache=False).logits, batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
-    if "logits_to_keep" not in signature(model.forward).parameters:
+    if not keeps_logits(model):
         return model(**inputs, use_cache=False).logits[:, :-1], targets
     everywhere = torch.arange(targets.shape[1], device=targets.device)  # where labels have no values to look at
     wanted = everywhere if is_fake(targets) else (targets != IGNORED).any(dim=0).nonzero().flatten()

@@ -5,6 +5,7 @@ import torch
 
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, expert_sides, flops_estimated, footprint, next_token_loss, parameters, per_step
+from fedexperts.moe.logits import IGNORED
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare, trainable
@@ -65,6 +66,36 @@ def test_fewer_experts_save_no_compute_but_the_router_and_fewer_per_token_do():
     assert per_step(eight)([1], [1]) - per_step(one)([1], [1]) == 6 * 3 * 16 * 32
 
 
+@pytest.mark.parametrize(("share", "each"), [(0.0, 2), (0.25, 3), (1.0, 6)])
+def test_backward_takes_the_share_of_the_experts_that_it_reaches(share, each):
+    model = prepare(one_layer(), FULL, "0")
+    batch = tiny_batch("olmoe", 1, 10, padding=0)
+    full, some = flops_estimated(model)(batch), flops_estimated(model)(batch, {"model.layers.0.mlp": share})
+    assert full - some == 10 * (2 * 3 * 16 * 32) * (6 - each)  # 2 forward; 2 + 2 backward of those reached
+
+
+def test_frozen_experts_that_backward_reaches_need_no_gradient_of_their_own_and_adapters_are_computed_again():
+    frozen, adapted = prepare(one_layer(), Tuning(parts=("router",)), "0"), prepare(one_layer(), LORA, "0")
+    experts, adapters = 2 * 3 * 16 * 32, 2 * 4 * ((32 + 32) + (16 + 32))
+    saved = [per_step(each)([10], [10]) - per_step(each)([10], [10], {"model.layers.0.mlp": 0.25}) for each in (frozen, adapted)]
+    assert saved == [10 * experts * (4 - 2.5), 10 * experts * (4 - 2.5) + 10 * adapters * (6 - 3.5)]
+
+
+def test_switchs_experts_that_backward_reaches_are_computed_again():
+    flops = per_step(prepare(tiny_model("switch_transformers"), FULL, "0"))
+    reached = {"encoder.block.1.layer.1.mlp": 1.0}
+    assert flops([10], [6], reached) - flops([10], [6]) == 2 * 10 * (32 * 24 + 24 * 32)
+
+
+def test_blocks_of_whose_reach_nothing_is_said_cost_the_full_backward():
+    flops = per_step(prepare(tiny_model("olmoe"), FULL, "0"))
+    first, second = "model.layers.0.mlp", "model.layers.1.mlp"
+    full = flops([10], [10])
+    assert flops([10], [10], {}) == full
+    assert full - flops([10], [10], {first: 0.0}) == 10 * (2 * 3 * 16 * 32) * 4
+    assert full - flops([10], [10], {first: 0.0, second: 0.0}) == 2 * 10 * (2 * 3 * 16 * 32) * 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_costs_nothing(family):
     model = tiny_model(family)
@@ -94,14 +125,19 @@ def test_the_footprint_holds_for_a_real_step_of_a_sub_model(family, tuning):
     assert peak >= said * 0.7  # gradients arrive while activations go, so they are not all alive at once
 
 
+@pytest.mark.parametrize("places", [None, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_those_of_a_real_forward_and_backward(family):
+def test_activations_are_those_of_a_real_forward_and_backward(family, places):
     model = tiny_model(family).train()
-    said = footprint(model, FULL, (EXAMPLES, TOKENS)).activation_bytes
+    said = footprint(model, FULL, (EXAMPLES, TOKENS), target_places=places).activation_bytes
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     batch = tiny_batch(family, EXAMPLES, TOKENS)
+    if places and family == "switch_transformers":
+        batch["labels"] = batch["labels"][:, :places].contiguous()
+    elif places:
+        batch["labels"][:, :-places] = IGNORED
     with MemoryMeter(model, batch.values()) as meter:
         held = meter.bytes - sum(tensor.nbytes for tensor in batch.values())
         next_token_loss(model, batch).backward()
@@ -117,6 +153,43 @@ def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_4():
     assert frozen.expert_bytes == {"model.layers.0.mlp": 4 * (expert + 32)}
     adapted = footprint(model, Tuning(train="lora", parts=("experts",), rank=4), (1, 4))
     assert adapted.expert_bytes == {"model.layers.0.mlp": 4 * (expert + 32) + 16 * 4 * ((32 + 32) + (16 + 32))}
+
+
+def test_an_expert_that_is_reached_takes_its_gradient_and_the_optimisers_state_and_none_of_its_router_row():
+    model, expert, adapter = one_layer(), 3 * 16 * 32, 4 * ((32 + 32) + (16 + 32))
+    lora = Tuning(train="lora", parts=("experts", "router"), rank=4)
+    for tuning, trained in ((FULL, expert), (lora, adapter), (Tuning(parts=("attention", "router")), 0)):
+        assert footprint(model, tuning, (1, 4)).update_bytes == {"model.layers.0.mlp": 12 * trained}  # and two moments
+        assert footprint(model, tuning, (1, 4), optimizer="sgd").update_bytes == {"model.layers.0.mlp": 4 * trained}
+
+
+def test_training_while_backward_reaches_no_expert_takes_their_weights_and_all_else_in_full():
+    cost = footprint(one_layer(), FULL, (1, 4))
+    assert cost.fixed_bytes == cost.dense_bytes + 8 * (16 * 32 + 4 * 3 * 16 * 32) + cost.activation_bytes
+    assert cost.reaching(3) == cost.fixed_bytes + 3 * 12 * 3 * 16 * 32
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_reaching_every_expert_is_training_the_whole_model_and_what_takes_n_experts_holds_n(tuning, optimizer):
+    model = tiny_model("olmoe")
+    cost = footprint(model, tuning, (1, 4), optimizer=optimizer)
+    assert cost.reaching(24) == cost.of(anatomy(model).all_experts)
+    assert [cost.reached_within(cost.reaching(number)) for number in range(25)] == list(range(25))
+    assert [cost.reached_within(cost.reaching(number) - 1) for number in range(25)] == [0, *range(24)]
+
+
+def test_where_experts_differ_in_size_each_counts_as_the_largest_and_never_more_than_all_are_reached():
+    cost = Footprint(100, {"a": 10, "b": 20}, 50, num_experts={"a": 2, "b": 2}, update_bytes={"a": 6, "b": 12})
+    assert cost.fixed_bytes == 100 + 2 * (10 - 6) + 2 * (20 - 12) + 50
+    assert [cost.reaching(number) for number in (0, 1, 4, 5)] == [174, 186, 222, 222]
+    assert cost.reaching(4) > cost.of({"a": (0, 1), "b": (0, 1)})
+    assert [cost.reached_within(memory) for memory in (0, 174, 185, 186, 10**9)] == [0, 0, 0, 1, 4]
+
+
+def test_frozen_experts_take_nothing_more_when_they_are_reached():
+    cost = Footprint(100, {"a": 10}, 50, num_experts={"a": 2}, update_bytes={"a": 0})
+    assert (cost.reached_within(169), cost.reached_within(170)) == (0, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
