@@ -188,15 +188,20 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
     """The plan for people."""
     model, unit = planned["model"], 1e6
     blocks = model["blocks"].values()
+    budgets = any(client["budget"] is not None for client in planned["clients"])
     head = Table(title=Text(f"{planned['method']} on {model['name']}"), show_header=False)
     head.add_row("parameters", f"{model['parameters']:,}")
     head.add_row("MoE layers", f"{len(model['blocks'])}")
     head.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
     head.add_row("memory to train it all (estimated)", f"{planned['full_bytes'] / unit:.1f} MB")
+    if budgets:
+        head.add_row("of it, while backward reaches no expert (estimated)", f"{planned['fixed_bytes'] / unit:.1f} MB")
+        head.add_row("of it, for each expert that backward reaches", f"{planned['reached_bytes'] / unit:.3f} MB")
     head.add_row("what is trained, one way", f"{planned['full_patch_bytes'] / unit:.1f} MB")
     head.add_row("a client's round on all of it, at most (estimated)", f"{planned['round_flops_estimated'] / 1e9:,.0f} GFLOP")
     table = Table(title="Clients", caption=f"first job: {planned['clients'][0]['first_task']}; memory and bytes in MB (10⁶)")
-    for name in ("client", "task", "train", "val", "test", "memory", "fit", "first job", "sent"):
+    added = ("budget",) if budgets else ()  # of experts that backward reaches
+    for name in ("client", "task", "train", "val", "test", "memory", "fit", "first job", "sent", *added):
         table.add_column(name, justify="left" if name in ("client", "task") else "right", no_wrap=True)
     for client in planned["clients"]:
         memory = client["memory_bytes"]
@@ -208,6 +213,7 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
             "all" if client["full_fits"] else str(client["experts_fit"]),
             f"{client['first_experts']} experts" if client["first_experts"] else "none",
             f"{client['first_bytes_down'] / unit:.1f}",
+            *("any" if client[name] is None else str(client[name]) for name in added),
         )
     return [head, table]
 

@@ -1,7 +1,7 @@
 """What a run will work with, before anything runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fedexperts.federation import steps
@@ -26,6 +26,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     server = prepared.server
     full = server.footprint.of(server.anatomy.all_experts)
     clients = [client_plan(prepared, client, full) for client in server.clients.values()]
+    profiles = prepared.config.devices.profiles(list(server.clients), server.seed)
     return {
         "method": prepared.label,
         "setting": prepared.setting,
@@ -39,8 +40,11 @@ def plan(prepared: Prepared) -> dict[str, Any]:
             },
         },
         "clients": clients,
+        "devices": {name: asdict(profile) for name, profile in profiles.items()},
         "partition": prepared.config.data.partition.model_dump(mode="json", exclude_none=True),
         "full_bytes": full,
+        "fixed_bytes": server.footprint.fixed_bytes,
+        "reached_bytes": server.footprint.reached_bytes,
         "full_patch_bytes": sum(tensor.nbytes for tensor in server.weights.values()),
         "round_flops_estimated": round_flops(prepared),
         "warnings": warnings(prepared, clients),
@@ -79,12 +83,13 @@ def too_long_labels(prepared: Prepared) -> Iterator[str]:
 
 
 def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]:
-    """`first_…`: of the client's first job; no experts where it has no part in that."""
+    """`first_…` and `budget`, how many experts backward may reach: of the client's first job; no experts where it has no part."""
     split, server, method = prepared.clients[client.name], prepared.server, prepared.method
     first = replace(server, task=steps(method, 1)[0][1])
     assignment = method.assign(first, client) if client.name in prepared.participants else None
     held = assignment.experts if assignment else {}
-    needed = server.footprint.of(held)
+    budget = int(assignment.extra["budget"]) if assignment and "budget" in assignment.extra else None
+    needed = server.footprint.of(held) if budget is None else server.footprint.reaching(budget)
     return {
         "name": client.name,
         "task": client.task,
@@ -97,6 +102,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
         "tasks": prepared.clients.tasks(client.name),
         "first_task": first.task,
         "first_experts": sum(len(ids) for ids in held.values()),
+        "budget": budget,
         "first_bytes_down": patch_for(first, assignment).nbytes if assignment else 0,
         "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
     }

@@ -1,12 +1,15 @@
 """From settings to a run that can start: the base, the clients with their data and devices, the first server."""
 
 import subprocess
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
 from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 
 from fedexperts.base.load import Base, load
 from fedexperts.config import ModelSettings, RunConfig
@@ -19,7 +22,7 @@ from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.types import Client, Method, Server, Split, Training
+from fedexperts.types import Client, Example, Method, Server, Split, Training
 
 T = TypeVar("T")
 Kept = dict[Hashable, T]
@@ -35,6 +38,7 @@ class Parts:
     bases: Kept[Base] = field(default_factory=dict)
     pools: Kept[Pool] = field(default_factory=dict)
     divided: Kept[Clients] = field(default_factory=dict)
+    responses: Kept[int] = field(default_factory=dict)
     footprints: Kept[Footprint] = field(default_factory=dict)
 
     def base(self, model: ModelSettings) -> Base:
@@ -47,12 +51,20 @@ class Parts:
     def pool(self, data: DataSettings) -> Pool:
         return kept(self.pools, 2, (data.sources, data.limit), lambda: load_pool(data))
 
+    def longest_response(self, config: RunConfig) -> int:
+        """longest_response of all that the run's clients may get to train on."""
+        base, clients = self.base(config.model), self.clients(config.data, config.seed)
+        key = config.model, config.data.sources, config.data.limit
+        return kept(self.responses, 8, key, lambda: longest_response(base.tokenizer, clients.pool.train))
+
     def footprint(self, config: RunConfig) -> Footprint:
-        training = config.training.build()
+        """Of the whole model, on batches as long as they can be."""
+        training, base = config.training.build(), self.base(config.model)
         size = (training.batch_size, config.data.max_tokens)
-        key = config.model, training.tuning, size, training.optimizer
-        model = self.base(config.model).model
-        return kept(self.footprints, 8, key, lambda: footprint(model, training.tuning, size, optimizer=training.optimizer))
+        places = target_places(self.longest_response(config), size, base.encoder_decoder)
+        key = config.model, training.tuning, size, training.optimizer, places
+        make = partial(footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_places=places)
+        return kept(self.footprints, 8, key, make)
 
 
 def kept(store: Kept[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
@@ -62,6 +74,22 @@ def kept(store: Kept[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
             del store[next(iter(store))]
         store[key] = make()
     return store[key]
+
+
+def longest_response(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> int:
+    """Tokens of the longest response among `examples`, its end token included."""
+    responses = list({example.response for example in examples})
+    return max(map(len, tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"])) + 1
+
+
+def target_places(longest: int, batch: tuple[int, int], encoder_decoder: bool) -> int:
+    """The most places with a target that a batch of (examples, tokens each) can have when no response is above `longest`.
+
+    The responses of a batch stand where their prompts end, so at worst no two of them at the same places; the labels of an
+    encoder-decoder all begin at the first.
+    """
+    examples, tokens = batch
+    return min(longest if encoder_decoder else examples * longest, tokens)
 
 
 @dataclass(frozen=True)
