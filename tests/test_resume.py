@@ -28,7 +28,7 @@ def fedmoe_tree(tiny_tree):
         **tiny_tree,
         "method": {"name": "fedmoe", "patience": 1, "profile_rounds": 1},
         "federation": {"rounds": 4, "clients_per_round": 3},
-        "devices": {"memory_share": {"uniform": [0.6, 1.2]}},
+        "devices": {"memory_share": {"uniform": [0.6, 1.2]}, "profile": {"mix": {"phone": 1, "laptop_gpu": 1}}},
     }
 
 
@@ -89,6 +89,7 @@ def test_a_run_leaves_something_to_compare(undisturbed):
     assert undisturbed["state"] == {"round": 4, "task": "train"}
     assert any(name.startswith("held/") for name in undisturbed["memory"])
     assert len(undisturbed["weights"]) > 10
+    assert all(line["clock_seconds"] > 0 for line in undisturbed["logs"]["rounds.jsonl"])
 
 
 @pytest.mark.parametrize("seed", ["a", "b"])
