@@ -4,13 +4,19 @@ from fedexperts.methods.centralised import Centralised
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE
 from fedexperts.methods.fedprox import FedProx
+from fedexperts.methods.hfedmoe import HFedMoE
 from fedexperts.methods.local import Local
+from fedexperts.methods.pfl_moe import PFLMoE
 from fedexperts.methods.random_moe import RandomMoE
 from fedexperts.methods.scaffold import Scaffold
+from fedexperts.methods.seer_moe import SEERMoE
 from fedexperts.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "fedmoe": FedMoE,
+    "hfedmoe": HFedMoE,
+    "pfl_moe": PFLMoE,
+    "seer_moe": SEERMoE,
     "random_moe": RandomMoE,
     "fedavg": FedAvg,
     "fedprox": FedProx,

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fedexperts.client import Fitted, examples, fit, install
 from fedexperts.moe import rows
-from fedexperts.types import Assignment, Bench, Job, Patch, Server, Tensors, Update
+from fedexperts.moe.anatomy import Experts
+from fedexperts.moe.importance import require_coverage
+from fedexperts.types import Assignment, Bench, Client, Job, Patch, Server, Tensors, Update
 
 Count = Annotated[int, Field(ge=1)]
 """A hyperparameter that counts something; a run file is held to it."""
@@ -18,8 +20,14 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 """A hyperparameter that is a part of something, or all of it."""
 
+Budget = Count | Share
+"""A hyperparameter that is a number of experts of the whole model: a count, or with a decimal point a share of all."""
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A hyperparameter that weighs something."""
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""A hyperparameter that weighs something, or 0 and leaves it out."""
 
 
 def all_experts(server: Server) -> Assignment:
@@ -40,10 +48,38 @@ def train_assigned(job: Job, bench: Bench) -> Update:
     return answer(job, bench, model, fit(model, bench, seed=job.seed))
 
 
-def answer(job: Job, bench: Bench, model: nn.Module, fitted: Fitted, extra: Tensors | None = None) -> Update:
-    """All that `model` trained, in the rows of `job`, with what came of it."""
-    patch, metrics = Patch(rows.read(model), job.patch.rows), {"loss": fitted.loss}
-    return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, metrics, fitted.cost)
+def answer(
+    job: Job, bench: Bench, model: nn.Module, fitted: Fitted, extra: Tensors | None = None, experts: Experts | None = None
+) -> Update:
+    """All that `model` trained, in the rows of `job`, with what came of it; `experts`: of its experts only these."""
+    patch = Patch(rows.read(model), job.patch.rows) if experts is None else patch_of(model, job, experts)
+    return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, {"loss": fitted.loss}, fitted.cost)
+
+
+def patch_of(model: nn.Module, job: Job, experts: Experts) -> Patch:
+    """What `model`, which holds all experts, trained, but of the experts only `experts`; routers and dense weights whole."""
+    layout, trained = rows.layout(model), rows.read(model)
+    of_experts = {name: t for name, t in trained.items() if layout[name] and not rows.router_of(name, layout)}
+    tensors, ids = rows.cut(of_experts, layout, experts)
+    return Patch({**trained, **tensors}, {**job.patch.rows, **ids})
+
+
+def budget_for(server: Server, client: Client, given: Budget | None) -> int:
+    """How many experts of the whole model backward reaches at a time on `client`: C_k of HFedMoE.
+
+    As many as `given` says, or as fit its memory (ours: the paper gives no formula); not more than there are. What fits is
+    never below the number of MoE blocks: a client that does not hold as many has too little memory and will say so.
+
+    Raises:
+        BadValue: `given` is below the number of MoE blocks.
+    """
+    blocks, most = len(server.anatomy.blocks), server.anatomy.num_experts
+    if given is None:
+        fit = most if client.memory_bytes is None else server.footprint.reached_within(client.memory_bytes)
+        return max(fit, blocks)
+    number = round(given * most) if isinstance(given, float) else given
+    require_coverage(number, blocks)
+    return min(number, most)
 
 
 @torch.no_grad()
@@ -60,16 +96,24 @@ def by_examples(update: Update) -> float:
     return float(update.examples)
 
 
-def mean_rows(server: Server, updates: Iterable[Update], weigh: Callable[[Update], float]) -> Server:
+def mean_rows(
+    server: Server,
+    updates: Iterable[Update],
+    weigh: Callable[[Update], float],
+    weigh_router: Callable[[Update, str], float] | None = None,
+) -> Server:
     """Each row becomes the weighted mean over the clients that sent it; a row nobody sent stays as it was.
 
     McMahan et al. 2017, Algorithm 1, row by row; for experts this is the modular aggregation of FedMoE (section 4.3).
+    `weigh_router`: what a client weighs in the mean of the router of a block; None: the same as everywhere.
     """
     means: dict[str, rows.RowMean] = {}
     for update in updates:
         for name, tensor in update.patch.tensors.items():
+            block = rows.router_of(name, server.layout) if weigh_router else None
+            weight = weigh_router(update, block) if weigh_router and block else weigh(update)
             mean = means.setdefault(name, rows.RowMean(server.weights[name]))
-            mean.add(tensor, ids=update.patch.rows.get(name), weight=weigh(update))
+            mean.add(tensor, ids=update.patch.rows.get(name), weight=weight)
     return replace(server, weights={**server.weights, **{name: mean.result() for name, mean in means.items()}})
 
 

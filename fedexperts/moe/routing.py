@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, blocks
@@ -97,12 +98,38 @@ def balance_loss(recorder: Recorder) -> Float[Tensor, ""]:
     Raises:
         BadValue: the recorder kept no logits.
     """
+    seen = kept_logits(recorder)
+    shares = recorder.routing().probabilities()
+    return torch.stack([_imbalance(recorder.blocks[name], each, shares[name]) for name, each in seen.items()]).mean()
+
+
+def gating_entropy(recorder: Recorder) -> Float[Tensor, ""]:
+    """How undecided the routers are: the mean over MoE blocks and tokens of −Σ_e G_e log G_e, G as in `log_gates`.
+
+    Raises:
+        BadValue: the recorder kept no logits.
+    """
+    logs = [log_gates(each, recorder.blocks[name].sigmoid) for name, each in kept_logits(recorder).items()]
+    return torch.stack([-(each.exp() * each).sum(-1).mean() for each in logs]).mean()
+
+
+def kept_logits(recorder: Recorder) -> dict[str, Float[Tensor, "tokens experts"]]:
+    """MoE block → the logits of all tokens that its router saw; blocks that saw none are left out.
+
+    Raises:
+        BadValue: the recorder kept no logits.
+    """
     logits = {name: torch.cat(passes) for name, passes in recorder.logits.items() if passes}
     seen = {name: each for name, each in logits.items() if len(each)}
     if not seen:
         raise BadValue("the recorder kept no router logits; use Recorder(model, keep_logits=True) around a forward pass")
-    shares = recorder.routing().probabilities()
-    return torch.stack([_imbalance(recorder.blocks[name], each, shares[name]) for name, each in seen.items()]).mean()
+    return seen
+
+
+def log_gates(logits: Float[Tensor, "... experts"], sigmoid: bool) -> Float[Tensor, "... experts"]:
+    """log G: of the softmax over all experts, before top-k; of a router's sigmoids, divided by their sum."""
+    logits = logits.float()
+    return (functional.logsigmoid(logits) if sigmoid else logits).log_softmax(-1)
 
 
 def _imbalance(block: Block, logits: Float[Tensor, "tokens experts"], share: Float[Tensor, " experts"]) -> Float[Tensor, ""]:

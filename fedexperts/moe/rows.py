@@ -97,6 +97,12 @@ def cut(tensors: Tensors, layout: Layout, experts: Experts) -> tuple[dict[str, T
     return {name: t[rows[name].to(t.device)] if name in rows else t for name, t in tensors.items()}, rows
 
 
+def router_of(name: str, layout: Layout) -> str | None:
+    """The MoE block whose router has the tensor `name`; None for an expert's own tensors and for dense ones."""
+    block = layout[name]
+    return None if block is None or name.startswith(f"{block}.experts.") else block
+
+
 class RowMean:
     """Weighted mean of tensors that may each hold only some rows; a row nobody sent keeps its old value.
 

@@ -1,0 +1,120 @@
+"""HFedMoE: every client computes with the whole MoE and trains as many of its experts as it can afford, those that matter most.
+
+Fang, Lin, Hu, Ma, Tao, Deng, Chen, Fang, "HFedMoE: Resource-aware Heterogeneous Federated Learning with Mixture-of-Experts",
+https://arxiv.org/abs/2601.00583. Equation numbers are the paper's; what it leaves open is marked (ours).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedexperts.client import fit, install
+from fedexperts.methods.base import Budget, Share, Weight, answer, budget_for, by_examples, mean_rows
+from fedexperts.methods.submodel import by_block, unmask
+from fedexperts.moe.anatomy import Anatomy, Experts, anatomy
+from fedexperts.moe.importance import Importance, at_random, importance, select
+from fedexperts.moe.routing import Recorder
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class HFedMoE:
+    """A client whose budget does not cover all experts chooses, batch by batch, whom backward reaches; forward stays as it is.
+
+    select: what is chosen by: "importance"; "usage", tokens routed to an expert; "random"; "none": nobody is limited.
+    refresh: when it is chosen: for each "batch", as the algorithm says; or on the "round"'s first batch, as the text says.
+    aggregate: "selective": the server takes an expert from those it matters to, (17); "selective+weighted router": and weighs
+    routers by preference, (21); "fedavg": every client sends all experts, trained or not, and all is weighed by examples.
+    alpha: a client's weight in (21) is one for all routers ("client", the paper's) or one for each ("layer").
+    """
+
+    select: Literal["importance", "usage", "random", "none"] = "importance"
+    mean_share: Share = 0.9  # λ of (5); 1 leaves specific importance out
+    redundancy: Weight = 0.1  # β of (14); 0 leaves redundancy out, so that s of (5) decides and not I
+    refresh: Literal["batch", "round"] = "batch"
+    budget: Budget | None = None  # C_k of every client; None: what its memory holds (ours)
+    usage_floor: Weight = 3.2  # τ of (16) times the number of experts of a layer: 0.05 for the paper's 64 (ours)
+    absolute_floor: Weight | None = None  # τ itself, in place of usage_floor
+    aggregate: Literal["selective+weighted router", "selective", "fedavg"] = "selective+weighted router"
+    alpha: Literal["client", "layer"] = "client"
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """The whole model, and C_k.
+
+        Raises:
+            BadValue: a budget that does not cover the layers.
+        """
+        limit = {} if self.select == "none" else {"budget": torch.tensor(budget_for(server, client, self.budget))}
+        return Assignment(server.anatomy.all_experts, extra=limit)
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """The client's round: (3) to (5), (14) and (15) on each batch; then S_k, and its preference for each layer."""
+        model = install(job, bench)
+        shape = anatomy(model)
+        budget = int(job.extra.get("budget", shape.num_experts))
+        batches: list[Importance] = []
+        reached: list[Tensor] = []  # by backward, in each batch
+
+        def watch(recorder: Recorder) -> None:
+            batches.append(importance(recorder, self.mean_share, self.redundancy))
+            reached.append(batches[-1].picked > 0)
+
+        def reach(recorder: Recorder) -> Experts:
+            reached[-1] = reached[0] if self.refresh == "round" and reached[1:] else self.chosen(batches, shape, budget, job.seed)
+            return unmask(shape, reached[-1])
+
+        fitted = fit(model, bench, seed=job.seed, watch=watch, reach=reach if budget < shape.num_experts else None)
+
+        tokens = torch.stack([batch.tokens for batch in batches])
+        usage = (tokens * torch.stack([batch.usage for batch in batches]).double()).sum(0) / tokens.sum(0).clamp(min=1)  # (16)
+        qualified = usage >= self.floor(shape)  # S_k
+        mean_score = torch.stack([batch.combined for batch in batches]).double().mean(0)  # s̄, over the batches (ours)
+        preference = by_block(shape, qualified * usage * mean_score)  # of (19)
+        sent = qualified & torch.stack(reached).any(0)
+
+        extra = {"usage": usage.float(), "preference": torch.stack([part.sum() for part in preference.values()])}
+        update = answer(job, bench, model, fitted, extra, None if self.aggregate == "fedavg" else unmask(shape, sent))
+        per_step = [float(part.sum(1).double().mean()) for part in torch.stack(reached).split(sizes(shape), 1)]
+        told = {"reached": per_step, "qualified": int(qualified.sum()), "sent": int(sent.sum())}
+        return replace(update, metrics={**update.metrics, **told})
+
+    def chosen(self, batches: list[Importance], shape: Anatomy, budget: int, seed: str) -> Tensor:
+        """Whom backward reaches in the last of the `batches`, (15)."""
+        batch = batches[-1]
+        score = batch.bottleneck if self.select == "importance" else batch.picked
+        if self.select == "random":
+            score = at_random(len(score), f"{seed}/{len(batches)}")
+        return select(score, batch.picked, sizes(shape), budget)
+
+    def floor(self, shape: Anatomy) -> Tensor:
+        """τ for each expert: a usage above which it matters to a client."""
+        relative = torch.tensor([self.usage_floor / number for number in sizes(shape) for _ in range(number)])
+        return relative if self.absolute_floor is None else torch.full_like(relative, self.absolute_floor)
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """(17): an expert is the mean, by examples, over those who sent it. (21) for routers. All else by examples (ours)."""
+        weighted = self.aggregate == "selective+weighted router"
+        return mean_rows(server, updates, by_examples, self.alpha_of(server) if weighted else None)
+
+    def alpha_of(self, server: Server) -> Callable[[Update, str], float]:
+        """α_k of a client for the router of a block, (18) to (20): r_k times its mean preference is its preference over |∪S|.
+
+        (21) is divided by Σ α_k (ours: else routers would shrink each round), and with it |∪S| leaves, the same for all.
+        """
+        place = {block: number for number, block in enumerate(server.anatomy.blocks)}
+
+        def alpha(update: Update, block: str) -> float:
+            preference = update.extra["preference"]
+            return float(preference.sum() if self.alpha == "client" else preference[place[block]])
+
+        return alpha
+
+
+def sizes(shape: Anatomy) -> list[int]:
+    """How many experts each block has."""
+    return [block.num_experts for block in shape.blocks.values()]

@@ -1,0 +1,55 @@
+"""PFL-MoE: every client computes with all experts, which are shared, and trains a fixed subset of them.
+
+A baseline of HFedMoE's comparison (arXiv 2601.00583, section 5), which says of it no more than that clients train a subset of
+shared experts. The paper of that name (Guo et al., https://arxiv.org/abs/2012.15589) mixes a client's own model with the
+global one, and has no experts of that kind; so this is HFedMoE's reading, and which experts and how many is ours.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedexperts.client import fit, install
+from fedexperts.methods.base import Budget, answer, budget_for, by_examples, mean_rows
+from fedexperts.methods.submodel import unmask
+from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe.importance import at_random, select
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class PFLMoE:
+    """A client's subset is drawn once, at random, with one expert of each layer at least; HFedMoE without its choice.
+
+    budget: experts in every client's subset, a count or a share of all; None: as many as its memory lets it train.
+    """
+
+    budget: Budget | None = None
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """The whole model, and the subset.
+
+        Raises:
+            BadValue: a budget that does not cover the layers.
+        """
+        budget = budget_for(server, client, self.budget)
+        sizes = [block.num_experts for block in server.anatomy.blocks.values()]
+        scores = at_random(sum(sizes), f"{server.seed}/{client.name}/experts")
+        subset = select(scores, torch.ones_like(scores), sizes, budget)
+        return Assignment(server.anatomy.all_experts, extra={"budget": torch.tensor(budget), "subset": subset})
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """The subset and all that is no expert; a client whose subset is everything trains as in FedAvg."""
+        model = install(job, bench)
+        subset = unmask(anatomy(model), job.extra["subset"])
+        limited = not job.extra["subset"].all()
+        fitted = fit(model, bench, seed=job.seed, reach=(lambda _: subset) if limited else None)
+        return answer(job, bench, model, fitted, experts=subset)
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """An expert is the mean, by examples, over those in whose subset it is."""
+        return mean_rows(server, updates, by_examples)

@@ -1,0 +1,102 @@
+"""SEER-MoE: experts that routing hardly uses are pruned, then what is left is trained to route with less doubt.
+
+Muzio, Sun, He, "SEER-MoE: Sparse Expert Efficiency through Regularization for Mixture-of-Experts",
+https://arxiv.org/abs/2404.05089, which prunes one model for one device. A federation of it, as HFedMoE compares itself with
+(arXiv 2601.00583, section 5), is ours.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedexperts.client import cross_entropy, examples, fit, install, seen
+from fedexperts.errors import TooSmall
+from fedexperts.methods.base import Weight, all_experts, answer, by_examples, mean_rows
+from fedexperts.methods.submodel import by_block, require_minimum, search
+from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.importance import importance
+from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.routing import Recorder, gating_entropy
+from fedexperts.types import Assignment, Bench, Client, Cost, Job, Patch, Server, Update
+
+
+@dataclass(frozen=True)
+class SEERMoE:
+    """Before the rounds every client counts whom its data is routed to; from the sum each keeps what its memory can train.
+
+    counting: "hard": tokens that picked an expert; "soft": the sum of its probability over all tokens.
+    entropy: weight of the routers' entropy in the loss (ours: 0.01, as the load balance, which pulls the other way).
+
+    The server remembers `counts`, of all clients together.
+    """
+
+    counting: Literal["hard", "soft"] = "hard"
+    entropy: Weight = 0.01
+    before: ClassVar[tuple[str, ...]] = ("count",)
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment | None:
+        """To count: the whole model, where the memory holds its weights. To train: the heavy hitters.
+
+        Raises:
+            TooSmall: the client's memory holds no legal sub-model, or nobody's holds the weights of the whole model.
+        """
+        require_minimum(server, client)
+        if server.task != "count":
+            return Assignment(search(server, client, by_block(server.anatomy, server.memory["counts"]), reserve=1.0))
+        needed = server.footprint.frozen_bytes
+        able = [each.name for each in server.clients.values() if each.memory_bytes is None or each.memory_bytes >= needed]
+        if not able:
+            raise TooSmall(
+                f"no client can count whom its data is routed to: the weights of the whole model take {needed / 1e6:.1f} MB and "
+                "all clients have less memory; give one of them more"
+            )
+        return all_experts(server) if client.name in able else None
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """Stage 1 counts. Stage 2 trains the pruned model, gating entropy added to the loss."""
+        model = install(job, bench)
+        if job.task == "count":
+            counts, cost = self.count(model, bench)
+            return Update(job.client, job.round, job.task, Patch({}), examples(bench), {"counts": counts}, {}, cost)
+        fitted = fit(model, bench, seed=job.seed, watch=self.doubt if self.entropy else None)
+        return answer(job, bench, model, fitted)
+
+    def doubt(self, recorder: Recorder) -> Tensor:
+        """What the loss gets for routers that are undecided."""
+        return self.entropy * gating_entropy(recorder)
+
+    def count(self, model: nn.Module, bench: Bench) -> tuple[Tensor, Cost]:
+        """Heavy-hitters counting over the client's training examples, in one pass without gradients.
+
+        A forward pass is a third of the operations of a step that trains the whole base.
+        """
+        data, size = bench.data.train, bench.training.batch_size
+        batches = [bench.encoder.batch(data[start : start + size]) for start in range(0, len(data), size)]
+        largest = max(batches, key=lambda batch: batch["input_ids"].numel() + batch["labels"].numel())
+        flops_of, counts, peak = flops_estimated(bench.model), torch.zeros((), dtype=torch.float64), 0
+        for batch in batches:
+            with MemoryMeter(model) if batch is largest else nullcontext() as meter:
+                counts = counts + self.counted(model, batch)
+            peak = meter.peak_bytes if meter else peak
+        tokens = sum(seen(model, batch) for batch in batches)
+        return counts, Cost(tokens=tokens, peak_bytes=peak, flops_estimated=sum(map(flops_of, batches)) / 3)
+
+    @torch.no_grad()
+    def counted(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What one batch adds."""
+        with Recorder(model, keep_logits=True) as recorder:
+            cross_entropy(model, batch)
+        found = importance(recorder)
+        return (found.picked if self.counting == "hard" else found.usage * found.tokens).double()
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """The counts of all clients are added up; the rest is modular aggregation, as in FedMoE."""
+        if server.task != "count":
+            return mean_rows(server, updates, by_examples)
+        found = [update.extra["counts"] for update in updates]
+        return replace(server, memory={"counts": torch.stack(found).sum(0)}) if found else server

@@ -1,0 +1,124 @@
+"""SEER-MoE: heavy hitters are counted, what is left is trained with gating entropy in the loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedexperts.errors import TooSmall
+from fedexperts.federation import jobs_for
+from fedexperts.methods.base import train_assigned
+from fedexperts.methods.seer_moe import SEERMoE
+from fedexperts.moe import rows, shrink
+from fedexperts.moe.anatomy import BlockShape, blocks
+from fedexperts.moe.flops import Footprint, flops_estimated
+from fedexperts.moe.routing import Recorder
+from fedexperts.moe.tuning import Tuning
+from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
+from fedexperts.types import Client, Patch, Training, Update
+
+FOUR = BlockShape(4, 1)
+TRAINING = Training(batch_size=4, local_steps=1)
+CLIENTS = [Client("a", 8), Client("b", 10)]
+every_family = pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "switch_transformers"])
+
+
+def counted(client, counts):
+    return Update(client, 0, "count", Patch({}), 1, {"counts": torch.tensor(counts, dtype=torch.float64)})
+
+
+def test_the_clients_counts_are_added_up_and_each_keeps_the_heavy_hitters_that_fit():
+    """Sums (4, 1, 3, 0) and (8, 0, 0, 0). Without a limit, all that was ever used; in three bytes, one an expert, the largest of
+    each layer and expert 2, which with it covers 7 of 8 in layer 0; in two the largest alone.
+    """
+    clients = [Client("large", 1), Client("small", 1, memory_bytes=3), Client("smallest", 1, memory_bytes=2)]
+    server = replace(bare_server([FOUR, FOUR], clients), task="count")
+    found = SEERMoE().merge(
+        server, iter([counted("large", [1, 1, 3, 0, 4, 0, 0, 0]), counted("small", [3, 0, 0, 0, 4, 0, 0, 0])])
+    )
+    assert found.memory["counts"].tolist() == [4, 1, 3, 0, 8, 0, 0, 0]
+    held = [SEERMoE().assign(replace(found, task="train"), client).experts for client in clients]
+    assert held == [{"0": (0, 1, 2), "1": (0,)}, {"0": (0, 2), "1": (0,)}, {"0": (0,), "1": (0,)}]
+    assert held == [SEERMoE().assign(replace(found, task="evaluate", round=7), client).experts for client in clients]
+
+
+def test_the_order_of_counts_does_not_matter_and_without_any_the_server_stays():
+    server = replace(bare_server([FOUR], CLIENTS), task="count")
+    one, other = counted("a", [0.1, 0.2, 0.3, 0.4]), counted("b", [7.0, 0, 0, 1])
+    merged = [SEERMoE().merge(server, iter(order)).memory["counts"] for order in ([one, other], [other, one])]
+    assert torch.equal(*merged)
+    assert SEERMoE().merge(server, iter([])) == server
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
+@every_family
+def test_counts_are_of_all_training_tokens_and_nothing_is_trained(family, tuning):
+    model, training = tiny_model(family), replace(TRAINING, tuning=tuning)
+    server = replace(tiny_server(model, CLIENTS, training), task="count")
+    bench = tiny_bench(model, CLIENTS[1], training)  # ten examples in batches of four
+    _, job = jobs_for(server, SEERMoE(), CLIENTS)
+    hard, soft = (SEERMoE(counting=counting).train(job, bench) for counting in ("hard", "soft"))
+
+    batches = [bench.encoder.batch(bench.data.train[start : start + 4]) for start in (0, 4, 8)]
+    with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
+        for batch in batches:
+            model(**batch)
+    routing = recorder.routing()
+    assert torch.equal(hard.extra["counts"], torch.cat(list(routing.counts.values())).double())
+    expected = [torch.cat(passes).softmax(-1).sum(0) for passes in recorder.logits.values()]
+    torch.testing.assert_close(soft.extra["counts"].float(), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+    for update in (hard, soft):
+        assert not update.patch.tensors and update.task == "count"
+        assert update.cost.flops_estimated == pytest.approx(sum(map(flops_estimated(model), batches)) / 3)
+        assert update.cost.tokens > 0 and update.cost.peak_bytes > server.footprint.frozen_bytes
+    assert SEERMoE().merge(server, iter([hard])).weights == server.weights
+
+
+@every_family
+def test_a_client_trains_its_sub_model_and_entropy_makes_its_routers_surer(family):
+    model = tiny_model(family)
+    whole = tiny_server(model, [], TRAINING)
+    client = Client("a", 8, memory_bytes=round(0.9 * whole.footprint.of(whole.anatomy.all_experts)))
+    counts = torch.arange(whole.anatomy.num_experts, dtype=torch.float64) + 1
+    server = replace(whole, clients={"a": client}, task="train", memory={"counts": counts})
+    (job,) = jobs_for(server, SEERMoE(), [client])
+    assert all(0 < len(job.experts[name]) < 8 for name in blocks(model))
+    shrink.check(server.anatomy, job.experts)
+    assert 7 in job.experts[next(iter(job.experts))]
+
+    bench = tiny_bench(model, client, TRAINING)
+    plain, none, much = train_assigned(job, bench), *(SEERMoE(entropy=weight).train(job, bench) for weight in (0.0, 3.0))
+    assert all(torch.equal(plain.patch.tensors[name], none.patch.tensors[name]) for name in plain.patch.tensors)
+    assert much.metrics["loss"] > none.metrics["loss"]
+    routers = [name for name in much.patch.tensors if rows.router_of(name, server.layout)]
+    assert any(not torch.equal(much.patch.tensors[name], none.patch.tensors[name]) for name in routers)
+
+
+# Who can count
+
+
+def before_counting(*clients):
+    """A layer of four experts of 1 MB when trained, the whole frozen model 3 MB."""
+    cost = Footprint(0, {"0": 10**6}, 0, frozen_bytes=3 * 10**6)
+    return replace(bare_server([FOUR], clients), footprint=cost, task="count")
+
+
+def test_those_count_whose_memory_holds_the_weights_of_the_whole_model():
+    clients = [Client("enough", 1, memory_bytes=3 * 10**6), Client("short", 1, memory_bytes=3 * 10**6 - 1), Client("free", 1)]
+    asked = [SEERMoE().assign(before_counting(*clients), client) for client in clients]
+    assert [each is not None for each in asked] == [True, False, True]
+    assert asked[0].experts == {"0": (0, 1, 2, 3)}
+
+
+def test_if_nobody_can_count_that_is_said_with_the_bytes():
+    client = Client("c", 1, memory_bytes=2 * 10**6)
+    with pytest.raises(TooSmall, match=r"no client can count .* 3\.0 MB and all clients have less memory; give one of them more"):
+        SEERMoE().assign(before_counting(client), client)
+
+
+def test_a_client_too_small_for_any_sub_model_is_refused_in_both_stages():
+    client = Client("c3", 1, memory_bytes=1)
+    for task in ("count", "train"):
+        with pytest.raises(TooSmall, match="client c3"):
+            SEERMoE().assign(replace(before_counting(client, Client("free", 1)), task=task), client)
