@@ -114,7 +114,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
             tokens += seen(model, batch)
-            flops += flops_of(batch, reached) if reached else flops_of(batch)
+            flops += flops_of(batch, reached)
             peak = max(peak, meter.peak_bytes) if meter else peak
 
     model.eval()

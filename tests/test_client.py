@@ -236,8 +236,8 @@ def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, b
     for reach in (None, lambda recorder: prepared.server.anatomy.all_experts, few):
         costs.append(fit(install(whole_job(prepared), bench), bench, seed="s", reach=reach).cost)
     full, whole, one = costs
-    assert one.peak_bytes < whole.peak_bytes <= full.peak_bytes
-    assert one.flops_estimated < full.flops_estimated < whole.flops_estimated, "what is not kept is computed again"
+    assert one.peak_bytes < min(whole.peak_bytes, full.peak_bytes)
+    assert one.flops_estimated < full.flops_estimated == whole.flops_estimated
 
 
 def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, bench):
