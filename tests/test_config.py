@@ -60,7 +60,7 @@ def test_a_key_that_is_no_name_is_refused(key):
 
 
 def test_an_unknown_method_is_refused_with_all_there_are_and_the_nearest():
-    there = "fedmoe, random_moe, fedavg, fedprox, scaffold, local, centralised"
+    there = "fedmoe, hfedmoe, pfl_moe, seer_moe, random_moe, fedavg, fedprox, scaffold, local, centralised"
     assert refusal("method.name=fedmoee") == f"method.name = 'fedmoee' is not one of {there}; did you mean fedmoe?"
 
 
