@@ -5,7 +5,7 @@ set -e
 command=${1:-fedexperts}
 tries=""
 for lr in 3e-4 1e-3 3e-3; do
-  for method in hfedmoe:usage_floor=1 fedavg fedmoe:reserve=0.9 pfl_moe seer_moe; do
+  for method in hfedmoe:usage_floor=1 fedavg fedmoe:reserve=1 pfl_moe seer_moe; do
     tries="$tries$method:training.lr=$lr,"
   done
 done
