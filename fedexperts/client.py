@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -41,9 +41,14 @@ class Validation:
 def install(job: Job, bench: Bench) -> nn.Module:
     """The sub-model of `job`, ready to train: the bench's base holding the job's experts, weights and what the client kept.
 
-    What is trained is the model's own; everything frozen is shared with the base.
+    What is trained is the model's own; everything frozen is shared with the base. Where clients' adapters differ in rank, the
+    job tells this one's as `extra["rank"]`; all have the scale of the run's.
     """
-    model = prepare(shrink(bench.model, job.experts), bench.training.tuning, seed=job.seed)
+    tuning = bench.training.tuning
+    if "rank" in job.extra:
+        rank = int(job.extra["rank"])
+        tuning = replace(tuning, rank=rank, alpha=tuning.alpha * rank / tuning.rank)
+    model = prepare(shrink(bench.model, job.experts), tuning, seed=job.seed)
     own = rows.layout(model)
     rows.write(model, job.patch.tensors)
     rows.write(model, {name: tensor for name, tensor in bench.kept.items() if name in own})

@@ -24,6 +24,10 @@ class BadData(BadValue):
     """Data that cannot be read, or cannot be divided as asked."""
 
 
+class Leak(FedExpertsError):
+    """What a client keeps to itself was about to leave it."""
+
+
 class BadRun(FedExpertsError):
     """A results folder that does not fit what was asked of it."""
 

@@ -55,13 +55,13 @@ def jobs_for(server: Server, method: Method, clients: Iterable[Client]) -> Itera
 
 
 def job_for(server: Server, client: Client, assignment: Assignment) -> Job:
-    """`assignment` with the weights that it names."""
+    """`assignment` with the weights that it names, or brings."""
     return Job(
         client=client.name,
         round=server.round,
         task=server.task,
         seed=f"{server.seed}/{server.round}/{server.task}/{client.name}",
         experts=assignment.experts,
-        patch=patch_for(server, assignment),
+        patch=patch_for(server, assignment) if assignment.patch is None else assignment.patch,
         extra=assignment.extra,
     )

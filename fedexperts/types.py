@@ -92,6 +92,7 @@ class Assignment:
     experts: Experts
     names: frozenset[str] | None = None  # the weights that travel; None: all
     extra: Tensors = field(default_factory=dict)
+    patch: Patch | None = None  # what goes down in place of the server's weights as they are
 
 
 @dataclass(frozen=True)

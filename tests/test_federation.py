@@ -4,11 +4,13 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedexperts.engines.base import in_order
+from fedexperts.errors import Leak
 from fedexperts.federation import choose, done, federate, jobs_for, steps
 from fedexperts.ledger import Ledger
 from fedexperts.methods.base import mean_rows
@@ -216,3 +218,10 @@ def test_the_order_of_arrival_does_not_show_in_the_weights():
     _, forwards = run(method, Notes(method))
     _, backwards = run(method, Notes(method, backwards=True))
     assert torch.equal(forwards[-1].weights["expert"], backwards[-1].weights["expert"])
+
+
+def test_an_engine_that_brings_a_weight_the_server_never_sent_is_stopped():
+    job = Job("a", 1, "train", "0", {}, Patch({"shared": torch.zeros(1)}))
+    update = Update("a", 1, "train", Patch({"shared": torch.zeros(1), "own": torch.zeros(1)}), 1)
+    with pytest.raises(Leak, match="client a would send own, which is not among the weights that it got"):
+        list(in_order(lambda jobs: [update for _ in jobs], [job]))

@@ -51,14 +51,22 @@ def train_assigned(job: Job, bench: Bench) -> Update:
 def answer(
     job: Job, bench: Bench, model: nn.Module, fitted: Fitted, extra: Tensors | None = None, experts: Experts | None = None
 ) -> Update:
-    """All that `model` trained, in the rows of `job`, with what came of it; `experts`: of its experts only these."""
-    patch = Patch(rows.read(model), job.patch.rows) if experts is None else patch_of(model, job, experts)
+    """What `model` trained of the weights of `job`, with what came of it; `experts`: of its experts only these.
+
+    Whatever else it trained is the client's own.
+    """
+    patch = patch_of(model, job, experts) if experts is not None else Patch(shared(job, rows.read(model)), job.patch.rows)
     return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, {"loss": fitted.loss}, fitted.cost)
+
+
+def shared(job: Job, tensors: Tensors) -> dict[str, Tensor]:
+    """Those of `tensors` that `job` brought: all that may leave the client."""
+    return {name: tensor for name, tensor in tensors.items() if name in job.patch.tensors}
 
 
 def patch_of(model: nn.Module, job: Job, experts: Experts) -> Patch:
     """What `model`, which holds all experts, trained, but of the experts only `experts`; routers and dense weights whole."""
-    layout, trained = rows.layout(model), rows.read(model)
+    layout, trained = rows.layout(model), shared(job, rows.read(model))
     of_experts = {name: t for name, t in trained.items() if layout[name] and not rows.router_of(name, layout)}
     tensors, ids = rows.cut(of_experts, layout, experts)
     return Patch({**trained, **tensors}, {**job.patch.rows, **ids})

@@ -16,6 +16,7 @@ from fedexperts.ledger import Ledger
 from fedexperts.methods.base import all_experts, mean_rows, train_assigned
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.local import Local
+from fedexperts.moe import rows
 from fedexperts.running import engine_for
 from fedexperts.settings import checked
 from fedexperts.start import prepare_run
@@ -44,6 +45,8 @@ class Obeys:
             return answer(job, extra={"much": torch.zeros(200_000_000, dtype=torch.uint8)})
         if job.task == "raise":
             raise RuntimeError("two\nlines of trouble")
+        if job.task == "send its own":
+            return replace(answer(job), patch=Patch({"own": torch.ones(1)}))
         if job.task == "keep nonsense":
             bench.kept["w"] = torch.tensor([float("nan")])
             return answer(job)
@@ -166,6 +169,13 @@ def test_an_error_is_the_clients_failure_in_one_line(one, two):
         assert found == Failure("c02", 1, "raise", "RuntimeError: two lines of trouble")
 
 
+def test_what_is_the_clients_own_does_not_leave_it(one, two):
+    for running in (one, two):
+        (found,) = running.run(jobs("send its own", ["c02"]))
+        assert isinstance(found, Failure)
+        assert found.reason.startswith("Leak: client c02 would send own, which is not among the weights that it got")
+
+
 def test_a_client_whose_own_state_cannot_be_read_fails_alone(one):
     folder = one.site.keeper.folder / "c01"
     folder.mkdir(parents=True)
@@ -217,13 +227,14 @@ def phimoe_site(tmp_path):
 def test_a_router_that_draws_random_numbers_draws_the_same_for_the_same_job(tmp_path):
     """PhiMoE's, in training."""
     site = phimoe_site(tmp_path)
+    weights = Patch(rows.read(site.model))
     with LocalEngine(site) as running:
         experts = {f"model.layers.{layer}.mlp": tuple(range(8)) for layer in range(3)}
         found = []
         for state, seed in ((1, "a"), (2, "a"), (1, "b")):
             torch.manual_seed(state)
             before = torch.random.get_rng_state()
-            found += running.run([Job("c01", 1, "train", seed, experts, Patch({}))])
+            found += running.run([Job("c01", 1, "train", seed, experts, weights)])
             assert torch.equal(torch.random.get_rng_state(), before)
     first, again, other = (update.patch.tensors for update in found)
     assert all(torch.equal(first[name], again[name]) for name in first)
