@@ -243,7 +243,7 @@ def test_a_router_that_draws_random_numbers_draws_the_same_for_the_same_job(tmp_
 
 def test_training_leaves_the_base_as_it_was(prepared, one):
     base = {name: parameter.detach().clone() for name, parameter in prepared.base.model.named_parameters()}
-    (update,) = one.run([job_of(prepared, "c01", "train", 1)])
+    (update,) = one.run([replace(job_of(prepared, "c01", "train", 1), patch=Patch(rows.read(one.site.model)))])
     assert isinstance(update, Update)
     assert not torch.equal(update.patch.tensors[SOME], base[SOME])
     assert all(torch.equal(parameter, base[name]) for name, parameter in prepared.base.model.named_parameters())
