@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ class Entry:
     failed: str | None = None
     loss: float | None = None  # mean over the client's steps
     clock_seconds: float | None = None  # virtual; None without a clock, and for what measures the run
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # what else the method tells of itself, as JSON has it
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
@@ -53,7 +55,8 @@ class Clock:
         if seconds <= self.deadline_seconds:
             return replace(entry, clock_seconds=seconds)
         late = f"it would have answered after {seconds:,.1f} s, later than the deadline of {self.deadline_seconds:,g} s"
-        return replace(entry, clock_seconds=self.deadline_seconds, bytes_up=0, loss=None, failed=entry.failed or late)
+        lost = replace(entry, bytes_up=0, loss=None, metrics={}, failed=entry.failed or late)
+        return replace(lost, clock_seconds=self.deadline_seconds)
 
 
 class Ledger:
@@ -104,8 +107,9 @@ def answered(entry: Entry, answer: Update | Failure, clock: Clock) -> Entry:
         return clock.timed(replace(entry, failed=answer.reason))
     broken = not_finite({**answer.patch.tensors, **answer.extra})
     failed = f"its update holds NaN or infinity in {broken}" if broken else None
-    loss = None if failed else answer.metrics.get("loss")
-    return clock.timed(replace(entry, bytes_up=answer.nbytes, failed=failed, loss=loss, **asdict(answer.cost)))
+    told = {} if failed or entry.task == "evaluate" else dict(answer.metrics)  # an evaluation's stand in evals.jsonl
+    loss = told.pop("loss", None)
+    return clock.timed(replace(entry, bytes_up=answer.nbytes, failed=failed, loss=loss, metrics=told, **asdict(answer.cost)))
 
 
 def not_finite(tensors: Tensors) -> str | None:

@@ -21,6 +21,7 @@ class Progress(Protocol):
     def evaluating(self, clients: int) -> None: ...
     def scored(self, server: Server, scores: Scores) -> None: ...
     def failed(self, server: Server, reasons: Mapping[str, str]) -> None: ...
+    def noted(self, server: Server, sentence: str) -> None: ...
     def round(self, server: Server) -> None: ...
 
 
@@ -46,6 +47,9 @@ class Quiet:
         pass
 
     def failed(self, server: Server, reasons: Mapping[str, str]) -> None:
+        pass
+
+    def noted(self, server: Server, sentence: str) -> None:
         pass
 
     def round(self, server: Server) -> None:
@@ -98,6 +102,9 @@ class Shown:
             self.console.print(
                 f"round {server.round}: {client} failed in {server.task} and is left out: {reason}", highlight=False, markup=False
             )
+
+    def noted(self, server: Server, sentence: str) -> None:
+        self.console.print(f"{self.label}, round {server.round}: {sentence}", highlight=False, markup=False)
 
     def round(self, server: Server) -> None:
         self.bar.advance(self.task)

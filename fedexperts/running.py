@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from fedexperts import checkpoint, evaluate
-from fedexperts.client import install
-from fedexperts.config import EvaluationSettings, RunConfig
+from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
 from fedexperts.devices import UTILISATION
 from fedexperts.engines.kept import Keeper
@@ -26,32 +25,25 @@ from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
 from fedexperts.settings import different, flattened, to_toml
 from fedexperts.start import Parts, Prepared, prepare_run, versions
-from fedexperts.types import Bench, Engine, Job, Method, Patch, Server, Update
+from fedexperts.types import Engine, Method, Server
+from fedexperts.work import Work, falls_due
 
 MAY_DIFFER = ("federation.workers",)
 """Settings that a resumed run may change: they do not change the result."""
 
-BEFORE = {"devices.out_of_memory": "train anyway", "devices.utilisation": UTILISATION}
+BEFORE = {
+    "devices.out_of_memory": "train anyway",
+    "devices.utilisation": UTILISATION,
+    "evaluation.score": "after_aggregation",
+    "evaluation.retained": [],
+    "evaluation.drift": False,
+}
 """What a run did that began before these settings were there."""
 
-
-@dataclass(frozen=True)
-class Work:
-    """What a client does with a job: what its method says, or an evaluation."""
-
-    method: Method
-    evaluation: EvaluationSettings
-
-    def __call__(self, job: Job, bench: Bench) -> Update:
-        return self.evaluate(job, bench) if job.task == "evaluate" else self.method.train(job, bench)
-
-    def evaluate(self, job: Job, bench: Bench) -> Update:
-        """The client's own examples, under what the server sent and what the client keeps."""
-        asked = self.evaluation
-        examples = bench.data.validation if asked.split == "validation" else bench.data.test
-        model = install(job, bench)
-        scores = evaluate.score(model, examples, bench.encoder, asked.generate_tokens, asked.batch_size)
-        return Update(job.client, job.round, job.task, Patch({}), len(bench.data.train), metrics=scores.to_json())
+NO_EXPERT_SENT = (
+    "no client sent an expert, since none that a client trained has a usage above the floor, so experts stay as they are; "
+    "lower method.usage_floor (or method.absolute_floor where it is set)"
+)
 
 
 def run(
@@ -96,18 +88,24 @@ def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progres
     """All rounds after `begun`, each with its evaluation, its lines in the logs and its checkpoint."""
     federation, method = prepared.config.federation, prepared.method
     ledger = Ledger(clock_for(prepared))
+    if begun.task == "start" and prepared.retained.examples:
+        assess_base(prepared, out)
     if begun.task == "start" and not method.before:
         assess(prepared, begun, engine, ledger, out, progress)
     number = federation.clients_per_round or len(begun.clients)
     by_task = federation.sampling == "by task"
-    started = perf_counter()
+    started, noted = perf_counter(), False
     begun = replace(begun, clients=prepared.participants)
 
     for server in federate(begun, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task):
         progress.failed(server, failures(ledger))
+        if not noted and no_expert_sent(ledger):
+            progress.noted(server, NO_EXPERT_SENT)
+            noted = True
+        told = scores_told(ledger)
         record(out, server, ledger, perf_counter() - started)
         if due(server, method, prepared.config):
-            assess(prepared, server, engine, ledger, out, progress)
+            assess(prepared, server, engine, ledger, out, progress, told)
         checkpoint.save(out, server)
         progress.round(server)
         started = perf_counter()
@@ -117,7 +115,7 @@ def due(server: Server, method: Method, config: RunConfig) -> bool:
     """Whether the server is evaluated now: after all stages, every few rounds, and at the end."""
     if server.round == 0:
         return server.task == method.before[-1]
-    return server.round % config.evaluation.every == 0 or server.round == config.federation.rounds
+    return falls_due(server.round, config.evaluation, config.federation.rounds)
 
 
 def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
@@ -156,44 +154,115 @@ def require_an_answer(server: Server, ledger: Ledger) -> None:
         )
 
 
+def no_expert_sent(ledger: Ledger) -> bool:
+    """Whether clients of the round under way chose which experts to send (HFedMoE), and all chose none."""
+    sent = [entry.metrics["sent"] for entry in ledger.entries if "qualified" in entry.metrics]
+    return bool(sent) and not any(sent)
+
+
 def failures(ledger: Ledger) -> dict[str, str]:
     """Client → why it was left out, of the round under way."""
     return {entry.client: entry.failed for entry in ledger.entries if entry.failed}
 
 
-def assess(prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, out: Path, progress: Progress) -> None:
-    """Every client's scores on its own examples of `evaluation.split`, and those of all clients together, into evals.jsonl."""
-    asked = replace(server, task="evaluate", clients=prepared.server.clients)
-    progress.evaluating(len(asked.clients))
-    jobs = ledger.sent(jobs_for(asked, prepared.method, asked.clients.values()))
-    scores = {update.client: evaluate.Scores.from_json(update.metrics) for update in ledger.received(engine.run(jobs))}
-    require_an_answer(asked, ledger)
-    together = evaluate.merge(scores[client] for client in asked.clients if client in scores)
-    lines = [line for client in asked.clients if client in scores for line in score_lines(scores[client], client)]
+def scores_told(ledger: Ledger) -> dict[str, evaluate.Scores]:
+    """The scores that clients gave with what they trained in the round under way: none but before aggregation."""
+    told = {entry.client: entry.metrics["scores"] for entry in ledger.entries if "scores" in entry.metrics}
+    return {client: evaluate.Scores.from_json(scores) for client, scores in told.items()}
+
+
+def assess_base(prepared: Prepared, out: Path) -> None:
+    """What the untouched base scores on the retained examples, into evals.jsonl."""
+    asked, examples = prepared.config.evaluation, prepared.retained.examples
+    size = (asked.generate_tokens, asked.batch_size)
+    found = evaluate.by_example(prepared.base.model, examples, encoder_for(prepared), *size)
+    append(out / "evals.jsonl", [against_base(0, None, {"retained": found})])
+
+
+def assess(
+    prepared: Prepared,
+    server: Server,
+    engine: Engine,
+    ledger: Ledger,
+    out: Path,
+    progress: Progress,
+    told: Mapping[str, evaluate.Scores] | None = None,
+) -> None:
+    """Every client's scores on its own examples of `evaluation.split`, and those of all clients together, into evals.jsonl.
+
+    After the last round also how each client's model stands against the base. Where clients are scored before aggregation, their
+    scores are `told` already, and of who took no part the last ones count.
+    """
+    asked, work = replace(server, task="evaluate", clients=prepared.server.clients), work_for(prepared)
+    answers: dict[str, Mapping[str, Any]] = {}
+    if work.evaluates(server.round):
+        progress.evaluating(len(asked.clients))
+        jobs = ledger.sent(jobs_for(asked, prepared.method, asked.clients.values()))
+        answers = {update.client: update.metrics for update in ledger.received(engine.run(jobs))}
+        require_an_answer(asked, ledger)
+    given = {client: found["scores"] for client, found in answers.items() if "scores" in found}
+    scores = {client: evaluate.Scores.from_json(found) for client, found in given.items()} | dict(told or {})
+    latest = {**last_scores(out), **scores} if work.scores_after_training else scores
+    together = evaluate.merge(latest[client] for client in asked.clients if client in latest)
+    kept = work.scores_after_training  # sums: the next rounds count on them, also of a resumed run
+    own = [line for client in asked.clients if client in scores for line in score_lines(scores[client], client, kept)]
     count = sum(part.examples for part in together.tasks.values())
     whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
-    append(out / "evals.jsonl", [{"round": server.round, **line} for line in [*lines, *score_lines(together, None), whole]])
+    lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), whole]]
+    ends = [against_base(server.round, client, found) for client, found in answers.items() if found.keys() - {"scores"}]
+    append(out / "evals.jsonl", [*lines, *ends])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
     progress.failed(asked, failures(ledger))
     progress.scored(server, together)
     ledger.clear()
 
 
-def score_lines(scores: evaluate.Scores, client: str | None) -> Iterator[Mapping[str, Any]]:
+def against_base(round: int, client: str | None, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of what a client's model (None: the base itself) retained, and of its routers' drift.
+
+    It has no value of its own, so readers that do not know it pass it over.
+    """
+    count = sum(task["examples"] for task in found.get("retained", {}).values())
+    line = {"round": round, "client": client, "task": None, "examples": count, "metric": None, "value": None}
+    return {**line, **{name: each for name, each in found.items() if name != "scores"}}
+
+
+def last_scores(out: Path) -> dict[str, evaluate.Scores]:
+    """Each client's latest scores in evals.jsonl."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in map(json.loads, (out / "evals.jsonl").read_text().splitlines() if (out / "evals.jsonl").exists() else ()):
+        if line["client"] is not None and "sums" in line:
+            found.setdefault(line["client"], {})[line["task"]] = line["sums"]
+    return {client: evaluate.Scores.from_json(tasks) for client, tasks in found.items()}
+
+
+def score_lines(scores: evaluate.Scores, client: str | None, with_sums: bool = False) -> Iterator[Mapping[str, Any]]:
     for task, metrics in scores.by_task().items():
         found = {"metric": scores.metric(task), "value": scores.main(task), "metrics": metrics}
+        if with_sums:
+            found["sums"] = asdict(scores.tasks[task])
         yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **found}
+
+
+def work_for(prepared: Prepared) -> Work:
+    config = prepared.config
+    return Work(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples)
+
+
+def encoder_for(prepared: Prepared) -> Encoder:
+    base = prepared.base
+    return Encoder(base.tokenizer, prepared.config.data.max_tokens, base.encoder_decoder)
 
 
 def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
     config, base = prepared.config, prepared.base
     site = Site(
         model=base.model,
-        encoder=Encoder(base.tokenizer, config.data.max_tokens, base.encoder_decoder),
+        encoder=encoder_for(prepared),
         training=prepared.training,
         clients={**prepared.server.clients, **prepared.participants},
         data=prepared.data,
-        work=Work(prepared.method, config.evaluation),
+        work=work_for(prepared),
         keeper=Keeper(out / "clients"),
         clock=clock_for(prepared),
         limits=limits(prepared),

@@ -43,6 +43,23 @@ def test_what_it_took_stands_beside_the_bytes():
     assert (entry.seconds, entry.tokens, entry.peak_bytes, entry.flops_estimated) == (2.0, 30, 400, 5e9)
 
 
+def test_what_a_method_tells_of_itself_stands_there_but_not_what_an_evaluation_answers():
+    told = {"loss": 1.5, "sent": 3, "reached": [2.0, 1.0]}
+    answers = [update(metrics=told), update(task="evaluate", metrics={"tasks": {"x": [1]}}), update("c02", metrics={"loss": 0.5})]
+    ledger, _ = entered([job(), job(task="evaluate"), job("c02")], answers)
+    assert [entry.metrics for entry in ledger.entries] == [{"sent": 3, "reached": [2.0, 1.0]}, {}, {}]
+    assert [entry.loss for entry in ledger.entries] == [1.5, None, 0.5]
+    assert ledger.entries[0].as_json()["metrics"] == {"sent": 3, "reached": [2.0, 1.0]}
+
+
+def test_an_update_that_cannot_be_used_tells_nothing():
+    broken = update("c01", patch=Patch({"up": torch.tensor([[float("nan")]])}), metrics={"loss": 1.0, "sent": 3})
+    late = update("c02", cost=WORK, metrics={"loss": 1.0, "sent": 3})
+    ledger, usable = entered([job("c01"), job("c02")], [broken, late], Clock(BOTH.profiles, deadline_seconds=20.0))
+    assert usable == []
+    assert [(entry.loss, entry.metrics) for entry in ledger.entries] == [(None, {}), (None, {})]
+
+
 def test_a_failure_is_entered_with_its_reason_and_goes_no_further():
     ledger, usable = entered([job("c01"), job("c02")], [Failure("c01", 1, "train", "no power"), update("c02")])
     assert [answer.client for answer in usable] == ["c02"]

@@ -243,6 +243,16 @@ def virtual_seconds(run: RunResults) -> float | None:
     return until(rounds_done(run)) if until else None
 
 
+def told(run: RunResults, name: str) -> list[Any]:
+    """What the method told under `name`, of each client's part in a training round; empty where it told nothing."""
+    return [row.metrics[name] for row in trained(run) if name in row.metrics]
+
+
+def reached(run: RunResults) -> list[list[float]]:
+    """For each layer the experts that backward reached in a step, of each client's part in a round."""
+    return [list(layer) for layer in zip(*told(run, "reached"), strict=True)]
+
+
 def history(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
     """For each client the rounds it trained in, and the experts it worked with in each."""
     found: dict[str, list[tuple[int, Holds]]] = {}
@@ -295,7 +305,12 @@ def peak_by_client(run: RunResults) -> dict[str, int]:
 
 def measures(runs: Sequence[RunResults]) -> list[Measure]:
     """All that runs are compared by: each task's quality, the overall one, what it cost, and its time where any has a clock."""
-    return [*quality_measures(runs), *COSTS, *times(runs)]
+    return [*quality_measures(runs), *COSTS, *times(runs), *choices(runs)]
+
+
+def choices(runs: Sequence[RunResults]) -> list[Measure]:
+    """How few experts clients trained and sent, where any of the runs tells (HFedMoE)."""
+    return [measure for measure in CHOICES if any(measure.of(run) is not None for run in runs)]
 
 
 def times(runs: Sequence[RunResults]) -> list[Measure]:
@@ -330,6 +345,10 @@ def _in_mb(value: float | None) -> float | None:
     return None if value is None else value / MB
 
 
+def _mean(numbers: Sequence[float]) -> float | None:
+    return fmean(numbers) if numbers else None
+
+
 def _held(holds: Sequence[Holds]) -> Held | None:
     counts = [count(each) for each in holds]
     return Held(fmean(counts), min(counts), max(counts)) if counts else None
@@ -356,6 +375,10 @@ HELD = Measure("experts held", "", _number_held(held_last, "mean"))
 FLOPS = Measure("FLOPs estimated", "10^12", lambda run: sum(row.flops_estimated for row in counted(run)) / 1e12)
 SECONDS = Measure("client seconds", "s", lambda run: sum(row.seconds for row in counted(run)))
 FAILURES = Measure("failures", "", lambda run: float(len(failures(run))))
+REACHED = Measure("experts reached per layer and step", "", lambda run: fmean(map(fmean, reached(run))) if reached(run) else None)
+QUALIFIED = Measure("experts that qualified per client and round", "", lambda run: _mean(told(run, "qualified")))
+SENT_EXPERTS = Measure("experts sent per client and round", "", lambda run: _mean(told(run, "sent")))
+CHOICES = (REACHED, QUALIFIED, SENT_EXPERTS)
 TIME = Measure("virtual time", "s", virtual_seconds)
 COSTS = (SENT_EACH, DOWN_EACH, UP_EACH, BEFORE, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
 HELD_IN_FULL = tuple(

@@ -34,7 +34,7 @@ def one_run(run: RunResults) -> str:
     costs = [_table(tables.costs(run)), _table(tables.over_memory(run))]
     sections = {
         "Quality": [_figures(drawn["quality"]), _table(tables.all_metrics(run))],
-        "Experts": [_map(maps), _figures(drawn["experts"]), _table(tables.held(run))],
+        "Experts": [_map(maps), _figures(drawn["experts"]), _table(tables.held(run)), _table(tables.chosen(run))],
         "Bytes and memory": [*costs, _figures(drawn["costs"])],
         "Failures": [_table(tables.failures(run)) or "<p>None.</p>"],
         "Data": [_figures(drawn["data"]), _table(tables.partition(run))],

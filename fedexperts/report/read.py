@@ -95,6 +95,7 @@ class LedgerRow:
     experts: int = 0
     failed: str | None = None
     clock_seconds: float | None = None  # virtual; None: no clock
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # what the method told of itself
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
-from statistics import median
+from statistics import fmean, median
 
 from rich import box
 from rich.table import Table as RichTable
@@ -124,6 +124,30 @@ def held(run: RunResults) -> Table:
     )
 
 
+def chosen(run: RunResults) -> Table:
+    """How many experts backward reached in each layer, and how many qualified and were sent; no rows where nothing is told."""
+    layers = run.plan.model.blocks
+    found = {
+        **{
+            f"reached in {name}": (block.num_experts, each)
+            for (name, block), each in zip(layers.items(), m.reached(run), strict=False)
+        },
+        "qualified": (m.experts_of(run), m.told(run, "qualified")),
+        "sent": (m.experts_of(run), m.told(run, "sent")),
+    }
+    return Table(
+        "Experts that clients trained and sent",
+        ("experts", "of", "mean", "least", "most"),
+        tuple(
+            (name, whole(number), f"{fmean(each):.1f}", f"{min(each):.1f}", f"{max(each):.1f}")
+            for name, (number, each) in found.items()
+            if each
+        ),
+        note="Of each client and round. Reached: by backward in a step, the mean over its steps. Qualified: used above the floor. "
+        "Sent: those of them that were trained.",
+    )
+
+
 def over_memory(run: RunResults) -> Table:
     """The clients whose measured peak was above their memory."""
     return Table(
@@ -210,7 +234,7 @@ def partition(run: RunResults) -> Table:
 
 def one_run(run: RunResults) -> tuple[Table, ...]:
     """All tables of a single run, those without rows left out."""
-    every = (quality, all_metrics, costs, held, over_memory, failures, clients, partition)
+    every = (quality, all_metrics, costs, held, chosen, over_memory, failures, clients, partition)
     return tuple(table for table in (make(run) for make in every) if table.rows)
 
 

@@ -1,5 +1,6 @@
 """HFedMoE: a round by hand from (3) to (21), then on tiny models."""
 
+import json
 from dataclasses import replace
 from itertools import permutations
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from fedexperts.client import Fitted, install
+from fedexperts.config import RunConfig
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.methods import hfedmoe
@@ -17,6 +19,9 @@ from fedexperts.moe.anatomy import BlockShape, blocks
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.routing import Recorder
 from fedexperts.moe.tuning import Tuning
+from fedexperts.progress import Quiet
+from fedexperts.running import run
+from fedexperts.settings import checked
 from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Cost, Training
 
@@ -284,6 +289,38 @@ def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_wor
         torch.testing.assert_close(alone[name][ids], tensor)
         left = [row for row in range(len(alone[name])) if row not in ids]
         assert torch.equal(alone[name][left], server.weights[name][left])
+
+
+# Whole runs
+
+
+class Heard(Quiet):
+    """Keeps what is noted."""
+
+    def __init__(self):
+        self.noticed = []
+
+    def noted(self, server, sentence):
+        self.noticed.append((server.round, sentence))
+
+
+def lines(path, **found):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if all(row[key] == value for key, value in found.items())]
+
+
+@pytest.mark.parametrize(("floor", "silent"), [(2.0, True), (0.0, False)])
+def test_a_run_tells_what_each_client_sent_and_once_that_all_sent_nothing(tiny_tree, tmp_path, floor, silent):
+    method = {"name": "hfedmoe", "budget": 0.5, "absolute_floor": floor}
+    heard, config = Heard(), checked(RunConfig, {**tiny_tree, "method": method, "federation": {"rounds": 2}})
+    out = run(config, tmp_path / "out", progress=heard)
+    told = [line["metrics"] for line in lines(out / "ledger.jsonl", task="train")]
+    assert len(told) == 8 and all(set(each) == {"reached", "qualified", "sent"} for each in told)
+    assert all(len(each["reached"]) == 3 and sum(each["reached"]) <= 12 for each in told)
+    assert [each["sent"] == 0 for each in told] == [silent] * 8
+    assert {len(line["metrics"]) for line in lines(out / "ledger.jsonl", task="evaluate")} == {0}
+    assert [round for round, _ in heard.noticed] == ([1] if silent else [])
+    assert all("lower method.usage_floor" in sentence for _, sentence in heard.noticed)
 
 
 # Budgets

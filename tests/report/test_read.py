@@ -16,6 +16,14 @@ def test_everything_a_run_wrote_is_read(tmp_path: Path):
     assert len(run.ledger) == 8 + 4 * 4 + 2 * 8  # profiles, four clients in four rounds, two evaluations of all
     assert len(run.evaluations) == 3 * (8 + 4 + 1)  # rounds 0, 2, 4: each client, each of four tasks, overall
     assert run.versions["torch"] == "2.13.0"
+    assert {len(row.metrics) for row in run.ledger} == {0}, "ledgers from before there were any are read too"
+
+
+def test_what_a_method_told_of_itself_is_read(tmp_path: Path):
+    folder = write_run(tmp_path / "run", rounds=4)
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write('{"round": 5, "client": "c01", "task": "train", "metrics": {"sent": 3, "reached": [2.0, 1.5]}}\n')
+    assert read(folder).ledger[-1].metrics == {"sent": 3, "reached": [2.0, 1.5]}
 
 
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path):

@@ -82,6 +82,37 @@ def test_experts_held_are_counted_over_layers_at_each_clients_first_and_last_tra
     assert table.title.endswith("of 8")
 
 
+CHOSEN = (
+    LedgerRow(0, "a", "count", metrics={"sent": 100}),
+    LedgerRow(1, "a", "train", metrics={"reached": [2.0, 1.0], "qualified": 4, "sent": 3}),
+    LedgerRow(1, "b", "train", failed="killed"),
+    LedgerRow(2, "b", "train", metrics={"reached": [1.0, 1.0], "qualified": 2, "sent": 0}),
+)
+
+
+def test_what_clients_trained_and_sent_is_told_by_layer_and_over_all():
+    table = tables.chosen(run(ledger=CHOSEN))
+    assert table.columns == ("experts", "of", "mean", "least", "most")
+    assert table.rows == (
+        ("reached in layers.0", "4", "1.5", "1.0", "2.0"),
+        ("reached in layers.1", "4", "1.0", "1.0", "1.0"),
+        ("qualified", "8", "3.0", "2.0", "4.0"),
+        ("sent", "8", "1.5", "0.0", "3.0"),
+    )
+    assert tables.chosen(run(ledger=WORK)).rows == ()
+
+
+def test_runs_that_tell_what_they_chose_are_compared_by_it_and_others_have_no_such_column():
+    groups = {"hfedmoe": [run("hfedmoe", ledger=CHOSEN)], "fedavg": [run("fedavg", ledger=WORK)]}
+    table = tables.comparison(groups)
+    assert cell(table, "hfedmoe", "experts reached per layer and step") == "1.25"  # 1.5 and 1
+    assert cell(table, "hfedmoe", "experts that qualified per client and round") == "3"
+    assert cell(table, "hfedmoe", "experts sent per client and round") == "1.50"
+    assert cell(table, "fedavg", "experts sent per client and round") == "–"
+    alone = tables.comparison({"fedavg": groups["fedavg"]})
+    assert len(alone.columns) == len(table.columns) - 3
+
+
 def test_quality_shows_first_and_last_and_the_clients_at_the_end():
     evaluations = (
         Evaluation(0, None, "sort", 30, "accuracy", 0.1),
