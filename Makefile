@@ -36,8 +36,8 @@ format: install ## mend the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## what federation and sub-models cost
-	for name in overhead submodel; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: install ## what federation, sub-models and a selective backward cost
+	for name in overhead submodel selective_backward; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
 	$(BIN)/python benchmarks/ceilings.py --epochs 5 --lr 1.5e-3
@@ -48,8 +48,12 @@ fedmoe: install ## FedMoE's experiment in full: four settings, three seeds; hour
 fedmoe-short: install ## the same in little: one setting, one seed, half the rounds; minutes
 	sh runs/fedmoe/short.sh $(BIN)/fedexperts
 
+hfedmoe: install ## HFedMoE's experiment in full: two settings, three seeds, then its ablations and sweeps; hours; needs FEDEXPERTS_DATA
+	sh runs/hfedmoe/table.sh $(BIN)/fedexperts
+	sh runs/hfedmoe/ablations.sh $(BIN)/fedexperts
+
 clean: ## remove what was made, except .venv
 	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install quickstart test check lint types format bench ceilings fedmoe fedmoe-short clean
+.PHONY: help install quickstart test check lint types format bench ceilings fedmoe fedmoe-short hfedmoe clean
 .DEFAULT_GOAL := help
