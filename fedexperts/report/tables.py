@@ -143,8 +143,8 @@ def chosen(run: RunResults) -> Table:
             for name, (number, each) in found.items()
             if each
         ),
-        note="Of each client and round. Reached: by backward in a step, the mean over its steps. Qualified: used above the floor. "
-        "Sent: those of them that were trained.",
+        note="Of each client and round. Reached: by backward in a step, the mean over its steps. Qualified: used "
+        "above the floor. Sent: those of them that were trained.",
     )
 
 
