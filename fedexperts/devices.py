@@ -4,7 +4,6 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from math import inf
 from pathlib import Path
 from random import Random
 
@@ -52,6 +51,9 @@ PRESETS: Mapping[str, Profile] = {
     # A100 80 GB SXM: 19.5 TFLOP/s: Nvidia, "A100 Tensor Core GPU" data sheet, 2021
     "server_gpu": Profile(19.5e12, **DATA_CENTRE, memory_bytes=80 * GB),
 }
+
+MOST = 1e30
+"""What any number of a device is below; arithmetic with larger ones could overflow."""
 
 NEEDED = ("flops", "down_mbit", "up_mbit")
 KEYS = (*NEEDED, "memory_gb")
@@ -187,8 +189,8 @@ def number(text: str) -> float | str:
 
 def above_0(given: object, what: str) -> float:
     """`given`, where it is a number that a device can have."""
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < inf:
-        raise BadValue(f"{what} = {given!r}, which no device can have; give a number above 0")
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < MOST:
+        raise BadValue(f"{what} = {given!r:.60}, which no device can have; give a number above 0 and below {MOST:g}")
     return float(given)
 
 
@@ -245,6 +247,6 @@ def drawn(given: object, clients: Sequence[str], seed: str, key: str) -> list[fl
 
 def amount(given: object, key: str) -> float:
     """`given`, where it is a number that memory can be."""
-    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < inf:
-        raise BadValue(f"devices.{key} has {given!r}, which is no amount of memory; give a number above 0")
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < MOST:
+        raise BadValue(f"devices.{key} has {given!r:.60}, which is no amount of memory; give a number above 0 and below {MOST:g}")
     return float(given)

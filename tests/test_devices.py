@@ -34,9 +34,9 @@ def test_bounds_may_be_equal():
 
 
 def test_a_client_draws_the_same_however_many_there_are():
-    few, many = (memories(names, 10**6, "7", share={"uniform": [0, 1]}) for names in (CLIENTS[:2], CLIENTS))
+    few, many = (memories(names, 10**6, "7", share={"uniform": [0.1, 1]}) for names in (CLIENTS[:2], CLIENTS))
     assert few == {name: many[name] for name in few}
-    assert many != memories(CLIENTS, 10**6, "8", share={"uniform": [0, 1]})
+    assert many != memories(CLIENTS, 10**6, "8", share={"uniform": [0.1, 1]})
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,11 @@ def test_a_client_draws_the_same_however_many_there_are():
         ({"gb": float("inf")}, "inf"),
         ({"gb": float("nan")}, "nan"),
         ({"gb": -1}, "-1"),
+        ({"gb": 0}, "has 0, which is no amount of memory; give a number above 0 and below 1e+30"),
+        ({"share": {"uniform": [0.0, 1]}}, "has 0.0"),
+        ({"gb": 1e300}, "1e+300"),
+        ({"share": 1e305}, "1e+305"),
+        ({"gb": 10**400}, "1000000"),
     ],
 )
 def test_anything_else_is_refused_by_name(given, named):
@@ -62,6 +67,7 @@ def test_anything_else_is_refused_by_name(given, named):
         memories(CLIENTS, 100, "0", **given)
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 200
 
 
 MINE = {"flops": 2e12, "memory_gb": 8, "down_mbit": 80, "up_mbit": 16}
@@ -186,7 +192,10 @@ def test_a_trace_that_is_not_there_is_named():
         ({"flops": 1e12, "up_mbit": 1}, "has no down_mbit"),
         ({**MINE, "flops": -1}, "flops = -1"),
         ({**MINE, "up_mbit": float("nan")}, "up_mbit = nan"),
-        ({**MINE, "memory_gb": 0}, "memory_gb = 0"),
+        ({**MINE, "memory_gb": 0}, "memory_gb = 0, which no device can have; give a number above 0 and below 1e+30"),
+        ({**MINE, "memory_gb": 1e300}, "memory_gb = 1e+300"),
+        ({**MINE, "flops": 10**400}, "flops = 1000000"),
+        ({"mix": {"phone": 1e308, "laptop_gpu": 1e308}}, "laptop_gpu = 1e+308"),
         ({**MINE, "down_mbit": True}, "down_mbit = True"),
         ({**MINE, "down_mbit": "fast"}, "down_mbit = 'fast'"),
     ],

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from fedexperts.client import Fitted, examples, fit, install
+from fedexperts.errors import BadValue
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.importance import require_coverage
@@ -20,7 +21,22 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 """A hyperparameter that is a part of something, or all of it."""
 
-Budget = Count | Share
+
+def budget_like(given: object) -> object:
+    """`given`, where it is a budget.
+
+    Raises:
+        BadValue: it is none.
+    """
+    count = isinstance(given, int) and not isinstance(given, bool) and given >= 1
+    if not count and not (isinstance(given, float) and 0 < given <= 1):
+        raise BadValue(
+            f"method.budget = {given!r:.60} is no budget; give a count of experts from 1, or a share of all above 0 and at most 1"
+        )
+    return given
+
+
+Budget = Annotated[int | float, BeforeValidator(budget_like)]
 """A hyperparameter that is a number of experts of the whole model: a count, or with a decimal point a share of all."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -86,7 +102,8 @@ def budget_for(server: Server, client: Client, given: Budget | None) -> int:
         fit = most if client.memory_bytes is None else server.footprint.reached_within(client.memory_bytes)
         return max(fit, blocks)
     number = round(given * most) if isinstance(given, float) else given
-    require_coverage(number, blocks)
+    share = f", which is {number} of {most} experts," if isinstance(given, float) else ""
+    require_coverage(number, blocks, f"method.budget = {given}{share}")
     return min(number, most)
 
 

@@ -81,12 +81,11 @@ def select(score: Num[Tensor, " all"], picked: Num[Tensor, " all"], sizes: Seque
     return torch.zeros(len(score), dtype=torch.bool).index_fill(0, chosen, True)
 
 
-def require_coverage(budget: int, blocks: int) -> None:
-    """Raises BadValue for a budget of fewer experts than there are MoE blocks."""
+def require_coverage(budget: int, blocks: int, given: str | None = None) -> None:
+    """Raises BadValue for a budget of fewer experts than there are MoE blocks; `given`: how the user put it."""
     if budget < blocks:
-        raise BadValue(
-            f"a budget of {budget} experts does not reach one in each of the model's {blocks} MoE layers; give at least {blocks}"
-        )
+        said = given or f"a budget of {budget} experts"
+        raise BadValue(f"{said} does not reach one in each of the model's {blocks} MoE layers; give at least {blocks} experts")
 
 
 def at_random(number: int, seed: str) -> Float[Tensor, " all"]:

@@ -348,7 +348,26 @@ def test_a_budget_may_be_given_for_all_clients_as_a_count_or_a_share():
     assert [each.extra for each in limits(HFedMoE(select="none"), *clients)] == [{}, {}]
 
 
-@pytest.mark.parametrize("given", [1, 0.1])
-def test_a_budget_below_one_expert_a_layer_is_refused(given):
-    with pytest.raises(BadValue, match=r"a budget of 1 experts does not .* 2 MoE layers; give at least 2"):
+@pytest.mark.parametrize(
+    ("given", "said"), [(1, "method.budget = 1 does"), (0.1, "method.budget = 0.1, which is 1 of 8 experts, does")]
+)
+def test_a_budget_below_one_expert_a_layer_is_refused_as_the_user_put_it(given, said):
+    with pytest.raises(BadValue, match=rf"^{said} not .* 2 MoE layers; give at least 2 experts$"):
         limits(HFedMoE(budget=given), Client("a", 1))
+
+
+@pytest.mark.parametrize("name", ["hfedmoe", "pfl_moe"])
+@pytest.mark.parametrize("given", [0, -1, 1.5, 0.0, True, float("nan"), "half", [3]])
+def test_what_is_no_budget_is_refused_in_one_sentence(name, given):
+    data = {"sources": ["synthetic/double"], "clients": 2}
+    with pytest.raises(BadValue) as refused:
+        checked(RunConfig, {"method": {"name": name, "budget": given}, "data": data})
+    wanted = "give a count of experts from 1, or a share of all above 0 and at most 1"
+    assert str(refused.value) == f"method.budget = {given!r} is no budget; {wanted}"
+
+
+@pytest.mark.parametrize("given", [1, 96, 10**30, 0.01, 1.0])
+def test_a_budget_stays_the_count_or_share_that_it_was(given):
+    data = {"sources": ["synthetic/double"], "clients": 2}
+    found = checked(RunConfig, {"method": {"name": "hfedmoe", "budget": given}, "data": data}).build_method().budget
+    assert (found, type(found)) == (given, type(given))
