@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedexperts.moe import rows
+from fedexperts.moe import factors, graft, rows
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.backward import SelectiveBackward
 from fedexperts.moe.flops import flops_estimated
@@ -42,17 +42,34 @@ def install(job: Job, bench: Bench) -> nn.Module:
     """The sub-model of `job`, ready to train: the bench's base holding the job's experts, weights and what the client kept.
 
     What is trained is the model's own; everything frozen is shared with the base. Where clients' adapters differ in rank, the
-    job tells this one's as `extra["rank"]`; all have the scale of the run's.
+    job tells this one's as `extra["rank"]`; all have the scale of the run's. What was added to frozen weights under adapters
+    (`factors.base_change`) makes them the model's own, too. Personal experts that the client keeps are grafted
+    on.
     """
     tuning = bench.training.tuning
     if "rank" in job.extra:
         rank = int(job.extra["rank"])
         tuning = replace(tuning, rank=rank, alpha=tuning.alpha * rank / tuning.rank)
-    model = prepare(shrink(bench.model, job.experts), tuning, seed=job.seed)
+    model = prepare(shrink(bench.model, job.experts), tuning, seed=start_of(job), only=adapted(job))
+    factors.add_to_base(model, factors.base_change(job.extra, bench.kept))
+    if grafts := graft.chosen(bench.kept):
+        graft.attach(model, grafts, tuning, seed=job.seed)
     own = rows.layout(model)
     rows.write(model, job.patch.tensors)
     rows.write(model, {name: tensor for name, tensor in bench.kept.items() if name in own})
     return model
+
+
+def start_of(job: Job) -> str:
+    """What adapters start from: the job's seed, or the one that it tells as `extra["seed"]`, text as bytes, the same for all."""
+    return bytes(job.extra["seed"].tolist()).decode() if "seed" in job.extra else job.seed
+
+
+def adapted(job: Job) -> Experts | None:
+    """The experts that get adapters: all (None), or one in each block, as the whole model's job tells in `extra["adapted"]`."""
+    if "adapted" not in job.extra:
+        return None
+    return {block: (expert,) for block, expert in zip(job.experts, job.extra["adapted"].tolist(), strict=True)}
 
 
 def examples(bench: Bench) -> int:

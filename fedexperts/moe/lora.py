@@ -130,12 +130,17 @@ def normed(self: Any, out: Tensor) -> Tensor:
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
-def check_rank(rank: int, dtype: torch.dtype) -> None:
+def rank_step(dtype: torch.dtype) -> int:
+    """What the grouped products of stacked experts take multiples of as a rank."""
+    return ROW_BYTES // dtype.itemsize
+
+
+def check_rank(rank: int, dtype: torch.dtype, setting: str = "training.rank") -> None:
     """Raises BadValue for a rank that the grouped products of stacked experts do not take."""
-    step = ROW_BYTES // dtype.itemsize
+    step = rank_step(dtype)
     if rank < 1 or rank % step:
         raise BadValue(
-            f"training.rank = {rank}, but adapters of stacked experts in {str(dtype).removeprefix('torch.')} "
+            f"{setting} = {rank}, but adapters of stacked experts in {str(dtype).removeprefix('torch.')} "
             f"need a multiple of {step}; try {max(step, round(rank / step) * step)}"
         )
 
@@ -176,6 +181,8 @@ def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha:
     """Puts peft's adapter on the named linear layers (path → the name that its A is drawn from); B starts at zero."""
     config = peft.LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=sorted(names), lora_dropout=0.0, bias="none")
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if hasattr(model, "peft_config"):  # of adapters put on before, which stay
+        del model.peft_config
     # On meta, so that peft draws nothing from torch's global generator.
     peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     for path, known in names.items():
@@ -199,7 +206,7 @@ def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """`model` with its adapters added into its weights and taken off, in place; weights shared with others are not written."""
-    stacks = [block.experts for block in blocks(model).values() if "lora" in block.experts._modules]
+    stacks = [module for module in model.modules() if isinstance(module._modules.get("lora"), nn.ModuleDict)]
     for experts in stacks:
         merge_stack(experts)
     if stacks:
@@ -217,10 +224,33 @@ def merge_stack(experts: nn.Module) -> None:
     """Adds the adapters of one block's stacked experts into their weights and takes them off."""
     for name, adapter in cast("nn.ModuleDict", experts.lora).items():
         assert isinstance(adapter, ExpertLoRA)
-        delta = adapter.delta().transpose(1, 2) if experts.is_transposed else adapter.delta()
-        weight = getattr(experts, name)
-        setattr(experts, name, nn.Parameter(weight.index_add(0, adapter.ids, delta), requires_grad=False))
+        add_to_stack(experts, name, adapter.ids, adapter.delta())
     del experts.lora
+
+
+def add_to_stack(experts: nn.Module, name: str, ids: Tensor, delta: Float[Tensor, "adapted out in"]) -> None:
+    """Gives the stacked matrix `name` a weight of its own: what it was, and `delta` on those of the experts `ids`."""
+    weight = getattr(experts, name)
+    added = weight.index_add(0, ids, delta.transpose(1, 2) if experts.is_transposed else delta)
+    setattr(experts, name, nn.Parameter(added, requires_grad=False))
+
+
+@torch.no_grad()
+def add_beneath(model: nn.Module, products: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Adds to the frozen weight under each of these A what merging an adapter of this product BA would; A and B stay.
+
+    Weights shared with others are not written.
+    """
+    product_of = {id(a): product for a, product in products}
+    for layer in [module for module in model.modules() if isinstance(module, LinearLoRA)]:
+        if (product := product_of.get(id(layer.lora_A["default"].weight))) is not None:
+            base: Any = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight + layer.scaling["default"] * product, requires_grad=False)
+    for experts in [block.experts for block in blocks(model).values() if "lora" in block.experts._modules]:
+        for name, adapter in cast("nn.ModuleDict", experts.lora).items():
+            assert isinstance(adapter, ExpertLoRA)
+            if (product := product_of.get(id(adapter.a))) is not None:
+                add_to_stack(experts, name, adapter.ids, adapter.scale * product)
 
 
 def a_to_peft(a: Float[Tensor, "experts rank in"]) -> Float[Tensor, "experts_rank in"]:

@@ -1,6 +1,6 @@
 """Which experts a model picks: counted on every router, without padding; and the loss that keeps them balanced."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, blocks
+from fedexperts.moe.logits import predictions
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Recorder:
     @property
     def logits(self) -> dict[str, list[Float[Tensor, "tokens experts"]]]:
         return {name: [logits[counts] for logits, counts in passes] for name, passes in self._logits.items()}
+
+    def last(self, name: str) -> tuple[Float[Tensor, "tokens experts"], Bool[Tensor, " tokens"]]:
+        """The logits that the router of block `name` gave in its last forward pass, and which of the tokens count."""
+        return self._logits[name][-1]
 
     def routing(self) -> Routing:
         """What was picked since the recorder was made."""
@@ -130,6 +135,43 @@ def log_gates(logits: Float[Tensor, "... experts"], sigmoid: bool) -> Float[Tens
     """log G: of the softmax over all experts, before top-k; of a router's sigmoids, divided by their sum."""
     logits = logits.float()
     return (functional.logsigmoid(logits) if sigmoid else logits).log_softmax(-1)
+
+
+def divergence(
+    base: Float[Tensor, "tokens experts"], tuned: Float[Tensor, "tokens experts"], sigmoid: bool
+) -> Float[Tensor, " tokens"]:
+    """KL(G ‖ G′) = Σ_e G_e (log G_e − log G′_e) of each token, in nats: G of the base's logits, G′ of the tuned model's.
+
+    Both over all experts, before top-k, as in `log_gates`; 0 where they are the same, never less.
+    """
+    before, after = log_gates(base, sigmoid).double(), log_gates(tuned, sigmoid).double()
+    return (before.exp() * (before - after)).sum(-1).clamp(min=0)
+
+
+def router_drift(base: nn.Module, tuned: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """MoE block → how far the routers of `tuned` are from those of `base` on the same text (ours).
+
+    The mean over all tokens of all batches, padding left out, of `divergence`. Each router sees the hidden states of its own
+    model, so what earlier layers changed counts too. Both models have the same experts, and are in eval mode afterwards.
+    """
+    sigmoid = {name: block.sigmoid for name, block in blocks(base).items()}
+    sums: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for batch in batches:
+        before, after = (_logits_on(model, batch) for model in (base, tuned))
+        for name, logits in before.items():
+            each = divergence(logits, after[name], sigmoid[name])
+            sums[name] = sums.get(name, 0.0) + float(each.sum())
+            tokens[name] = tokens.get(name, 0) + len(each)
+    return {name: total / tokens[name] for name, total in sums.items()}
+
+
+@torch.no_grad()
+def _logits_on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "tokens experts"]]:
+    """`kept_logits` of one forward pass."""
+    with Recorder(model.eval(), keep_logits=True) as recorder:
+        predictions(model, batch)
+    return kept_logits(recorder)
 
 
 def _imbalance(block: Block, logits: Float[Tensor, "tokens experts"], share: Float[Tensor, " experts"]) -> Float[Tensor, ""]:

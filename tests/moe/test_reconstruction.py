@@ -1,0 +1,118 @@
+"""Losses of reconstruction by hand and against a plain loop, on every family."""
+
+import pytest
+import torch
+
+from fedexperts.moe import reconstruction
+from fedexperts.moe.anatomy import Block, blocks
+from fedexperts.moe.graft import run
+from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.reconstruction import by_reconstruction, losses_of, most_used, reconstruction_losses
+from fedexperts.moe.routing import Recorder
+from fedexperts.testing import FAMILIES, tiny_batch, tiny_model
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def three_experts():
+    """A block whose expert e gives (e + 1) times its input."""
+    experts = torch.nn.ModuleDict({f"expert_{e}": Times(e + 1.0) for e in range(3)})
+    return Block("mlp", torch.nn.Identity(), torch.nn.Identity(), experts)
+
+
+class Times(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((1, 1), factor), requires_grad=False)
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_the_losses_by_hand():
+    """Two tokens x = (3, 4) and (0, 1), of norms 5 and 1; the block gives 2x.
+
+    Expert 0 gives x: the loss is |2 - 1| · (5 + 1) = 6. Expert 1 gives 2x: 0. Expert 2 gives 3x: 6.
+    With expert 0 held and gates of equal size, 0 and 1 give 1.5x: 3; 0 and 2 give 2x: 0. Expert 0 itself: infinite.
+    """
+    x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    equal = torch.zeros(2, 3)
+    assert losses_of(three_experts(), x, 2 * x, equal, ()).tolist() == [6, 0, 6]
+    torch.testing.assert_close(
+        losses_of(three_experts(), x, 2 * x, equal, (0,)), torch.tensor([torch.inf, 3, 0], dtype=torch.float64)
+    )
+
+
+def test_gates_are_those_of_a_router_that_has_no_other_experts():
+    """With log gates log 3 and log 1, experts 0 and 1 weigh 3/4 and 1/4 and give 1.25x for 2x: 0.75 · 5 = 3.75."""
+    x = torch.tensor([[3.0, 4.0]])
+    gates = torch.tensor([[3.0, 1.0, 7.0]]).log()
+    torch.testing.assert_close(losses_of(three_experts(), x, 2 * x, gates, (0,))[1], torch.tensor(3.75, dtype=torch.float64))
+
+
+@every_family
+def test_the_losses_are_those_of_a_plain_loop_over_tokens_that_count(family):
+    model, batch = tiny_model(family), tiny_batch(family)
+    seen = {}
+    with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
+        hooks = [
+            block.experts.register_forward_hook(
+                lambda experts, args, out, name=name: seen.update({name: (args[0], out, recorder.last(name)[1])})
+            )
+            for name, block in recorder.blocks.items()
+        ]
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels" or family == "switch_transformers"}
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    found = reconstruction_losses(model, [batch], {})
+    for name, block in blocks(model).items():
+        rows, out, counted = (each.reshape(-1, each.shape[-1]) if each.ndim > 1 else each for each in seen[name])
+        for expert in range(8):
+            with torch.no_grad():
+                alone = run(block.experts, rows, [expert])[0]
+            expected = sum(float((out[t] - alone[t]).norm()) for t in range(len(rows)) if counted[t])
+            assert float(found[name][expert]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_batches_add_up_and_chunks_do_not_show(monkeypatch):
+    model, one, two = tiny_model("olmoe"), tiny_batch("olmoe"), tiny_batch("olmoe", seed=1)
+    together = reconstruction_losses(model, [one, two], {})
+    apart = [reconstruction_losses(model, [batch], {}) for batch in (one, two)]
+    monkeypatch.setattr(reconstruction, "CHUNK_BYTES", 1)
+    single = reconstruction_losses(model, [one, two], {})
+    for name, losses in together.items():
+        torch.testing.assert_close(losses, apart[0][name] + apart[1][name])
+        torch.testing.assert_close(losses, single[name])
+
+
+def test_the_best_comes_first_and_more_are_added_one_by_one():
+    model, batches = tiny_model("olmoe"), [tiny_batch("olmoe")]
+    first = reconstruction_losses(model, batches, {})
+    best = {name: (int(loss.argmin()),) for name, loss in first.items()}
+    assert by_reconstruction(model, batches) == best
+    second = reconstruction_losses(model, batches, best)
+    assert by_reconstruction(model, batches, 2) == {
+        name: tuple(sorted((*best[name], int(loss.argmin())))) for name, loss in second.items()
+    }
+
+
+def test_memory_does_not_grow_with_the_text():
+    model = tiny_model("olmoe")
+
+    def peak(number):
+        with MemoryMeter(model) as meter:
+            reconstruction_losses(model, [tiny_batch("olmoe", seed=seed) for seed in range(number)], {})
+        return meter.peak_bytes
+
+    batch = sum(tensor.nbytes for tensor in tiny_batch("olmoe").values())
+    assert peak(12) <= peak(2) + 12 * 2 * batch  # the text itself, and nothing of what the layers made of it
+
+
+def test_most_used_are_those_that_routing_picks_most():
+    model, batch = tiny_model("mixtral"), tiny_batch("mixtral")
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(**batch)
+    for name, ids in most_used(model, [batch], 2).items():
+        counts = recorder.routing().counts[name].tolist()
+        assert sorted(counts[expert] for expert in ids) == sorted(counts)[-2:]
