@@ -1,0 +1,117 @@
+"""FLEx: clients share adapters of the frozen MoE, and each grafts personal experts onto it that never leave it.
+
+Liu, Pan, Wang, Yao, Tang, Wang, Shi, "FLEx: Personalized Federated Learning for Mixture-of-Experts LLMs via Expert Grafting",
+https://arxiv.org/abs/2506.00965. What it leaves open is marked (ours).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import ClassVar, Literal
+
+from fedexperts.client import fit, install
+from fedexperts.errors import BadData, BadValue
+from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
+from fedexperts.moe import graft, rows
+from fedexperts.moe.anatomy import Experts, anatomy
+from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
+from fedexperts.types import Assignment, Bench, Client, Example, Job, Server, Update
+
+WINDOW = 2000
+"""Characters of a piece of public text; the tokens that a client reads of it are the run's max_tokens at most."""
+
+
+@dataclass(frozen=True)
+class FLEx:
+    """The server averages what the run trains of the model itself (attention adapters in the paper) and knows of nothing else.
+
+    num_grafted: personal experts of each layer.
+    select: which experts they start as: those that reconstruct the layer best on the client's own text ("reconstruction") or
+    on `public_text`, so the same for all ("shared"); that the client's text uses most ("most_used"); or "random".
+    calibration_examples: of the client's training split, at most, to select by; of `public_text` as many windows.
+    """
+
+    num_grafted: Count = 1
+    select: Literal["reconstruction", "random", "most_used", "shared"] = "reconstruction"
+    calibration_examples: Count = 128
+    public_text: str | None = None  # a text file that every client has, for "shared"
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """The whole model; what the run trains of it travels.
+
+        Raises:
+            BadValue: more personal experts than a layer has experts, a run that trains the experts themselves, or a selection
+                by public text that is not there.
+        """
+        fewest = min(block.num_experts for block in server.anatomy.blocks.values())
+        if self.num_grafted > fewest:
+            raise BadValue(f"method.num_grafted = {self.num_grafted}, but a layer has {fewest} experts; give at most as many")
+        if any(block and not rows.router_of(name, server.layout) for name, block in server.layout.items()):
+            raise BadValue(
+                'flex leaves the pretrained experts as they are, but the run trains them; set training.train = "lora" and '
+                'training.parts = ["attention"]'
+            )
+        if (self.select == "shared") != (self.public_text is not None):
+            raise BadValue('method.select = "shared" and method.public_text go together; give both, or neither')
+        if self.public_text is not None and not Path(self.public_text).is_file():
+            raise BadValue(f"method.public_text = {self.public_text!r} is no file; give a text file that every client has")
+        return all_experts(server)
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """The client's round: its personal experts and gates, which it keeps, together with what is shared, which it sends.
+
+        The first time it is asked it selects the experts to graft, by the base as it came.
+        """
+        flops = 0.0
+        if not graft.chosen(bench.kept):
+            ids, flops = self.selected(job, bench)
+            bench.kept.update(graft.kept(ids))
+        model = install(job, bench)
+        fitted = fit(model, bench, seed=job.seed)
+        bench.kept.update({name: tensor for name, tensor in rows.read(model).items() if graft.is_personal(name)})
+        cost = replace(fitted.cost, flops_estimated=fitted.cost.flops_estimated + flops)
+        return answer(job, bench, model, replace(fitted, cost=cost))
+
+    def selected(self, job: Job, bench: Bench) -> tuple[Experts, float]:
+        """The experts that the client's own start as, and the operations (estimated) that it took to find them."""
+        blocks = anatomy(bench.model).blocks
+        if self.select == "random":
+            rng = Random(f"{job.seed}/graft")
+            return {
+                name: tuple(sorted(rng.sample(range(each.num_experts), self.num_grafted))) for name, each in blocks.items()
+            }, 0.0
+        batches = self.calibration(bench)
+        if self.select == "most_used":
+            return most_used(bench.model, batches, self.num_grafted), selection_flops_estimated(bench.model, batches, passes=0)
+        ids = by_reconstruction(bench.model, batches, self.num_grafted)
+        return ids, selection_flops_estimated(bench.model, batches, passes=self.num_grafted)
+
+    def calibration(self, bench: Bench) -> list[Batch]:
+        """What is selected by, in batches of the run's size.
+
+        Raises:
+            BadData: there is nothing.
+        """
+        text = Path(self.public_text).read_text(encoding="utf-8") if self.public_text else ""
+        examples = pieces(text, self.calibration_examples) if text else bench.data.train[: self.calibration_examples]
+        if not examples:
+            raise BadData(
+                f"client {bench.client.name} has no training examples to select its experts by; give it some, or set "
+                'method.select = "random"'
+            )
+        size = bench.training.batch_size
+        return [bench.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """What is shared: the mean by examples."""
+        return mean_rows(server, updates, by_examples)
+
+
+def pieces(text: str, number: int) -> Sequence[Example]:
+    """At most `number` pieces of `text`, evenly spread over it."""
+    starts = range(0, len(text), WINDOW)
+    step = max(1, len(starts) // number)
+    return [Example("", text[start : start + WINDOW], "public") for start in starts[::step][:number]]

@@ -1,0 +1,127 @@
+"""FLEx on tiny models: what is selected once, what is trained and kept, and what alone leaves a client."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedexperts.client import install
+from fedexperts.errors import BadData, BadValue
+from fedexperts.federation import jobs_for
+from fedexperts.methods.flex import FLEx, pieces
+from fedexperts.moe import graft
+from fedexperts.moe.reconstruction import by_reconstruction, most_used
+from fedexperts.moe.tuning import Tuning
+from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.types import Client, Split, Training
+
+TRAINING = Training(tuning=Tuning("lora", ("attention",), rank=4), batch_size=4, local_steps=2, balance=0)
+CLIENTS = [Client("a", 8, "x"), Client("b", 12, "y")]
+
+
+def one_round(method, family="olmoe", training=TRAINING, rounds=1):
+    """The benches, the jobs and updates of the last round, and the server after it."""
+    model = tiny_model(family)
+    server = tiny_server(model, CLIENTS, training)
+    benches = {client.name: tiny_bench(model, client, training) for client in CLIENTS}
+    for number in range(1, rounds + 1):
+        asked = replace(server, round=number, task="train")
+        jobs = list(jobs_for(asked, method, CLIENTS))
+        updates = [method.train(job, benches[job.client]) for job in jobs]
+        server = method.merge(asked, iter(updates))
+    return benches, jobs, updates, server
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "switch_transformers"])
+def test_only_the_shared_adapters_leave_and_all_else_that_moved_is_kept(family):
+    benches, jobs, updates, server = one_round(FLEx(), family)
+    for job, update in zip(jobs, updates, strict=True):
+        assert update.patch.tensors.keys() == job.patch.tensors.keys() == server.weights.keys()
+        assert not update.extra
+        assert not any(graft.is_personal(name) for name in update.patch.tensors)
+        kept = benches[update.client].kept
+        own = {name for name in kept if graft.is_personal(name)}
+        assert own and kept.keys() - own == {f"grafted/{block}" for block in server.anatomy.blocks}
+        assert all(tensor.abs().sum() > 0 for name, tensor in kept.items() if name.endswith(".b") or "lora_B" in name)
+
+
+def test_the_server_takes_the_mean_by_examples():
+    _, _, (a, b), server = one_round(FLEx())
+    for name, tensor in server.weights.items():
+        expected = (8 * a.patch.tensors[name].double() + 12 * b.patch.tensors[name].double()) / 20
+        assert torch.equal(tensor, expected.to(tensor.dtype))
+
+
+def test_what_is_evaluated_has_the_clients_own_experts():
+    benches, _, _, server = one_round(FLEx())
+    (job, _) = jobs_for(replace(server, task="evaluate"), FLEx(), CLIENTS)
+    model = install(job, benches["a"])
+    weights = dict(model.named_parameters())
+    kept = {name: tensor for name, tensor in benches["a"].kept.items() if graft.is_personal(name)}
+    assert kept and all(torch.equal(weights[name].reshape(tensor.shape), tensor) for name, tensor in kept.items())
+
+
+def test_experts_are_selected_once_and_stay():
+    first = {name: bench.kept for name, bench in one_round(FLEx(select="random"))[0].items()}
+    later = {name: bench.kept for name, bench in one_round(FLEx(select="random"), rounds=3)[0].items()}
+    assert all(graft.chosen(first[name]) == graft.chosen(later[name]) for name in first)
+    assert graft.chosen(first["a"]) != graft.chosen(first["b"])
+
+
+def test_each_selection_selects_what_it_says(tmp_path):
+    def chosen(method):
+        return {name: graft.chosen(bench.kept) for name, bench in one_round(method)[0].items()}
+
+    bench = tiny_bench(tiny_model("olmoe"), CLIENTS[0], TRAINING)
+    batches = [bench.encoder.batch(bench.data.train[start : start + 4]) for start in (0, 4)]
+    assert chosen(FLEx())["a"] == by_reconstruction(bench.model, batches)
+    assert chosen(FLEx(num_grafted=2, calibration_examples=4))["a"] == by_reconstruction(bench.model, batches[:1], 2)
+    assert chosen(FLEx(select="most_used"))["a"] == most_used(bench.model, batches)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number % 60 + 3}" for number in range(400)))
+    shared = chosen(FLEx(select="shared", public_text=str(text)))
+    assert shared["a"] == shared["b"]
+
+
+def test_under_full_training_the_experts_and_gates_themselves_are_the_clients_own():
+    training = replace(TRAINING, tuning=Tuning("full", ("attention",)))
+    benches, _, updates, _ = one_round(FLEx(), training=training)
+    assert not any(graft.is_personal(name) for name in updates[0].patch.tensors)
+    own = [name for name in benches["a"].kept if graft.is_personal(name)]
+    assert {name.rpartition(".grafted.")[2] for name in own} == {"copies.gate_up_proj", "copies.down_proj", "own_gate.weight"}
+
+
+def test_selecting_counts_among_the_operations():
+    assert one_round(FLEx())[2][0].cost.flops_estimated > one_round(FLEx(select="random"))[2][0].cost.flops_estimated
+
+
+@pytest.mark.parametrize(
+    ("method", "training", "said"),
+    [
+        (FLEx(num_grafted=9), TRAINING, "method.num_grafted = 9, but a layer has 8 experts"),
+        (FLEx(), Training(), "flex leaves the pretrained experts as they are"),
+        (FLEx(select="shared"), TRAINING, "go together"),
+        (FLEx(public_text="x"), TRAINING, "go together"),
+        (FLEx(select="shared", public_text="nowhere.txt"), TRAINING, "'nowhere.txt' is no file"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_run(method, training, said):
+    server = tiny_server(tiny_model("olmoe"), CLIENTS, training)
+    with pytest.raises(BadValue, match=said):
+        method.assign(replace(server, task="train"), CLIENTS[0])
+
+
+def test_a_client_without_examples_to_select_by():
+    model = tiny_model("olmoe")
+    server = replace(tiny_server(model, CLIENTS, TRAINING), round=1, task="train")
+    (job, _) = jobs_for(server, FLEx(), CLIENTS)
+    bench = tiny_bench(model, CLIENTS[0], TRAINING)
+    empty = replace(bench, data=Split([], bench.data.validation, bench.data.test))
+    with pytest.raises(BadData, match="client a has no training examples to select its experts by"):
+        FLEx().train(job, empty)
+
+
+def test_pieces_are_spread_over_the_text():
+    text = "".join(str(number % 10) * 2000 for number in range(10))
+    assert [piece.response[0] for piece in pieces(text, 5)] == ["0", "2", "4", "6", "8"]
+    assert len(pieces(text, 100)) == 10
