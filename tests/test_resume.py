@@ -110,6 +110,24 @@ def test_clients_that_keep_something_to_themselves_are_resumed_with_the_same_bit
     assert_same(saved(tmp_path / "killed"), whole)
 
 
+def test_hfedmoe_killed_and_resumed_or_with_two_workers_ends_with_the_same_bits(tiny_tree, tmp_path):
+    tree = {**tiny_tree, "method": {"name": "hfedmoe", "budget": 0.5, "usage_floor": 0.5}}
+    run_file = write(tree, tmp_path / "run.toml")
+    driven(run_file, tmp_path / "whole")
+    whole = saved(tmp_path / "whole")
+    told = [line["metrics"] for line in whole["logs"]["ledger.jsonl"] if line["task"] == "train"]
+    assert len(told) == 6 and all(each["sent"] > 0 and sum(each["reached"]) <= 12 for each in told)
+
+    said = driven(run_file, tmp_path / "killed", "e")
+    assert said["kills"] >= 3
+    assert_same(saved(tmp_path / "killed"), whole)
+
+    driven(write({**tree, "federation": {**tree["federation"], "workers": 2}}, tmp_path / "two.toml"), tmp_path / "two")
+    two = saved(tmp_path / "two")
+    two["start"]["resolved.json"]["federation"]["workers"] = 1
+    assert_same(two, whole)
+
+
 def started(run_file, out, *options):
     command = [sys.executable, "-m", "fedexperts", "run", run_file, "--out", out, "--quiet", *options]
     pipe = subprocess.PIPE

@@ -16,7 +16,7 @@ from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.hfedmoe import HFedMoE
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import BlockShape, blocks
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.flops import Footprint, footprint
 from fedexperts.moe.routing import Recorder
 from fedexperts.moe.tuning import Tuning
 from fedexperts.progress import Quiet
@@ -289,6 +289,24 @@ def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_wor
         torch.testing.assert_close(alone[name][ids], tensor)
         left = [row for row in range(len(alone[name])) if row not in ids]
         assert torch.equal(alone[name][left], server.weights[name][left])
+
+
+WIDE = {"olmoe": {"intermediate_size": 64}, "switch_transformers": {"d_ff": 128}}  # experts that weigh something
+
+
+@pytest.mark.parametrize("family", WIDE)
+def test_the_measured_peak_is_within_what_is_planned_for_the_budget(family):
+    model, client = small(family, **WIDE[family]), Client("a", 8)
+    bench = tiny_bench(model, client, TRAINING)
+    tokens = bench.encoder.batch(bench.data.train)["input_ids"].shape[1]
+    cost = footprint(model, TRAINING.tuning, (TRAINING.batch_size, tokens))
+    server = replace(tiny_server(model, [client], TRAINING), footprint=cost)
+    most = server.anatomy.num_experts
+    for budget in (len(blocks(model)), most // 2, most):
+        (update,) = trained(HFedMoE(budget=budget), server, model, TRAINING, [client])
+        peak = update.cost.peak_bytes
+        assert peak <= cost.reaching(budget)
+    assert peak > cost.reaching(most // 2), "what is planned for half of the experts does not hold all"
 
 
 # Whole runs
