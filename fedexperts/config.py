@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedexperts.data.settings import DataSettings
+from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.devices import UTILISATION, Profile, profiles
 from fedexperts.errors import BadValue, nearest
 from fedexperts.methods import METHODS
@@ -93,10 +93,22 @@ class DeviceSettings(Settings):
 
 
 class EvaluationSettings(Settings):
+    """When and on what models are scored.
+
+    `score`: "after_aggregation" scores each client with what the server sends it then and what it keeps to itself;
+    "before_aggregation" right after its local training, with what it is about to send (the public code of FLEx does so).
+    `retained`: sources as in `data.sources`, on whose test examples (at most `limit` of each) the untouched base is scored
+    before the first round and every client's model after the last; nobody trains on them.
+    `drift`: whether the routing of the clients' models is then held against the base's.
+    """
+
     every: int = Field(5, ge=1)  # rounds; after the last one always
     generate_tokens: int = Field(32, ge=1)
     batch_size: int = Field(32, ge=1)
     split: Literal["test", "validation"] = "test"  # validation: to choose settings by, so that none is chosen on test examples
+    score: Literal["after_aggregation", "before_aggregation"] = "after_aggregation"
+    retained: Sources = ()
+    drift: bool = False
 
 
 class RunConfig(Settings):

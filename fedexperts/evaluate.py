@@ -1,4 +1,4 @@
-"""How good a model's answers are: greedy answers against references, and the perplexity of the references.
+"""How good a model's answers are: greedy answers against references, the likeliest of given choices, perplexity of references.
 
 Scores hold sums and counts, so the scores of many clients merge into those of all their examples together.
 """
@@ -8,7 +8,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, cast
 
 import torch
@@ -31,9 +31,11 @@ METRICS = {
     "rouge1": "ROUGE-1 F, stemmed",
     "rouge2": "ROUGE-2 F, stemmed",
     "rougeL": "ROUGE-L F, stemmed",
+    "likelihood": "share of examples whose right choice is the likeliest per character; nothing is generated",
     "perplexity": "of a token of the reference, given the prompt and the tokens before; less is better",
 }
 LABELLED = ("accuracy", "macro_f1")
+Verdict = tuple[dict[str, float], dict[str, tuple[int, int, int]]]  # metrics of one example, and the labels it touches
 ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
@@ -128,41 +130,84 @@ def score(
     """What `model` scores on `examples`.
 
     Answers are greedy and end at the end token or after `generate_tokens`; nothing is generated for examples judged by
-    perplexity. Tasks keep the order in which `examples` has them.
+    likelihood or perplexity. Tasks keep the order in which `examples` has them.
 
     Raises:
-        BadValue: an example's metric does not exist.
+        BadValue: an example's metric does not exist, or it is judged by likelihood and has no choices.
     """
+    merged = merge(one_by_one(model, examples, encoder, generate_tokens, batch_size))
+    return Scores({task: merged.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
+
+
+def by_example(
+    model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int, batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """Task → its main metric, how many examples, its value, and the value of each example, as JSON knows them.
+
+    The values of two models on the same examples are in the same order. A metric that is no mean over examples has none.
+    """
+    parts = one_by_one(model, examples, encoder, generate_tokens, batch_size)
+    return {
+        task: {
+            "metric": scores.metric,
+            "examples": scores.examples,
+            "value": scores.values()[scores.metric],
+            "values": [
+                part.tasks[task].sums[scores.metric] for part in parts if task in part.tasks and scores.metric in scores.sums
+            ],
+        }
+        for task, scores in merge(parts).tasks.items()
+    }
+
+
+def one_by_one(
+    model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int, batch_size: int
+) -> list[Scores]:
+    """The scores of each example alone, in an order that only the examples decide."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         parts = [part for batch in batches(examples, batch_size) for part in scored(model, batch, encoder, generate_tokens)]
     model.train(was_training)
-    merged = merge(parts)
-    return Scores({task: merged.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
+    return parts
 
 
 def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Examples of like length and the same need for an answer together, so that little is padded."""
+    """Examples of like length that are judged in the same way together, so that little is padded."""
     for example in examples:
         if example.metric not in METRICS:
             near = nearest(example.metric, METRICS)
             raise BadValue(f"metric {example.metric!r} of task {example.task!r} is not one of {', '.join(METRICS)}{near}")
-    for answered in (True, False):
+        if example.metric == "likelihood" and example.response not in example.choices:
+            raise BadValue(
+                f"task {example.task!r} is judged by likelihood, but the answer {example.response[:40]!r} is none of its "
+                f"{len(example.choices)} choices; give examples with choices, or another metric"
+            )
+    for way in ("answer", "likelihood", "perplexity"):
         alike = sorted(
-            (example for example in examples if (example.metric != "perplexity") is answered),
+            (example for example in examples if way_of(example) == way),
             key=lambda example: len(example.prompt) + len(example.response),
         )
         yield from (alike[start : start + batch_size] for start in range(0, len(alike), batch_size))
 
 
+def way_of(example: Example) -> str:
+    """How an example is judged: by likelihood, by perplexity, or by an answer."""
+    return example.metric if example.metric in ("likelihood", "perplexity") else "answer"
+
+
 def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_tokens: int) -> list[Scores]:
     """The scores of each example alone."""
-    answers = answer(model, encoder.prompts(batch), encoder, generate_tokens) if batch[0].metric != "perplexity" else None
+    verdicts: list[Verdict] = [({}, {})] * len(batch)
+    if way_of(batch[0]) == "answer":
+        answers = answer(model, encoder.prompts(batch), encoder, generate_tokens)
+        verdicts = [judge(given, example) for given, example in zip(answers, batch, strict=True)]
+    elif way_of(batch[0]) == "likelihood":
+        chosen = likeliest(model, batch, encoder)
+        verdicts = [({"likelihood": float(one == example.response)}, {}) for one, example in zip(chosen, batch, strict=True)]
     losses, tokens = reference_losses(model, encoder.batch(batch))
     parts = []
-    for index, example in enumerate(batch):
-        sums, labels = judge(answers[index], example) if answers else ({}, {})
+    for index, (example, (sums, labels)) in enumerate(zip(batch, verdicts, strict=True)):
         part = TaskScores(example.metric, 1, sums, labels, float(losses[index]), int(tokens[index]))
         parts.append(Scores({example.task: part}))
     return parts
@@ -187,6 +232,26 @@ def answer(model: nn.Module, prompts: Mapping[str, Tensor], encoder: Encoder, ge
     return encoder.decode(ids[:, start:])
 
 
+@torch.inference_mode()
+def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[str]:
+    """Of each example the choice c with the highest log p(c | prompt) / characters of c; of equal ones the first.
+
+    p is of the choice's own tokens, without an end token. This is acc_norm of lm-evaluation-harness
+    (https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/task.py); where all choices are of one length, as
+    letters are, also its acc.
+    """
+    pairs = [replace(example, response=choice) for example in batch for choice in example.choices]
+    scores: list[float] = []
+    for start in range(0, len(pairs), len(batch)):
+        encoded = encoder.batch(pairs[start : start + len(batch)])
+        own = encoded["labels"].masked_fill(encoded["labels"] == encoder.eos, IGNORED)
+        losses, _ = reference_losses(model, {**encoded, "labels": own})
+        scores += [-float(loss) for loss in losses]
+    waiting = iter(scores)
+    found = [{choice: next(waiting) / max(len(choice), 1) for choice in example.choices} for example in batch]
+    return [max(each, key=each.__getitem__) for each in found]
+
+
 def reference_losses(
     model: nn.Module, batch: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, " examples"], Int[Tensor, " examples"]]:
@@ -196,7 +261,7 @@ def reference_losses(
     return losses.double().sum(1), (targets != IGNORED).sum(1)
 
 
-def judge(given: str, example: Example) -> tuple[dict[str, float], dict[str, tuple[int, int, int]]]:
+def judge(given: str, example: Example) -> Verdict:
     """Each per-example metric of one answer, and the labels it touches."""
     wanted = example.response
     rouge = ROUGE.score(wanted, given)

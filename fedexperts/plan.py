@@ -12,7 +12,7 @@ from fedexperts.moe.flops import per_step
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
 from fedexperts.start import Prepared
-from fedexperts.types import Client, Server
+from fedexperts.types import Client, Example, Server
 
 WHAT_THEN = {
     "train anyway": "it trains there all the same, and the report marks them",
@@ -72,7 +72,7 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[s
 def too_long_labels(prepared: Prepared) -> Iterator[str]:
     """A sentence for each task with labels that no answer can reach."""
     most = prepared.config.evaluation.generate_tokens
-    sets = {example.task: example.choices for example in prepared.clients.pool.test if example.choices}
+    sets = {example.task: example.choices for example in prepared.clients.pool.test if generated(example)}
     for task, choices in sets.items():
         lengths = [len(ids) for ids in prepared.base.tokenizer(list(choices), add_special_tokens=False)["input_ids"]]
         if max(lengths) > most:
@@ -80,6 +80,11 @@ def too_long_labels(prepared: Prepared) -> Iterator[str]:
                 f"{sum(length > most for length in lengths)} of the {len(choices)} labels of {task} are longer than "
                 f"evaluation.generate_tokens = {most} and will never be answered right; set it to {max(lengths) + 1}"
             )
+
+
+def generated(example: Example) -> bool:
+    """Whether one of given labels must be said, token by token."""
+    return bool(example.choices) and example.metric != "likelihood"
 
 
 def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexperts.base.load import Base, load
 from fedexperts.config import ModelSettings, RunConfig
-from fedexperts.data.clients import Clients, Pool, load_pool, make_clients
-from fedexperts.data.settings import DataSettings
+from fedexperts.data.clients import Clients, Pool, Retained, load_pool, load_retained, make_clients, without
 from fedexperts.devices import memories, trace_hash
 from fedexperts.federation import steps
 from fedexperts.moe import rows
@@ -37,6 +36,7 @@ class Parts:
 
     bases: Kept[Base] = field(default_factory=dict)
     pools: Kept[Pool] = field(default_factory=dict)
+    retains: Kept[Retained] = field(default_factory=dict)
     divided: Kept[Clients] = field(default_factory=dict)
     responses: Kept[int] = field(default_factory=dict)
     footprints: Kept[Footprint] = field(default_factory=dict)
@@ -44,17 +44,24 @@ class Parts:
     def base(self, model: ModelSettings) -> Base:
         return kept(self.bases, 1, model, lambda: load(model.name, model.trust_remote_code))
 
-    def clients(self, data: DataSettings, seed: int) -> Clients:
-        key = data.model_dump_json(), seed
-        return kept(self.divided, 8, key, lambda: make_clients(data, seed, self.pool(data)))
+    def clients(self, config: RunConfig) -> Clients:
+        data = config.data
+        key = data.model_dump_json(), config.seed, config.evaluation.retained
+        return kept(self.divided, 8, key, lambda: make_clients(data, config.seed, self.pool(config)))
 
-    def pool(self, data: DataSettings) -> Pool:
-        return kept(self.pools, 2, (data.sources, data.limit), lambda: load_pool(data))
+    def pool(self, config: RunConfig) -> Pool:
+        data = config.data
+        key = data.sources, data.limit, config.evaluation.retained
+        return kept(self.pools, 2, key, lambda: without(load_pool(data), self.retained(config)))
+
+    def retained(self, config: RunConfig) -> Retained:
+        asked = config.evaluation.retained
+        return kept(self.retains, 2, asked, lambda: load_retained(asked, config.data))
 
     def longest_response(self, config: RunConfig) -> int:
         """longest_response of all that the run's clients may get to train on."""
-        base, clients = self.base(config.model), self.clients(config.data, config.seed)
-        key = config.model, config.data.sources, config.data.limit
+        base, clients = self.base(config.model), self.clients(config)
+        key = config.model, config.data.sources, config.data.limit, config.evaluation.retained
         return kept(self.responses, 8, key, lambda: longest_response(base.tokenizer, clients.pool.train))
 
     def footprint(self, config: RunConfig) -> Footprint:
@@ -106,6 +113,7 @@ class Prepared:
     participants: Mapping[str, Client]  # who may be asked to train: the clients, or the one place that has all their data
     data: Mapping[str, Split]  # of clients and participants
     setting: str = ""  # the run file of a comparison, by its name
+    retained: Retained = Retained()
 
 
 def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", parts: Parts | None = None) -> Prepared:
@@ -116,12 +124,13 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     """
     method = config.build_method()
     parts = parts or Parts()
-    base, clients = parts.base(config.model), parts.clients(config.data, config.seed)
+    base, clients = parts.base(config.model), parts.clients(config)
     server = first_server(config, base, clients, parts.footprint(config))
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training.build()
-    prepared = Prepared(config, method, label, base, clients, server, training, server.clients, clients, setting)
+    known, retained = server.clients, parts.retained(config)
+    prepared = Prepared(config, method, label, base, clients, server, training, known, clients, setting, retained)
     return pooled(prepared) if method.pooled else prepared
 
 
@@ -159,7 +168,7 @@ def versions(prepared: Prepared) -> dict[str, Any]:
         **{package: version(package) for package in packages},
         "git_commit": git_commit(),
         "model_hash": prepared.base.hash,
-        "data_hashes": {**prepared.clients.hashes, **trace_hash(prepared.config.devices.profile)},
+        "data_hashes": {**prepared.clients.hashes, **prepared.retained.hashes, **trace_hash(prepared.config.devices.profile)},
     }
 
 

@@ -21,6 +21,7 @@ METRIC_NAMES: tuple[str, ...] = (
     "rouge1",
     "rouge2",
     "rougeL",
+    "likelihood",
     "perplexity",
 )
 """The keys of evaluate.METRICS, for those who must not import it."""
@@ -154,6 +155,8 @@ class Failure:
 
 class Encoder(Protocol):
     """Examples as tensors (data.encode.Encoder)."""
+
+    eos: int  # the id that ends a response
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
     def prompts(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...

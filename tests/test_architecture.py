@@ -16,7 +16,7 @@ LAYERS = (
     ("engines",),
     ("federation",),
     ("evaluate", "checkpoint", "config", "data", "base", "report", "inspect", "testing"),
-    ("progress",),
+    ("progress", "work"),
     ("start",),
     ("plan",),
     ("running",),

@@ -193,4 +193,80 @@ def test_scoring_leaves_a_training_model_in_training():
 
 
 def test_every_metric_says_what_it_is():
-    assert len(METRICS) == 9 and all(METRICS.values())
+    assert len(METRICS) == 10 and all(METRICS.values())
+
+
+def chosen(number: int, seed: int = 0) -> list[Example]:
+    """Prompts with three choices of as many words, one to three; the first is right."""
+    rng = random.Random(seed)
+    prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 7))) for _ in range(number)]
+    sets = [tuple(" ".join(rng.sample(WORDS, k=1 + row % 3)) for _ in range(3)) for row in range(number)]
+    return [
+        Example(prompt, choices[0], "mc", "likelihood", choices=choices) for prompt, choices in zip(prompts, sets, strict=True)
+    ]
+
+
+def log_likelihood(model: nn.Module, encoder: Encoder, example: Example, choice: str) -> float:
+    """Of the choice's own tokens after the prompt, alone in its batch."""
+    prompt, said = encoder.prompts([example])["input_ids"], torch.tensor([encoder.tokenizer(choice)["input_ids"]])
+    start = torch.zeros(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        if encoder.encoder_decoder:
+            logits = model(prompt, decoder_input_ids=torch.cat([start, said[:, :-1]], 1)).logits
+        else:
+            logits = model(torch.cat([prompt, said], 1)).logits[:, prompt.shape[1] - 1 : -1]
+    return float(logits.log_softmax(-1).gather(2, said[..., None]).sum())
+
+
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_the_choice_is_the_one_with_the_highest_likelihood_per_character_whatever_the_batch(family):
+    model, examples = tiny_model(family), chosen(9)
+    encoder = Encoder(tokenizer(), 32, encoder_decoder=family == "switch_transformers")
+    expected = [
+        max(example.choices, key=lambda choice: log_likelihood(model, encoder, example, choice) / len(choice))
+        for example in examples
+    ]
+    right = sum(choice == example.response for choice, example in zip(expected, examples, strict=True))
+    assert 0 < right < 9
+    for size in (1, 4, 9):
+        parts = [evaluate.likeliest(model, examples[start : start + size], encoder) for start in range(0, 9, size)]
+        assert [choice for part in parts for choice in part] == expected
+        assert score(model, examples, encoder, batch_size=size).main("mc") == pytest.approx(right / 9)
+
+
+def test_a_model_that_knows_nothing_takes_the_choice_with_the_fewest_tokens_per_character():
+    model = tiny_model("olmoe")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    # each token costs ln V: 1/2, 1/3 and 2/5 of it per character; with an end token the third would be the cheapest
+    example = Example("w5", "w12", "mc", "likelihood", choices=("w1", "w12", "w1 w2"))
+    assert evaluate.likeliest(model, [example], Encoder(tokenizer(), 32)) == ["w12"]
+
+
+def test_nothing_is_generated_for_a_task_judged_by_likelihood(monkeypatch):
+    monkeypatch.setattr(evaluate, "answer", lambda *_: pytest.fail("an answer was generated"))
+    found = score(tiny_model("olmoe"), chosen(3), Encoder(tokenizer(), 32), batch_size=2)
+    assert list(found.by_task()["mc"]) == ["likelihood", "perplexity"]
+
+
+def test_likelihood_without_the_answer_among_choices_is_an_error():
+    with pytest.raises(BadValue, match="judged by likelihood, but the answer 'w2' is none of its 0 choices"):
+        score(tiny_model("olmoe"), [Example("w1", "w2", "t", "likelihood")], Encoder(tokenizer(), 32))
+
+
+def test_the_values_of_examples_are_in_the_same_order_for_every_model_and_batch_and_their_mean_is_the_value():
+    encoder, examples = Encoder(tokenizer(), 32), chosen(9)
+    one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
+    found = [evaluate.by_example(model, examples, encoder, 4, size)["mc"] for model, size in ((one, 2), (one, 9), (other, 9))]
+    assert found[0] == found[1] and set(found[0]["values"]) == {0.0, 1.0}
+    assert len(found[2]["values"]) == found[2]["examples"] == 9
+    assert all(each["value"] == pytest.approx(sum(each["values"]) / 9) for each in found)
+    order = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
+    expected = [float(evaluate.likeliest(other, [example], encoder) == [example.response]) for example in order]
+    assert found[2]["values"] == expected
+
+
+def test_a_metric_that_is_no_mean_over_examples_has_no_values_of_examples():
+    texts = [Example("", "w1 w2", "text", "perplexity")]
+    found = evaluate.by_example(tiny_model("olmoe"), texts, Encoder(tokenizer(), 32), 4, 2)["text"]
+    assert found["values"] == [] and found["value"] > 1

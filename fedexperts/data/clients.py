@@ -8,14 +8,14 @@ holds a test prompt of any client, and no two clients share a prompt to train on
 import json
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedexperts.data import partition as divide_by
 from fedexperts.data.partition import Clusters, Indices, Loads, Partition, apportion, from_object, shuffled
 from fedexperts.data.settings import DataSettings, PartitionSettings, SourceSettings
-from fedexperts.data.sources import Placed, Source, examples_from, load
+from fedexperts.data.sources import Placed, Source, drawn, examples_from, load
 from fedexperts.data.templates import Row, rows_of
 from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.files import write_text
@@ -41,6 +41,14 @@ class Pool:
     test: tuple[Example, ...]
     hashes: Mapping[str, str]
     left_out: int = 0  # examples that repeated others
+
+
+@dataclass(frozen=True)
+class Retained:
+    """Examples that show what a model still knows: nobody trains on them. And the sha256 of each source they came from."""
+
+    examples: tuple[Example, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,41 @@ def load_pool(settings: DataSettings) -> Pool:
     return pool
 
 
+def load_retained(sources: Sequence[SourceSettings], settings: DataSettings) -> Retained:
+    """Test examples of `sources`, of each at most its limit, drawn at random; each source is one task.
+
+    Where no metric is told, examples with choices are judged by likelihood.
+
+    Raises:
+        BadValue: a metric there is none of.
+        BadData: sources that cannot be read, have no test examples, or mix metrics.
+    """
+    found = [_retained(told, load(told, settings)) for told in sources if check_metric(told) is None]
+    _tasks_agree(found)
+    examples = pooled([], [example for source in found for example in source.test]).test
+    return Retained(examples, {f"retained/{source.name}": source.hash for source in found})
+
+
+def _retained(told: SourceSettings, source: Source) -> Source:
+    """`source` with only what was drawn of its test examples, as one task."""
+    if not source.test:
+        raise BadData(f"source {source.name} has no test examples, and only those are scored as retained; give it a test split")
+    tasks = tasks_of(source)
+    task = told.task or (tasks[0] if len(tasks) == 1 else told.name)
+    test = [
+        replace(each, task=task, metric=told.metric or ("likelihood" if each.choices else each.metric))
+        for each in drawn(source.test, told.limit, source.name)
+    ]
+    return replace(source, train=[], test=test)
+
+
+def without(pool: Pool, retained: Retained) -> Pool:
+    """`pool` with no training example that repeats one of `retained`."""
+    held = {key(example) for example in retained.examples}
+    train = tuple(example for example in pool.train if key(example) not in held)
+    return replace(pool, train=train, left_out=pool.left_out + len(pool.train) - len(train))
+
+
 def check_metric(source: SourceSettings) -> None:
     """Raises BadValue for a metric there is none of."""
     if source.metric is not None and source.metric not in METRIC_NAMES:
@@ -224,6 +267,11 @@ def _tasks_agree(sources: Sequence[Source]) -> None:
                 raise BadData(
                     f"task {example.task} has metric {metric} in source {where} and {example.metric} in source {source.name};"
                     " write the same metric = … in each, or another task = …"
+                )
+            if metric == "likelihood" and example.response not in example.choices:
+                raise BadData(
+                    f"task {example.task} of source {source.name} is judged by likelihood, which needs choices with the right "
+                    "answer among them; give rows with choices and gold, or another metric"
                 )
             if example.label is None:
                 continue

@@ -1,9 +1,9 @@
 """What a run file says about data: sources, how they are divided among clients, and how much of them is used."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 By = Literal["task", "iid", "pathological", "dirichlet", "clusters", "quantity"]
 NUMBER_OF: Mapping[str, str] = {
@@ -97,12 +97,23 @@ class SourceSettings(BaseModel):
     limit: int | None = Field(default=None, ge=1)  # training examples, drawn at random
 
 
+def _names_are_tables(given: object) -> object:
+    """A list of sources, of which each may be a name alone; one source may stand without a list."""
+    given = [given] if isinstance(given, str | dict) else given
+    if isinstance(given, list | tuple):
+        return tuple({"name": source} if isinstance(source, str) else source for source in given)
+    return given
+
+
+Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_names_are_tables)]
+
+
 class DataSettings(BaseModel):
     """The `data` table of a run file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sources: tuple[SourceSettings, ...] = Field(min_length=1)
+    sources: Sources = Field(min_length=1)
     clients: int = Field(default=10, ge=1)
     partition: PartitionSettings = PartitionSettings()
     limit: int | None = Field(default=None, ge=1)  # training examples of each source that sets none itself
@@ -110,14 +121,6 @@ class DataSettings(BaseModel):
     validation: float = Field(default=0.15, gt=0, lt=1)  # share of a client's training examples
     test_examples: int = Field(default=50, ge=1)  # per client, distributed over labels as its training examples are
     max_tokens: int = Field(default=256, ge=4)
-
-    @field_validator("sources", mode="before")
-    @classmethod
-    def _names_are_tables(cls, given: object) -> object:
-        given = [given] if isinstance(given, str | dict) else given
-        if isinstance(given, list | tuple):
-            return tuple({"name": source} if isinstance(source, str) else source for source in given)
-        return given
 
     @model_validator(mode="after")
     def _every_client_has_a_task(self) -> Self:

@@ -60,6 +60,9 @@ PACKS: Mapping[str, Pack] = {
     "commonsenseqa": Pack(("reasoning/commonsenseqa",), "multiple_choice"),
     "mmlu": Pack(("reasoning/mmlu",), "multiple_choice", many_tasks=True),
     "piqa": Pack(("reasoning/piqa",), "multiple_choice"),
+    "commonsenseqa_cloze": Pack(("reasoning/commonsenseqa",), "cloze"),
+    "mmlu_cloze": Pack(("reasoning/mmlu",), "cloze", many_tasks=True),
+    "piqa_cloze": Pack(("reasoning/piqa",), "cloze"),
     "gsm8k": Pack(("reasoning/gsm8k",), "exact"),
     "mbpp": Pack(("reasoning/mbpp",), "instruction"),
     "gpteacher_code": Pack(("reasoning/gpteacher_code",), "instruction"),
@@ -296,10 +299,14 @@ def at_place(placed: Placed, make: Callable[[Row], T]) -> T:
 
 
 def _limited(source: Source, limit: int | None) -> Source:
-    if limit is None or len(source.train) <= limit:
-        return source
-    chosen = sorted(Random(f"limit/{source.name}").sample(range(len(source.train)), limit))
-    return Source(source.name, [source.train[index] for index in chosen], source.test, source.hash)
+    return replace(source, train=drawn(source.train, limit, source.name))
+
+
+def drawn(examples: list[Example], limit: int | None, name: str) -> list[Example]:
+    """`limit` of the examples of the source `name`, always the same, in their order; all where there are no more."""
+    if limit is None or len(examples) <= limit:
+        return examples
+    return [examples[index] for index in sorted(Random(f"limit/{name}").sample(range(len(examples)), limit))]
 
 
 def split(rows: list[Placed], name: str) -> tuple[list[Placed], list[Placed]]:

@@ -15,6 +15,7 @@ from fedexperts.types import Example
 Row = Mapping[str, Any]
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
 ALPACA_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TREC = {
     "ABBR": "abbreviation",
     "DESC": "description",
@@ -64,9 +65,20 @@ def closed(row: Row, hints: Hints) -> Example:
 
 def multiple_choice(row: Row, hints: Hints) -> Example:
     """The options stand in the input; the answer is a letter. Letters are no labels: they say nothing of the content."""
-    letters = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(value(row, "choices"))])
+    letters = tuple(LETTERS[: len(value(row, "choices"))])
     letter = letters[int(value(row, "gold"))]
     return Example(asked(row, hints), letter, hints.task, hints.metric or "accuracy", choices=letters)
+
+
+def cloze(row: Row, hints: Hints) -> Example:
+    """The question alone, without the options that stand below it; the answer is an option's text, not its letter.
+
+    How small models are best asked: they seldom know what a letter stands for (OLMES, https://arxiv.org/abs/2406.08446).
+    """
+    choices = tuple(str(choice).strip() for choice in value(row, "choices"))
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, value(row, "choices"), strict=False))
+    prompt = f"{text_of(row, 'input').removesuffix(options)}\nAnswer:\n"
+    return Example(prompt, choices[int(value(row, "gold"))], hints.task, hints.metric or "likelihood", choices=choices)
 
 
 def short_answer(row: Row, hints: Hints) -> Example:
@@ -109,6 +121,7 @@ TEMPLATES: Mapping[str, Template] = {
     "classification": classification,
     "closed": closed,
     "multiple_choice": multiple_choice,
+    "cloze": cloze,
     "short_answer": short_answer,
     "summary": summary,
     "instruction": instruction,

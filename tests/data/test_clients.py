@@ -4,6 +4,7 @@ import json
 import pickle
 import time
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedexperts import evaluate
-from fedexperts.data.clients import clients_from, clients_from_object, divide, key, load_pool, make_clients, pooled
+from fedexperts.data.clients import (
+    Retained,
+    clients_from,
+    clients_from_object,
+    divide,
+    key,
+    load_pool,
+    load_retained,
+    make_clients,
+    pooled,
+    without,
+)
 from fedexperts.data.partition import Partition, from_object
 from fedexperts.data.settings import DataSettings, SourceSettings
 from fedexperts.errors import BadData, BadValue
@@ -303,6 +315,45 @@ def test_two_metrics_for_one_task_are_refused_before_a_run_starts(tmp_path):
 def test_a_metric_there_is_none_of_is_refused_before_anything_is_read():
     with pytest.raises(BadValue, match=r"metric 'rougel' of source nowhere\.csv is not one of accuracy, .*; did you mean rougeL"):
         load_pool(settings(sources={"name": "nowhere.csv", "metric": "rougel"}))
+
+
+def asked(*sources: dict) -> tuple:
+    return settings(sources=list(sources)).sources
+
+
+def test_what_is_retained_is_drawn_of_the_test_examples_and_choices_are_judged_by_likelihood(tmp_path):
+    rows = [
+        {"instruction": "Choose.", "input": f"{n}?\nA. x\nB. y", "output": "A", "choices": ["x", "y"], "gold": 0}
+        for n in range(9)
+    ]
+    for side in ("train", "test"):
+        (tmp_path / f"quiz.{side}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    quiz = {"name": str(tmp_path / "quiz.train.jsonl"), "limit": 4}
+    wanted = asked(quiz, {"name": "synthetic/sort", "task": "order", "limit": 7})
+    found = load_retained(wanted, settings())
+    assert Counter((example.task, example.metric) for example in found.examples) == {
+        ("quiz", "likelihood"): 4,
+        ("order", "verbatim"): 7,
+    }
+    assert found == load_retained(wanted, settings())
+    assert {name.partition("/")[0] for name in found.hashes} == {"retained"} and len(found.hashes) == 2
+    told = load_retained(asked({**quiz, "metric": "accuracy"}), settings())
+    assert {example.metric for example in told.examples} == {"accuracy"}
+
+
+def test_nobody_trains_on_what_is_retained():
+    pool = load_pool(settings(sources="synthetic/sort", limit=40))
+    held = tuple(replace(example, task="other") for example in pool.train[:5])
+    left = without(pool, Retained(held))
+    assert left.train == pool.train[5:] and left.test == pool.test
+    assert left.left_out == pool.left_out + 5
+
+
+def test_a_source_judged_by_likelihood_needs_choices():
+    with pytest.raises(BadData, match="judged by likelihood, which needs choices with the right answer among them"):
+        load_pool(settings(sources={"name": "synthetic/sort", "metric": "likelihood"}))
+    with pytest.raises(BadData, match="judged by likelihood, which needs choices with the right answer among them"):
+        load_retained(asked({"name": "synthetic/sort", "metric": "likelihood"}), settings())
 
 
 def test_the_names_of_metrics_are_those_of_evaluation():

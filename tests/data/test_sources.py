@@ -225,6 +225,23 @@ def test_tasks_of_a_pack_of_many_can_be_taken_alone(pack):
         source("dolly/closedqa")
 
 
+@pytest.mark.parametrize("name", ["mmlu", "piqa", "commonsenseqa"])
+def test_sets_of_choices_are_asked_by_letter_or_as_cloze(pack, name):
+    letters, texts = source(name).test, source(f"{name}_cloze").test
+    assert len(letters) == len(texts) >= 721
+    for one, other in zip(letters, texts, strict=True):
+        assert len(one.choices) == len(other.choices) and one.choices[:2] == ("A", "B")
+        assert other.choices[one.choices.index(one.response)] == other.response
+        assert f"A. {other.choices[0]}" in one.prompt and f"\nA. {other.choices[0]}" not in other.prompt
+
+
+def test_every_category_of_dolly_can_be_judged_by_rouge(pack):
+    categories = ("closed_qa", "information_extraction", "classification", "summarization")
+    found = [source(f"dolly/{name}", metric="rougeL") for name in categories]
+    assert {example.metric for each in found for example in (*each.train, *each.test)} == {"rougeL"}
+    assert [each.test[0].task for each in found] == [f"dolly/{name}" for name in categories]
+
+
 def test_settings_have_short_forms():
     settings = DataSettings.model_validate({"sources": "ag_news", "partition": {"by": "task", "within": {"dirichlet": 0.3}}})
     assert settings.sources[0].name == "ag_news"

@@ -28,6 +28,11 @@ def test_a_choice_is_answered_by_its_letter_and_has_no_label():
     assert example == Example("Choose.\nGoal: eat\nA. fork\nB. spade\nAnswer:\n", "A", "piqa", "accuracy", None, ("A", "B"))
 
 
+def test_a_cloze_shows_no_options_and_is_answered_by_the_text_of_one():
+    example = templates.cloze(QUIZ, Hints("piqa"))
+    assert example == Example("Goal: eat\nAnswer:\n", "fork", "piqa", "likelihood", None, ("fork", "spade"))
+
+
 def test_a_closed_set_of_answers_gives_labels():
     example = templates.closed({"instruction": "Good?", "input": "Meh.", "output": "NEG"}, Hints("sst2", names=("NEG", "POS")))
     assert example == Example("Good?\nMeh.\nAnswer:\n", "NEG", "sst2", "accuracy", 0, ("NEG", "POS"))

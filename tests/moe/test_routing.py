@@ -1,5 +1,6 @@
 """Counting what routers pick, and the balance loss."""
 
+import math
 from itertools import permutations
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import blocks
-from fedexperts.moe.routing import Recorder, _logits, _picked, balance_loss
+from fedexperts.moe.routing import Recorder, _logits, _picked, balance_loss, divergence, router_drift
 from fedexperts.moe.shrink import shrink
 from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
 
@@ -185,3 +186,40 @@ def test_a_balance_loss_without_logits_is_refused():
         model(**tiny_batch("mixtral"))
     with pytest.raises(BadValue, match="keep_logits=True"):
         balance_loss(recorder)
+
+
+def test_the_divergence_of_two_routings_by_hand():
+    even, skewed = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+    expected = 0.5 * math.log(4 / 3)  # ½ ln ½/¼ + ½ ln ½/¾
+    assert divergence(even.log(), skewed.log() + 3, sigmoid=False).tolist() == pytest.approx([expected])
+    scores = torch.tensor([[0.2, 0.6]])  # ¼ and ¾ of their sum
+    assert divergence(even.logit(), scores.logit(), sigmoid=True).tolist() == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_have_not_drifted_from_themselves_and_others_have(family):
+    one, other, batch = tiny_model(family), tiny_model(family, seed=1), tiny_batch(family)
+    assert router_drift(one, one, [batch]) == dict.fromkeys(blocks(one), 0.0)
+    drift = router_drift(one, other, [batch])
+    assert drift.keys() == blocks(one).keys()
+    assert all(each > 0 for each in drift.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drift_is_the_mean_over_tokens_whatever_the_batches_and_their_padding(family):
+    one, other = tiny_model(family), tiny_model(family, seed=1)
+    batch = tiny_batch(family, tokens=TOKENS, padding=PADDING)
+    alone = [
+        {"input_ids": ids[mask == 1][None], "attention_mask": mask[mask == 1][None], "labels": labels[labels != -100][None]}
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
+    ]
+    assert router_drift(one, other, [batch]) == pytest.approx(router_drift(one, other, alone), rel=1e-4)
+
+
+def test_drift_looks_at_all_experts_where_the_same_are_picked():
+    one, other = tiny_model("olmoe"), tiny_model("olmoe")
+    with torch.no_grad():
+        for block in blocks(other).values():
+            block.router.weight.mul_(1.5)  # the order of the logits stays
+    first, *_ = router_drift(one, other, [tiny_batch("olmoe")]).values()
+    assert first > 0
