@@ -121,7 +121,7 @@ class Cost:
     seconds: float = 0.0  # of the whole job, as the engine saw it
     tokens: int = 0  # trained on, padding left out
     peak_bytes: int = 0  # largest sum of tensors alive in a training step, weights included
-    flops_estimated: float = 0.0  # of the training steps
+    flops_estimated: float = 0.0  # of the training steps, or of the pass that a stage is
 
 
 @dataclass(frozen=True)
