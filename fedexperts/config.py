@@ -1,19 +1,24 @@
 """A run as nested frozen models, read from one TOML file; every default lives here or in a method's fields."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import cos, pi
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.devices import UTILISATION, Profile, profiles
 from fedexperts.errors import BadValue, nearest
 from fedexperts.methods import METHODS
+from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, Stepped
 from fedexperts.moe.tuning import Part, Tuning
 from fedexperts.settings import Tree, checked, read_tree, sentence, without_none
 from fedexperts.types import Method, Training
+
+Kind = TypeVar("Kind")
+METHOD, OPTIMIZER = "method", "federation.server_optimizer"
 
 
 class Settings(BaseModel):
@@ -36,6 +41,8 @@ class TrainingSettings(Settings):
     alpha: float = Field(Tuning.alpha, gt=0)
     attention_modules: tuple[str, ...] = Tuning.attention_modules  # that get LoRA
     lr: float = Field(Training.lr, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, over rounds; inside a round it is constant
+    final_lr: float = Field(1e-6, gt=0)  # where the cosine ends
     batch_size: int = Field(Training.batch_size, ge=1)
     local_steps: int = Field(Training.local_steps, ge=1)
     optimizer: Literal["adamw", "sgd"] = Training.optimizer
@@ -48,11 +55,27 @@ class TrainingSettings(Settings):
 
     def build(self) -> Training:
         tuning = {"train", "parts", "rank", "alpha", "attention_modules"}
-        return Training(tuning=Tuning(**self.model_dump(include=tuning)), **self.model_dump(exclude=tuning))
+        of_the_run = {"schedule", "final_lr"}
+        return Training(tuning=Tuning(**self.model_dump(include=tuning)), **self.model_dump(exclude=tuning | of_the_run))
+
+    def lr_in(self, round: int, rounds: int) -> float:
+        """The learning rate of a round: under "cosine" `lr` in the first one, and in stages before it; `final_lr` in the last."""
+        if self.schedule == "constant" or round <= 1:
+            return self.lr
+        return self.final_lr + (self.lr - self.final_lr) * (1 + cos(pi * (round - 1) / (rounds - 1))) / 2
 
     @model_validator(mode="after")
     def tuning_is_possible(self) -> Self:
         self.build().tuning.check()
+        return self
+
+    @model_validator(mode="after")
+    def cosine_falls(self) -> Self:
+        if self.schedule == "cosine" and self.final_lr > self.lr:
+            raise BadValue(
+                f"training.final_lr = {self.final_lr:g} is above training.lr = {self.lr:g}, but the cosine falls from lr to it; "
+                "lower it"
+            )
         return self
 
 
@@ -62,6 +85,14 @@ class FederationSettings(Settings):
     sampling: Literal["random", "by task"] = "random"  # by task: of different tasks, as far as there are
     engine: Literal["local"] = "local"
     workers: int = Field(1, ge=1)
+    server_optimizer: Tree | None = None  # its name and its fields: what a round's merge is a step of; None: it is taken as it is
+
+    @field_validator("server_optimizer", mode="before")
+    @classmethod
+    def may_be_a_name(cls, given: object) -> object:
+        """A name alone has the defaults; "none" is none."""
+        asked = {"name": given} if isinstance(given, str) else given
+        return None if isinstance(asked, dict) and asked.get("name") == "none" else asked
 
 
 class DeviceSettings(Settings):
@@ -127,31 +158,48 @@ class RunConfig(Settings):
         return self
 
     def build_method(self) -> Method:
-        """The method with its hyperparameters.
+        """The method with its hyperparameters, and the server's optimiser around it where there is one.
 
         Raises:
-            BadValue: no such method, or a field that it does not have or allow.
+            BadValue: no such method or optimiser, or a field that it does not have or allow.
         """
-        fields = dict(self.method)
-        name = fields.pop("name", None)
-        if not isinstance(name, str) or name not in METHODS:
-            raise BadValue(f"method.name = {name!r} is not one of {', '.join(METHODS)}{nearest(str(name), METHODS)}")
-        allowed = [field.name for field in dataclasses.fields(METHODS[name])]  # type: ignore[arg-type]  # all are dataclasses
-        for key in fields:
-            if key not in allowed:
-                raise BadValue(
-                    f"method.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
-                )
-        try:
-            return TypeAdapter(METHODS[name]).validate_python(fields)
-        except ValidationError as error:
-            raise BadValue(sentence(error, RunConfig, ("method",))) from None
+        method, optimizer = built(METHODS, self.method, METHOD), self.federation.server_optimizer
+        return method if optimizer is None else Stepped(method, built(SERVER_OPTIMIZERS, optimizer, OPTIMIZER))
 
     def resolved(self) -> Tree:
-        """All settings, defaults included, the method's too; as TOML can hold them."""
-        method = {"name": self.method["name"], **dataclasses.asdict(self.build_method())}  # type: ignore[call-overload]  # likewise
-        resolved: Tree = without_none({**self.model_dump(mode="json"), "method": method})
+        """All settings, defaults included, the method's and the server optimiser's too; as TOML can hold them."""
+        tree = {**self.model_dump(mode="json"), "method": spelled_out(METHODS, self.method, METHOD)}
+        if (optimizer := self.federation.server_optimizer) is not None:
+            tree["federation"]["server_optimizer"] = spelled_out(SERVER_OPTIMIZERS, optimizer, OPTIMIZER)
+        resolved: Tree = without_none(tree)
         return resolved
+
+
+def built(kinds: Mapping[str, type[Kind]], asked: Tree, place: str) -> Kind:
+    """The one of `kinds` that the settings at `place`, `asked`, name, with the fields that they give it.
+
+    Raises:
+        BadValue: no such name, or a field that it does not have or allow.
+    """
+    fields = dict(asked)
+    name = fields.pop("name", None)
+    if not isinstance(name, str) or name not in kinds:
+        raise BadValue(f"{place}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds)}")
+    allowed = [field.name for field in dataclasses.fields(kinds[name])]  # type: ignore[arg-type]  # all are dataclasses
+    for key in fields:
+        if key not in allowed:
+            raise BadValue(
+                f"{place}.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
+            )
+    try:
+        return TypeAdapter(kinds[name]).validate_python(fields)
+    except ValidationError as error:
+        raise BadValue(sentence(error, RunConfig, tuple(place.split(".")))) from None
+
+
+def spelled_out(kinds: Mapping[str, type[Kind]], asked: Tree, place: str) -> Tree:
+    """`asked` with all fields, defaults included."""
+    return {"name": asked["name"], **dataclasses.asdict(built(kinds, asked, place))}  # type: ignore[call-overload]  # likewise
 
 
 def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:

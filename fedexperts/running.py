@@ -34,6 +34,8 @@ MAY_DIFFER = ("federation.workers",)
 BEFORE = {
     "devices.out_of_memory": "train anyway",
     "devices.utilisation": UTILISATION,
+    "training.schedule": "constant",
+    "training.final_lr": 1e-6,
     "evaluation.score": "after_aggregation",
     "evaluation.retained": [],
     "evaluation.drift": False,
@@ -246,7 +248,7 @@ def score_lines(scores: evaluate.Scores, client: str | None, with_sums: bool = F
 
 def work_for(prepared: Prepared) -> Work:
     config = prepared.config
-    return Work(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples)
+    return Work(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples, config.training)
 
 
 def encoder_for(prepared: Prepared) -> Encoder:

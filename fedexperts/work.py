@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedexperts import evaluate
 from fedexperts.client import install
-from fedexperts.config import EvaluationSettings
+from fedexperts.config import EvaluationSettings, TrainingSettings
 from fedexperts.moe.routing import router_drift
 from fedexperts.moe.shrink import shrink
 from fedexperts.types import Bench, Example, Job, Method, Patch, Update
@@ -28,12 +28,14 @@ class Work:
     evaluation: EvaluationSettings
     rounds: int  # of the whole run
     retained: Sequence[Example] = ()
+    training: TrainingSettings = TrainingSettings()  # for its schedule; the rest is in the bench
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, job: Job, bench: Bench) -> Update:
         if job.task == "evaluate":
             return self.evaluate(job, bench)
-        update = self.method.train(job, bench)
+        lr = self.training.lr_in(job.round, self.rounds)
+        update = self.method.train(job, replace(bench, training=replace(bench.training, lr=lr)))
         if not (job.task == "train" and self.scores_after_training and falls_due(job.round, self.evaluation, self.rounds)):
             return update
         model = install(laid_over(job, update), bench)
