@@ -5,6 +5,7 @@ import pytest
 
 from fedexperts.config import RunConfig, read
 from fedexperts.errors import BadValue
+from fedexperts.methods import METHODS
 from fedexperts.settings import checked, different, keys, to_toml, with_settings
 
 TREE = {"method": {"name": "fedmoe"}, "data": {"sources": ["synthetic/sort"]}}
@@ -60,7 +61,7 @@ def test_a_key_that_is_no_name_is_refused(key):
 
 
 def test_an_unknown_method_is_refused_with_all_there_are_and_the_nearest():
-    there = "fedmoe, hfedmoe, pfl_moe, seer_moe, random_moe, fedavg, fedprox, scaffold, local, centralised"
+    there = ", ".join(METHODS)
     assert refusal("method.name=fedmoee") == f"method.name = 'fedmoee' is not one of {there}; did you mean fedmoe?"
 
 

@@ -110,6 +110,23 @@ def test_clients_that_keep_something_to_themselves_are_resumed_with_the_same_bit
     assert_same(saved(tmp_path / "killed"), whole)
 
 
+def test_a_server_optimizer_a_schedule_and_personal_models_are_resumed_with_the_same_bits(tiny_tree, tmp_path):
+    tree = {
+        **tiny_tree,
+        "method": {"name": "ditto"},
+        "training": {**tiny_tree["training"], "schedule": "cosine"},
+        "federation": {**tiny_tree["federation"], "server_optimizer": {"name": "fedadam"}},
+    }
+    run_file = write(tree, tmp_path / "run.toml")
+    driven(run_file, tmp_path / "whole")
+    said = driven(run_file, tmp_path / "killed", "d")
+    assert said["kills"] >= 3
+    whole = saved(tmp_path / "whole")
+    assert len(whole["kept"]) >= 2
+    assert {name.split("/")[1] for name in whole["memory"]} == {"m", "v"}
+    assert_same(saved(tmp_path / "killed"), whole)
+
+
 def test_hfedmoe_killed_and_resumed_or_with_two_workers_ends_with_the_same_bits(tiny_tree, tmp_path):
     tree = {**tiny_tree, "method": {"name": "hfedmoe", "budget": 0.5, "usage_floor": 0.5}}
     run_file = write(tree, tmp_path / "run.toml")

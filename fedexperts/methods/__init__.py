@@ -1,9 +1,12 @@
 """The federated methods, by the name that a run file calls them."""
 
 from fedexperts.methods.centralised import Centralised
+from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE
+from fedexperts.methods.fedper import FedPer
 from fedexperts.methods.fedprox import FedProx
+from fedexperts.methods.fedrep import FedRep
 from fedexperts.methods.hfedmoe import HFedMoE
 from fedexperts.methods.local import Local
 from fedexperts.methods.pfl_moe import PFLMoE
@@ -21,6 +24,9 @@ METHODS: dict[str, type[Method]] = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
     "scaffold": Scaffold,
+    "fedper": FedPer,
+    "fedrep": FedRep,
+    "ditto": Ditto,
     "local": Local,
     "centralised": Centralised,
 }

@@ -12,11 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedexperts.client import fit, install
+from fedexperts.client import Fitted, fit, install
 from fedexperts.methods.base import Count, Positive, add_gradient, answer, by_examples, mean_rows
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe.tuning import trainable
 from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+Anchors = Sequence[tuple[nn.Parameter, Tensor]]
+"""What is trained, each with the value that it is held near."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,33 @@ class FedProx:
         return Assignment(same_for_all(server, client, self.experts_per_layer))
 
     def train(self, job: Job, bench: Bench) -> Update:
-        """The penalty's gradient, μ (w − wᵗ), comes in after backward, tensor by tensor: autograd would hold all of it through
-        backward. So all that FedProx takes beside FedAvg is wᵗ, and temporaries of the largest tensor.
-        """
         model = install(job, bench)
-        received = [parameter.detach().clone() for parameter in trainable(model)]
-
-        def penalty(model: nn.Module) -> Tensor:
-            return self.mu / 2 * sum_of_squares(model, received)
-
-        def draw_back(model: nn.Module) -> None:
-            for parameter, then in zip(trainable(model), received, strict=True):
-                add_gradient(parameter, self.mu * (parameter.detach() - then))
-
-        return answer(
-            job, bench, model, fit(model, bench, seed=job.seed, penalty=penalty, after_backward=draw_back, beside=received)
-        )
+        received = [(parameter, parameter.detach().clone()) for parameter in trainable(model)]
+        return answer(job, bench, model, fit_near(model, bench, received, self.mu, seed=job.seed))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)
 
 
+def fit_near(model: nn.Module, bench: Bench, anchors: Anchors, hold: float, *, seed: str) -> Fitted:
+    """`fit`, with `hold`/2 · ‖w − anchors‖² in the loss.
+
+    The penalty's gradient, `hold` (w − anchor), comes in after backward, tensor by tensor: autograd would hold all of it through
+    backward. So all that it takes beside `fit` is the anchors, and temporaries of the largest tensor.
+    """
+
+    def penalty(_: nn.Module) -> Tensor:
+        return hold / 2 * sum_of_squares(anchors)
+
+    def draw_back(_: nn.Module) -> None:
+        for parameter, anchor in anchors:
+            add_gradient(parameter, hold * (parameter.detach() - anchor))
+
+    beside = [anchor for _, anchor in anchors]
+    return fit(model, bench, seed=seed, penalty=penalty, after_backward=draw_back, beside=beside)
+
+
 @torch.no_grad()
-def sum_of_squares(model: nn.Module, received: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """‖w − wᵗ‖², w all that `model` trains."""
-    pairs = zip(trainable(model), received, strict=True)
-    return torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
+def sum_of_squares(anchors: Anchors) -> Float[Tensor, ""]:
+    """‖w − anchors‖²."""
+    return torch.stack([(parameter - anchor).square().sum() for parameter, anchor in anchors]).sum()

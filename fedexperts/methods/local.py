@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedexperts.client import fit, install
-from fedexperts.methods.base import Count, answer
+from fedexperts.methods.base import Count
+from fedexperts.methods.personal import train_and_keep
 from fedexperts.methods.submodel import same_for_all
-from fedexperts.moe import rows
 from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
 
 
@@ -26,10 +25,7 @@ class Local:
         return Assignment(same_for_all(server, client, self.experts_per_layer), names=frozenset())
 
     def train(self, job: Job, bench: Bench) -> Update:
-        model = install(job, bench)
-        update = answer(job, bench, model, fit(model, bench, seed=job.seed))
-        bench.kept.update(rows.read(model))
-        return update
+        return train_and_keep(job, bench)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         for _ in updates:

@@ -1,7 +1,7 @@
 """Trained parameters row-first: axis 0 is a row one can send alone, an expert or the whole as its only row."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,11 @@ def write(model: nn.Module, tensors: Tensors, rows: Mapping[str, Tensor] | None 
 def paired(model: nn.Module, tensors: Tensors) -> list[tuple[nn.Parameter, Tensor]]:
     """Each trainable parameter of `model` with what `tensors`, all rows of all of them, have for it: a view of its shape."""
     return [pair for name, source in _sources(model).items() for pair in source.split(tensors[name])]
+
+
+def parameters(model: nn.Module, names: Collection[str]) -> list[nn.Parameter]:
+    """The trainable parameters of `model` that hold what is called `names`."""
+    return [parameter for name, source in _sources(model).items() if name in names for parameter in source.parameters]
 
 
 def cut(tensors: Tensors, layout: Layout, experts: Experts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

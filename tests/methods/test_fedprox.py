@@ -11,7 +11,7 @@ from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedprox import FedProx, sum_of_squares
-from fedexperts.moe.tuning import Tuning
+from fedexperts.moe.tuning import Tuning, trainable
 from fedexperts.settings import checked
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Training
@@ -36,7 +36,8 @@ def distance(one, other):
 def test_the_distance_by_hand():
     model = nn.ParameterDict({"a": nn.Parameter(torch.tensor([1.0, 2.0])), "b": nn.Parameter(torch.tensor([[3.0]]))})
     model["frozen"] = nn.Parameter(torch.tensor([9.0]), requires_grad=False)
-    assert float(sum_of_squares(model, [torch.tensor([0.0, 4.0]), torch.tensor([[3.5]])])) == 1.0 + 4.0 + 0.25
+    anchors = list(zip(trainable(model), [torch.tensor([0.0, 4.0]), torch.tensor([[3.5]])], strict=True))
+    assert float(sum_of_squares(anchors)) == 1.0 + 4.0 + 0.25
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])

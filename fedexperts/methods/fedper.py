@@ -1,0 +1,41 @@
+"""FedPer: federated averaging of some layers, while each client's personal ones stay with it.
+
+Arivazhagan, Aggarwal, Singh, Choudhary, "Federated Learning with Personalization Layers", 2019,
+https://arxiv.org/abs/1912.00818, Algorithms 1 (client) and 2 (server). What it leaves open is marked (ours).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedexperts.methods.base import by_examples, mean_rows
+from fedexperts.methods.personal import Personal, shared_names, train_and_keep
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class FedPer:
+    """Base and personal layers are trained together, W_B and W_P; only W_B travels.
+
+    personal: the parts of the model whose trained weights are W_P (ours: the routers; the paper's are a network's last layers).
+    """
+
+    personal: Personal = ("router",)
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """W_B.
+
+        Raises:
+            BadValue: a personal part that is not trained, or nothing that is shared.
+        """
+        return Assignment(server.anatomy.all_experts, names=shared_names(server, self.personal))
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """Algorithm 1. W_P starts as the base has it (ours; the paper's at random)."""
+        return train_and_keep(job, bench)
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """Algorithm 2: W_B is the mean by examples, γ_j = n_j / Σ n_j."""
+        return mean_rows(server, updates, by_examples)

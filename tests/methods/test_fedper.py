@@ -1,0 +1,103 @@
+"""FedPer, Algorithms 1 and 2 of Arivazhagan et al."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedexperts.client import install
+from fedexperts.federation import jobs_for
+from fedexperts.methods.fedper import FedPer
+from fedexperts.methods.local import Local
+from fedexperts.methods.personal import parts
+from fedexperts.moe import rows
+from fedexperts.moe.tuning import Tuning
+from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.types import Client, Training
+
+CLIENTS = [Client("a", 8, "x"), Client("b", 12, "y")]
+TRAINING = Training(batch_size=4, local_steps=2)
+every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+every_tuning = pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Federation:
+    """Rounds with everybody, in this process."""
+
+    def __init__(self, method, clients, family="olmoe", training=TRAINING):
+        model = tiny_model(family)
+        self.method, self.clients = method, clients
+        self.server = tiny_server(model, clients, training)
+        self.benches = {client.name: tiny_bench(model, client, training) for client in clients}
+
+    def round(self):
+        self.server = replace(self.server, round=self.server.round + 1, task="train")
+        self.jobs = list(jobs_for(self.server, self.method, self.clients))
+        self.updates = [self.method.train(job, self.benches[job.client]) for job in self.jobs]
+        self.server = self.method.merge(self.server, iter(self.updates))
+
+
+@every_family
+@every_tuning
+@pytest.mark.parametrize("personal", [("router",), ("router", "attention"), ("experts",)])
+def test_personal_weights_go_neither_down_nor_up(family, tuning, personal):
+    federation = Federation(FedPer(personal), CLIENTS, family, replace(TRAINING, tuning=tuning))
+    before = federation.server
+    for _ in range(2):
+        federation.round()
+        for job, update in zip(federation.jobs, federation.updates, strict=True):
+            kept = federation.benches[job.client].kept
+            assert update.patch.tensors.keys() == job.patch.tensors.keys() == before.weights.keys() - kept.keys()
+            assert {parts(before.layout)[name] for name in kept} == {*personal}
+            assert not update.extra
+            sent = [*job.patch.tensors.values(), *update.patch.tensors.values()]
+            moved = [tensor for name, tensor in kept.items() if tensor.any() and not torch.equal(tensor, before.weights[name])]
+            assert len(moved) > len(kept) / 3
+            assert not [tensor for tensor in moved if any(same(tensor, other) for other in sent)]
+    assert all(torch.equal(federation.server.weights[name], before.weights[name]) for name in kept)
+    assert not all(torch.equal(federation.server.weights[name], before.weights[name]) for name in job.patch.tensors)
+
+
+def same(one, other):
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+@every_family
+@pytest.mark.parametrize("personal", [("router",), ("attention", "experts")])
+def test_a_federation_of_one_client_is_local_training_bit_for_bit(family, personal):
+    """Whatever is personal: what is shared is the mean of one."""
+    alone, local = (Federation(method, CLIENTS[:1], family) for method in (FedPer(personal), Local()))
+    for _ in range(3):
+        alone.round()
+        local.round()
+        assert equal({**alone.server.weights, **alone.benches["a"].kept}, local.benches["a"].kept)
+
+
+def test_clients_share_the_mean_by_examples_and_go_on_with_routers_of_their_own():
+    federation = Federation(FedPer(), CLIENTS)
+    federation.round()
+    (one, other), kept = federation.updates, [federation.benches[name].kept for name in "ab"]
+    for name in one.patch.tensors:
+        mean = (8 * one.patch.tensors[name] + 12 * other.patch.tensors[name]) / 20
+        torch.testing.assert_close(federation.server.weights[name], mean)
+    assert not any(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    asked = replace(federation.server, task="evaluate")
+    for job in jobs_for(asked, FedPer(), CLIENTS):
+        scored = rows.read(install(job, federation.benches[job.client]))
+        assert equal(scored, {**federation.server.weights, **federation.benches[job.client].kept})
+
+
+def test_a_client_that_has_not_trained_yet_has_the_bases_routers():
+    federation = Federation(FedPer(), CLIENTS)
+    start = federation.server
+    federation.round()
+    newcomer = Client("c", 8)
+    bench = tiny_bench(federation.benches["a"].model, newcomer, TRAINING)
+    (job,) = jobs_for(federation.server, FedPer(), [newcomer])
+    installed = rows.read(install(job, bench))
+    for name, part in parts(start.layout).items():
+        assert torch.equal(installed[name], (start if part == "router" else federation.server).weights[name])
