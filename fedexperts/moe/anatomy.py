@@ -88,10 +88,11 @@ class Block:
     def expert_axes(self) -> dict[str, int]:
         """Path below this block of each tensor that holds all its experts → the axis they stand on.
 
-        Stacked expert weights, the router's rows and biases. Switch keeps its experts apart, so there only the router's.
+        Stacked expert weights, the router's rows and biases. Switch keeps its experts apart, so there only the router's. What an
+        adapter has are experts too, even where it adapts only some.
         """
         number = self.shape.num_experts
-        axes = {path: _axis(tensor, number) for path, tensor in self._tensors()}
+        axes = {path: 0 if path.startswith("experts.lora.") else _axis(tensor, number) for path, tensor in self._tensors()}
         return {path: axis for path, axis in axes.items() if axis is not None}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -83,8 +83,8 @@ def write(model: nn.Module, tensors: Tensors, rows: Mapping[str, Tensor] | None 
 
 
 def paired(model: nn.Module, tensors: Tensors) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each trainable parameter of `model` with what `tensors`, all rows of all of them, have for it: a view of its shape."""
-    return [pair for name, source in _sources(model).items() for pair in source.split(tensors[name])]
+    """Each trainable parameter of `model` that `tensors` names with what they, all its rows, have for it: a view."""
+    return [pair for name, source in _sources(model).items() if name in tensors for pair in source.split(tensors[name])]
 
 
 def parameters(model: nn.Module, names: Collection[str]) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedexperts.errors import BadValue, nearest
 from fedexperts.moe import lora
-from fedexperts.moe.anatomy import blocks
+from fedexperts.moe.anatomy import Experts, blocks
 from fedexperts.moe.shrink import kept_experts
 
 Part = Literal["attention", "experts", "router", "dense"]
@@ -66,12 +66,13 @@ class Tuning:
             raise BadValue(f"training.rank = {self.rank} and training.alpha = {self.alpha:g}, but both must be above zero")
 
 
-def prepare(model: nn.Module, tuning: Tuning, seed: str) -> nn.Module:
+def prepare(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None = None) -> nn.Module:
     """`model`, made ready in place to be trained as `tuning` says.
 
     What is trained becomes the model's own copy; all else stays shared with whatever it was shared with, and frozen. No
     parameter object of the base is touched, so its values and its `requires_grad` stay as they are. Weights that the model
     ties stay tied. Adapters start from `seed`: B at zero, A the same for an expert in the full model and every shrunk one.
+    `only`: of the experts these alone, by their places in `model`, get any.
 
     Raises:
         BadValue: a part, rank or projection that this model cannot be trained with.
@@ -81,7 +82,7 @@ def prepare(model: nn.Module, tuning: Tuning, seed: str) -> nn.Module:
     whole = set(tuning.trained) if tuning.train == "full" else set(tuning.trained) & {"router"}
     own(model, {path for path, its in part.items() if its in whole and not path.endswith(UNTRAINED)})
     if tuning.train == "lora":
-        adapt(model, tuning, seed)
+        adapt(model, tuning, seed, only)
     return model
 
 
@@ -141,26 +142,27 @@ def own(model: nn.Module, trained: set[str]) -> None:
             module._parameters[name] = made[id(old)]
 
 
-def adapt(model: nn.Module, tuning: Tuning, seed: str) -> None:
+def adapt(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None) -> None:
     """Puts on the adapters that `tuning` asks for."""
     linears: dict[str, str] = {}
     if "attention" in tuning.trained:
         linears |= {name: name for name in projections(model, tuning.attention_modules)}
     if "experts" in tuning.trained:
-        linears |= single_experts(model)
-        lora.attach_experts(model, tuning.rank, tuning.alpha, seed)
+        linears |= single_experts(model, only)
+        lora.attach_experts(model, tuning.rank, tuning.alpha, seed, only)
     if linears:
         lora.attach_linears(model, linears, tuning.rank, tuning.alpha, seed)
 
 
-def single_experts(model: nn.Module) -> dict[str, str]:
-    """The linear layers of experts that are modules of their own (Switch): path → path in the full model."""
+def single_experts(model: nn.Module, only: Experts | None) -> dict[str, str]:
+    """The linear layers of experts that are modules of their own (Switch), or of `only` those: path → path in the full model."""
     held = kept_experts(model)
     return {
         f"{name}.experts.expert_{index}.{child}": f"{name}.experts.expert_{known}.{child}"
         for name, block in blocks(model).items()
         if isinstance(block.experts, nn.ModuleDict)
         for index, known in enumerate(held[name])
+        if only is None or index in only.get(name, ())
         for child in linear_children(block.experts[f"expert_{index}"])
     }
 
