@@ -210,7 +210,9 @@ def load_retained(sources: Sequence[SourceSettings], settings: DataSettings) -> 
         BadValue: a metric there is none of.
         BadData: sources that cannot be read, have no test examples, or mix metrics.
     """
-    found = [_retained(told, load(told, settings)) for told in sources if check_metric(told) is None]
+    for told in sources:
+        check_metric(told)
+    found = [_retained(told, load(told, settings)) for told in sources]
     _tasks_agree(found)
     examples = pooled([], [example for source in found for example in source.test]).test
     return Retained(examples, {f"retained/{source.name}": source.hash for source in found})

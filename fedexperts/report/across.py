@@ -12,6 +12,7 @@ from fedexperts.report.tables import (
     NONE,
     Groups,
     Table,
+    against_base,
     all_runs,
     comparison,
     csv_line,
@@ -172,7 +173,8 @@ def all_tables(settings: Settings, baseline: str) -> tuple[Table, ...]:
 def of_setting(settings: Settings, name: str, baseline: str) -> list[Table]:
     """The comparison within a setting, and the differences from the baseline where that was run there."""
     groups = there(settings[name])
-    tables = [comparison(groups), *([differences(groups, baseline)] if baseline in groups and len(groups) > 1 else [])]
+    versus = [differences(groups, baseline)] if baseline in groups and len(groups) > 1 else []
+    tables = [comparison(groups), *versus, *against_base(groups)]
     return [replace(table, title=f"{name}: {table.title}") for table in tables]
 
 

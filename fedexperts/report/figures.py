@@ -3,7 +3,6 @@
 Text that comes from a run's files is escaped: plotly reads a few HTML tags in names.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -23,6 +22,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 INK = {"theme": "ink"}  # page.js draws what has this `meta` in the colour of the text
 FEW_ROUNDS = 10  # up to here each has its tick, so that none lies between two rounds
 LINE_OF_A_ROW = 22  # pixels
+DRIFT = "KL(the base's routing ‖ the client's model's) per token, on the same text, after the last round."
 MANY_CLIENTS = 60  # more are not drawn one by one; the tables name all
 
 Points = list[tuple[float, float]]
@@ -46,6 +46,8 @@ def one_run(run: RunResults) -> dict[str, list[Figure]]:
             "experts": [experts_over_rounds(run)],
             "costs": [bytes_by_client(run), memory_by_client(run)],
             "data": [partition(run)],
+            "retained": [retained_by_client(run, unit) for unit in ("%", "")],
+            "drift": [drift(run)],
         }
     )
 
@@ -53,7 +55,8 @@ def one_run(run: RunResults) -> dict[str, list[Figure]]:
 def several(groups: Groups) -> dict[str, list[Figure]]:
     """All figures of several runs, by what they are about; those without data are left out."""
     overall = [*(compared(groups, None, over) for over in AXES), *tradeoffs(groups)]
-    return _with_data({"overall": overall, "each task": each_task(groups)})
+    drawn = {"overall": overall, "each task": each_task(groups)}
+    return _with_data({**drawn, "retained": retained_minus_base(groups), "drift": [drift_compared(groups)]})
 
 
 def several_settings(settings: Settings) -> dict[str, list[Figure]]:
@@ -62,7 +65,7 @@ def several_settings(settings: Settings) -> dict[str, list[Figure]]:
         over: _on_one_scale([_titled(name, compared(groups, None, over)) for name, groups in settings.items()]) for over in AXES
     }
     within = {
-        f"setting {name}": [_titled(name, each) for each in [*tradeoffs(groups), *each_task(groups)]]
+        f"setting {name}": [_titled(name, each) for each in [*tradeoffs(groups), *each_task(groups), *against_base(groups)]]
         for name, groups in settings.items()
     }
     return _with_data(side_by_side | within)
@@ -76,6 +79,11 @@ def tradeoffs(groups: Groups) -> list[Figure]:
 def each_task(groups: Groups) -> list[Figure]:
     """Each task's quality over rounds."""
     return [compared(groups, task, "rounds") for task in m.tasks(all_runs(groups))]
+
+
+def against_base(groups: Groups) -> list[Figure]:
+    """What was retained, and how far routers drifted."""
+    return [*retained_minus_base(groups), drift_compared(groups)]
 
 
 def _titled(setting: str, figure: Figure) -> Figure:
@@ -207,6 +215,95 @@ def partition(run: RunResults) -> Figure:
     return Figure("Training examples: clients × tasks", f"Of {which}. An empty cell: none of that task.", drawing)
 
 
+def retained_by_client(run: RunResults, unit: str) -> Figure:
+    """What each client's model scored on the retained tasks that are measured in `unit`, and the base."""
+    drawing = _drawing("client", f"score ({unit})" if unit else "perplexity (lower is better)")
+    tasks = [task for task in m.retained_tasks([run]) if m.retained_unit([run], task) == unit]
+    for index, task in enumerate(tasks):
+        found, known = m.retained_by_client(run, task), m.base([run], task).of(run)
+        values = {safe(client): m.shown(each.value, unit) for client, each in found.items() if each.value is not None}
+        style = {"color": PALETTE[index % len(PALETTE)], "size": 9}
+        if values:
+            x, y = list(values), list(values.values())
+            drawing.add_trace(go.Scatter(x=x, y=y, name=safe(task), mode="markers", marker=style))
+            if known is not None:
+                line = {"color": style["color"], "dash": "dot"}
+                name = safe(f"{task}, the base")
+                drawing.add_trace(go.Scatter(x=x, y=[known] * len(x), name=name, mode="lines", line=line))
+    what = "Retained knowledge of each client" + ("" if unit else ": perplexity")
+    return Figure(what, "Dots: each client's model after the last round. Dotted: the base before the first.", drawing)
+
+
+def drift(run: RunResults) -> Figure:
+    """How far the routers of each layer drifted, in each client's model and on average."""
+    found = m.drift(run)
+    drawing = _layers(list(found))
+    for number, client in enumerate(list(m.at_the_end(run))[:MANY_CLIENTS] if found else ()):
+        values = [(float(layer), each[number]) for layer, each in enumerate(found.values()) if number < len(each)]
+        drawing.add_trace(_line(client, values, number, width=1, opacity=0.35, legend=False))
+    if found:
+        mean = [(float(layer), _mean(each)) for layer, each in enumerate(found.values())]
+        drawing.add_trace(_line("mean over clients", mean, 0, width=4, meta=INK))
+    text = m.drift_text([run])
+    return Figure("Router drift by layer", f"{DRIFT} Text: {text}. Thick: the mean over clients. Thin: each client.", drawing)
+
+
+def retained_minus_base(groups: Groups) -> list[Figure]:
+    """Each method minus the base on the retained tasks, in one figure for each unit."""
+    return [_minus_base(groups, unit) for unit in ("%", "")]
+
+
+def _minus_base(groups: Groups, unit: str) -> Figure:
+    runs = all_runs(groups)
+    tasks = [task for task in m.retained_tasks(runs) if m.retained_unit(runs, task) == unit]
+    drawing = _bars(f"method − base ({'percentage points' if unit else 'perplexity, lower is better'})", len(groups))
+    drawing.update_yaxes(title={"text": "method"})
+    for index, task in enumerate(tasks):
+        measure = m.retained_minus_base(runs, task)
+        values = {label: list(m.by_seed(measure, members).values()) for label, members in groups.items()}
+        means = {safe(label): interval(each) for label, each in values.items() if each}
+        if means:
+            error = {"type": "data", "array": [each.half or 0.0 for each in means.values()], "thickness": 1}
+            marker = {"color": PALETTE[index % len(PALETTE)], "size": 10}
+            x = [each.mean for each in means.values()]
+            trace = go.Scatter(x=x, y=list(means), error_x=error, name=safe(task), mode="markers", marker=marker)
+            drawing.add_trace(trace)
+    if drawing.data:
+        drawing.add_vline(x=0, line={"dash": "dot", "color": PALETTE[6]})
+    what = "Retained knowledge against the base" + ("" if unit else ": perplexity")
+    caption = (
+        "The mean over clients after the last round minus the untouched base. Bars: 95 % Student t interval over seeds, where"
+    )
+    return Figure(what, f"{caption} there are several. Left of 0 is forgotten{'' if unit else ' less'}.", drawing)
+
+
+def drift_compared(groups: Groups) -> Figure:
+    """One line for each method: the drift of each layer's routers, as the mean over clients and seeds."""
+    runs = all_runs(groups)
+    layers = m.drift_layers(runs)
+    drawing = _layers(list(dict.fromkeys(block for run in runs for block in m.drift(run))))
+    for index, (method, members) in enumerate(groups.items()):
+        found = [(float(layer), list(m.by_seed(measure, members).values())) for layer, measure in enumerate(layers)]
+        points = [(layer, interval(values)) for layer, values in found if values]
+        if points and all(each.half is not None for _, each in points):
+            drawing.add_trace(_band(points, index, method))
+        if points:
+            drawing.add_trace(_line(method, [(x, each.mean) for x, each in points], index, width=2.5, group=method))
+    band = " Band: 95 % Student t interval over seeds." if max(map(len, groups.values())) > 1 else ""
+    caption = f"{DRIFT} Text: {m.drift_text(runs)}. Line: the mean over clients and seeds.{band}"
+    return Figure("Router drift by layer", caption, drawing)
+
+
+def _layers(blocks: Sequence[str]) -> go.Figure:
+    """For a value of each MoE layer."""
+    drawing = _drawing("layer", m.DRIFT.label)
+    labels = m.block_labels(blocks).values()
+    ticks = [safe(label.removeprefix("layer ")) for label in labels]
+    drawing.update_xaxes(tickmode="array", tickvals=list(range(len(ticks))), ticktext=ticks)
+    drawing.update_yaxes(rangemode="tozero")
+    return drawing
+
+
 def compared(groups: Groups, task: str | None, over: str) -> Figure:
     """One line for each method: the mean over seeds, with the 95 % interval as a band where there are seeds for one.
 
@@ -264,7 +361,7 @@ def experts_map(label: str, run: RunResults) -> dict[str, Any]:
     A layer's experts are a hexadecimal number whose bit e is expert e. What did not change is not repeated.
     """
     blocks = run.plan.model.blocks
-    labels = block_labels(list(blocks))
+    labels = m.block_labels(list(blocks))
     return {
         "run": label,
         "blocks": [{"label": labels[name], "experts": block.num_experts} for name, block in blocks.items()],
@@ -272,13 +369,6 @@ def experts_map(label: str, run: RunResults) -> dict[str, Any]:
         "planned": len(list(m.walk_clients(run))),
         "clients": [{"name": name, "holds": _changes(held, list(blocks))} for name, held in m.history(run).items()],
     }
-
-
-def block_labels(names: Sequence[str]) -> dict[str, str]:
-    """`layer N` where the last number in the names tells the blocks apart, else their full names."""
-    found = [re.findall(r"\d+", name) for name in names]
-    short = [f"layer {numbers[-1]}" if numbers else name for name, numbers in zip(names, found, strict=True)]
-    return dict(zip(names, short if len(set(short)) == len(names) else names, strict=True))
 
 
 def safe(text: str) -> str:

@@ -3,6 +3,7 @@
 MB is 10^6 bytes everywhere. Rows of the task "evaluate" measure the run and are no cost of its method.
 """
 
+import re
 import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +14,14 @@ from operator import attrgetter
 from statistics import fmean, median
 from typing import Any
 
-from fedexperts.report.read import Evaluation, Holds, LedgerRow, RunResults
+from fedexperts.report.read import Evaluation, Holds, LedgerRow, OnRetained, RunResults
 
 MB = 1e6
+SCORED_WHEN = {
+    "after_aggregation": "After aggregation: each client with what the server then sends it and what it keeps to itself.",
+    "before_aggregation": "Before aggregation: each client right after its local training, with what it is about to send and "
+    "what it keeps to itself; of a client that did not train in that round the last scores count.",
+}
 LOWER_IS_BETTER = frozenset({"perplexity"})  # these are no shares either: shown as they are, not in %
 
 
@@ -26,7 +32,8 @@ class Measure:
     name: str
     unit: str
     of: Callable[[RunResults], float | None]
-    task: str | None = None  # the task whose quality it is, if it is one
+    task: str | None = None  # whose it is, if it is of one task
+    kind: str = ""  # what it is, for programs, where `name` says more
 
     @property
     def label(self) -> str:
@@ -107,6 +114,12 @@ def scored_on(runs: Sequence[RunResults]) -> str:
     return " and ".join(dict.fromkeys(settings(run).get("evaluation", {}).get("split", "test") for run in runs)) or "test"
 
 
+def scored_when(runs: Sequence[RunResults]) -> str:
+    """With which model clients were scored, in a sentence."""
+    asked = dict.fromkeys(settings(run).get("evaluation", {}).get("score", "after_aggregation") for run in runs)
+    return " ".join(SCORED_WHEN[each] for each in asked) or SCORED_WHEN["after_aggregation"]
+
+
 def tasks(runs: Sequence[RunResults]) -> list[str]:
     """All tasks that were evaluated, in the order in which they first come."""
     return list(dict.fromkeys(task for run in runs for _, task in run.evaluations_of if task is not None))
@@ -147,6 +160,75 @@ def shown(value: float, unit: str) -> float:
 def clients_of(run: RunResults, task: str) -> list[str]:
     """The clients that `task` was evaluated on."""
     return [client for client, evaluated in run.evaluations_of if evaluated == task and client is not None]
+
+
+def client_quality(run: RunResults, client: str, when: int = -1) -> float | None:
+    """The mean over the client's tasks of their main metric at its last evaluation, or with 0 its first, in the unit of all.
+
+    As in the overall quality, tasks judged by perplexity are left out unless all are.
+    """
+    in_unit = unit([run], None)
+    chosen = [task for task in tasks([run]) if unit([run], task) == in_unit]
+    rows = [row[when] for row in (evaluated(run, client, task) for task in chosen) if row]
+    return _mean([shown(row.value, in_unit) for row in rows if row.value is not None])
+
+
+def clients_mean(run: RunResults, when: int = -1) -> float | None:
+    """The mean of `client_quality` over the clients that were scored, each alike."""
+    values = [client_quality(run, client, when) for client in walk_clients(run)]
+    return _mean([value for value in values if value is not None])
+
+
+def at_the_end(run: RunResults) -> dict[str, Evaluation]:
+    """Client → how its model stood against the base after the last round."""
+    rows = (row for row in run.evaluations if row.client is not None and (row.retained or row.drift))
+    return {row.client: row for row in rows if row.client is not None}
+
+
+def retained_tasks(runs: Sequence[RunResults]) -> list[str]:
+    """The tasks that show what models retained, in the order in which they first come."""
+    return list(dict.fromkeys(task for run in runs for row in run.evaluations for task in row.retained))
+
+
+def base_on(run: RunResults, task: str) -> OnRetained | None:
+    """What the untouched base scored on a retained task."""
+    return next((row.retained[task] for row in run.evaluations_of.get((None, None), ()) if task in row.retained), None)
+
+
+def retained_by_client(run: RunResults, task: str) -> dict[str, OnRetained]:
+    """Client → what its model scored on a retained task at the end."""
+    return {client: row.retained[task] for client, row in at_the_end(run).items() if task in row.retained}
+
+
+def retained_metric(runs: Sequence[RunResults], task: str) -> str:
+    """The metric of a retained task."""
+    return next((row.retained[task].metric for run in runs for row in run.evaluations if task in row.retained), "")
+
+
+def retained_unit(runs: Sequence[RunResults], task: str) -> str:
+    """`%` for shares, nothing for a perplexity."""
+    return "" if retained_metric(runs, task) in LOWER_IS_BETTER else "%"
+
+
+def drift(run: RunResults) -> dict[str, list[float]]:
+    """MoE block → how far its router drifted in each client's model, in 10^-3 nats."""
+    rows = list(at_the_end(run).values())
+    blocks = dict.fromkeys(block for row in rows for block in row.drift)
+    return {block: [1000 * row.drift[block] for row in rows if block in row.drift] for block in blocks}
+
+
+def drift_text(runs: Sequence[RunResults]) -> str:
+    """On which text drift was measured, in words."""
+    shared = [bool(settings(run).get("evaluation", {}).get("retained")) for run in runs]
+    own = f"each client's own {scored_on(runs)} examples"
+    return "the retained examples" if all(shared) else own if not any(shared) else f"the retained examples, or else {own}"
+
+
+def block_labels(names: Sequence[str]) -> dict[str, str]:
+    """`layer N` where the last number in the names tells the blocks apart, else their full names."""
+    found = [re.findall(r"\d+", name) for name in names]
+    short = [f"layer {numbers[-1]}" if numbers else name for name, numbers in zip(names, found, strict=True)]
+    return dict(zip(names, short if len(set(short)) == len(names) else names, strict=True))
 
 
 def counted(run: RunResults, client: str | None = None) -> list[LedgerRow]:
@@ -304,8 +386,57 @@ def peak_by_client(run: RunResults) -> dict[str, int]:
 
 
 def measures(runs: Sequence[RunResults]) -> list[Measure]:
-    """All that runs are compared by: each task's quality, the overall one, what it cost, and its time where any has a clock."""
-    return [*quality_measures(runs), *COSTS, *times(runs), *choices(runs)]
+    """All that runs are compared by: quality of tasks, overall and over clients; how models stand against the base, where any
+    run tells; what it cost, and its time where any has a clock.
+    """
+    mean = Measure("mean over clients", unit(runs, None), clients_mean)
+    by_client = [mean] if any(clients_mean(run) is not None for run in runs) else []
+    return [*quality_measures(runs), *by_client, *against_base(runs), *COSTS, *times(runs), *choices(runs)]
+
+
+def against_base(runs: Sequence[RunResults]) -> list[Measure]:
+    """What clients' models retained, as the mean over clients, that minus the base's, and how far their routers drifted."""
+    found = [make(runs, task) for task in retained_tasks(runs) for make in (retained, retained_minus_base)]
+    return [*found, *([DRIFT] if any(map(drift, runs)) else [])]
+
+
+def retained(runs: Sequence[RunResults], task: str) -> Measure:
+    """The mean over clients on a retained task."""
+    in_unit = retained_unit(runs, task)
+
+    def of(run: RunResults) -> float | None:
+        values = [each.value for each in retained_by_client(run, task).values()]
+        return _mean([shown(value, in_unit) for value in values if value is not None])
+
+    return Measure(f"retained: {task}", in_unit, of, task, "retained")
+
+
+def base(runs: Sequence[RunResults], task: str) -> Measure:
+    """What the untouched base scored on a retained task."""
+    in_unit = retained_unit(runs, task)
+
+    def of(run: RunResults) -> float | None:
+        found = base_on(run, task)
+        return None if found is None or found.value is None else shown(found.value, in_unit)
+
+    return Measure(f"base: {task}", in_unit, of, task, "base")
+
+
+def retained_minus_base(runs: Sequence[RunResults], task: str) -> Measure:
+    """`retained` − `base` of the same run: below 0 where clients' models forgot (of a perplexity, above)."""
+    after, before = retained(runs, task), base(runs, task)
+
+    def of(run: RunResults) -> float | None:
+        kept, known = after.of(run), before.of(run)
+        return None if kept is None or known is None else kept - known
+
+    return Measure(f"retained − base: {task}", after.unit, of, task, "retained − base")
+
+
+def drift_layers(runs: Sequence[RunResults]) -> list[Measure]:
+    """How far the routers of each layer drifted, as the mean over clients."""
+    labels = block_labels(list(dict.fromkeys(block for run in runs for block in drift(run))))
+    return [Measure(f"router drift, {label}", DRIFT.unit, _drift_in(block)) for block, label in labels.items()]
 
 
 def choices(runs: Sequence[RunResults]) -> list[Measure]:
@@ -338,7 +469,11 @@ def quality(runs: Sequence[RunResults], task: str | None) -> Measure:
         return None if row is None or row.value is None else shown(row.value, in_unit)
 
     name = "overall" if task is None else task
-    return Measure(name, in_unit, of, task=task)
+    return Measure(name, in_unit, of, task, "quality")
+
+
+def _drift_in(block: str) -> Callable[[RunResults], float | None]:
+    return lambda run: _mean(drift(run).get(block, []))
 
 
 def _in_mb(value: float | None) -> float | None:
@@ -380,6 +515,7 @@ QUALIFIED = Measure("experts that qualified per client and round", "", lambda ru
 SENT_EXPERTS = Measure("experts sent per client and round", "", lambda run: _mean(told(run, "sent")))
 CHOICES = (REACHED, QUALIFIED, SENT_EXPERTS)
 TIME = Measure("virtual time", "s", virtual_seconds)
+DRIFT = Measure("router drift", "10^-3 nats", lambda run: _mean([each for layer in drift(run).values() for each in layer]))
 COSTS = (SENT_EACH, DOWN_EACH, UP_EACH, BEFORE, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
 HELD_IN_FULL = tuple(
     Measure(f"experts held at {time}, {which}", "", _number_held(when, which))

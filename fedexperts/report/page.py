@@ -33,7 +33,9 @@ def one_run(run: RunResults) -> str:
     maps = _maps({run.plan.method: [run]})
     costs = [_table(tables.costs(run)), _table(tables.over_memory(run))]
     sections = {
-        "Quality": [_figures(drawn["quality"]), _table(tables.all_metrics(run))],
+        "Quality": [_figures(drawn["quality"]), _table(tables.by_client(run)), _table(tables.all_metrics(run))],
+        "Retained knowledge": [_figures(drawn["retained"]), _table(tables.retained(run))],
+        "Router drift": [_figures(drawn["drift"]), _table(tables.drift(run))],
         "Experts": [_map(maps), _figures(drawn["experts"]), _table(tables.held(run)), _table(tables.chosen(run))],
         "Bytes and memory": [*costs, _figures(drawn["costs"])],
         "Failures": [_table(tables.failures(run)) or "<p>None.</p>"],
@@ -55,6 +57,8 @@ def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> st
         "To the target": [*map(_table, across.to_target({"": groups}))],
         "Each task": [_figures(drawn["each task"])],
         "All measures": [_table(tables.comparison(groups)), _table(tables.differences(groups, baseline))],
+        "Retained knowledge": [_figures(drawn["retained"]), _table(tables.retained_compared(groups))],
+        "Router drift": [_figures(drawn["drift"]), _table(tables.drift_compared(groups))],
         "Experts": [_map(maps)],
         **_of_runs(groups),
     }
@@ -142,6 +146,7 @@ def _what_was_asked(run: RunResults) -> dict[str, str]:
         "their memory": f"{tables.megabytes(min(memory))} to {tables.megabytes(max(memory))} MB" if memory else "not limited",
         "data": ", ".join(m.tasks([run]) or dict.fromkeys(client.task for client in run.plan.clients)),
         "scored on": f"the clients' {m.scored_on([run])} examples",
+        "scored when": m.scored_when([run]),
         "divided": _inline(run.plan.partition) or "as given",
         "rounds": progress,
         "seed": str(run.plan.seed),
@@ -174,6 +179,7 @@ def _what_was_compared(methods: Sequence[str], runs: Sequence[RunResults], unfin
         "models": ", ".join(dict.fromkeys(run.plan.model.name for run in runs)),
         "data": ", ".join(m.tasks(runs)),
         "scored on": f"the clients' {m.scored_on(runs)} examples",
+        "scored when": m.scored_when(runs),
         "clients": ", ".join(dict.fromkeys(str(len(run.plan.clients)) for run in runs)),
         "rounds": ", ".join(dict.fromkeys(str(m.rounds_done(run)) for run in runs)),
         "seeds": ", ".join(map(str, sorted({run.plan.seed for run in runs}))),

@@ -99,8 +99,21 @@ class LedgerRow:
 
 
 @dataclass(frozen=True)
+class OnRetained:
+    """What a model scored on the retained examples of a task."""
+
+    metric: str
+    examples: int
+    value: float | None
+    values: tuple[float, ...] = ()  # of each example, in one order for all models of a run; none where the metric is no mean
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """A line of evals.jsonl: of a client and task, of a task (client None), or overall (both None)."""
+    """A line of evals.jsonl: of a client and task, of a task (client None), or overall (both None).
+
+    A line that has `retained` or `drift` has no value: it tells of a client's model at the end, or (client None) of the base.
+    """
 
     round: int
     client: str | None = None
@@ -109,6 +122,8 @@ class Evaluation:
     metric: str | None = None  # the main one
     value: float | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    retained: Mapping[str, OnRetained] = field(default_factory=dict)  # task → scores
+    drift: Mapping[str, float] = field(default_factory=dict)  # MoE block → nats
 
 
 @dataclass(frozen=True)

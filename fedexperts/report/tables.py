@@ -76,6 +76,132 @@ def quality(run: RunResults) -> Table:
     )
 
 
+def by_client(run: RunResults) -> Table:
+    """Each client's main metric on each of its tasks, at its first and its last evaluation, and the mean over clients."""
+    rows = [_client_row(run, client, task) for client in m.walk_clients(run) for task in m.tasks([run])]
+    ends = [m.clients_mean(run, when) for when in (0, -1)]
+    unit = m.unit([run], None)
+    total = ("mean over clients", "", "", *(f"{end:.1f}" if end is not None and unit else number(end) for end in ends))
+    found = [row for row in rows if row]
+    return Table(
+        "Quality of each client",
+        ("client", "task", "examples", "first", "last", "metric"),
+        (*found, (*total, with_unit("each client alike", unit))) if found else (),
+        note=f"{scored_note([run])} In the mean each client counts as its mean over its tasks.",
+        text_columns=(0, 1, 5),
+    )
+
+
+def _client_row(run: RunResults, client: str, task: str) -> tuple[str, ...] | None:
+    rows, unit = m.evaluated(run, client, task), m.unit([run], task)
+    if not rows:
+        return None
+    first, last = (quality_value(row.value, unit) for row in (rows[0], rows[-1]))
+    return (client, task, whole(rows[-1].examples), first, last, with_unit(m.metric([run], task), unit))
+
+
+def retained(run: RunResults) -> Table:
+    """What the base knew and what clients' models still know, and the difference, with its interval over the examples."""
+    rows = tuple(_retained_row(run, task) for task in m.retained_tasks([run]))
+    return Table(
+        "Retained knowledge",
+        ("task", "base", "mean over clients", "worst client", "best client", "difference", "clients", "examples", "metric"),
+        rows,
+        note="On examples that nobody trains on: the untouched base before the first round, and after the last each client's "
+        "model, which is what the server then sends it and what it keeps to itself. Difference: the mean over clients minus the "
+        "base, ± its 95 % Student t interval over the examples, paired; of percentages in percentage points.",
+        text_columns=(0, 8),
+    )
+
+
+def _retained_row(run: RunResults, task: str) -> tuple[str, ...]:
+    unit, found = m.retained_unit([run], task), m.retained_by_client(run, task)
+    known, mean = m.base([run], task).of(run), m.retained([run], task).of(run)
+    values = sorted((each.value for each in found.values() if each.value is not None), reverse=unit != "%")
+    ends = [quality_value(value, unit) for value in (values[0], values[-1])] if values else [NONE, NONE]
+    examples = next((each.examples for row in run.evaluations for name, each in row.retained.items() if name == task), None)
+    shown = [f"{value:.1f}" if value is not None and unit else number(value) for value in (known, mean)]
+    differs = pm(over_examples(run, task), unit, sign="+")
+    metric = with_unit(m.retained_metric([run], task), unit)
+    return (task, *shown, *ends, differs, str(len(values)), whole(examples), metric)
+
+
+def over_examples(run: RunResults, task: str) -> Interval | None:
+    """The mean over clients minus the base, with its interval over examples; without one where examples have no values."""
+    known, found = m.base_on(run, task), list(m.retained_by_client(run, task).values())
+    if known is not None and known.values and found:
+        unit = m.retained_unit([run], task)
+        after = [fmean(each) for each in zip(*(each.values for each in found), strict=True)]
+        return interval([m.shown(one - other, unit) for one, other in zip(after, known.values, strict=True)])
+    difference = m.retained_minus_base([run], task).of(run)
+    return None if difference is None else Interval(difference, None, 1)
+
+
+def drift(run: RunResults) -> Table:
+    """How far the routers of each layer are from the base's."""
+    found = m.drift(run)
+    labels = m.block_labels(list(found))
+    every = [each for values in found.values() for each in values]
+    rows = [(labels[block], *map(number, (fmean(each), min(each), max(each)))) for block, each in found.items()]
+    return Table(
+        "Router drift (10^-3 nats)",
+        ("layer", "mean over clients", "least", "most"),
+        (*rows, ("all layers", *map(number, (fmean(every), min(every), max(every))))) if every else (),
+        note=drift_note([run]),
+    )
+
+
+def drift_note(runs: Sequence[RunResults]) -> str:
+    """What router drift is, and on which text it was measured."""
+    return (
+        "KL(the untouched base's routing ‖ that of a client's model after the last round), over all experts before top-k, as "
+        f"the mean over the tokens of {m.drift_text(runs)}. 0: nothing changed. Each router sees its own model's hidden states. "
+        "A model with fewer experts is held against the base with the same ones."
+    )
+
+
+def retained_compared(groups: Groups) -> Table:
+    """The base and each method on the retained examples, and their difference."""
+    runs = all_runs(groups)
+    tasks = m.retained_tasks(runs)
+    pairs = [(m.retained(runs, task), m.retained_minus_base(runs, task)) for task in tasks]
+    known = [m.base(runs, task) for task in tasks]
+    base = ("untouched base", *(cell for each in known for cell in (pm(_alike(over_seeds(each, runs)), each.unit), "")))
+    rows = ((label, *(_cell(measure, members) for pair in pairs for measure in pair)) for label, members in groups.items())
+    heads = (head for task in tasks for head in (with_unit(task, m.retained_unit(runs, task)), f"{task} − base"))
+    return Table(
+        "Retained knowledge",
+        ("method", *heads),
+        (base, *rows) if tasks else (),
+        note="On examples that nobody trains on: the base before the first round, and clients' models after the last, as the "
+        f"mean over clients. {interval_note(groups)} Differences of percentages are in percentage points.",
+    )
+
+
+def drift_compared(groups: Groups) -> Table:
+    """How far each method's routers drifted, by layer."""
+    runs = all_runs(groups)
+    layers = m.drift_layers(runs)
+    found = [*layers, m.DRIFT]
+    rows = ((label, *(_cell(measure, members) for measure in found)) for label, members in groups.items())
+    heads = (*(measure.name.removeprefix("router drift, ") for measure in layers), "all layers")
+    return Table(
+        "Router drift (10^-3 nats)",
+        ("method", *heads),
+        tuple(row for row in rows if set(row[1:]) != {NONE}) if layers else (),
+        note=f"{drift_note(runs)} The mean over clients. {interval_note(groups)}",
+    )
+
+
+def _cell(measure: m.Measure, runs: Sequence[RunResults]) -> str:
+    return pm(over_seeds(measure, runs), measure.unit, sign="+" if measure.kind == "retained − base" else "")
+
+
+def _alike(value: Interval | None) -> Interval | None:
+    """Without its interval: the base is the same model whatever the seed."""
+    return None if value is None else replace(value, half=None)
+
+
 def all_metrics(run: RunResults) -> Table:
     """Every metric of each task at its last evaluation."""
     rows = {task: m.last(run, None, task) for task in m.tasks([run])}
@@ -234,14 +360,21 @@ def partition(run: RunResults) -> Table:
 
 def one_run(run: RunResults) -> tuple[Table, ...]:
     """All tables of a single run, those without rows left out."""
-    every = (quality, all_metrics, costs, held, chosen, over_memory, failures, clients, partition)
+    every = (quality, by_client, all_metrics, retained, drift, costs, held, chosen, over_memory, failures, clients, partition)
     return tuple(table for table in (make(run) for make in every) if table.rows)
 
 
 def several(groups: Groups, baseline: str) -> tuple[Table, ...]:
-    """All tables of several runs: the final one, the whole comparison, the differences where there are any to take."""
+    """All tables of several runs: the final one, the whole comparison, the differences where there are any to take, and how
+    models stand against the base where that was measured.
+    """
     versus = (differences(groups, baseline),) if len(groups) > 1 else ()
-    return (final(groups), comparison(groups), *versus)
+    return (final(groups), comparison(groups), *versus, *against_base(groups))
+
+
+def against_base(groups: Groups) -> tuple[Table, ...]:
+    """What was retained, and how far routers drifted; those without rows left out."""
+    return tuple(table for table in (retained_compared(groups), drift_compared(groups)) if table.rows)
 
 
 def comparison(groups: Groups) -> Table:
@@ -337,11 +470,11 @@ def csv_lines(groups: Groups, baseline: str, setting: str = "") -> Iterator[tupl
     In the columns of `csv_text`.
     """
     for label, runs in groups.items():
-        for measure in [*_measures(groups), *m.HELD_IN_FULL]:
+        for measure in [*_measures(groups), *m.HELD_IN_FULL, *m.drift_layers(all_runs(groups))]:
             versus = None if label == baseline else _paired(measure, runs, groups.get(baseline, ()))
             shared, *difference = _csv_cells(versus)
             against = "" if versus is None else baseline
-            name = "quality" if measure.task or measure.name == "overall" else measure.name
+            name = measure.kind or measure.name
             cells = csv_line(setting, label, name, measure.task, measure.unit, over_seeds(measure, runs), len(runs))
             yield (*cells, against, shared, *difference)
 
@@ -392,8 +525,8 @@ def _paired(measure: m.Measure, runs: Sequence[RunResults], baseline: Sequence[R
 
 
 def scored_note(runs: Sequence[RunResults]) -> str:
-    """Which examples a quality is of."""
-    return f"Scored on the clients' {m.scored_on(runs)} examples."
+    """Which examples a quality is of, and of which model."""
+    return f"Scored on the clients' {m.scored_on(runs)} examples. {m.scored_when(runs)}"
 
 
 def interval_note(groups: Groups) -> str:

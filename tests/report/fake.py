@@ -25,10 +25,12 @@ def write_run(
     setting: str = "",
     split: str = "test",
     clock: bool = False,
+    retained: bool = False,
 ) -> Path:
     """A run of `rounds` rounds in which half of the clients take part each time, evaluated every second round.
 
-    Without `clock` its logs say nothing of virtual time, as those of runs from before there was any.
+    Without `clock` its logs say nothing of virtual time, as those of runs from before there was any; without `retained` they
+    say nothing of how models stand against the base.
     """
     rng = Random(f"{setting}{method}/{seed}")
     names = list(clients)
@@ -86,6 +88,9 @@ def write_run(
         if number % 2 == 0:
             evals += _evaluations(rng, number, home, 0.1 + GAIN.get(method, 0.5) * (1 - 0.75**number))
             ledger += [_row(rng, number, name, "evaluate", holds[name], uploads=True) for name in names]
+    if retained:
+        blocks = [f"model.layers.{layer}.mlp" for layer in range(layers)]
+        evals = [_against_base(rng, 0, None, []), *evals, *(_against_base(rng, rounds, name, blocks) for name in names)]
     for row in log if clock else ():
         row["clock_seconds"] = 20.0 + row["round"]
     for file, rows in (("rounds", log), ("ledger", ledger), ("evals", evals)):
@@ -93,11 +98,22 @@ def write_run(
     return folder
 
 
-def write_comparison(folder: Path, methods: Iterable[str] = tuple(GAIN), seeds: int = 3) -> Path:
+def _against_base(rng: Random, number: int, name: str | None, blocks: list[str]) -> dict[str, Any]:
+    """A line of what a model retained, and of its routers' drift."""
+    values = [float(rng.random() < (0.5 if name is None else 0.4)) for _ in range(20)]
+    quiz = {"metric": "likelihood", "examples": 20, "value": sum(values) / 20, "values": values}
+    text = {"metric": "perplexity", "examples": 5, "value": rng.uniform(8, 12), "values": []}
+    line = {"round": number, "client": name, "task": None, "examples": 25, "metric": None, "value": None}
+    return {**line, "retained": {"mmlu": quiz, "books": text}, "drift": {block: rng.random() / 10 for block in blocks}}
+
+
+def write_comparison(
+    folder: Path, methods: Iterable[str] = tuple(GAIN), seeds: int = 3, retained: bool = False, setting: str = ""
+) -> Path:
     """What `fedexperts compare` leaves: OUT/<method>/seed-<s>/."""
     for method in methods:
         for seed in range(seeds):
-            write_run(folder / method / f"seed-{seed}", method, seed)
+            write_run(folder / method / f"seed-{seed}", method, seed, retained=retained, setting=setting)
     return folder
 
 

@@ -37,12 +37,12 @@ def test_the_map_repeats_nothing_that_did_not_change(tmp_path: Path):
 
 
 def test_layers_are_numbered_only_where_the_numbers_tell_them_apart():
-    assert figures.block_labels(["model.layers.1.mlp", "model.layers.3.mlp"]) == {
+    assert m.block_labels(["model.layers.1.mlp", "model.layers.3.mlp"]) == {
         "model.layers.1.mlp": "layer 1",
         "model.layers.3.mlp": "layer 3",
     }
     both = ["encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp"]
-    assert figures.block_labels(both) == {name: name for name in both}
+    assert m.block_labels(both) == {name: name for name in both}
 
 
 def test_curves_show_each_task_each_client_and_the_mean(tmp_path: Path):

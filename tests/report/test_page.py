@@ -177,3 +177,22 @@ def test_the_final_table_turns_where_the_terminal_is_narrow(tmp_path: Path, widt
         assert name in text
     heads = next(line for line in text.splitlines() if "method" in line)
     assert ("fedavg" in heads) == turned
+
+
+def test_what_was_retained_and_drift_have_their_places_in_every_kind_of_report(tmp_path: Path):
+    single = write_run(tmp_path / "single", rounds=4, retained=True)
+    runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=2, retained=True)
+    for name in ("one", "two"):
+        write_comparison(tmp_path / "settings" / name, methods=("fedmoe", "fedavg"), retained=True, setting=name)
+    for folder, sections in ((single, 1), (runs, 1), (tmp_path / "settings", 2)):
+        found = report.write([folder], tmp_path / "r.html", tmp_path / "r.csv")
+        titles = [table.title for table in found.tables]
+        assert len([title for title in titles if "Retained knowledge" in title]) == sections
+        assert len([title for title in titles if "Router drift" in title]) == sections
+        elements = Elements((tmp_path / "r.html").read_text(encoding="utf-8"))
+        captions = [figure["layout"]["yaxis"]["title"]["text"] for figure in json.loads(elements.scripts[0])]
+        assert captions.count("router drift (10^-3 nats)") == sections
+        text = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert text.count("<figcaption>") - 1 == len(captions)
+        assert "retained − base,mmlu,%" in (tmp_path / "r.csv").read_text()
+        assert '"router drift, layer 3"' in (tmp_path / "r.csv").read_text()

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -8,7 +9,17 @@ from rich.console import Console
 from fedexperts.errors import BadValue
 from fedexperts.report import measures as m
 from fedexperts.report import tables
-from fedexperts.report.read import BlockPlan, ClientPlan, Evaluation, LedgerRow, ModelPlan, Plan, Round, RunResults
+from fedexperts.report.read import (
+    BlockPlan,
+    ClientPlan,
+    Evaluation,
+    LedgerRow,
+    ModelPlan,
+    OnRetained,
+    Plan,
+    Round,
+    RunResults,
+)
 from fedexperts.report.stats import Interval
 
 
@@ -225,3 +236,89 @@ def test_a_run_without_results_has_tables_without_rows():
     empty = run()
     assert tables.one_run(empty) == ()
     assert cell(tables.final({"fedmoe": [empty]}), "fedmoe", "overall (%)") == "–"
+
+
+def against_base(client: str | None, right: str, drift: tuple[float, ...] = (), round: int = 3) -> Evaluation:
+    """A line of what a model got right (1) and wrong (0) of the retained task mmlu, and of its drift by layer."""
+    values = tuple(map(float, right))
+    found = {"mmlu": OnRetained("likelihood", len(values), sum(values) / len(values), values)}
+    return Evaluation(round, client, retained=found, drift={f"layers.{layer}": each for layer, each in enumerate(drift)})
+
+
+FORGETFUL = (
+    against_base(None, "1110", round=0),
+    against_base("a", "0110", (0.002, 0.010)),
+    against_base("b", "1000", (0.004, 0.020)),
+)
+
+
+def test_what_is_retained_is_the_mean_over_clients_and_its_difference_is_paired_over_examples():
+    (row,) = tables.retained(run(evaluations=FORGETFUL)).rows
+    # base 3/4; a 2/4 and b 1/4, so 37.5 on average; by example −50, −50, −50, 0: −37.5 ± 3.182446 · 25 / 2
+    assert row == ("mmlu", "75.0", "37.5", "25.0", "50.0", "-37.5 ± 39.8", "2", "4", "likelihood (%)")
+
+
+def test_a_difference_without_values_of_examples_has_no_interval():
+    base, after = (OnRetained("perplexity", 5, value) for value in (8.0, 10.0))
+    evaluations = (Evaluation(0, retained={"text": base}), Evaluation(3, "a", retained={"text": after}))
+    (row,) = tables.retained(run(evaluations=evaluations)).rows
+    assert row[1:6] == ("8.00", "10.0", "10.0", "10.0", "+2") and row[-1] == "perplexity"
+
+
+def test_drift_is_shown_of_each_layer_over_clients_and_of_all():
+    table = tables.drift(run(evaluations=FORGETFUL))
+    assert table.rows == (
+        ("layer 0", "3.00", "2.00", "4.00"),
+        ("layer 1", "15.0", "10.0", "20.0"),
+        ("all layers", "9.00", "2.00", "20.0"),
+    )
+
+
+def test_methods_stand_beside_the_base_with_intervals_over_seeds():
+    second = (FORGETFUL[0], against_base("a", "1110", (0.0, 0.0)), against_base("b", "0110", (0.0, 0.002)))
+    groups = {"fedavg": [run("fedavg", 0, evaluations=FORGETFUL), run("fedavg", 1, evaluations=second)]}
+    table = tables.retained_compared(groups)
+    assert table.rows[0] == ("untouched base", "75.0", "")
+    # 37.5 and 62.5 of the two seeds: 50 ± 12.706 · 12.5, and 75 less
+    assert table.rows[1] == ("fedavg", "50.0 ± 158.8", "-25.0 ± 158.8")
+    drift = tables.drift_compared(groups)
+    assert drift.columns == ("method", "layer 0", "layer 1", "all layers")
+    assert [each.partition(" ±")[0] for each in drift.rows[0]] == ["fedavg", "1.50", "8.00", "4.75"]  # over seeds: 9 and 0.5
+    rows = list(csv.DictReader(StringIO(tables.csv_text(tables.csv_lines(groups, "fedavg")))))
+    found = {(row["measure"], row["task"]): float(row["mean"]) for row in rows if row["mean"]}
+    assert found["retained", "mmlu"] == pytest.approx(50) and found["retained − base", "mmlu"] == pytest.approx(-25)
+    assert found["router drift", ""] == pytest.approx(4.75) and found["router drift, layer 1", ""] == pytest.approx(8)
+
+
+def test_what_was_not_measured_has_no_table_and_no_column():
+    plain = run(evaluations=(Evaluation(1, None, "sort", 30, "accuracy", 0.1), Evaluation(1, metric="mean", value=0.1)))
+    assert tables.retained(plain).rows == tables.drift(plain).rows == ()
+    assert tables.against_base({"fedmoe": [plain]}) == ()
+    assert not any("retained" in column or "drift" in column for column in tables.comparison({"fedmoe": [plain]}).columns)
+
+
+def test_each_client_has_its_line_for_each_task_and_all_count_alike_in_the_mean():
+    evaluations = (
+        *(Evaluation(round, "a", "sort", 30, "rougeL", value) for round, value in ((0, 0.1), (5, 0.2))),
+        *(Evaluation(round, "b", "sort", 2, "rougeL", value) for round, value in ((0, 0.2), (5, 0.4))),
+        *(Evaluation(round, "b", "copy", 2, "rougeL", value) for round, value in ((0, 0.4), (5, 0.8))),
+        Evaluation(5, "b", "text", 2, "perplexity", 9.0),
+        *(Evaluation(5, None, task, 9, metric, 0.5) for task, metric in (("sort", "rougeL"), ("copy", "rougeL"))),
+        Evaluation(5, None, "text", 9, "perplexity", 9.0),
+    )
+    clients = (ClientPlan("a"), ClientPlan("b"), ClientPlan("c"))
+    table = tables.by_client(run(evaluations=evaluations, clients=clients))
+    assert table.rows == (
+        ("a", "sort", "30", "10.0", "20.0", "rougeL (%)"),
+        ("b", "sort", "2", "20.0", "40.0", "rougeL (%)"),
+        ("b", "copy", "2", "40.0", "80.0", "rougeL (%)"),
+        ("b", "text", "2", "9.00", "9.00", "perplexity"),
+        ("mean over clients", "", "", "20.0", "40.0", "each client alike (%)"),  # a 10 and 20; b 30 and 60
+    )
+
+
+@pytest.mark.parametrize(("score", "said"), [("after_aggregation", "After"), ("before_aggregation", "Before"), (None, "After")])
+def test_it_is_said_with_which_model_clients_were_scored(score: str | None, said: str):
+    told = replace(run(), run_file=f'[evaluation]\nscore = "{score}"\n' if score else "")
+    assert f" {said} aggregation: each client" in tables.quality(told).note
+    assert f" {said} aggregation: each client" in tables.final({"fedmoe": [told]}).note
