@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
-from fedexperts.moe.lora import ExpertLoRA
+from fedexperts.moe.lora import ExpertLoRA, activated, first_matrix, normed
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.tuning import PROJECTIONS, Tuning, attentions, prepare
 
@@ -211,14 +212,15 @@ def with_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Modul
 
 def as_shapes(twin: nn.Module) -> None:
     """Where a forward pass looks at values (which expert got which token), makes it go by shapes alone."""
-    if cast("Any", twin).get_experts_implementation() == "eager":
-        cast("Any", twin).set_experts_implementation("grouped_mm")
+    one_by_one = "eager" in cast("Any", twin).get_experts_implementation().values()
     for block in blocks(twin).values():
         if block.is_switch:
             experts = list(cast("nn.ModuleDict", block.experts).values())
             cast("Any", block.experts).forward = lambda hidden, _, weights, each=experts: in_equal_shares(each, hidden, weights)
             classifier = cast("Any", block.router).classifier
             classifier.to = lambda *_, same=classifier: same  # torch cannot swap the data of a tensor without data
+        elif one_by_one:
+            cast("Any", block.experts).forward = partial(stack_in_equal_shares, block.experts)
 
 
 def in_equal_shares(experts: list[nn.Module], hidden: Tensor, weights: Tensor) -> Tensor:
@@ -230,6 +232,23 @@ def in_equal_shares(experts: list[nn.Module], hidden: Tensor, weights: Tensor) -
         where = torch.arange(start, start + len(share))
         out.index_add_(0, where, expert(share.clone()) * weight)
         start += len(share)
+    return out
+
+
+def stack_in_equal_shares(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The same of a stack whose experts are computed one by one (transformers' eager)."""
+
+    def product(name: str, rows: Tensor, expert: int) -> Tensor:
+        weight = getattr(experts, name)[expert]
+        out = rows @ (weight if experts.is_transposed else weight.T)
+        return out + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else out
+
+    out = torch.zeros_like(hidden)
+    for expert, pairs in enumerate(torch.arange(index.numel()).tensor_split(experts.num_experts)):
+        token = pairs // index.shape[1]
+        inner = activated(experts, product(first_matrix(experts), hidden[token], expert))
+        weight = weights.reshape(-1)[pairs].unsqueeze(1)
+        out.index_add_(0, token, (normed(experts, product("down_proj", inner, expert)) * weight).to(out.dtype))
     return out
 
 

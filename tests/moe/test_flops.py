@@ -125,23 +125,39 @@ def test_the_footprint_holds_for_a_real_step_of_a_sub_model(family, tuning):
     assert peak >= said * 0.7  # gradients arrive while activations go, so they are not all alive at once
 
 
+def activations(model, batch):
+    """The most that is alive in forward and backward beside the parameters and their gradients."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with MemoryMeter(model, batch.values()) as meter:
+        held = meter.bytes - sum(tensor.nbytes for tensor in batch.values())
+        next_token_loss(model, batch).backward()
+    return meter.peak_bytes - held
+
+
 @pytest.mark.parametrize("places", [None, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_those_of_a_real_forward_and_backward(family, places):
     model = tiny_model(family).train()
     said = footprint(model, FULL, (EXAMPLES, TOKENS), target_places=places).activation_bytes
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     batch = tiny_batch(family, EXAMPLES, TOKENS)
     if places and family == "switch_transformers":
         batch["labels"] = batch["labels"][:, :places].contiguous()
     elif places:
         batch["labels"][:, :-places] = IGNORED
-    with MemoryMeter(model, batch.values()) as meter:
-        held = meter.bytes - sum(tensor.nbytes for tensor in batch.values())
-        next_token_loss(model, batch).backward()
-    assert said == pytest.approx(meter.peak_bytes - held, rel=0.05 if family == "switch_transformers" else 0.001)
+    assert said == pytest.approx(activations(model, batch), rel=0.05 if family == "switch_transformers" else 0.001)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_where_experts_are_computed_one_by_one_activations_are_those_of_that_way(family):
+    """As those of odd width are."""
+    model = tiny_model(family, intermediate_size=66).train()
+    model.set_experts_implementation("eager")
+    said = footprint(model, FULL, (EXAMPLES, TOKENS)).activation_bytes
+    real = activations(model, tiny_batch(family, EXAMPLES, TOKENS))
+    assert said == pytest.approx(real, rel=0.05)  # shares are not quite equal
+    assert model.get_experts_implementation() == {"": "eager"}
 
 
 def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_4():
