@@ -35,6 +35,7 @@ class FLEx:
     num_grafted: Count = 1
     select: Literal["reconstruction", "random", "most_used", "shared"] = "reconstruction"
     calibration_examples: Count = 128
+    calibration_stride: Count = 2  # every so many-th token is looked at; 1: all, as in the paper (ours: half the time)
     public_text: str | None = None  # a text file that every client has, for "shared"
     before: ClassVar[tuple[str, ...]] = ()
     pooled: ClassVar[bool] = False
@@ -86,8 +87,8 @@ class FLEx:
         batches = self.calibration(bench)
         if self.select == "most_used":
             return most_used(bench.model, batches, self.num_grafted), selection_flops_estimated(bench.model, batches, passes=0)
-        ids = by_reconstruction(bench.model, batches, self.num_grafted)
-        return ids, selection_flops_estimated(bench.model, batches, passes=self.num_grafted)
+        ids = by_reconstruction(bench.model, batches, self.num_grafted, self.calibration_stride)
+        return ids, selection_flops_estimated(bench.model, batches, self.num_grafted, self.calibration_stride)
 
     def calibration(self, bench: Bench) -> list[Batch]:
         """What is selected by, in batches of the run's size.

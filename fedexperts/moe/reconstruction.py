@@ -23,26 +23,29 @@ CHUNK_BYTES = 2**25
 """About as many bytes of experts' inner activations are alive at a time."""
 
 
-def by_reconstruction(model: nn.Module, batches: Sequence[Batch], number: int = 1) -> Experts:
+def by_reconstruction(model: nn.Module, batches: Sequence[Batch], number: int = 1, stride: int = 1) -> Experts:
     """The `number` experts of each block with the least loss of reconstruction, chosen one after the other (greedily).
 
-    Each takes a pass over the text. Of equal losses the lower id wins.
+    Each takes a pass over the text. Of equal losses the lower id wins. `stride`: see `reconstruction_losses`.
     """
     held: dict[str, tuple[int, ...]] = {}
     for _ in range(number):
-        losses = reconstruction_losses(model, batches, held)
+        losses = reconstruction_losses(model, batches, held, stride)
         held = {name: (*held.get(name, ()), int(loss.argmin())) for name, loss in losses.items()}
     return {name: tuple(sorted(ids)) for name, ids in held.items()}
 
 
 @torch.no_grad()
-def reconstruction_losses(model: nn.Module, batches: Iterable[Batch], held: Experts) -> dict[str, Float[Tensor, " experts"]]:
+def reconstruction_losses(
+    model: nn.Module, batches: Iterable[Batch], held: Experts, stride: int = 1
+) -> dict[str, Float[Tensor, " experts"]]:
     """MoE block → for each expert j the loss Σ_x ‖Z(x) − Ẑ_j(x)‖₂ over the tokens x of `batches`, padding left out; float64.
 
     Z is what the block's routed experts give, without a shared one. Ẑ_j is what `held` and j would give if the router had no
     others: Σ_e G_e(x) E_e(x) over them, G the router's softmax over them alone; E_j(x) where nothing is held. An expert
     that is held already has an infinite loss. In one forward pass for each batch, a block at a time, so what it takes does
-    not grow with the text.
+    not grow with the text. With a `stride` only every so many-th token of a batch is looked at: experts see all tokens else,
+    not the few that they are routed, which is most of what a pass takes.
     """
     was_training = model.training
     model.eval()
@@ -50,18 +53,21 @@ def reconstruction_losses(model: nn.Module, batches: Iterable[Batch], held: Expe
     for batch in batches:
         with Recorder(model, keep_logits=True) as recorder, ExitStack() as hooks:
             for name, block in recorder.blocks.items():
-                hook = adding(losses, recorder, block, held.get(name, ()))
+                hook = adding(losses, recorder, block, held.get(name, ()), stride)
                 hooks.callback(block.experts.register_forward_hook(hook).remove)
             predictions(model, batch)
     model.train(was_training)
     return {name: losses[name] for name in recorder.blocks}
 
 
-def adding(losses: dict[str, Tensor], recorder: Recorder, block: Block, held: tuple[int, ...]) -> Callable[..., None]:
+def adding(
+    losses: dict[str, Tensor], recorder: Recorder, block: Block, held: tuple[int, ...], stride: int
+) -> Callable[..., None]:
     """A hook on the experts of `block` that adds to its losses what the tokens of a forward pass give."""
 
     def hook(experts: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        logits, counted = recorder.last(block.name)
+        logits, counts = recorder.last(block.name)
+        counted = counts.nonzero().squeeze(1)[::stride]
         rows, wanted = (each.reshape(-1, each.shape[-1])[counted] for each in (args[0], output))
         added = losses_of(block, rows, wanted, log_gates(logits[counted], block.sigmoid), held)
         losses[block.name] = losses[block.name] + added if block.name in losses else added
@@ -83,7 +89,7 @@ def losses_of(
     for some in chunks(free, block, rows):
         for expert, new in zip(some, run(block.experts, rows, some), strict=True):
             share = log_gate[:, [*held, expert]].softmax(-1).to(rows.dtype)  # G among them
-            approximated = torch.einsum("te,eth->th", share, torch.cat([old, new.unsqueeze(0)]))
+            approximated = torch.einsum("te,eth->th", share, torch.cat([old, new.unsqueeze(0)])) if held else new
             losses[expert] = float((wanted - approximated).float().norm(dim=-1).double().sum())
     return losses
 
@@ -108,14 +114,14 @@ def most_used(model: nn.Module, batches: Iterable[Batch], number: int = 1) -> Ex
     return {name: tuple(sorted(count.argsort(descending=True, stable=True)[:number].tolist())) for name, count in counts.items()}
 
 
-def selection_flops_estimated(model: nn.Module, batches: Iterable[Batch], passes: int) -> float:
+def selection_flops_estimated(model: nn.Module, batches: Iterable[Batch], passes: int, stride: int = 1) -> float:
     """Operations of `passes` passes of `by_reconstruction` over `batches`, padding left out; of `most_used` with 0 passes.
 
     Each is a forward pass, a third of a step that trains the whole model, and two operations for each weight of each expert
-    and each token.
+    and each token that is looked at.
     """
     flops_of = flops_estimated(model)
     experts = sum(weight.numel() for block in blocks(model).values() for weight in block.experts.parameters() if weight.ndim > 1)
     forward = sum(flops_of(batch) for batch in batches) / 3
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return max(passes, 1) * forward + passes * 2.0 * experts * tokens
+    return max(passes, 1) * forward + passes * 2.0 * experts * tokens / stride

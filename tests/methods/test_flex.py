@@ -74,8 +74,9 @@ def test_each_selection_selects_what_it_says(tmp_path):
 
     bench = tiny_bench(tiny_model("olmoe"), CLIENTS[0], TRAINING)
     batches = [bench.encoder.batch(bench.data.train[start : start + 4]) for start in (0, 4)]
-    assert chosen(FLEx())["a"] == by_reconstruction(bench.model, batches)
-    assert chosen(FLEx(num_grafted=2, calibration_examples=4))["a"] == by_reconstruction(bench.model, batches[:1], 2)
+    assert chosen(FLEx())["a"] == by_reconstruction(bench.model, batches, stride=2)
+    few = FLEx(num_grafted=2, calibration_examples=4, calibration_stride=1)
+    assert chosen(few)["a"] == by_reconstruction(bench.model, batches[:1], 2)
     assert chosen(FLEx(select="most_used"))["a"] == most_used(bench.model, batches)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number % 60 + 3}" for number in range(400)))

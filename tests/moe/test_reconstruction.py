@@ -116,3 +116,19 @@ def test_most_used_are_those_that_routing_picks_most():
     for name, ids in most_used(model, [batch], 2).items():
         counts = recorder.routing().counts[name].tolist()
         assert sorted(counts[expert] for expert in ids) == sorted(counts)[-2:]
+
+
+def test_a_stride_looks_at_every_so_many_th_token_that_counts():
+    model, batch = tiny_model("olmoe"), tiny_batch("olmoe", batch_size=1, padding=0)
+    seen = []
+
+    def note(*args):
+        seen.append(args[1])
+        return losses_of(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reconstruction, "losses_of", note)
+        reconstruction_losses(model, [batch], {})
+        reconstruction_losses(model, [batch], {}, stride=5)
+    assert len(seen[0]) == 12
+    assert torch.equal(seen[len(seen) // 2], seen[0][::5])
