@@ -26,7 +26,6 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     server = prepared.server
     full = server.footprint.of(server.anatomy.all_experts)
     clients = [client_plan(prepared, client, full) for client in server.clients.values()]
-    profiles = prepared.config.devices.profiles(list(server.clients), server.seed)
     return {
         "method": prepared.label,
         "setting": prepared.setting,
@@ -40,7 +39,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
             },
         },
         "clients": clients,
-        "devices": {name: asdict(profile) for name, profile in profiles.items()},
+        "devices": {name: asdict(profile) for name, profile in prepared.profiles.items()},
         "partition": prepared.config.data.partition.model_dump(mode="json", exclude_none=True),
         "full_bytes": full,
         "fixed_bytes": server.footprint.fixed_bytes,

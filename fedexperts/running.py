@@ -274,9 +274,8 @@ def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
 
 def clock_for(prepared: Prepared) -> Clock:
     """The run's virtual clock. One place that has all data is no device, so a pooled method has none."""
-    devices, server = prepared.config.devices, prepared.server
-    profiles = {} if prepared.method.pooled else devices.profiles(list(server.clients), server.seed)
-    return Clock(profiles, devices.deadline_seconds or inf)
+    profiles = {} if prepared.method.pooled else prepared.profiles
+    return Clock(profiles, prepared.config.devices.deadline_seconds or inf)
 
 
 def limits(prepared: Prepared) -> dict[str, int]:

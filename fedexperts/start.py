@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fedexperts.base.load import Base, load
 from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.data.clients import Clients, Pool, Retained, load_pool, load_retained, make_clients, without
-from fedexperts.devices import memories, trace_hash
+from fedexperts.devices import Profile, memories, trace_hash
 from fedexperts.federation import steps
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
@@ -109,6 +109,7 @@ class Prepared:
     base: Base
     clients: Clients
     server: Server
+    profiles: Mapping[str, Profile]  # of the clients; none without devices.profile
     training: Training
     participants: Mapping[str, Client]  # who may be asked to train: the clients, or the one place that has all their data
     data: Mapping[str, Split]  # of clients and participants
@@ -125,12 +126,13 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     method = config.build_method()
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
-    server = first_server(config, base, clients, parts.footprint(config))
+    profiles = config.devices.profiles(list(clients), str(config.seed))
+    server = first_server(config, base, clients, parts.footprint(config), profiles)
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training.build()
     known, retained = server.clients, parts.retained(config)
-    prepared = Prepared(config, method, label, base, clients, server, training, known, clients, setting, retained)
+    prepared = Prepared(config, method, label, base, clients, server, profiles, training, known, clients, setting, retained)
     return pooled(prepared) if method.pooled else prepared
 
 
@@ -149,13 +151,12 @@ def pooled(prepared: Prepared) -> Prepared:
     )
 
 
-def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprint) -> Server:
+def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprint, profiles: Mapping[str, Profile]) -> Server:
     """The server before the first round: the base's weights that will be trained, or fresh adapters."""
     seed = str(config.seed)
     shape = anatomy(base.model)
     model = prepare(shrink(base.model, shape.all_experts), config.training.build().tuning, seed=f"{seed}/start")
     devices = config.devices
-    profiles = devices.profiles(list(clients), seed)
     full = cost.of(shape.all_experts)
     memory = memories(list(clients), full, seed, gb=devices.memory_gb, share=devices.memory_share, profiles=profiles)
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}

@@ -11,7 +11,7 @@ from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun
 from fedexperts.plan import plan
 from fedexperts.report.read import read
-from fedexperts.running import run
+from fedexperts.running import clock_for, run
 from fedexperts.settings import checked
 from fedexperts.start import prepare_run
 
@@ -55,6 +55,17 @@ def test_the_plan_says_which_device_each_client_has(clocked):
     devices = json.loads((clocked / "plan.json").read_text())["devices"]
     assert list(devices) == ["c01", "c02", "c03", "c04"]
     assert [device["flops_per_second"] for device in devices.values()] == [1e10, 1e9, 1e9, 1e9]
+
+
+def test_a_trace_of_devices_is_read_once(tiny_tree, tmp_path):
+    path = tmp_path / "devices.csv"
+    path.write_text("flops,memory_gb,down_mbit,up_mbit\n" + "1e12,1,8,8\n" * 4)
+    prepared = prepare_run(checked(RunConfig, {**tiny_tree, "devices": {"profile": {"csv": str(path)}}}))
+    path.unlink()
+    devices = plan(prepared)["devices"]
+    assert list(devices) == list(prepared.clients)
+    assert clock_for(prepared).profiles == prepared.profiles
+    assert {device["flops_per_second"] for device in devices.values()} == {1e12}
 
 
 def test_stages_before_the_rounds_count_in_the_time_of_the_run(tiny_tree, tmp_path):
