@@ -1,28 +1,16 @@
 """What is planned for clients of whose experts backward reaches only some."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import StringIO
 
-import torch
 from rich.console import Console
 
 from fedexperts.cli import plan_tables
 from fedexperts.config import RunConfig
-from fedexperts.methods.fedavg import FedAvg
+from fedexperts.methods.hfedmoe import HFedMoE
 from fedexperts.plan import plan
 from fedexperts.settings import checked
 from fedexperts.start import prepare_run
-
-
-@dataclass(frozen=True)
-class AsManyAsFit(FedAvg):
-    """FedAvg whose clients are told how many experts backward may reach."""
-
-    def assign(self, server, client):
-        given = super().assign(server, client)
-        if client.memory_bytes is None:
-            return given
-        return replace(given, extra={"budget": torch.tensor(server.footprint.reached_within(client.memory_bytes))})
 
 
 def prepared_with(tiny_tree, **devices):
@@ -39,9 +27,9 @@ def printed(planned):
 
 def test_a_client_with_a_budget_needs_what_reaching_as_many_experts_takes(tiny_tree):
     cost = prepared_with(tiny_tree).server.footprint
-    memory = [cost.reaching(5), cost.reaching(24), cost.fixed_bytes, cost.fixed_bytes - 1]
+    memory = [cost.reaching(5), cost.reaching(24), cost.reaching(3), cost.reaching(3) - 1]
     prepared = prepared_with(tiny_tree, memory_gb=[each / 1e9 for each in memory])
-    usual, told = plan(prepared), plan(replace(prepared, method=AsManyAsFit()))
+    usual, told = plan(prepared), plan(replace(prepared, method=HFedMoE()))
     assert [(client["budget"], client["first_fits"]) for client in usual["clients"]] == [
         (None, False),
         (None, True),
@@ -51,9 +39,9 @@ def test_a_client_with_a_budget_needs_what_reaching_as_many_experts_takes(tiny_t
     assert [(client["budget"], client["first_fits"]) for client in told["clients"]] == [
         (5, True),
         (24, True),
-        (0, True),
-        (0, False),
-    ]
+        (3, True),
+        (3, False),
+    ], "one expert of each of the three layers, even where that is too much"
     assert (told["fixed_bytes"], told["reached_bytes"]) == (cost.reaching(0), cost.reaching(1) - cost.reaching(0))
     assert ["c04" in warning and "c01" not in warning for warning in told["warnings"]] == [True]
 
@@ -61,7 +49,7 @@ def test_a_client_with_a_budget_needs_what_reaching_as_many_experts_takes(tiny_t
 def test_budgets_are_printed_where_there_are_some(tiny_tree):
     cost = prepared_with(tiny_tree).server.footprint
     prepared = prepared_with(tiny_tree, memory_gb=cost.reaching(17) / 1e9)
-    shown = printed(plan(replace(prepared, method=AsManyAsFit())))
+    shown = printed(plan(replace(prepared, method=HFedMoE())))
     assert shown.count(" 17 ") == 4
     assert f"{cost.fixed_bytes / 1e6:.1f} MB" in shown
     assert f"{cost.reached_bytes / 1e6:.3f} MB" in shown
