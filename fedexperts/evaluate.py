@@ -135,8 +135,7 @@ def score(
     Raises:
         BadValue: an example's metric does not exist, or it is judged by likelihood and has no choices.
     """
-    merged = merge(one_by_one(model, examples, encoder, generate_tokens, batch_size))
-    return Scores({task: merged.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
+    return in_order(merge(one_by_one(model, examples, encoder, generate_tokens, batch_size)), examples)
 
 
 def by_example(
@@ -147,6 +146,7 @@ def by_example(
     The values of two models on the same examples are in the same order. A metric that is no mean over examples has none.
     """
     parts = one_by_one(model, examples, encoder, generate_tokens, batch_size)
+    merged = in_order(merge(parts), examples)
     return {
         task: {
             "metric": scores.metric,
@@ -156,8 +156,13 @@ def by_example(
                 part.tasks[task].sums[scores.metric] for part in parts if task in part.tasks and scores.metric in scores.sums
             ],
         }
-        for task, scores in merge(parts).tasks.items()
+        for task, scores in merged.tasks.items()
     }
+
+
+def in_order(scores: Scores, examples: Sequence[Example]) -> Scores:
+    """`scores` with tasks in the order in which `examples` has them."""
+    return Scores({task: scores.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
 
 
 def one_by_one(

@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,6 +265,11 @@ def test_the_values_of_examples_are_in_the_same_order_for_every_model_and_batch_
     order = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
     expected = [float(evaluate.likeliest(other, [example], encoder) == [example.response]) for example in order]
     assert found[2]["values"] == expected
+
+
+def test_values_are_told_by_task_in_the_order_of_the_examples():
+    examples = [replace(example, task=task) for task, example in zip("bac", reversed(chosen(3)), strict=True)]
+    assert list(evaluate.by_example(tiny_model("olmoe"), examples, Encoder(tokenizer(), 32), 4, 2)) == ["b", "a", "c"]
 
 
 def test_a_metric_that_is_no_mean_over_examples_has_no_values_of_examples():
