@@ -142,6 +142,8 @@ class _Stacked:
         """Backward through what gave `out`: into `rows` and the parameters of these experts."""
         assert self.first is not None
         met = expert.unique()
+        if len(self.first) > len(rows):  # under gradient checkpointing forward came once more after experts were chosen
+            self.first = self.first[torch.isin(self.expert, met)]
         adapters = {name: _rows_of(adapter, met) for name, adapter in self.adapters()}
         with torch.enable_grad():
             first = self.known(first_matrix(self.experts), rows, expert, self.first, adapters)

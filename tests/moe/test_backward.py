@@ -102,7 +102,10 @@ def test_in_the_last_block_the_chosen_and_the_router_have_the_gradients_of_the_f
 
 
 def constant_unless_chosen(model, chosen):
-    """Makes what an expert that is not chosen gives a constant, by the plain way of masks; a reference for stacked experts."""
+    """Makes what an expert that is not chosen gives a constant, by the plain way: masks for stacked experts, else detached."""
+
+    def constant(expert, rows):
+        return type(expert).forward(expert, rows).detach()
 
     def forward(experts, ids, hidden, index, weights):
         expert, order = torch.sort(index.reshape(-1), stable=True)
@@ -112,10 +115,15 @@ def constant_unless_chosen(model, chosen):
         return out[torch.argsort(order)].view(*index.shape, -1).sum(1)
 
     for name, block in blocks(model).items():
-        block.experts.forward = partial(forward, block.experts, chosen.get(name, ()))
+        if block.is_switch:
+            for number, expert in enumerate(block.experts.values()):
+                if number not in chosen[name]:
+                    expert.forward = partial(constant, expert)
+        else:
+            block.experts.forward = partial(forward, block.experts, chosen.get(name, ()))
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "switch_transformers"])
+@every_family
 @full_and_lora
 def test_every_gradient_is_that_of_a_model_whose_other_experts_give_constants(family, tuning):
     model, batch = trained(family, tuning), tiny_batch(family)
@@ -196,6 +204,25 @@ def test_dropout_is_the_same_when_switch_computes_again():
     assert all(torch.allclose(expected[name], gradients[name], atol=1e-6) for name in expected)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
+    model, batch = trained(family, Tuning()).train(), tiny_batch(family)
+    chosen, found = tiny_experts(model), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        with SelectiveBackward(model) as selective:
+            loss = model(**batch, use_cache=False).loss
+            selective.choose(chosen)
+            loss.backward()
+            found.append(gradients(model, selective))
+        model.zero_grad()
+    assert model.is_activation_checkpointing
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    assert all(torch.allclose(each, found[1][name], atol=1e-6) for name, each in found[0].items())
+
+
 def test_experts_of_odd_width_that_have_no_grouped_product():
     model = trained("mixtral", Tuning(), intermediate_size=13)
     model.set_experts_implementation("eager")
@@ -215,12 +242,19 @@ def test_experts_of_odd_width_that_have_no_grouped_product():
 
 
 @full_and_lora
-def test_afterwards_the_model_is_as_it_was(tuning):
+@pytest.mark.parametrize("raising", [False, True])
+def test_afterwards_the_model_is_as_it_was_also_when_it_is_left_by_an_exception(tuning, raising):
     for family in ("olmoe", "switch_transformers"):
         model, batch = trained(family, tuning), tiny_batch(family)
         before = model.get_experts_implementation() if family == "olmoe" else None
-        with SelectiveBackward(model):
-            pass
+        if raising:
+            with pytest.raises(ZeroDivisionError), SelectiveBackward(model) as selective:
+                model(**batch)
+                selective.choose(dict.fromkeys(blocks(model), (0,)))
+                raise ZeroDivisionError
+        else:
+            with SelectiveBackward(model):
+                pass
         assert before is None or model.get_experts_implementation() == before
         model(**batch).loss.backward()
         assert any(each.grad is not None and "experts" in name for name, each in model.named_parameters())
