@@ -82,10 +82,14 @@ def shared(job: Job, tensors: Tensors) -> dict[str, Tensor]:
 
 def patch_of(model: nn.Module, job: Job, experts: Experts) -> Patch:
     """What `model`, which holds all experts, trained, but of the experts only `experts`; routers and dense weights whole."""
-    layout, trained = rows.layout(model), shared(job, rows.read(model))
-    of_experts = {name: t for name, t in trained.items() if layout[name] and not rows.router_of(name, layout)}
-    tensors, ids = rows.cut(of_experts, layout, experts)
-    return Patch({**trained, **tensors}, {**job.patch.rows, **ids})
+    return of_experts(Patch(shared(job, rows.read(model)), job.patch.rows), rows.layout(model), experts)
+
+
+def of_experts(patch: Patch, layout: rows.Layout, experts: Experts) -> Patch:
+    """`patch`, which holds all experts, but of the experts only `experts`; routers and dense weights whole."""
+    own = {name: t for name, t in patch.tensors.items() if layout[name] and not rows.router_of(name, layout)}
+    tensors, ids = rows.cut(own, layout, experts)
+    return Patch({**patch.tensors, **tensors}, {**patch.rows, **ids})
 
 
 def budget_for(server: Server, client: Client, given: Budget | None) -> int:

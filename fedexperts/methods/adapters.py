@@ -1,0 +1,71 @@
+"""What methods on low-rank adapters call: which there are, the rank of each client's, sending them truncated."""
+
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from fedexperts.errors import BadValue
+from fedexperts.methods.base import Count, all_experts, patch_for
+from fedexperts.moe import factors, lora
+from fedexperts.types import Assignment, Client, Patch, Server, Update
+
+Ranks = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
+"""A hyperparameter that gives each client's adapters their rank: one for all, or some that go in turn over clients by name."""
+
+
+def adapters_of(server: Server, method: str) -> dict[str, str]:
+    """The adapters that the run trains: A → B.
+
+    Raises:
+        BadValue: none, so `method` has nothing to work on.
+    """
+    found = factors.pairs(server.weights)
+    if not found:
+        raise BadValue(
+            f"method {method} works on LoRA's adapters, but this run trains none; "
+            'set training.train = "lora", with attention or experts among training.parts'
+        )
+    return found
+
+
+def rank_for(server: Server, client: Client, ranks: Ranks | None, method: str) -> int:
+    """The rank of the adapters of `client`: what `ranks` gives it; None: the run's.
+
+    Raises:
+        BadValue: a rank above the run's, or one that adapters of stacked experts do not take; or there are no adapters.
+    """
+    found = adapters_of(server, method)
+    most = factors.rank_of(server.weights)
+    if ranks is None:
+        return most
+    turn = sorted(server.clients).index(client.name)
+    rank = ranks if isinstance(ranks, int) else ranks[turn % len(ranks)]
+    if rank > most:
+        raise BadValue(f"method.ranks has {rank}, but no rank may be above training.rank = {most}; raise that, or lower the rank")
+    if factors.rank_step(server.weights) > 1:
+        lora.check_rank(rank, server.weights[next(iter(found))].dtype, "method.ranks")
+    return rank
+
+
+def at_rank(server: Server, rank: int) -> Assignment:
+    """The whole model, its adapters truncated to `rank`."""
+    whole = all_experts(server)
+    patch = patch_for(replace(server, weights=factors.cut(server.weights, rank)), whole)
+    return replace(whole, extra={"rank": torch.tensor(rank)}, patch=patch)
+
+
+def set_aside(updates: Iterable[Update], adapters: list[Update]) -> Iterator[Update]:
+    """`updates` without their adapters; with nothing else they go into `adapters`."""
+    for update in updates:
+        held = factors.rank_axes(update.patch.tensors).keys()
+        adapters.append(replace(update, patch=among(update.patch, held)))
+        yield replace(update, patch=among(update.patch, update.patch.tensors.keys() - held))
+
+
+def among(patch: Patch, names: Set[str]) -> Patch:
+    """Those of the tensors of `patch` that `names` has."""
+    tensors, ids = ({name: t for name, t in each.items() if name in names} for each in (patch.tensors, patch.rows))
+    return Patch(tensors, ids)

@@ -1,0 +1,37 @@
+"""FedSA-LoRA: A holds what clients have in common and is shared, B what is a client's own and stays with it.
+
+Guo, Zeng, Wang, Fan, Wang, Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025,
+https://arxiv.org/abs/2410.01463.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedexperts.methods.adapters import adapters_of
+from fedexperts.methods.base import by_examples, mean_rows
+from fedexperts.methods.personal import train_and_keep
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class FedSALoRA:
+    """Clients train A and B and send A. A client that has not trained yet has B at zero: the base, with the shared routers."""
+
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """All that is trained, without B.
+
+        Raises:
+            BadValue: no adapters.
+        """
+        names = frozenset(server.weights) - {*adapters_of(server, "fedsa_lora").values()}
+        return Assignment(server.anatomy.all_experts, names)
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        return train_and_keep(job, bench)
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        return mean_rows(server, updates, by_examples)

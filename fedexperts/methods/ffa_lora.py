@@ -1,0 +1,43 @@
+"""FFA-LoRA: A stays as it started, the same for all clients, so only B is trained and sent, and the mean of B is that of BA.
+
+Sun, Li, Li, Ding, "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024, https://arxiv.org/abs/2403.12313.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedexperts.client import fit, install
+from fedexperts.methods.adapters import adapters_of
+from fedexperts.methods.base import answer, by_examples, mean_rows
+from fedexperts.moe import factors
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class FFALoRA:
+    """Clients draw A themselves, from the seed that the server's own A comes from: its few bytes travel in place of A (ours)."""
+
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """All that is trained, without A, and what A starts from.
+
+        Raises:
+            BadValue: no adapters.
+        """
+        names = frozenset(server.weights) - adapters_of(server, "ffa_lora").keys()
+        seed = torch.tensor(list(f"{server.seed}/start".encode()), dtype=torch.uint8)
+        return Assignment(server.anatomy.all_experts, names, extra={"seed": seed})
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        model = install(job, bench)
+        for name in factors.pairs(name for name, _ in model.named_parameters()):
+            model.get_parameter(name).requires_grad_(False)
+        return answer(job, bench, model, fit(model, bench, seed=job.seed))
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        return mean_rows(server, updates, by_examples)

@@ -1,0 +1,54 @@
+"""FlexLoRA: the server averages the products BA, and gives each client the best factors of its own rank.
+
+Bai, Chen, Qian, Yao, Li, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+NeurIPS 2024, https://arxiv.org/abs/2402.11505. What it leaves open is marked (ours).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedexperts.methods.adapters import Ranks, at_rank, rank_for, set_aside
+from fedexperts.methods.base import by_examples, mean_rows, train_assigned
+from fedexperts.moe import factors
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class FlexLoRA:
+    """ΔW = Σ p_k B_k A_k; a client of rank r gets U_r Σ_r and V_rᵀ of its singular value decomposition.
+
+    The server holds the factors of the run's rank, which is the highest: the first r of them are what r gives (ours; the paper
+    holds ΔW, and loses nothing between clients' ranks and that of ΔW).
+
+    ranks: of clients' adapters: one for all, or some that go in turn over clients by name; None: the run's.
+    """
+
+    ranks: Ranks | None = None
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """Raises:
+        BadValue: no adapters, or a rank that cannot be.
+        """
+        return at_rank(server, rank_for(server, client, self.ranks, "flexlora"))
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        return train_assigned(job, bench)
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """All that is no adapter is the mean by examples (ours)."""
+        sent: list[Update] = []
+        merged = mean_rows(server, set_aside(updates, sent), by_examples)
+        if not sent:
+            return merged
+        # The server's own with weight 0: where clients' products have fewer ranks than it, A goes on within what it was.
+        stack = factors.stacked([*((by_examples(each), each.patch.tensors) for each in sent), (0.0, server.weights)])
+        rank = factors.rank_of(server.weights)
+        found: dict[str, Tensor] = {}
+        for a, b in factors.pairs(server.weights).items():
+            found[b], found[a] = factors.best(stack[b], stack[a], rank)
+        return replace(merged, weights={**merged.weights, **found})

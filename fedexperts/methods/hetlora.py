@@ -1,0 +1,96 @@
+"""HetLoRA: adapters of different ranks, padded with zeros and averaged, cut to each client's rank, which clients may lower.
+
+Cho, Liu, Xu, Fahrezi, Joshi, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024,
+https://arxiv.org/abs/2401.06432. What it leaves open is marked (ours).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedexperts.client import fit, install
+from fedexperts.methods.adapters import Ranks, at_rank, rank_for, set_aside
+from fedexperts.methods.base import Share, Weight, answer, by_examples, mean_rows, train_assigned
+from fedexperts.moe import factors
+from fedexperts.moe.rows import RowMean
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Tensors, Update
+
+
+@dataclass(frozen=True)
+class HetLoRA:
+    """The server's adapters have the run's rank, the highest; a client of rank r gets their first r ranks.
+
+    ranks: where clients start: one for all, or some that go in turn over clients by name; None: the run's.
+    aggregate: what a client weighs: "sparsity", the Frobenius norm of its BA; or "examples".
+    prune: λ, the weight of ‖B‖·‖A‖ of the ranks from γr on in a client's loss; where it has not grown, they go. 0: no pruning.
+    decay: γ.
+    """
+
+    ranks: Ranks | None = None
+    aggregate: Literal["sparsity", "examples"] = "sparsity"
+    prune: Weight = 0.005
+    decay: Share = 0.99
+    before: ClassVar[tuple[str, ...]] = ()
+    pooled: ClassVar[bool] = False
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """The adapters truncated to the client's rank: the one it last sent, else where it starts.
+
+        Raises:
+            BadValue: no adapters, or a rank that cannot be.
+        """
+        start = rank_for(server, client, self.ranks, "hetlora")
+        return at_rank(server, int(server.memory.get(f"rank/{client.name}", start)))
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """Local steps on F_k + λ ‖B[:, γr:]‖·‖A[γr:]‖; where that product is less than it was, these ranks are cut off."""
+        low = lower(self.decay, job.patch.tensors)
+        if not self.prune or low == int(job.extra["rank"]):
+            return train_assigned(job, bench)
+        model = install(job, bench)
+        before = tail(model, low).item()
+        fitted = fit(model, bench, seed=job.seed, penalty=lambda model: self.prune * tail(model, low))
+        update = answer(job, bench, model, fitted)
+        if tail(model, low).item() >= before:
+            return update
+        pruned = replace(update.patch, tensors=factors.cut(update.patch.tensors, low))
+        return replace(update, patch=pruned, extra={"rank": torch.tensor(low)})
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """The mean of the padded A and that of the padded B; ranks that nobody sent stay (ours). All else by examples (ours)."""
+        sent: list[Update] = []
+        merged = mean_rows(server, set_aside(updates, sent), by_examples)
+        axes, most = factors.rank_axes(server.weights), factors.rank_of(server.weights)
+        means = {name: RowMean(server.weights[name]) for name in axes}
+        ranks = {each.client: factors.rank_of(each.patch.tensors) for each in sent}
+        for each in sent:
+            tensors = each.patch.tensors
+            for a, b in factors.pairs(tensors).items():
+                weight = by_examples(each) if self.aggregate == "examples" else factors.norm(tensors[b], tensors[a])
+                means[a].add(factors.padded(tensors[a], 1, most), weight=weight)
+                means[b].add(factors.padded(tensors[b], 2, most), weight=weight)
+
+        highest, found = max(ranks.values(), default=0), {name: mean.result() for name, mean in means.items()}
+        for name, axis in axes.items():
+            above = highest, most - highest
+            found[name].narrow(axis, *above).copy_(server.weights[name].narrow(axis, *above))
+        memory = {**server.memory, **{f"rank/{client}": torch.tensor(rank) for client, rank in ranks.items()}}
+        return replace(merged, weights={**merged.weights, **found}, memory=memory)
+
+
+def lower(decay: float, tensors: Tensors) -> int:
+    """⌊γr⌋, r the rank of `tensors`; with adapters of stacked experts the next rank down that those take (ours)."""
+    step = factors.rank_step(tensors)
+    return max(int(decay * factors.rank_of(tensors)) // step * step, step)
+
+
+def tail(model: nn.Module, low: int) -> Tensor:
+    """Σ ‖B[:, low:]‖·‖A[low:]‖ over all adapters of `model`, those of each expert by themselves (ours; the paper has one)."""
+    own = dict(model.named_parameters())
+    norm = partial(torch.linalg.vector_norm, dim=(-2, -1))
+    ends = ((own[b][..., low:], own[a][..., low:, :]) for a, b in factors.pairs(own).items())
+    return torch.stack([(norm(b) * norm(a)).sum() for b, a in ends]).sum()

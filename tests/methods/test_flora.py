@@ -1,0 +1,195 @@
+"""FLoRA, the stacking of Wang et al."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedexperts import checkpoint
+from fedexperts.client import install
+from fedexperts.federation import jobs_for
+from fedexperts.methods.base import of
+from fedexperts.methods.flora import FLoRA
+from fedexperts.moe import factors, rows
+from fedexperts.moe.anatomy import Anatomy, BlockShape
+from fedexperts.moe.flops import Footprint
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import Tuning, prepare
+from fedexperts.testing import tiny_batch, tiny_bench, tiny_model, tiny_server
+from fedexperts.types import Client, Patch, Server, Training, Update, size
+from fedexperts.work import laid_over
+
+A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
+CLIENTS = [Client("a", 8), Client("b", 12), Client("c", 4)]
+LORA = Training(tuning=Tuning("lora", rank=8), batch_size=4, local_steps=2, lr=0.01)
+RANKS = (8, 4, 4)
+every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+
+
+def row(matrix):
+    """One row, row-first."""
+    return torch.tensor([matrix])
+
+
+def bare(sides=2, clients="ab"):
+    """A server of one adapted matrix and a router."""
+    weights = {A: torch.ones(1, 2, sides), B: torch.zeros(1, sides, 2), "gate": row([0.0])}
+    known = {name: Client(name, 1) for name in clients}
+    return Server(weights, dict.fromkeys(weights), Anatomy({"0": BlockShape(4, 1)}), Footprint(0, {"0": 1}, 0), known, round=1)
+
+
+def sent(client, a, b, examples, gate=0.0):
+    return Update(client, 1, "train", Patch({"gate": row([gate])}), examples, {f"stack/{A}": row(a), f"stack/{B}": row(b)})
+
+
+ONE = sent("a", [[1.0, 0.0]], [[4.0], [0.0]], 1, 4.0)  # BA = [[4, 0], [0, 0]], rank 1
+OTHER = sent("b", [[0.0, 2.0], [1.0, 1.0]], [[0.0, 4.0], [4.0, 0.0]], 3, 8.0)  # [[4, 4], [0, 8]], rank 2
+
+
+def test_a_merge_by_hand():
+    merged = FLoRA().merge(bare(), iter([ONE, OTHER]))
+    assert merged.memory[f"change/{A}"].tolist() == [[[4.0, 3.0], [0.0, 6.0]]]  # a quarter of the one, three of the other
+    assert merged.weights["gate"].tolist() == [[7.0]]
+    again = FLoRA().merge(replace(merged, round=2), iter([ONE]))
+    assert again.memory[f"change/{A}"].tolist() == [[[8.0, 3.0], [0.0, 6.0]]]
+
+
+def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_word():
+    one, other = (FLoRA().merge(bare(), iter(order)).memory[f"change/{A}"] for order in ([ONE, OTHER], [OTHER, ONE]))
+    torch.testing.assert_close(one, other)
+    alone = FLoRA().merge(bare(), iter([OTHER]))
+    assert alone.memory[f"change/{A}"].tolist() == [[[4.0, 4.0], [0.0, 8.0]]]
+
+
+def test_a_client_is_sent_the_stacks_of_the_rounds_it_missed():
+    """Matrices of 40 x 40, so that a sum is 6400 bytes, and a stack of rank 2 is 640."""
+    server, wide = bare(40), [[1.0] * 40, [2.0] * 40]
+    updates = [sent(name, wide, [[1.0, 0.0]] * 40, 1) for name in "ab"]
+    server = FLoRA().merge(replace(server, round=1), iter([replace(updates[0], round=1)]))
+    server = FLoRA().merge(replace(server, round=2), iter([replace(updates[1], round=2)]))
+
+    def told(name, round):
+        return FLoRA().assign(replace(server, round=round), Client(name, 1)).extra
+
+    assert {name: int(has) for name, has in of("has", server.memory).items()} == {"a": 0, "b": 1}
+    assert told("a", 3)[f"stack/{A}"].shape == (1, 4, 40)  # it trained before either was there
+    assert told("b", 3)[f"stack/{A}"].shape == (1, 2, 40)  # in the second round it was sent the first
+    assert told("never", 3)[f"stack/{A}"].shape == (1, 4, 40)
+    assert told("a", 3)["rank"] == 2
+
+
+def test_who_missed_more_than_the_sum_takes_is_sent_the_sum():
+    server, wide = bare(40, "ab"), [[1.0] * 40, [2.0] * 40]
+    for round in range(1, 15):
+        update = replace(sent("a", wide, [[1.0, 0.0]] * 40, 1), round=round)
+        server = FLoRA().merge(replace(server, round=round), iter([update]))
+        held = sum(size(of(f"stack/{each}", server.memory)) for each in range(1, 15))
+        assert held == 640 * min(round, 10) <= size(of("change", server.memory))
+    assert int(server.memory["forgotten"]) == 4
+    often, never = (FLoRA().assign(replace(server, round=15), Client(name, 1)).extra for name in "ab")
+    assert often.keys() == {"rank", f"stack/{A}", f"stack/{B}"} and often[f"stack/{A}"].shape == (1, 2, 40)
+    assert never.keys() == {"rank", f"change/{A}"}
+    assert torch.equal(never[f"change/{A}"], torch.full((1, 40, 40), 14.0))
+    assert size(often) < size(never) == 6400 + 8
+
+
+class Played:
+    """Rounds in which only some take part."""
+
+    def __init__(self, family, takes_part):
+        self.model = tiny_model(family)
+        self.server = tiny_server(self.model, CLIENTS, LORA)
+        self.benches = {client.name: tiny_bench(self.model, client, LORA) for client in CLIENTS}
+        self.jobs, self.updates = [], []
+        for number, names in enumerate(takes_part, 1):
+            asked = replace(self.server, round=number, task="train")
+            jobs = list(jobs_for(asked, FLoRA(RANKS), [client for client in CLIENTS if client.name in names]))
+            updates = [FLoRA(RANKS).train(job, self.benches[job.client]) for job in jobs]
+            self.server = FLoRA(RANKS).merge(asked, iter(updates))
+            self.jobs.append(jobs)
+            self.updates.append(updates)
+
+    def logits(self, family):
+        """Of the models that the clients would be scored with."""
+        jobs = jobs_for(replace(self.server, task="evaluate"), FLoRA(RANKS), CLIENTS)
+        with torch.no_grad():
+            return [install(job, self.benches[job.client])(**tiny_batch(family)).logits for job in jobs]
+
+
+@every_family
+def test_after_a_round_all_have_the_base_and_the_weighted_products_of_different_ranks(family):
+    """As if the stack, of rank 8 + 4 + 4, were an adapter itself."""
+    played = Played(family, ["abc"])
+    sizes = [[factors.rank_of(of("stack", update.extra)) for update in updates] for updates in played.updates]
+    assert sizes == [[8, 4, 4]]
+    stack = factors.stacked([(float(update.examples), of("stack", update.extra)) for update in played.updates[0]])
+    tuning = Tuning("lora", rank=16, alpha=LORA.tuning.alpha * 2)  # the scale of rank 8
+    reference = prepare(shrink(played.model, {}), tuning, "any")
+    rows.write(reference, {**played.server.weights, **stack})
+    with torch.no_grad():
+        expected, base = (model(**tiny_batch(family)).logits for model in (reference, played.model))
+    assert not torch.allclose(expected, base, atol=1e-3)
+    for found in played.logits(family):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_clients_that_took_part_in_different_rounds_have_the_same_model(family):
+    played = Played(family, ["ab", "ac", "a", "bc"])
+    assert {name: int(has) for name, has in of("has", played.server.memory).items()} == {"a": 2, "b": 3, "c": 3}
+    one, *others = played.logits(family)
+    assert len(others) == 2
+    for other in others:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_every_round_starts_on_fresh_adapters_which_do_not_go_down():
+    played = Played("olmoe", ["ab", "ab"])
+    fresh = [rows.read(install(job, played.benches[job.client])) for jobs in played.jobs for job in jobs]
+    pairs = factors.pairs(fresh[0])
+    assert not any(each[b].any() for each in fresh for b in pairs.values())
+    assert all(len({each[a][0, 0, 0].item() for each in fresh}) == 4 for a in pairs)
+    trained = {*pairs, *pairs.values()}
+    assert not any(trained & job.patch.tensors.keys() for jobs in played.jobs for job in jobs)
+
+
+@every_family
+def test_a_client_scored_before_the_merge_has_its_base_and_its_own_adapters_on_it(family):
+    played = Played(family, ["ab", "a"])
+    (job,), (update,) = played.jobs[1], played.updates[1]
+    bench = played.benches["a"]
+    held = install(replace(job, extra={"rank": job.extra["rank"]}), bench)  # all that came before the round
+    rows.write(held, of("stack", update.extra))
+    rows.write(held, update.patch.tensors)
+    scored = install(laid_over(job, update), bench)
+    with torch.no_grad():
+        found, expected = (model(**tiny_batch(family)).logits for model in (scored, held))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bytes_are_the_clients_factors_up_and_the_last_rounds_stack_down():
+    """Of rank 8 and 4 up, of rank 12 to each down: in a round without a stack, the routers and the rank alone."""
+    played = Played("olmoe", ["ab", "ab"])
+    per_rank = sum(tensor.nbytes for name, tensor in played.server.weights.items() if "lora" in name) // 8
+    routers = sum(tensor.nbytes for name, tensor in played.server.weights.items() if "lora" not in name)
+    ids = 8 * 8 * 3
+    down = [[job.nbytes for job in jobs] for jobs in played.jobs]
+    assert down == [[routers + ids + 8] * 2, [routers + ids + 8 + 12 * per_rank] * 2]
+    up = [[replace(update, metrics={}).nbytes - 2 for update in updates] for updates in played.updates]
+    assert up == [[routers + ids + 8 * per_rank, routers + ids + 4 * per_rank]] * 2
+
+
+def test_a_server_from_a_checkpoint_sends_and_merges_what_the_undisturbed_one_does(tmp_path):
+    played = Played("olmoe", ["ab", "ac"])
+    checkpoint.save(tmp_path, played.server)
+    again = checkpoint.load(tmp_path, tiny_server(played.model, CLIENTS, LORA))
+    for server in (again, played.server):
+        asked = replace(server, round=3, task="train")
+        jobs = list(jobs_for(asked, FLoRA(RANKS), CLIENTS))
+        kept = {name: dict(bench.kept) for name, bench in played.benches.items()}
+        benches = {name: replace(bench, kept=kept[name]) for name, bench in played.benches.items()}
+        merged = FLoRA(RANKS).merge(asked, (FLoRA(RANKS).train(job, benches[job.client]) for job in jobs))
+        if server is again:
+            first = merged
+    assert first.memory.keys() == merged.memory.keys() and len(merged.memory) > 20
+    assert all(torch.equal(first.memory[name], merged.memory[name]) for name in merged.memory)
