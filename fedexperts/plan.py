@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from fedexperts.federation import steps
+from fedexperts.federation import job_for, steps
 from fedexperts.methods import REFERENCES
-from fedexperts.methods.base import patch_for
 from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.moe.flops import per_step
 from fedexperts.moe.shrink import shrink
@@ -107,7 +106,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
         "first_task": first.task,
         "first_experts": sum(len(ids) for ids in held.values()),
         "budget": budget,
-        "first_bytes_down": patch_for(first, assignment).nbytes if assignment else 0,
+        "first_bytes_down": job_for(first, client, assignment).nbytes if assignment else 0,
         "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
     }
 

@@ -99,16 +99,16 @@ def falls_due(round: int, evaluation: EvaluationSettings, rounds: int) -> bool:
 
 
 def laid_over(job: Job, update: Update) -> Job:
-    """An evaluation of what `update` would send, laid over what `job` brought."""
+    """An evaluation of what `update` would send, weights and else, laid over what `job` brought."""
     tensors = dict(job.patch.tensors)
     for name, sent in update.patch.tensors.items():
         had, ids = job.patch.rows.get(name), update.patch.rows.get(name)
-        if ids is None:
+        if ids is None or (had is not None and torch.equal(had, ids)):
             tensors[name] = sent
         else:  # of the rows that came, perhaps only some go back
             places = ids if had is None else torch.searchsorted(had, ids)
             tensors[name] = tensors[name].index_copy(0, places, sent)
-    return replace(job, task="evaluate", patch=Patch(tensors, job.patch.rows))
+    return replace(job, task="evaluate", patch=Patch(tensors, job.patch.rows), extra={**job.extra, **update.extra})
 
 
 def batches(examples: Sequence[Example], bench: Bench, size: int) -> Iterator[Mapping[str, Tensor]]:
