@@ -40,20 +40,21 @@ class SEERMoE:
     pooled: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
-        """To count: the whole model, where the memory holds its weights. To train: the heavy hitters.
+        """To count: the whole model, where the memory holds its weights and a training step's activations, more than counting
+        takes (ours). To train: the heavy hitters.
 
         Raises:
-            TooSmall: the client's memory holds no legal sub-model, or nobody's holds the weights of the whole model.
+            TooSmall: the client's memory holds no legal sub-model, or nobody's holds what counting is planned with.
         """
         require_minimum(server, client)
         if server.task != "count":
             return Assignment(search(server, client, by_block(server.anatomy, server.memory["counts"]), reserve=1.0))
-        needed = server.footprint.frozen_bytes
+        needed = server.footprint.frozen_bytes + server.footprint.activation_bytes
         able = [each.name for each in server.clients.values() if each.memory_bytes is None or each.memory_bytes >= needed]
         if not able:
             raise TooSmall(
-                f"no client can count whom its data is routed to: the weights of the whole model take {needed / 1e6:.1f} MB and "
-                "all clients have less memory; give one of them more"
+                f"no client can count whom its data is routed to: the whole model's weights and the activations of a batch take "
+                f"{needed / 1e6:.1f} MB and all clients have less memory; give one of them more, or take a smaller batch"
             )
         return all_experts(server) if client.name in able else None
 
