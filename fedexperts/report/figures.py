@@ -218,6 +218,7 @@ def partition(run: RunResults) -> Figure:
 def retained_by_client(run: RunResults, unit: str) -> Figure:
     """What each client's model scored on the retained tasks that are measured in `unit`, and the base."""
     drawing = _drawing("client", f"score ({unit})" if unit else "perplexity (lower is better)")
+    drawing.update_xaxes(type="category")
     tasks = [task for task in m.retained_tasks([run]) if m.retained_unit([run], task) == unit]
     for index, task in enumerate(tasks):
         found, known = m.retained_by_client(run, task), m.base([run], task).of(run)
@@ -256,7 +257,7 @@ def retained_minus_base(groups: Groups) -> list[Figure]:
 def _minus_base(groups: Groups, unit: str) -> Figure:
     runs = all_runs(groups)
     tasks = [task for task in m.retained_tasks(runs) if m.retained_unit(runs, task) == unit]
-    drawing = _bars(f"method − base ({'percentage points' if unit else 'perplexity, lower is better'})", len(groups))
+    drawing = _bars(f"method − base ({'percentage points' if unit else 'perplexity, lower is better'})", len(groups) * len(tasks))
     drawing.update_yaxes(title={"text": "method"})
     for index, task in enumerate(tasks):
         measure = m.retained_minus_base(runs, task)
@@ -266,9 +267,10 @@ def _minus_base(groups: Groups, unit: str) -> Figure:
             error = {"type": "data", "array": [each.half or 0.0 for each in means.values()], "thickness": 1}
             marker = {"color": PALETTE[index % len(PALETTE)], "size": 10}
             x = [each.mean for each in means.values()]
-            trace = go.Scatter(x=x, y=list(means), error_x=error, name=safe(task), mode="markers", marker=marker)
-            drawing.add_trace(trace)
+            look: dict[str, Any] = {"mode": "markers", "marker": marker, "orientation": "h", "showlegend": True}
+            drawing.add_trace(go.Scatter(x=x, y=list(means), error_x=error, name=safe(task), **look))
     if drawing.data:
+        drawing.update_layout(scattermode="group")  # tasks of one method beside each other, not on each other
         drawing.add_vline(x=0, line={"dash": "dot", "color": PALETTE[6]})
     what = "Retained knowledge against the base" + ("" if unit else ": perplexity")
     caption = (
