@@ -240,7 +240,7 @@ def stack_in_equal_shares(experts: Any, hidden: Tensor, index: Tensor, weights: 
 
     def product(name: str, rows: Tensor, expert: int) -> Tensor:
         weight = getattr(experts, name)[expert]
-        out = rows @ (weight if experts.is_transposed else weight.T)
+        out: Tensor = rows @ (weight if experts.is_transposed else weight.T)
         return out + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else out
 
     out = torch.zeros_like(hidden)
