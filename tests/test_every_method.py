@@ -31,16 +31,18 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 CHOOSY = ("hfedmoe", "pfl_moe", "random_expert")  # of the experts that clients have, they send only some
 ADAPTERS = {"fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert"}  # work on LoRA alone
-KEEPING = ("local", "scaffold", "fedper", "fedrep", "ditto", "fedsa_lora")  # their clients keep something to themselves
+KEEPING = ("local", "scaffold", "fedper", "fedrep", "ditto", "fedsa_lora", "flex")  # their clients keep something to themselves
 
 
 def test_the_methods_that_there_are():
-    ours, personal = {"fedmoe", "random_moe", "hfedmoe", "pfl_moe", "seer_moe"}, {"fedper", "fedrep", "ditto"}
+    ours, personal = {"fedmoe", "random_moe", "hfedmoe", "pfl_moe", "seer_moe", "flex"}, {"fedper", "fedrep", "ditto"}
     assert METHODS.keys() == ours | personal | ADAPTERS | {"fedavg", "fedprox", "scaffold", "local", "centralised"}
     assert len(set(METHODS.values())) == len(METHODS)
 
 
 def training_of(name):
+    if name == "flex":
+        return replace(TRAINING, tuning=Tuning("lora", ("attention",), rank=8))
     return replace(TRAINING, tuning=Tuning("lora", rank=8)) if name in ADAPTERS else TRAINING
 
 
@@ -149,6 +151,27 @@ def test_what_the_server_remembers_and_clients_keep_are_named_tensors_that_can_b
     kept = [tensor for bench in played_round.benches.values() for tensor in bench.kept.values()]
     assert all(type(tensor) is Tensor and not tensor.requires_grad for tensor in kept)
     assert bool(kept) == (name in KEEPING)
+
+
+@every_family
+@every_method
+def test_nothing_that_a_client_keeps_to_itself_leaves_it(name, family):
+    if name == "scaffold":
+        pytest.skip("the first time, what a SCAFFOLD client keeps is what it sends: Δc_k from a c_k of zero")
+    played_round = played(name, family)
+    for job, update in zip(played_round.jobs, played_round.updates, strict=True):
+        assert update.patch.tensors.keys() <= job.patch.tensors.keys()
+        come = [*played_round.base.values(), *played_round.start.weights.values(), *job.patch.tensors.values()]
+        kept = played_round.benches[update.client].kept.values()
+        own = [tensor for tensor in kept if tensor.is_floating_point() and not any(alike(tensor, other) for other in come)]
+        assert bool(own) == (name in KEEPING)
+        for sent in (*update.patch.tensors.values(), *update.extra.values()):
+            assert not any(alike(sent, tensor) for tensor in own)
+
+
+def alike(one, other):
+    """The same numbers, with or without the row-first axis."""
+    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
 
 
 @every_method
