@@ -21,7 +21,7 @@ quickstart: install ## FedMoE against FedAvg, random sub-models and local traini
 	$(BIN)/fedexperts compare runs/quickstart.toml --methods fedmoe,random_moe,fedavg,local --out results/quickstart
 
 test: install ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install lint types test ## all that has to hold: format, lint, types, tests
 

@@ -19,6 +19,11 @@ torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 
+def pytest_collection_modifyitems(items):
+    """The file with the longest tests, whole runs killed and resumed, first: else one worker is at it when the other is done."""
+    items.sort(key=lambda item: item.path.name != "test_resume.py")
+
+
 class MinusInfinity(TorchFunctionMode):
     """Sets the logits and the bias of experts that are not kept to −inf, inside the routers of a whole model."""
 
