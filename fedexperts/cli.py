@@ -202,7 +202,7 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
     table = Table(title="Clients", caption=f"first job: {planned['clients'][0]['first_task']}; memory and bytes in MB (10⁶)")
     added = ("budget",) if budgets else ()  # of experts that backward reaches
     for name in ("client", "task", "train", "val", "test", "memory", "fit", "first job", "sent", *added):
-        table.add_column(name, justify="left" if name in ("client", "task") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("client", "task") else "right", no_wrap=name != "task", overflow="fold")
     for client in planned["clients"]:
         memory = client["memory_bytes"]
         table.add_row(
