@@ -28,11 +28,11 @@ def by_reconstruction(model: nn.Module, batches: Sequence[Batch], number: int = 
 
     Each takes a pass over the text. Of equal losses the lower id wins. `stride`: see `reconstruction_losses`.
     """
-    held: dict[str, tuple[int, ...]] = {}
+    held: Experts = {}
     for _ in range(number):
         losses = reconstruction_losses(model, batches, held, stride)
-        held = {name: (*held.get(name, ()), int(loss.argmin())) for name, loss in losses.items()}
-    return {name: tuple(sorted(ids)) for name, ids in held.items()}
+        held = {name: tuple(sorted((*held.get(name, ()), int(loss.argmin())))) for name, loss in losses.items()}
+    return held
 
 
 @torch.no_grad()
