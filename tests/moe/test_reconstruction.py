@@ -100,7 +100,7 @@ def test_the_best_comes_first_and_more_are_added_one_by_one():
 @every_family
 def test_of_experts_chosen_in_any_order_each_next_one_is_the_best_beside_them(family):
     model, batches = tiny_model(family), [tiny_batch(family)]
-    held, descending = {name: () for name in blocks(model)}, False
+    held, descending = dict.fromkeys(blocks(model), ()), False
     for _ in range(4):
         losses = reconstruction_losses(model, batches, {name: tuple(sorted(ids)) for name, ids in held.items()})
         held = {name: (*held[name], int(loss.argmin())) for name, loss in losses.items()}
