@@ -24,13 +24,14 @@ CHILD = "grafted"
 class Grafted(nn.Module):
     """The personal experts of one block: it then gives y = block(x) + Σ_p σ(w_p · x) E_p(x).
 
-    E_p starts as a copy of an expert of the block, w_p as that expert's row of the router (a bias of the router stays behind).
+    E_p starts as a copy of an expert of the block, w_p as that expert's row of the router (a bias of the router stays behind),
+    in the type of the experts: the routers of some families are in float32 whatever the model is in.
     """
 
     def __init__(self, block: Block, ids: Sequence[int]):
         super().__init__()
         self.copies = copied(block, ids)
-        rows = router_rows(block)[list(ids)].detach().clone()
+        rows = router_rows(block).detach()[list(ids)].to(next(self.copies.parameters()))
         self.own_gate = nn.Linear(rows.shape[1], len(ids), bias=False, device="meta")
         self.own_gate.weight = nn.Parameter(rows)
 

@@ -82,6 +82,21 @@ def test_training_moves_what_is_personal_and_nothing_of_the_frozen_model(family,
 
 
 @every_family
+@pytest.mark.parametrize("tuning", [Tuning("lora", ("attention",), rank=8), FULL], ids=["lora", "full"])
+def test_a_model_in_bfloat16_whose_routers_are_in_float32(family, tuning):
+    base = tiny_model(family).to(torch.bfloat16)
+    for block in blocks(base).values():
+        if family in ("ernie4_5_moe", "switch_transformers"):  # as transformers loads the one and runs the other
+            block.router.to(torch.float32)
+    model = prepare(shrink(base, anatomy(base).all_experts), tuning, seed="0")
+    graft.attach(model, dict.fromkeys(blocks(model), (5,)), tuning, seed="0")
+    model(**tiny_batch(family)).loss.backward()
+    own = {name: parameter for name, parameter in model.named_parameters() if graft.is_personal(name)}
+    assert all(parameter.dtype == torch.bfloat16 for parameter in own.values())
+    assert all(parameter.grad.isfinite().all() for parameter in own.values() if parameter.requires_grad)
+
+
+@every_family
 def test_merged_adapters_give_the_same(family):
     _, model, _ = grafted(family)
     chance = torch.Generator().manual_seed(0)
