@@ -246,15 +246,25 @@ def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[
     letters are, also its acc.
     """
     pairs = [replace(example, response=choice) for example in batch for choice in example.choices]
-    scores: list[float] = []
-    for start in range(0, len(pairs), len(batch)):
-        encoded = encoder.batch(pairs[start : start + len(batch)])
-        own = encoded["labels"].masked_fill(encoded["labels"] == encoder.eos, IGNORED)
-        losses, _ = reference_losses(model, {**encoded, "labels": own})
-        scores += [-float(loss) for loss in losses]
+    chunks = [own_labels(encoder, pairs[start : start + len(batch)]) for start in range(0, len(pairs), len(batch))]
+    if all(((chunk["labels"] != IGNORED).sum(1) == 1).all() for chunk in chunks):  # letters: one look says it for all of them
+        tokens = torch.cat([chunk["labels"].amax(1) for chunk in chunks]).tolist()
+        logits, targets = predictions(model, own_labels(encoder, [replace(each, response=each.choices[0]) for each in batch]))
+        at = (targets != IGNORED).int().argmax(1)
+        likely = functional.log_softmax(logits[torch.arange(len(at)), at].float(), dim=-1)
+        rows = [row for row, example in enumerate(batch) for _ in example.choices]
+        scores = likely[rows, tokens].tolist()
+    else:
+        scores = [-float(loss) for chunk in chunks for loss in reference_losses(model, chunk)[0]]
     waiting = iter(scores)
     found = [{choice: next(waiting) / max(len(choice), 1) for choice in example.choices} for example in batch]
     return [max(each, key=each.__getitem__) for each in found]
+
+
+def own_labels(encoder: Encoder, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """`examples` as a batch in which end tokens are no targets."""
+    encoded = encoder.batch(examples)
+    return {**encoded, "labels": encoded["labels"].masked_fill(encoded["labels"] == encoder.eos, IGNORED)}
 
 
 def reference_losses(

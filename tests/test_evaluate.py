@@ -197,11 +197,11 @@ def test_every_metric_says_what_it_is():
     assert len(METRICS) == 10 and all(METRICS.values())
 
 
-def chosen(number: int, seed: int = 0) -> list[Example]:
-    """Prompts with three choices of as many words, one to three; the first is right."""
+def chosen(number: int, seed: int = 0, most_words: int = 3) -> list[Example]:
+    """Prompts with two to four choices of as many words, one to `most_words`; the first is right."""
     rng = random.Random(seed)
     prompts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 7))) for _ in range(number)]
-    sets = [tuple(" ".join(rng.sample(WORDS, k=1 + row % 3)) for _ in range(3)) for row in range(number)]
+    sets = [tuple(" ".join(rng.sample(WORDS, k=1 + row % most_words)) for _ in range(rng.randint(2, 4))) for row in range(number)]
     return [
         Example(prompt, choices[0], "mc", "likelihood", choices=choices) for prompt, choices in zip(prompts, sets, strict=True)
     ]
@@ -219,9 +219,10 @@ def log_likelihood(model: nn.Module, encoder: Encoder, example: Example, choice:
     return float(logits.log_softmax(-1).gather(2, said[..., None]).sum())
 
 
+@pytest.mark.parametrize("most_words", [1, 3])
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
-def test_the_choice_is_the_one_with_the_highest_likelihood_per_character_whatever_the_batch(family):
-    model, examples = tiny_model(family), chosen(9)
+def test_the_choice_is_the_one_with_the_highest_likelihood_per_character_whatever_the_batch(family, most_words):
+    model, examples = tiny_model(family), chosen(9, most_words=most_words)
     encoder = Encoder(tokenizer(), 32, encoder_decoder=family == "switch_transformers")
     expected = [
         max(example.choices, key=lambda choice: log_likelihood(model, encoder, example, choice) / len(choice))
