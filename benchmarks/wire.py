@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fedexperts.config import RunConfig
+from fedexperts.engines.letter import from_bytes
 from fedexperts.engines.local import Site
 from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
 from fedexperts.federation import federate
 from fedexperts.ledger import Ledger
-from fedexperts.running import clock_for, engine_for
 from fedexperts.settings import checked
+from fedexperts.sites import clock_for, site_for
 from fedexperts.start import Parts, prepare_run
 from fedexperts.types import Failure, Job, Update
 
@@ -64,10 +65,9 @@ class Weighed:
             yield unpack_answer(self.weigh(pack_answer(answer)))
 
     def weigh(self, message: bytes) -> bytes:
-        start = 8 + int.from_bytes(message[:8], "big")  # of safetensors: its header's length, its header, its tensors
-        header = int.from_bytes(message[start : start + 8], "little")
+        parts = from_bytes(message).parts.values()  # of safetensors each: its header's length, its header, a tensor
         self.messages += len(message)
-        self.tensors += len(message) - start - 8 - header
+        self.tensors += sum(len(part) - 8 - int.from_bytes(part[:8], "little") for part in parts)
         return message
 
 
@@ -82,7 +82,7 @@ def main() -> None:
         config = settings(method, training, rounds)
         prepared = prepare_run(config, label, parts=parts)
         with tempfile.TemporaryDirectory() as folder:
-            weighed = Weighed(engine_for(prepared, Path(folder)).site)
+            weighed = Weighed(site_for(prepared, Path(folder)))
             ledger = Ledger(clock_for(prepared))
             counted = 0
             for _ in federate(prepared.server, prepared.method, weighed, ledger, rounds=rounds, clients_per_round=2):

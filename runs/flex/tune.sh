@@ -4,8 +4,8 @@
 set -e
 command=${1:-fedexperts}
 tries=""
-router="training.parts=[attention,router]"
-experts="training.parts=[attention,experts]"
+router='training.parts=["attention", "router"]'
+experts='training.parts=["attention", "experts"]'
 optimizer="federation.server_optimizer.name"
 for lr in 3e-4 1e-3 3e-3; do
   for method in flex fedit local fedprox scaffold ditto ffa_lora fedsa_lora flora flexlora hetlora \
