@@ -1,5 +1,45 @@
-"""Federated fine-tuning of Mixture-of-Experts language models."""
+"""Federated fine-tuning of Mixture-of-Experts language models.
 
+    run(run_file, out)                      one run, into a results folder
+    compare(run_file, methods, seeds, out=) several methods over the same data and clients
+    load(folder)                            a model that `fedexperts export` wrote
+    Method                                  what a federated method is: three functions
+    METHODS                                 the methods by name; one of your own is entered here
+    partition                               who gets which examples: iid, dirichlet, pathological, quantity, by_task, …
+
+Everything is imported when it is first asked for, so `import fedexperts` itself is quick.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from fedexperts.api import compare, run
+    from fedexperts.data import partition
+    from fedexperts.export import load
+    from fedexperts.methods import METHODS
+    from fedexperts.types import Method
+
+__all__ = ["METHODS", "Method", "__version__", "compare", "load", "partition", "run"]
 __version__ = version("fedexperts")
+
+_WHERE = {
+    "METHODS": "fedexperts.methods",
+    "Method": "fedexperts.types",
+    "compare": "fedexperts.api",
+    "load": "fedexperts.export",
+    "run": "fedexperts.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "partition":
+        return import_module("fedexperts.data.partition")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedexperts' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fedexperts.files import write_tensors, write_text
 from fedexperts.types import Server
@@ -41,10 +42,19 @@ def load(folder: Path, server: Server) -> Server:
     saved = latest(folder)
     state = json.loads((saved / "state.json").read_text()) if saved else {"logs": {}}
     trim(folder, state["logs"])
-    if saved is None:
-        return server
-    weights, memory = load_file(saved / "weights.safetensors"), load_file(saved / "memory.safetensors")
+    return server if saved is None else restored(saved, server)
+
+
+def restored(saved: Path, server: Server) -> Server:
+    """`server` as the checkpoint in `saved` has it."""
+    state = json.loads((saved / "state.json").read_text())
+    weights, memory = tensors(saved)
     return replace(server, weights=weights, memory=memory, round=state["round"], task=state["task"])
+
+
+def tensors(saved: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The server's weights and its memory in the checkpoint in `saved`."""
+    return load_file(saved / "weights.safetensors"), load_file(saved / "memory.safetensors")
 
 
 def latest(folder: Path) -> Path | None:

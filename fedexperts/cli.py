@@ -168,6 +168,38 @@ def pretrain(
     pretraining.run_file(run_file, set or [], out, console)
 
 
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The results folder of a run.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="The folder to write: one that is not there yet, or is empty.", show_default=False)],
+    client: Annotated[str | None, typer.Option(help="A client, whose own model is written in place of the global one.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapters, for peft, in place of a whole model.")] = False,
+) -> None:
+    """A model folder to take away: the run's global model, or a client's own, as of the last checkpoint."""
+    from fedexperts import export as exports
+
+    kind = exports.export(folder, to, client, adapter)
+    how = (
+        "peft reads it"
+        if kind.adapter
+        else "transformers reads it" + (", with trust_remote_code=True" if kind.needs_code else "")
+    )
+    console.print(f"written: {to} ({how}; its README.md says how)", markup=False, soft_wrap=True, highlight=False)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A model folder, as export wrote it.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What to ask; the run's own form is put around it.", show_default=False)],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of the answer, at most; by default as many as in the run.")] = None,
+    task: Annotated[str | None, typer.Option(help="Whose form the prompt gets, where the run had several tasks.")] = None,
+) -> None:
+    """Try an exported model: a greedy answer to a prompt."""
+    from fedexperts.export.generate import generate
+
+    typer.echo(generate(folder, prompt, tokens, task))
+
+
 def progress(quiet: bool) -> "Progress":
     from fedexperts.progress import Quiet, Shown
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from fedexperts.errors import Busy
+from fedexperts.errors import BadValue, Busy
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -46,6 +47,45 @@ def encoded(tensors: Mapping[str, Tensor]) -> bytes:
         apart[name] = held.clone() if held.untyped_storage().data_ptr() in memory else held
         memory.add(held.untyped_storage().data_ptr())
     return save(apart)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end: all of it, synced, or, whatever happens before, nothing.
+
+    Raises:
+        BadValue: `folder` is there and holds something.
+    """
+    require_room(folder)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield made
+        made.chmod(0o755)
+        for path in (*made.rglob("*"), made):
+            sync(path)
+        require_room(folder)
+        made.replace(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def require_room(folder: Path) -> None:
+    """Raises BadValue when `folder` is there and is no empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadValue(f"{folder} is there already and holds something; give a folder that does not exist yet, or an empty one")
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

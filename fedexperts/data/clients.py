@@ -16,7 +16,7 @@ from fedexperts.data import partition as divide_by
 from fedexperts.data.partition import Clusters, Indices, Loads, Partition, apportion, from_object, shuffled
 from fedexperts.data.settings import DataSettings, PartitionSettings, SourceSettings
 from fedexperts.data.sources import Placed, Source, drawn, examples_from, load
-from fedexperts.data.templates import Row, rows_of
+from fedexperts.data.templates import Frame, Row, rows_of
 from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.files import write_text
 from fedexperts.types import METRIC_NAMES, Client, Example, Split
@@ -41,6 +41,7 @@ class Pool:
     test: tuple[Example, ...]
     hashes: Mapping[str, str]
     left_out: int = 0  # examples that repeated others
+    frames: Mapping[str, Frame | None] = field(default_factory=dict)  # task → what its prompts begin and end with
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,16 @@ class Clients(Mapping[str, Split]):
             "left_out": self.pool.left_out,
             "partition": self.partition.as_json(),
             "clients": {name: vars(share) for name, share in self.shares.items()},
+            "prompts": self.prompts(),
         }
+
+    def prompts(self) -> dict[str, Any]:
+        """Task → what its prompts begin and end with (None: a text is continued) and its first example's choices, as JSON."""
+        first: dict[str, Example] = {}
+        for example in self.pool.train:
+            first.setdefault(example.task, example)
+        frames = self.pool.frames
+        return {task: {"frame": frames[task], "choices": each.choices} for task, each in first.items() if task in frames}
 
     def save(self, path: Path) -> None:
         """Writes the manifest, all of it or nothing."""
@@ -187,7 +197,7 @@ def load_pool(settings: DataSettings) -> Pool:
     _tasks_agree(sources)
     train = [example for source in sources for example in source.train]
     test = [example for source in sources for example in source.test]
-    pool = pooled(train, test, {source.name: source.hash for source in sources})
+    pool = replace(pooled(train, test, {source.name: source.hash for source in sources}), frames=_frames(sources))
     left = {id(example) for example in pool.train}
     for source in sources:
         rows = [*source.train, *source.test]
@@ -199,6 +209,15 @@ def load_pool(settings: DataSettings) -> Pool:
         if not any(id(example) in left for example in source.train):
             raise BadData(f"source {source.name} has no training example that no other source or test set has; leave it out")
     return pool
+
+
+def _frames(sources: Iterable[Source]) -> dict[str, Frame | None]:
+    """The frame of each task; where sources of one task ask differently, an empty one."""
+    found: dict[str, Frame | None] = {}
+    for source in sources:
+        for task, frame in source.frames.items():
+            found[task] = frame if found.setdefault(task, frame) == frame else ("", "")
+    return found
 
 
 def load_retained(sources: Sequence[SourceSettings], settings: DataSettings) -> Retained:

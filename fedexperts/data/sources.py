@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from fedexperts.data import synthetic
 from fedexperts.data.settings import DataSettings, SourceSettings
-from fedexperts.data.templates import TEMPLATES, Hints, Row, kind_of, names_of, rows_of
+from fedexperts.data.templates import TEMPLATES, Frame, Hints, Row, frame, kind_of, names_of, rows_of
 from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.types import Example
 
@@ -36,6 +36,7 @@ class Source:
     train: list[Example]
     test: list[Example]
     hash: str
+    frames: Mapping[str, Frame | None] = field(default_factory=dict)  # task → what its prompts begin and end with
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def _generated(source: SourceSettings, limit: int | None) -> Source:
         [replace(example, task=source.task or example.task, metric=source.metric or example.metric) for example in side]
         for side in made
     )
-    return Source(source.name, train, test, digest_of(train + test))
+    before = synthetic.ask(task.capitalize(), "").removesuffix(synthetic.SEPARATOR)
+    return Source(source.name, train, test, digest_of(train + test), {source.task or task: (before, synthetic.SEPARATOR)})
 
 
 def _from_pack(source: SourceSettings) -> Source:
@@ -175,8 +177,9 @@ def _from_pack(source: SourceSettings) -> Source:
     hash = hash_of([*train_files, test_file])
     if not pack.many_tasks:
         hints = Hints(source.task or source.name, source.metric, pack.question)
-        return Source(source.name, *_examples(train, test, pack.kind, hints), hash)
+        return _source(source.name, train, test, pack.kind, hints, hash)
 
+    frames: dict[str, Frame | None] = {}
     sides: tuple[list[Example], list[Example]] = ([], [])
     tasks = _tasks(train, part, source.name)
     for task in tasks:
@@ -184,9 +187,11 @@ def _from_pack(source: SourceSettings) -> Source:
         name = source.task or (source.name if part and len(tasks) == 1 else f"{head}/{task}")
         hints = Hints(name, source.metric or own.metric, own.question)
         rows = [[placed for placed in side if placed.row["task"] == task] for side in (train, test)]
-        for side, examples in zip(sides, _examples(rows[0], rows[1], own.kind, hints), strict=True):
+        one = _source(source.name, rows[0], rows[1], own.kind, hints, hash)
+        for side, examples in zip(sides, (one.train, one.test), strict=True):
             side += examples
-    return Source(source.name, *sides, hash)
+        frames |= one.frames
+    return Source(source.name, *sides, hash, frames)
 
 
 def _tasks(rows: Iterable[Placed], part: str, name: str) -> list[str]:
@@ -250,7 +255,7 @@ def _custom(source: SourceSettings, task: str, first: Placed, train: list[Placed
     """Examples of rows whose fields the user named, or whose fields we recognise from the first row."""
     kind = at_place(first, lambda row: _kind(row, source))
     hints = Hints(source.task or task, source.metric, prompt=source.prompt, response=source.response, label=source.label)
-    return Source(source.name, *_examples(train, test, kind, hints), hash)
+    return _source(source.name, train, test, kind, hints, hash)
 
 
 def _kind(row: Row, source: SourceSettings) -> str:
@@ -262,14 +267,15 @@ def _kind(row: Row, source: SourceSettings) -> str:
     return "plain_text" if source.response is not None else kind_of(row)
 
 
-def _examples(train: list[Placed], test: list[Placed], kind: str, hints: Hints) -> tuple[list[Example], list[Example]]:
-    """Both splits through the template of `kind`, which learns the names of labels from both."""
+def _source(name: str, train: list[Placed], test: list[Placed], kind: str, hints: Hints, hash: str) -> Source:
+    """Both splits of one task through the template of `kind`, which learns the names of labels from both."""
     if kind == "classification":
         train, test = _numbered(train, test, hints.label or "label")
     template = TEMPLATES[kind]
     hints = replace(hints, names=names_of((placed.row for placed in train + test), kind, hints.label))
     made = [[at_place(placed, lambda row: template(row, hints)) for placed in side] for side in (train, test)]
-    return made[0], made[1]
+    rows = [placed.row for placed in train or test]
+    return Source(name, made[0], made[1], hash, {hints.task: frame(rows, kind, hints)})
 
 
 def _numbered(train: list[Placed], test: list[Placed], label: str) -> tuple[list[Placed], list[Placed]]:

@@ -4,8 +4,8 @@ Prompts are short, since small models see few tokens, and end in a line break, w
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
 
@@ -40,6 +40,10 @@ class Hints:
 
 
 Template = Callable[[Row, Hints], Example]
+Frame = tuple[str, str]
+"""What every prompt of a task begins and ends with."""
+
+MARK = "\x00"
 
 
 def classification(row: Row, hints: Hints) -> Example:
@@ -131,6 +135,30 @@ TEMPLATES: Mapping[str, Template] = {
 }
 
 
+def frame(rows: Sequence[Row], kind: str, hints: Hints) -> Frame | None:
+    """What stands before and after the part that differs in the prompts of `rows`, so that others can be asked alike.
+
+    Both are empty where several fields differ: who asks writes it all. None: nothing is asked, a text is continued.
+    """
+    if kind == "plain_text":
+        return None
+    if kind in ("classification", "fields"):
+        wanted = hints.prompt or ("text" if kind == "classification" else "prompt")
+        marked: dict[str, str] = dict.fromkeys(fields_of(wanted) or [wanted], MARK)
+    elif kind == "cloze" or (kind != "instruction" and one_instruction(rows, hints)):
+        marked = {"input": MARK}
+    else:
+        hints, marked = replace(hints, question=""), {"instruction": MARK, "input": ""}
+    before, _, after = TEMPLATES[kind]({**rows[0], **marked}, hints).prompt.partition(MARK)
+    return ("", "") if MARK in after else (before, after)
+
+
+def one_instruction(rows: Sequence[Row], hints: Hints) -> bool:
+    """Whether all that differs in the questions of `rows` is their input."""
+    asked = {hints.question or row["instruction"] for row in rows}
+    return len(asked) == 1 and all(row.get("input") for row in rows)
+
+
 def kind_of(row: Row) -> str:
     """The template for a row of unknown origin, by its fields.
 
@@ -194,8 +222,13 @@ def asked(row: Row, hints: Hints) -> str:
 
 def filled(row: Row, wanted: str) -> str:
     """The field `wanted`, or `wanted` with its {field}s filled in."""
-    names = [name for _, name, _, _ in Formatter().parse(wanted) if name]
+    names = fields_of(wanted)
     return wanted.format_map({name: text_of(row, name) for name in names}) if names else text_of(row, wanted)
+
+
+def fields_of(wanted: str) -> list[str]:
+    """The names of the {field}s in `wanted`."""
+    return [name for _, name, _, _ in Formatter().parse(wanted) if name]
 
 
 def text_of(row: Row, field: str) -> str:

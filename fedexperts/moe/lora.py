@@ -5,7 +5,8 @@ each expert, through the same grouped products that the experts use themselves. 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import peft
 import torch
 from jaxtyping import Float, Int
 from peft.tuners.lora import Linear as LinearLoRA
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -251,6 +253,83 @@ def add_beneath(model: nn.Module, products: Iterable[tuple[nn.Parameter, Tensor]
             assert isinstance(adapter, ExpertLoRA)
             if (product := product_of.get(id(adapter.a))) is not None:
                 add_to_stack(experts, name, adapter.ids, adapter.scale * product)
+
+
+def linears(model: nn.Module) -> list[tuple[str, int, float]]:
+    """Path, rank and scale of each linear layer of `model` that has an adapter."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]
+    return [(path, layer.r["default"], layer.scaling["default"]) for path, layer in layers]
+
+
+def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> None:
+    """Writes what the adapters of `model` hold, and its routers where they are trained, as an adapter of peft.
+
+    Args:
+        bare: the model that they were put on, which peft wraps: it is of no other use afterwards.
+        base: what the adapter names as its base.
+
+    Raises:
+        BadValue: there are no adapters.
+    """
+    ours = {path: cast("Any", model.get_submodule(path)) for path, _, _ in linears(model)}
+    stacked = [
+        (f"{name}.experts", matrix, adapter)
+        for name, block in blocks(model).items()
+        if "lora" in block.experts._modules
+        for matrix, adapter in cast("nn.ModuleDict", block.experts.lora).items()
+    ]
+    sizes = {(rank, scale) for _, rank, scale in linears(model)} | {(each.a.shape[1], each.scale) for _, _, each in stacked}
+    if len(sizes) != 1:
+        raise BadValue(
+            "the model has no adapters, or adapters of several ranks, and an adapter of peft has one; leave out --adapter"
+        )
+    ((rank, scale),) = sizes
+    routers = {f"{name}.{router_name(block)}": block.router for name, block in blocks(model).items() if learns(block.router)}
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=cast("int", scale * rank),
+        target_modules=sorted(ours),
+        target_parameters=sorted(f"{path}.{matrix}" for path, matrix, _ in stacked),
+        modules_to_save=sorted(routers) or None,
+        bias="none",
+        base_model_name_or_path=base,
+        task_type="SEQ_2_SEQ_LM" if cast("Any", model).config.is_encoder_decoder else "CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws the weights that are written over here
+        wrapped: Any = peft.get_peft_model(cast("Any", bare), config)
+    theirs = dict(wrapped.get_base_model().named_modules())
+    with torch.no_grad():
+        for path, layer in ours.items():
+            theirs[path].lora_A["default"].weight.copy_(layer.lora_A["default"].weight)
+            theirs[path].lora_B["default"].weight.copy_(layer.lora_B["default"].weight)
+        for path, matrix, adapter in stacked:
+            wrapper = next(each for each in within(theirs[path]) if each.parameter_name == matrix)
+            wrapper.lora_A["default"].weight.copy_(a_to_peft(of_all(adapter.a, adapter)))
+            wrapper.lora_B["default"].weight.copy_(b_to_peft(of_all(adapter.b, adapter)))
+        for path, router in routers.items():
+            theirs[path].modules_to_save["default"].load_state_dict(router.state_dict())
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+
+
+def router_name(block: Block) -> str:
+    """What the block calls its router."""
+    return next(name for name, child in block.module.named_children() if child is block.router)
+
+
+def learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def within(wrapper: Any) -> Iterator[Any]:
+    """peft's wrappers of the matrices of one block's experts, which lie in one another."""
+    while isinstance(wrapper, ParamWrapper):
+        yield wrapper
+        wrapper = wrapper.base_layer
+
+
+def of_all(factor: Float[Tensor, "adapted x y"], adapter: ExpertLoRA) -> Float[Tensor, "experts x y"]:
+    """A factor of an adapter by expert, of those too that have none: zeros."""
+    return factor.new_zeros(adapter.num_experts, *factor.shape[1:]).index_copy(0, adapter.ids, factor.detach())
 
 
 def a_to_peft(a: Float[Tensor, "experts rank in"]) -> Float[Tensor, "experts_rank in"]:

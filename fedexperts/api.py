@@ -1,0 +1,62 @@
+"""What `import fedexperts` offers: the commands as functions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedexperts import comparison, config, running
+from fedexperts.comparison import Compared
+from fedexperts.config import RunConfig
+from fedexperts.settings import checked, with_settings
+
+RunFile = Path | str | Mapping[str, Any] | RunConfig
+"""A run: the path of its file, what such a file says, or the settings read from one."""
+
+
+def run(run: RunFile, out: Path | str, *, set: Sequence[str] = (), resume: bool = False) -> Path:
+    """Runs it and returns its results folder, `out`, as `fedexperts run` does.
+
+    Args:
+        run: a run file or its content.
+        out: the results folder.
+        set: settings in place of the run file's, such as "training.lr=1e-3".
+        resume: whether to continue the run that `out` holds.
+
+    Raises:
+        BadValue: a setting, the data or the model does not allow the run.
+        BadRun: `out` holds another run, or all clients of a round failed.
+    """
+    return running.run(settings_of(run, set), Path(out), resume=resume)
+
+
+def compare(
+    runs: Path | str | Mapping[str, RunFile],
+    methods: Sequence[str],
+    seeds: int = 1,
+    *,
+    out: Path | str,
+    set: Sequence[str] = (),
+) -> Compared:
+    """Several methods over the same data and clients, as `fedexperts compare` does; runs that are done already stay.
+
+    Args:
+        runs: a run file, or several runs by name, each of which is a setting.
+        methods: names, or variants such as "slow=fedavg:training.lr=1e-4".
+        seeds: how many, from the run's own on.
+        out: the results folder.
+        set: settings in place of those of all runs.
+
+    Raises:
+        BadValue: a run that cannot be, before the first one starts.
+    """
+    named = {Path(runs).stem: runs} if isinstance(runs, Path | str) else runs
+    settings = {name: settings_of(run, set) for name, run in named.items()}
+    return comparison.compare(settings, comparison.read_variants(",".join(methods)), seeds, Path(out))
+
+
+def settings_of(run: RunFile, set: Sequence[str]) -> RunConfig:
+    """Raises BadValue for what no run can have."""
+    if isinstance(run, Path | str):
+        return config.read(Path(run), set)
+    tree = run.model_dump(mode="json", exclude_none=True) if isinstance(run, RunConfig) else dict(run)
+    return checked(RunConfig, with_settings(tree, set))

@@ -1,0 +1,136 @@
+"""A run's model as a folder to take away: the global one, or a client's own; and the way back to a live model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from fedexperts.base.load import place, without_bars
+from fedexperts.errors import BadValue, Busy
+from fedexperts.export import card, modeling_fedexperts
+from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
+from fedexperts.files import locked, require_room, whole_folder
+from fedexperts.moe import lora
+from fedexperts.moe.kernel import choose_kernel
+from fedexperts.moe.shrink import shrink
+
+ABOUT = "fedexperts.json"
+"""The file in an exported folder that tells how to ask its model."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What sort of folder was written."""
+
+    client: str | None
+    adapter: bool  # of peft, to be put on the base
+    needs_code: bool  # transformers reads it through the modelling file that travels with it
+
+
+def export(folder: Path, to: Path, client: str | None = None, adapter: bool = False) -> Kind:
+    """Writes into `to` the global model of the run in `folder`, or that of `client`, as of the last checkpoint.
+
+    The global model is a plain folder of transformers, adapters merged into the weights. A client's is what it is scored with, to
+    the bit: plain where it is a whole model without adapters, else with a modelling file. `adapter`: only the adapters, as peft
+    has them, with the routers where they were trained.
+
+    Raises:
+        BadRun: `folder` has no run with a checkpoint, another process is at it, or there is no such model.
+        BadValue: no such client, nothing that could be an adapter, or `to` holds something.
+    """
+    require_room(to)
+    run = open_run(folder)
+    if adapter and run.config.training.train == "full":
+        raise BadValue(f'{folder} has no adapters: it trained whole weights (training.train = "full"); leave out --adapter')
+    try:
+        with locked(folder):
+            found = of_client(run, client) if client is not None else of_server(run)
+    except Busy:
+        raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
+    kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))
+    with whole_folder(to) as made, without_bars():
+        if adapter:
+            write_adapter(run, found, made)
+        elif kind.needs_code:
+            write_changed(found, made)
+        else:
+            plain = cast("Any", lora.merge(found.model))
+            del plain.config.kept_experts
+            plain.save_pretrained(made)
+        found.base.tokenizer.save_pretrained(made)
+        (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
+        (made / "README.md").write_text(card.text(run, found, client, adapter, kind.needs_code))
+    return kind
+
+
+def write_changed(found: Exported, folder: Path) -> None:
+    """The model as it is, with the file that makes its class."""
+    model = cast("Any", found.model)
+    model.save_pretrained(folder, save_original_format=False)
+    modeling_fedexperts.finish(folder, model.config, found.changes)
+
+
+def write_adapter(run: Run, found: Exported, folder: Path) -> None:
+    """Raises BadValue for a model that is not the base with adapters on it."""
+    changes = found.changes
+    why = (
+        "has fewer experts than the base, on which its adapters would not fit"
+        if changes.get("cut")
+        else "has personal experts beside the base's, which no adapter can hold"
+        if changes.get("grafted")
+        else "has in its weights what former rounds added to them, which no adapter can hold"
+        if found.added
+        else None
+    )
+    if why:
+        raise BadValue(f"the model {why}; leave out --adapter")
+    bare = shrink(found.base.model, {})
+    lora.save_adapter(found.model, bare, folder, place(run.config.model.name))
+
+
+def about(run: Run, client: str | None) -> dict[str, Any]:
+    """What `generate` must know."""
+    partition = json.loads((run.folder / "partition.json").read_text())
+    return {
+        "client": client,
+        "task": run.clients[client]["task"] if client is not None else None,
+        "prompts": partition.get("prompts", {}),  # runs from before have none
+        "max_tokens": run.config.data.max_tokens,
+        "generate_tokens": run.config.evaluation.generate_tokens,
+    }
+
+
+def load(folder: Path | str) -> PreTrainedModel:
+    """The model in `folder`, which `export` wrote or transformers can read, ready to use. No code of the folder's is run.
+
+    Raises:
+        BadValue: there is none, or only an adapter.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise BadValue(
+                f"{folder} is an adapter; put it on its base with peft: PeftModel.from_pretrained(base, {str(folder)!r})"
+            )
+        raise BadValue(f"{folder} holds no model; give a folder that fedexperts export wrote")
+    try:
+        with without_bars():
+            model = _read(folder)
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise BadValue(f"{folder} cannot be loaded ({first}); export it anew") from error
+    return cast("PreTrainedModel", model.eval())
+
+
+def _read(folder: Path) -> Any:
+    if json.loads((folder / "config.json").read_text()).get("model_type") == modeling_fedexperts.MODEL_TYPE:
+        config = modeling_fedexperts.ClientConfig.from_pretrained(folder)
+        return modeling_fedexperts.ClientModel.from_pretrained(folder, config=config)
+    config = AutoConfig.from_pretrained(folder)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, config=config)
+    choose_kernel(model)
+    return model

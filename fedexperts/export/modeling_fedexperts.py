@@ -1,0 +1,239 @@
+"""A client's model of a federated run: the base model's class with fewer experts, with adapters, with personal experts beside.
+
+This file travels with the model and needs torch and transformers alone. `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` (AutoModelForSeq2SeqLM for an encoder-decoder) runs it; `fedexperts.load(folder)` does the same without
+running anything from the folder. What differs from the base model's class stands in config.json under "fedexperts":
+
+    cut       MoE block → how many experts it has, and the tensors that hold them, with the axis on which they stand
+    grafted   MoE block → how many personal experts stand beside it, and how wide its tokens are
+    linears   path of a linear layer → the rank and scale of its adapter
+    stacks    path of stacked experts → matrix → the rank and scale of its adapters, and the experts that have one
+    experts   transformers' way through stacked experts under which the model was scored
+
+The arithmetic is that of the run, operation by operation, so logits are the same bits on the same number of threads.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FORMAT = 1
+MODEL_TYPE = "fedexperts"
+IMPLEMENTATION = "fedexperts_exported"  # how stacked experts with adapters are called in transformers' registry
+ROW_BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
+
+
+class ClientConfig(PreTrainedConfig):
+    """Reads a client's config.json as the config of the base model's family."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **options: Any) -> Any:
+        found, options = cls.get_config_dict(folder, **options)
+        if found["fedexperts"]["format"] > FORMAT:
+            raise ValueError(f"{folder} was written by a newer fedexperts; load it with that one, or with trust_remote_code=True")
+        return CONFIG_MAPPING[found["base_model_type"]].from_dict({**found, "model_type": found["base_model_type"]}, **options)
+
+
+class ClientModel:
+    """What transformers' auto classes call."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do: `save_pretrained` of the model takes this file along by itself."""
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+        config = config or ClientConfig.from_pretrained(folder)
+        base: Any = getattr(transformers, config.architectures[0])
+
+        def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
+            base.__init__(self, config, *args, **options)
+            change(self, config.fedexperts)
+
+        def save_pretrained(self: Any, folder: Any, **options: Any) -> None:
+            base.save_pretrained(self, folder, **{**options, "save_original_format": False})
+            finish(folder, self.config, self.config.fedexperts)
+
+        # transformers reads the source of __module__ to learn which experts implementations a class allows.
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        changed: Any = type(base.__name__, (base,), {"__init__": init, "save_pretrained": save_pretrained, **names})
+        model = changed.from_pretrained(folder, *args, config=config, **options)
+        asked, scored = options.get("experts_implementation"), config.fedexperts["experts"]
+        if scored and (asked is None or scored == IMPLEMENTATION):
+            model.set_experts_implementation(scored)
+        return model
+
+
+def finish(folder: Any, config: Any, changes: dict[str, Any]) -> None:
+    """Makes of a folder to which transformers saved a model under its own names one that loads as what `changes` say it is."""
+    path, auto = Path(folder) / "config.json", "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+    told = json.loads(path.read_text()) | {
+        "base_model_type": config.model_type,
+        "model_type": MODEL_TYPE,  # one that transformers does not have: else it would load the base's class and drop the rest
+        "auto_map": {"AutoConfig": "modeling_fedexperts.ClientConfig", auto: "modeling_fedexperts.ClientModel"},
+        "fedexperts": {**changes, "format": FORMAT},
+    }
+    path.write_text(json.dumps(told, indent=2) + "\n")
+    shutil.copyfile(__file__, Path(folder) / "modeling_fedexperts.py")
+
+
+def change(model: nn.Module, changes: dict[str, Any]) -> None:
+    """Makes of a whole model of the base's class, without its weights, one into which the client's fit."""
+    for name, cut in changes["cut"].items():
+        _cut(model.get_submodule(name), **cut)
+    for name, graft in changes["grafted"].items():
+        block: Any = model.get_submodule(name)
+        block.grafted = Grafted(block.experts, **graft)
+        block.register_forward_hook(_add_grafted, with_kwargs=True)
+    for path, adapter in changes["linears"].items():
+        model.set_submodule(path, AdaptedLinear(model.get_submodule(path), **adapter))
+    for path, adapters in changes["stacks"].items():
+        experts: Any = model.get_submodule(path)
+        experts.lora = nn.ModuleDict({name: AdaptedStack(experts, name, **adapter) for name, adapter in adapters.items()})
+
+
+def _cut(block: Any, num_experts: int, router: str, axes: dict[str, int], router_groups: dict[str, int]) -> None:
+    for path, axis in axes.items():
+        parent, _, name = path.rpartition(".")
+        owner = block.get_submodule(parent)
+        kept = getattr(owner, name).detach().narrow(axis, 0, num_experts).clone()
+        setattr(owner, name, nn.Parameter(kept) if name in owner._parameters else kept)
+        if isinstance(owner, nn.Linear):
+            owner.out_features = num_experts
+    if isinstance(block.experts, nn.ModuleDict):
+        for expert in list(block.experts)[num_experts:]:
+            del block.experts[expert]
+        block._is_hf_initialized = True  # or transformers would initialise as many experts as the config says
+    for module in (block, getattr(block, router), block.experts):
+        if "num_experts" in vars(module):
+            module.num_experts = num_experts
+    for name, value in router_groups.items():
+        setattr(getattr(block, router), name, value)
+
+
+class Grafted(nn.Module):
+    """Personal experts of a block, p: what they add to its output is Σ_p σ(w_p · x) E_p(x)."""
+
+    def __init__(self, experts: nn.Module, number: int, hidden: int):
+        super().__init__()
+        if isinstance(experts, nn.ModuleDict):
+            first = next(iter(experts.values()))
+            self.copies: Any = nn.ModuleDict({f"expert_{index}": copy.deepcopy(first) for index in range(number)})
+        else:
+            self.copies = copy.deepcopy(experts)
+            for name, stack in experts.named_parameters(recurse=False):
+                setattr(self.copies, name, nn.Parameter(stack.new_empty(number, *stack.shape[1:])))
+            self.copies.num_experts = number
+        self.own_gate = nn.Linear(hidden, number, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        shares = torch.sigmoid(self.own_gate(rows).float()).to(rows.dtype)
+        return torch.einsum("tg,gth->th", shares, self._outputs(rows, shares.shape[1])).reshape(hidden.shape)
+
+    def _outputs(self, rows: Tensor, number: int) -> Tensor:
+        """[personal experts, tokens, hidden]"""
+        if isinstance(self.copies, nn.ModuleDict):
+            return torch.stack([self.copies[f"expert_{index}"](rows) for index in range(number)])
+        expert = torch.arange(number, device=rows.device).repeat_interleave(len(rows))
+        return expert_outputs(self.copies, rows.repeat(number, 1), expert).view(number, *rows.shape)
+
+
+def _add_grafted(block: Any, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    added = block.grafted(args[0] if args else named["hidden_states"])
+    return output + added if isinstance(output, Tensor) else (output[0] + added, *output[1:])
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer and its adapter, whose weights are called as peft calls them."""
+
+    def __init__(self, base_layer: nn.Module, rank: int, scale: float):
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(self.base_layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.base_layer.out_features, bias=False)})
+        self.scale = scale
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(inputs)
+        return out + self.lora_B["default"](self.lora_A["default"](inputs)) * self.scale
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, whose type some families ask for."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+
+class AdaptedStack(nn.Module):
+    """The adapters of one matrix of stacked experts, of the experts `ids` alone: a [ids, rank, in], b [ids, out, rank]."""
+
+    def __init__(self, experts: Any, matrix: str, rank: int, scale: float, ids: list[int]):
+        super().__init__()
+        weight = getattr(experts, matrix)
+        fan_in, fan_out = weight.shape[1:] if experts.is_transposed else reversed(weight.shape[1:])
+        self.a = nn.Parameter(weight.new_empty(len(ids), rank, fan_in))
+        self.b = nn.Parameter(weight.new_empty(len(ids), fan_out, rank))
+        self.scale, self.ids, self.num_experts = scale, ids, experts.num_experts
+
+    def add(self, out: Tensor, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        """`out` plus the adapters' share; `rows` are sorted by `expert`, those of expert e end before `ends[e]`."""
+        if len(self.ids) == self.num_experts:
+            return out.add_(self._of(rows, ends))
+        ids = torch.tensor(self.ids, device=rows.device)
+        adapted = torch.isin(expert, ids)
+        own_ends = torch.searchsorted(expert[adapted], ids, right=True).to(torch.int32)
+        return out.index_add(0, adapted.nonzero().squeeze(1), self._of(rows[adapted], own_ends))
+
+    def _of(self, rows: Tensor, ends: Tensor) -> Tensor:
+        return grouped(grouped(rows, self.a.transpose(1, 2), ends) * self.scale, self.b.transpose(1, 2), ends)
+
+
+def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Stacked experts with their adapters: what transformers calls in place of its own implementation."""
+    tokens, top_k = top_k_index.shape
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    out = expert_outputs(self, hidden[order // top_k], expert)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    weighted = (out * top_k_weights.reshape(-1)[order].unsqueeze(1))[back]
+    return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def expert_outputs(self: Any, rows: Tensor, expert: Tensor) -> Tensor:
+    """What stacked experts make of rows that are sorted by their `expert`; not weighted yet."""
+    ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).to(torch.int32)
+    first = _projected(self, "gate_up_proj" if self.has_gate else "up_proj", rows, expert, ends)
+    out = _projected(self, "down_proj", self._apply_gate(first) if self.has_gate else self.act_fn(first), expert, ends)
+    return self.post_expert_norm(out) if self.has_post_expert_norm else out
+
+
+def _projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+    """Sorted rows times the stacked matrix `name`, with its adapters and biases."""
+    weight = getattr(self, name)
+    out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
+    adapters = self.lora if "lora" in self._modules else {}
+    out = adapters[name].add(out, rows, expert, ends) if name in adapters else out
+    return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
+
+
+def grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each row times the matrix of its expert; one product per expert where torch has no grouped one for this width."""
+    if all(size * weight.element_size() % ROW_BYTES == 0 for size in weight.shape[1:]):
+        return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([part @ matrix for part, matrix in zip(rows.split(counts), weight.unbind(), strict=True)])

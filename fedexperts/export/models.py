@@ -1,0 +1,199 @@
+"""What a run left: the model that its server holds, and each client's own, as it is scored."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedexperts import checkpoint
+from fedexperts.base.load import Base, load
+from fedexperts.client import install
+from fedexperts.config import RunConfig
+from fedexperts.data.encode import Encoder
+from fedexperts.engines.kept import Keeper
+from fedexperts.errors import BadRun, BadValue, nearest
+from fedexperts.export import modeling_fedexperts
+from fedexperts.federation import jobs_for
+from fedexperts.moe import factors, graft, lora, rows
+from fedexperts.moe.anatomy import anatomy, blocks
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import prepare
+from fedexperts.settings import checked
+from fedexperts.start import Prepared, prepare_run, versions
+from fedexperts.types import Bench, Server, Tensors
+
+
+@dataclass(frozen=True)
+class Run:
+    """A results folder with a checkpoint."""
+
+    folder: Path
+    config: RunConfig
+    plan: Mapping[str, Any]
+    versions: Mapping[str, Any]  # of what it began with
+    saved: Path  # its last checkpoint
+    round: int  # that the checkpoint has behind it
+
+    @property
+    def clients(self) -> dict[str, Mapping[str, Any]]:
+        """Name → what plan.json says of the client."""
+        return {client["name"]: client for client in self.plan["clients"]}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model to take away."""
+
+    model: nn.Module
+    base: Base
+    personal: tuple[str, ...] = ()  # weights in it that its client kept to itself
+    added: bool = False  # whether anything was added to the base's weights under the adapters
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from the class of the model: see modeling_fedexperts.py. Empty where transformers reads it as it is."""
+        found = {
+            "cut": cuts(self.base.model, self.model),
+            "grafted": grafts(self.model),
+            "linears": {path: {"rank": rank, "scale": scale} for path, rank, scale in lora.linears(self.model)},
+            "stacks": stacks(self.model),
+        }
+        return {**found, "experts": way_through_experts(self.model)} if any(found.values()) else {}
+
+
+def open_run(folder: Path) -> Run:
+    """The run in `folder`.
+
+    Raises:
+        BadRun: there is none, or it has no checkpoint yet.
+    """
+    if not (folder / "resolved.json").exists():
+        below = sorted(path.parent for path in folder.glob("**/resolved.json")) if folder.is_dir() else []
+        ask = f"; it holds {len(below)} runs: give one of them, such as {below[0]}" if below else ""
+        raise BadRun(f"{folder} is no results folder of a run{ask or '; give one as fedexperts run wrote it (--out)'}")
+    saved = checkpoint.latest(folder)
+    if saved is None:
+        raise BadRun(
+            f"the run in {folder} has no checkpoint yet: it stopped before its first round was done; "
+            f"continue it with fedexperts run {folder / 'run.toml'} --out {folder} --resume"
+        )
+    config, plan, begun = (json.loads((folder / f"{name}.json").read_text()) for name in ("resolved", "plan", "versions"))
+    round = json.loads((saved / "state.json").read_text())["round"]
+    return Run(folder, checked(RunConfig, config), plan, begun, saved, round)
+
+
+def of_server(run: Run) -> Exported:
+    """The model that the run's server holds, its adapters beside its weights. Needs the base, and none of the data.
+
+    Raises:
+        BadRun: the base is another one now, or nothing has been merged into the model.
+    """
+    config = run.config
+    base = load(config.model.name, config.model.trust_remote_code)
+    require_same(run, {"model_hash": base.hash})
+    everything = anatomy(base.model).all_experts
+    model = prepare(shrink(base.model, everything), config.training.build().tuning, seed=f"{config.seed}/start")
+    start = rows.read(model)
+    weights, memory = checkpoint.tensors(run.saved)
+    change = factors.base_change({}, memory)
+    if not change and not moved(start, weights):
+        raise BadRun(
+            f"the server of {run.folder} still holds the base as it was after round {run.round}: nothing has been merged into it "
+            f"({config.method['name']}); take a client's model with --client, such as {next(iter(run.clients))}"
+        )
+    rows.write(model, weights)
+    factors.add_to_base(model, change)
+    return Exported(model.eval(), base, added=bool(change))
+
+
+def moved(start: Tensors, weights: Tensors) -> bool:
+    """Whether anything differs, where of adapters only the product counts, which is nothing as long as B is zero."""
+    adapters = factors.rank_axes(weights)
+    whole = any(not torch.equal(start[name], tensor) for name, tensor in weights.items() if name not in adapters)
+    return whole or any(bool(weights[b].any()) for b in factors.pairs(weights).values())
+
+
+def of_client(run: Run, name: str) -> Exported:
+    """The model of a client: what the server would send it for an evaluation, and what it keeps to itself.
+
+    Raises:
+        BadValue: no such client; or data or a model that are not there any more.
+        BadRun: the base or the data are others now, or the client has no part in the run.
+    """
+    if name not in run.clients:
+        raise BadValue(f"{run.folder} has no client {name!r}, only {', '.join(run.clients)}{nearest(name, run.clients)}")
+    prepared = prepare_run(run.config)
+    now = versions(prepared)
+    require_same(run, {key: now[key] for key in ("model_hash", "data_hashes")})
+    server = checkpoint.restored(run.saved, prepared.server)
+    job = next(jobs_for(replace(server, task="evaluate"), prepared.method, [server.clients[name]]), None)
+    if job is None:
+        raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
+    kept = Keeper(run.folder / "clients").load(job)
+    model = install(job, bench_of(prepared, server, name, kept)).eval()
+    own = rows.layout(model)
+    personal = tuple(each for each in kept if each in own)
+    return Exported(model, prepared.base, personal, added=bool(factors.base_change(job.extra, kept)))
+
+
+def bench_of(prepared: Prepared, server: Server, name: str, kept: dict[str, Tensor]) -> Bench:
+    base, config = prepared.base, prepared.config
+    encoder = Encoder(base.tokenizer, config.data.max_tokens, base.encoder_decoder)
+    return Bench(server.clients[name], base.model, prepared.data[name], encoder, prepared.training, kept)
+
+
+def require_same(run: Run, now: Mapping[str, Any]) -> None:
+    """Raises BadRun when the run began with another model or other data under the same names."""
+    words = {"model_hash": f"the model {run.config.model.name}", "data_hashes": "the data"}
+    if changed := [words[key] for key in now if run.versions[key] != now[key]]:
+        raise BadRun(f"{run.folder} was made with other files: {' and '.join(changed)} changed since; bring back what it had")
+
+
+def cuts(base: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """What was cut: the blocks of `model` that hold fewer experts than those of `base`."""
+    whole, found = blocks(base), {}
+    for name, block in blocks(model).items():
+        shape = block.shape
+        if shape.num_experts == whole[name].shape.num_experts:
+            continue
+        router = cast("Any", block.router)
+        found[name] = {
+            "num_experts": shape.num_experts,
+            "router": lora.router_name(block),
+            "axes": {path: axis for path, axis in block.expert_axes().items() if not path.startswith("experts.lora.")},
+            "router_groups": {} if shape.groups == 1 else {key: vars(router)[key] for key in ("num_group", "topk_group")},
+        }
+    return found
+
+
+def grafts(model: nn.Module) -> dict[str, Any]:
+    """Block → how many personal experts it has, and the width of its tokens."""
+    return {
+        path.removesuffix(f".{graft.CHILD}"): {"number": module.own_gate.out_features, "hidden": module.own_gate.in_features}
+        for path, module in model.named_modules()
+        if isinstance(module, graft.Grafted)
+    }
+
+
+def stacks(model: nn.Module) -> dict[str, Any]:
+    """Path of stacked experts → matrix → its adapters."""
+    return {
+        path: {
+            matrix: {"rank": adapter.a.shape[1], "scale": adapter.scale, "ids": adapter.ids.tolist()}
+            for matrix, adapter in module.lora.items()
+        }
+        for path, module in model.named_modules()
+        if isinstance(module._modules.get("lora"), nn.ModuleDict)
+    }
+
+
+def way_through_experts(model: nn.Module) -> str | None:
+    """transformers' name of the implementation that `model` uses; None where its experts are no stacks (Switch)."""
+    if all(block.is_switch for block in blocks(model).values()):
+        return None
+    used = str(cast("Any", model).config._experts_implementation)
+    return modeling_fedexperts.IMPLEMENTATION if used == lora.IMPLEMENTATION else used
