@@ -4,8 +4,8 @@
 set -e
 command=${1:-fedexperts}
 shift || true
-router="training.parts=[attention,router]"
-experts="training.parts=[attention,experts]"
+router='training.parts=["attention", "router"]'
+experts='training.parts=["attention", "experts"]'
 optimizer="federation.server_optimizer.name"
 methods="FLEx=flex:training.lr=1e-3,FedIT=fedit:training.lr=1e-3,local=local:training.lr=1e-3"
 methods="$methods,FedProx=fedprox:training.lr=1e-3,SCAFFOLD=scaffold:training.lr=1e-3,Ditto=ditto:training.lr=1e-3"
