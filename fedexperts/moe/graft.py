@@ -103,8 +103,8 @@ def copied(block: Block, ids: Sequence[int]) -> nn.Module:
     """A module like the block's experts that holds copies of `ids` alone, in this order."""
     if isinstance(block.experts, nn.ModuleDict):
         return nn.ModuleDict({f"expert_{new}": copy.deepcopy(block.experts[f"expert_{old}"]) for new, old in enumerate(ids)})
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*block.experts.parameters(), *block.experts.buffers())}
-    copies = copy.deepcopy(block.experts, memo=shared)
+    stacks: dict[int, Any] = {id(stack): stack for stack in block.experts.parameters(recurse=False)}
+    copies = copy.deepcopy(block.experts, memo=stacks)  # all but the stacks: of these only `ids` are copied
     for name, stack in list(copies._parameters.items()):
         if stack is not None:
             copies._parameters[name] = nn.Parameter(stack.detach()[list(ids)])

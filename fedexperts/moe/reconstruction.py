@@ -88,9 +88,9 @@ def losses_of(
     old = run(block.experts, rows, held) if held else rows.new_zeros(0, *rows.shape)
     for some in chunks(free, block, rows):
         for expert, new in zip(some, run(block.experts, rows, some), strict=True):
-            share = log_gate[:, [*held, expert]].softmax(-1).to(rows.dtype)  # G among them
-            approximated = torch.einsum("te,eth->th", share, torch.cat([old, new.unsqueeze(0)])) if held else new
-            losses[expert] = float((wanted - approximated).float().norm(dim=-1).double().sum())
+            share = log_gate[:, [*held, expert]].softmax(-1)  # G among them
+            approximated = torch.einsum("te,eth->th", share, torch.cat([old, new.unsqueeze(0)]).float()) if held else new.float()
+            losses[expert] = float((wanted.float() - approximated).norm(dim=-1).double().sum())
     return losses
 
 

@@ -50,6 +50,17 @@ def test_gates_are_those_of_a_router_that_has_no_other_experts():
     torch.testing.assert_close(losses_of(three_experts(), x, 2 * x, gates, (0,))[1], torch.tensor(3.75, dtype=torch.float64))
 
 
+def test_losses_of_a_bfloat16_model_are_summed_in_float32():
+    """Experts of gates 0.7 and 0.3 that give 1 and 2 give 1.3, which bfloat16 has not: 1.296875 is next to it."""
+    x = torch.ones(1, 1, dtype=torch.bfloat16)
+    twice = torch.nn.ModuleDict({"expert_0": Times(1.0), "expert_1": Times(2.0)}).to(torch.bfloat16)
+    block = Block("mlp", torch.nn.Identity(), torch.nn.Identity(), twice)
+    wanted = torch.full((1, 1), 1 + 1 / 128, dtype=torch.bfloat16)
+    gates = torch.tensor([[0.7, 0.3]]).log()
+    found = losses_of(block, x, wanted, gates, (0,))[1]
+    assert float(found) == pytest.approx(1.3 - 1 - 1 / 128, rel=1e-5)
+
+
 @every_family
 def test_the_losses_are_those_of_a_plain_loop_over_tokens_that_count(family):
     model, batch = tiny_model(family), tiny_batch(family)
