@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from fedexperts.client import fit, install
 from fedexperts.errors import BadData, BadValue
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
-from fedexperts.moe import graft, rows
+from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
 from fedexperts.types import Assignment, Bench, Client, Example, Job, Server, Update
@@ -44,8 +44,8 @@ class FLEx:
         """The whole model; what the run trains of it travels.
 
         Raises:
-            BadValue: more personal experts than a layer has experts, a run that trains the experts themselves, or a selection
-                by public text that is not there.
+            BadValue: more personal experts than a layer has experts, a run that trains the experts themselves, a rank that
+                adapters of personal experts do not take, or a selection by public text that is not there.
         """
         fewest = min(block.num_experts for block in server.anatomy.blocks.values())
         if self.num_grafted > fewest:
@@ -55,10 +55,15 @@ class FLEx:
                 'flex leaves the pretrained experts as they are, but the run trains them; set training.train = "lora" and '
                 'training.parts = ["attention"]'
             )
+        adapters = factors.pairs(server.weights)
+        if adapters and any(block.stacked for block in server.anatomy.blocks.values()):
+            lora.check_rank(factors.rank_of(server.weights), server.weights[next(iter(adapters))].dtype)
         if (self.select == "shared") != (self.public_text is not None):
             raise BadValue('method.select = "shared" and method.public_text go together; give both, or neither')
-        if self.public_text is not None and not Path(self.public_text).is_file():
-            raise BadValue(f"method.public_text = {self.public_text!r} is no file; give a text file that every client has")
+        if self.public_text is not None and not has_text(Path(self.public_text)):
+            raise BadValue(
+                f"method.public_text = {self.public_text!r} is no file with text in it; give a text file that every client has"
+            )
         return all_experts(server)
 
     def train(self, job: Job, bench: Bench) -> Update:
@@ -96,8 +101,10 @@ class FLEx:
         Raises:
             BadData: there is nothing.
         """
-        text = Path(self.public_text).read_text(encoding="utf-8") if self.public_text else ""
-        examples = pieces(text, self.calibration_examples) if text else bench.data.train[: self.calibration_examples]
+        if self.public_text is not None:
+            examples = pieces(Path(self.public_text).read_text(encoding="utf-8"), self.calibration_examples)
+        else:
+            examples = bench.data.train[: self.calibration_examples]
         if not examples:
             raise BadData(
                 f"client {bench.client.name} has no training examples to select its experts by; give it some, or set "
@@ -111,8 +118,14 @@ class FLEx:
         return mean_rows(server, updates, by_examples)
 
 
+def has_text(path: Path) -> bool:
+    """Whether there is a file that is not empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def pieces(text: str, number: int) -> Sequence[Example]:
     """At most `number` pieces of `text`, evenly spread over it."""
     starts = range(0, len(text), WINDOW)
-    step = max(1, len(starts) // number)
-    return [Example("", text[start : start + WINDOW], "public") for start in starts[::step][:number]]
+    chosen = min(number, len(starts))
+    spread = (starts[turn * len(starts) // chosen] for turn in range(chosen))
+    return [Example("", text[start : start + WINDOW], "public") for start in spread]

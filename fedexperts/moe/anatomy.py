@@ -21,6 +21,7 @@ class BlockShape:
     top_k: int
     groups: int = 1  # of experts among which the router first picks (DeepSeek's group-limited routing)
     least: int = 1  # experts that the router compares, whatever its top_k (DeepSeek-V3 scores a group by its best two)
+    stacked: bool = True  # all experts in one tensor for each matrix; else each a module of its own (Switch)
 
     @property
     def group_size(self) -> int:
@@ -83,6 +84,7 @@ class Block:
             top_k=top_k,
             groups=int(router["num_group"] or 1) if grouped else 1,
             least=2 if self.sigmoid and grouped else 1,
+            stacked=not self.is_switch,
         )
 
     def expert_axes(self) -> dict[str, int]:

@@ -103,13 +103,31 @@ def test_selecting_counts_among_the_operations():
         (FLEx(), Training(), "flex leaves the pretrained experts as they are"),
         (FLEx(select="shared"), TRAINING, "go together"),
         (FLEx(public_text="x"), TRAINING, "go together"),
-        (FLEx(select="shared", public_text="nowhere.txt"), TRAINING, "'nowhere.txt' is no file"),
+        (FLEx(select="shared", public_text="nowhere.txt"), TRAINING, "'nowhere.txt' is no file with text"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_run(method, training, said):
     server = tiny_server(tiny_model("olmoe"), CLIENTS, training)
     with pytest.raises(BadValue, match=said):
         method.assign(replace(server, task="train"), CLIENTS[0])
+
+
+def test_an_empty_public_text_is_not_taken_for_none(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    method = FLEx(select="shared", public_text=str(tmp_path / "empty.txt"))
+    with pytest.raises(BadValue, match=r"empty.txt' is no file with text in it"):
+        method.assign(replace(tiny_server(tiny_model("olmoe"), CLIENTS, TRAINING), task="train"), CLIENTS[0])
+
+
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_a_rank_that_stacked_personal_experts_do_not_take_is_refused_before_the_run(family):
+    training = replace(TRAINING, tuning=Tuning("lora", ("attention",), rank=6))
+    server = replace(tiny_server(tiny_model(family), CLIENTS, training), task="train")
+    if family == "switch_transformers":  # whose experts are matrices like any other
+        assert FLEx().assign(server, CLIENTS[0])
+        return
+    with pytest.raises(BadValue, match=r"training\.rank = 6, but adapters of stacked experts in float32 need a multiple of 4"):
+        FLEx().assign(server, CLIENTS[0])
 
 
 def test_a_client_without_examples_to_select_by():
@@ -125,4 +143,5 @@ def test_a_client_without_examples_to_select_by():
 def test_pieces_are_spread_over_the_text():
     text = "".join(str(number % 10) * 2000 for number in range(10))
     assert [piece.response[0] for piece in pieces(text, 5)] == ["0", "2", "4", "6", "8"]
+    assert [piece.response[0] for piece in pieces(text, 6)] == ["0", "1", "3", "5", "6", "8"]
     assert len(pieces(text, 100)) == 10
