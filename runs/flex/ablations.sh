@@ -9,7 +9,7 @@ compare() {
 }
 public="results/flex/public.txt" # windows of plain text for the shared selection
 mkdir -p results/flex
-[ -f "$public" ] || gzip -dc "${FEDEXPERTS_DATA:-../shared/data}/text/wikitext2_valid.train.jsonl.gz" | cut -c11- | head -c 400000 > "$public"
+[ -f "$public" ] || gzip -dc "${FEDEXPERTS_DATA:-../shared/data}/text/wikitext2_valid.train.jsonl.gz" | sed 's/^{"text": "//; s/"}$//; s/\\n/\n/g; s/\\"/"/g' | head -c 400000 > "$public"
 compare --out results/flex/grafted --methods "1=flex:$rate,2=flex:num_grafted=2:$rate,3=flex:num_grafted=3:$rate"
 compare --out results/flex/selection --methods "reconstruction=flex:$rate,random=flex:select=random:$rate,most used=flex:select=most_used:$rate,shared=flex:select=shared:public_text=$public:$rate"
 compare --out results/flex/router --methods "frozen=flex:$rate,trained and shared=flex:training.parts=[\"attention\", \"router\"]:$rate"
