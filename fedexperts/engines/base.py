@@ -3,12 +3,17 @@
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from fedexperts.errors import Leak
+from fedexperts.moe import graft
 from fedexperts.types import Failure, Job, Update
 
 
 def require_shared(sent: Set[str], update: Update) -> None:
-    """Raises Leak when `update` holds a weight that is not in `sent`, the names of its job: it is the client's own."""
-    if own := sorted(update.patch.tensors.keys() - sent):
+    """Raises Leak when `update` holds a weight that is not in `sent`, the names of its job: it is the client's own.
+
+    What is said beside the weights may have any name, but that of a personal expert.
+    """
+    beside = (name for name in update.extra if graft.CHILD in name)
+    if own := [*sorted(update.patch.tensors.keys() - sent), *beside]:
         raise Leak(
             f"client {update.client} would send {own[0]}, which is not among the weights that it got: what is its own must not "
             "leave it; let the method's train answer with the names in job.patch only"

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fedexperts.config import RunConfig
+from fedexperts.engines.base import require_shared
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.local import LocalEngine, Site
+from fedexperts.errors import Leak
 from fedexperts.federation import federate
 from fedexperts.ledger import Ledger
 from fedexperts.methods.base import all_experts, mean_rows, train_assigned
@@ -176,6 +178,14 @@ def test_what_is_the_clients_own_does_not_leave_it(one, two):
         (found,) = running.run(jobs("send its own", ["c02"]))
         assert isinstance(found, Failure)
         assert found.reason.startswith("Leak: client c02 would send own, which is not among the weights that it got")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.grafted.own_gate.weight", "grafted/model.layers.0.mlp"])
+def test_nothing_of_a_personal_expert_leaves_beside_the_weights_either(name):
+    update = Update("c02", 1, "train", Patch({}), 1, extra={"rank": torch.tensor(4), name: torch.zeros(1)})
+    with pytest.raises(Leak, match=f"client c02 would send {name}, which"):
+        require_shared(frozenset(), update)
+    require_shared(frozenset(), replace(update, extra={"rank": torch.tensor(4)}))
 
 
 def test_a_client_whose_own_state_cannot_be_read_fails_alone(one):
