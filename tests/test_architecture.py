@@ -18,10 +18,10 @@ LAYERS = (
     ("evaluate", "checkpoint", "config", "data", "base", "report", "inspect", "testing"),
     ("progress", "work"),
     ("start",),
-    ("plan",),
+    ("plan", "export"),
     ("running",),
     ("comparison",),
-    ("cli",),
+    ("cli", "api"),
     ("__main__", "__init__"),
 )
 """Each imports from those above it here, and from its own line as far as there is no circle."""
