@@ -57,7 +57,18 @@ def load(name: str, trust_remote_code: bool = False) -> Base:
     with without_bars():
         model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
     choose_kernel(model)
+    align(model)
     return Base(model, tokenizer, bool(config.is_encoder_decoder), name, weights_hash(where))
+
+
+def align(model: nn.Module) -> None:
+    """Moves parameters to where rows of the processor's width begin, at multiples of 64 bytes, as those made in memory are.
+
+    A file that is mapped into memory has them anywhere, and products then differ in their last bits.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def place(name: str) -> str:

@@ -8,11 +8,11 @@ from typing import Any, cast
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from fedexperts.base.load import place, without_bars
+from fedexperts.base.load import align, place, without_bars
 from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
-from fedexperts.files import locked, require_room, whole_folder
+from fedexperts.files import even_start, locked, require_room, whole_folder
 from fedexperts.moe import lora
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.shrink import shrink
@@ -60,6 +60,8 @@ def export(folder: Path, to: Path, client: str | None = None, adapter: bool = Fa
             plain = cast("Any", lora.merge(found.model))
             del plain.config.kept_experts
             plain.save_pretrained(made)
+        for file in made.glob("*.safetensors"):
+            even_start(file)
         found.base.tokenizer.save_pretrained(made)
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
         (made / "README.md").write_text(card.text(run, found, client, adapter, kind.needs_code))
@@ -133,4 +135,5 @@ def _read(folder: Path) -> Any:
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_pretrained(folder, config=config)
     choose_kernel(model)
+    align(model)
     return model

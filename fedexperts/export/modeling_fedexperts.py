@@ -72,6 +72,9 @@ class ClientModel:
         asked, scored = options.get("experts_implementation"), config.fedexperts["experts"]
         if scored and (asked is None or scored == IMPLEMENTATION):
             model.set_experts_implementation(scored)
+        for parameter in model.parameters():
+            if parameter.data_ptr() % 64:  # it lies in the file, mapped into memory, where products differ in their last bits
+                parameter.data = parameter.data.clone()
         return model
 
 
