@@ -99,9 +99,10 @@ def test_fedmoe_killed_again_and_again_ends_with_the_same_bits(fedmoe_tree, undi
     assert_same(saved(tmp_path / "out"), undisturbed)
 
 
-@pytest.mark.parametrize("method", ["local", "scaffold", "flora"])
+@pytest.mark.parametrize("method", ["local", "scaffold", "flora", "flex"])
 def test_clients_that_keep_something_to_themselves_are_resumed_with_the_same_bits(tiny_tree, tmp_path, method):
-    training = {**tiny_tree["training"], "train": "lora" if method == "flora" else "full"}
+    adapters = {"flora": {"train": "lora"}, "flex": {"train": "lora", "parts": ["attention"]}}
+    training = {**tiny_tree["training"], **adapters.get(method, {})}
     run_file = write({**tiny_tree, "method": {"name": method}, "training": training}, tmp_path / "run.toml")
     driven(run_file, tmp_path / "whole")
     said = driven(run_file, tmp_path / "killed", "c")

@@ -154,9 +154,12 @@ def test_a_run_killed_before_its_last_checkpoint_writes_nothing_twice(tiny_tree,
     assert lines(run(asked, tmp_path / "out", resume=True)) == lines(whole)
 
 
-def test_a_client_alone_in_its_round_scores_before_aggregation_what_it_does_after(tiny_tree, tmp_path):
-    after = run(config(tiny_tree, each=1), tmp_path / "after")
-    before = run(config(tiny_tree, each=1, score="before_aggregation"), tmp_path / "before")
+@pytest.mark.parametrize("method", ["fedavg", "flex", "flora", "hetlora", "ditto"])
+def test_a_client_alone_in_its_round_scores_before_aggregation_what_it_does_after(tiny_tree, tmp_path, method):
+    adapters = {"train": "lora", "parts": ["attention"], "rank": 4, "lr": 1e-2}
+    tree = tiny_tree if method == "fedavg" else {**tiny_tree, "training": {**tiny_tree["training"], **adapters}}
+    after = run(config(tree, method, each=1), tmp_path / "after")
+    before = run(config(tree, method, each=1, score="before_aggregation"), tmp_path / "before")
     rows = [row for row in lines(before) if row["client"] and row["round"]]
     assert len(rows) == 3
     for row in rows:
