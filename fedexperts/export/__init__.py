@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
@@ -69,8 +70,17 @@ def export(folder: Path, to: Path, client: str | None = None, adapter: bool = Fa
 
 
 def write_changed(found: Exported, folder: Path) -> None:
-    """The model as it is, with the file that makes its class."""
+    """The model as it is, with the file that makes its class.
+
+    Raises:
+        BadValue: it is of a class that the file cannot make.
+    """
     model = cast("Any", found.model)
+    if not hasattr(transformers, type(model).__name__):  # it looks its classes up when asked, so there is no list to search
+        raise BadValue(
+            f"the base brings its own code ({type(model).__name__}), of which no client's model can be written; "
+            "take the global model, or --adapter"
+        )
     model.save_pretrained(folder, save_original_format=False)
     modeling_fedexperts.finish(folder, model.config, found.changes)
 

@@ -51,9 +51,9 @@ def text(run: Run, found: Exported, client: str | None, adapter: bool, needs_cod
 def personal(run: Run, found: Exported, client: str | None) -> str:
     """What in the folder a client did not share with the server, and what else tells of a client."""
     if client is None:
-        stay = sorted(path.name for path in (run.folder / "clients").glob("*") if any(path.iterdir()))
-        kept = f" What {len(stay)} of the clients kept to themselves is not in it." if stay else ""
-        return f"It holds what clients sent and the server merged.{kept}"
+        keeping = sum(any(path.iterdir()) for path in (run.folder / "clients").glob("*"))
+        apart = f" What {keeping} of the clients keep on their side was not read for it." if keeping else ""
+        return f"It holds what clients sent and the server merged.{apart}"
     told = cut_told(found)
     if not found.personal:
         return f"Its weights are what the server would send this client; it kept no weight of this model to itself.{told}"

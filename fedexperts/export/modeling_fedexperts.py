@@ -32,13 +32,13 @@ IMPLEMENTATION = "fedexperts_exported"  # how stacked experts with adapters are 
 ROW_BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
 
 
-class ClientConfig(PreTrainedConfig):
+class ClientConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # transformers types no __init_subclass__
     """Reads a client's config.json as the config of the base model's family."""
 
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_pretrained(cls, folder: Any, **options: Any) -> Any:
+    def from_pretrained(cls, folder: Any, **options: Any) -> Any:  # type: ignore[override]  # it gives another class
         found, options = cls.get_config_dict(folder, **options)
         if found["fedexperts"]["format"] > FORMAT:
             raise ValueError(f"{folder} was written by a newer fedexperts; load it with that one, or with trust_remote_code=True")
@@ -161,16 +161,16 @@ def _add_grafted(block: Any, args: tuple[Any, ...], named: dict[str, Any], outpu
 class AdaptedLinear(nn.Module):
     """A linear layer and its adapter, whose weights are called as peft calls them."""
 
-    def __init__(self, base_layer: nn.Module, rank: int, scale: float):
+    def __init__(self, base_layer: Any, rank: int, scale: float):
         super().__init__()
-        self.base_layer: Any = base_layer
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(self.base_layer.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.base_layer.out_features, bias=False)})
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
         self.scale = scale
 
     def forward(self, inputs: Tensor) -> Tensor:
-        out: Tensor = self.base_layer(inputs)
-        return out + self.lora_B["default"](self.lora_A["default"](inputs)) * self.scale
+        out: Tensor = self.base_layer(inputs) + self.lora_B["default"](self.lora_A["default"](inputs)) * self.scale
+        return out
 
     @property
     def weight(self) -> Tensor:

@@ -5,6 +5,7 @@ each expert, through the same grouped products that the experts use themselves. 
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
@@ -273,7 +274,7 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
     """
     ours = {path: cast("Any", model.get_submodule(path)) for path, _, _ in linears(model)}
     stacked = [
-        (f"{name}.experts", matrix, adapter)
+        (f"{name}.experts", matrix, cast("ExpertLoRA", adapter))
         for name, block in blocks(model).items()
         if "lora" in block.experts._modules
         for matrix, adapter in cast("nn.ModuleDict", block.experts.lora).items()
@@ -287,7 +288,7 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
     routers = {f"{name}.{router_name(block)}": block.router for name, block in blocks(model).items() if learns(block.router)}
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=cast("int", scale * rank),
+        lora_alpha=cast("int", scale * rank),  # which need not be whole
         target_modules=sorted(ours),
         target_parameters=sorted(f"{path}.{matrix}" for path, matrix, _ in stacked),
         modules_to_save=sorted(routers) or None,
@@ -295,7 +296,8 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
         base_model_name_or_path=base,
         task_type="SEQ_2_SEQ_LM" if cast("Any", model).config.is_encoder_decoder else "CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws the weights that are written over here
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws weights, which are written over here
+        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by a name that has another since
         wrapped: Any = peft.get_peft_model(cast("Any", bare), config)
     theirs = dict(wrapped.get_base_model().named_modules())
     with torch.no_grad():

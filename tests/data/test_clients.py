@@ -168,6 +168,15 @@ def test_a_saved_partition_gives_the_same_clients(tmp_path):
         divide(pooled([], []), clients.partition, wanted)
 
 
+def test_the_manifest_tells_how_each_task_is_asked():
+    clients = make_clients(DataSettings(sources=["synthetic/double", "synthetic/room"], clients=2, limit=40), seed=0)
+    prompts = json.loads(json.dumps(clients.manifest()))["prompts"]
+    assert prompts["double"] == {"frame": ["Double: ", "=>"], "choices": []}
+    assert prompts["room"]["frame"] == ["Room: ", "=>"]
+    assert "kitchen" in prompts["room"]["choices"]
+    assert all(each.prompt.startswith("Room: ") for each in clients.pool.train if each.task == "room")
+
+
 def test_the_manifest_is_json_and_saved_whole(tmp_path):
     clients = make_clients(settings(), 0)
     clients.save(tmp_path / "data.json")

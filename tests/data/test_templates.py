@@ -3,7 +3,7 @@
 import pytest
 
 from fedexperts.data import templates
-from fedexperts.data.templates import TEMPLATES, Hints, kind_of, names_of
+from fedexperts.data.templates import TEMPLATES, Hints, frame, kind_of, names_of
 from fedexperts.errors import BadData
 from fedexperts.evaluate import judge
 from fedexperts.types import Example
@@ -105,3 +105,42 @@ def test_names_of_classes_are_readable_and_in_the_order_of_their_ids():
 def test_a_sum_is_right_when_its_last_number_is():
     example = templates.exact({"instruction": "How many?", "input": "", "output": "Half of 48 is 24.\n#### 24"}, Hints("gsm8k"))
     assert [judge(said, example)[0]["exact_match"] for said in ("48 / 2\n#### 24", "Half of 48 is 24.\n#### 23")] == [1.0, 0.0]
+
+
+ASK = {"instruction": "Mood?", "output": "glad"}
+
+
+@pytest.mark.parametrize(
+    "kind, rows, hints, text",
+    [
+        ("classification", [{"text": "rain", "label": 0}, {"text": "sun", "label": 0}], Hints("t", names=("a",)), "sun"),
+        (
+            "classification",
+            [{"q": "rain", "label": 0}, {"q": "sun", "label": 0}],
+            Hints("t", question="What?", names=("a",), prompt="Say: {q}!"),
+            "sun",
+        ),
+        ("closed", [{**ASK, "input": "rain"}, {**ASK, "input": "sun"}], Hints("t", names=("glad",)), "sun"),
+        ("short_answer", [{"instruction": "Long words", "input": "sun", "output": "x"}], Hints("t", question="Short"), "sun"),
+        ("exact", [{"instruction": "1+1", "output": "2"}, {"instruction": "2+2", "output": "4"}], Hints("t"), "2+2"),
+        (
+            "summary",
+            [{"instruction": "A", "input": "x", "output": "o"}, {"instruction": "B", "input": "y", "output": "o"}],
+            Hints("t"),
+            "B\ny",
+        ),
+        ("instruction", [{**ASK, "input": "x"}, {"instruction": "Sing", "output": "la"}], Hints("t"), "Sing"),
+        ("cloze", [{"instruction": "I", "input": "1+1?\nA. 2", "choices": ["2"], "gold": 0}], Hints("t"), "1+1?"),
+        ("fields", [{"prompt": "rain", "response": "o"}, {"prompt": "sun", "response": "o"}], Hints("t"), "sun"),
+        ("fields", [{"q": "sun", "response": "o"}], Hints("t", prompt="Q: {q}\nA:"), "sun"),
+        ("fields", [{"c": "sky", "q": "sun", "response": "o"}], Hints("t", prompt="{c} {q}"), "sky sun"),
+        ("fields", [{"q": "sun", "response": "o"}], Hints("t", prompt="{q}? {q}!"), "sun? sun!"),
+    ],
+)
+def test_what_differs_between_the_frame_of_a_task_is_its_prompt(kind, rows, hints, text):
+    before, after = frame(rows, kind, hints)
+    assert before + text + after == TEMPLATES[kind](rows[-1], hints).prompt
+
+
+def test_text_that_is_continued_has_no_frame():
+    assert frame([{"text": "Once"}], "plain_text", Hints("t")) is None
