@@ -96,8 +96,8 @@ def compare(
 def is_left(planned: Planned, parts: Parts, failed: dict[Path, str], progress: Progress | None) -> bool:
     """Whether another process is at it; where none is, it is run, and entered in `failed` if it fails."""
     try:
-        told = {"label": planned.label, "setting": planned.setting}
-        run(planned.config, planned.folder, resume=True, **told, progress=progress, parts=parts)
+        label, setting = planned.label, planned.setting
+        run(planned.config, planned.folder, resume=True, label=label, setting=setting, progress=progress, parts=parts)
     except Busy:
         return True
     except BadRun as error:

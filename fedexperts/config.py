@@ -83,8 +83,11 @@ class FederationSettings(Settings):
     rounds: int = Field(10, ge=1)
     clients_per_round: int | None = Field(None, ge=1)  # None: all
     sampling: Literal["random", "by task"] = "random"  # by task: of different tasks, as far as there are
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "flower"] = "local"
     workers: int = Field(1, ge=1)
+    gpus_per_worker: float = Field(0.0, ge=0)  # that Flower's simulation gives each worker; 0.25: four share one
+    min_clients: int = Field(1, ge=1)  # a round that fewer have answered does not count
+    round_seconds: float | None = Field(None, gt=0)  # of real time that a client has for its answer; needs the engine flower
     server_optimizer: Tree | None = None  # its name and its fields: what a round's merge is a step of; None: it is taken as it is
 
     @field_validator("server_optimizer", mode="before")
@@ -93,6 +96,23 @@ class FederationSettings(Settings):
         """A name alone has the defaults; "none" is none."""
         asked = {"name": given} if isinstance(given, str) else given
         return None if isinstance(asked, dict) and asked.get("name") == "none" else asked
+
+    @model_validator(mode="after")
+    def flowers_own(self) -> Self:
+        """What only Flower's engine does is asked of no other."""
+        for name, given in (("gpus_per_worker", self.gpus_per_worker), ("round_seconds", self.round_seconds)):
+            if given and self.engine != "flower":
+                raise BadValue(f'federation.{name} = {given:g} needs federation.engine = "flower"; set that, or leave it out')
+        return self
+
+    @model_validator(mode="after")
+    def enough_are_asked(self) -> Self:
+        if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
+            raise BadValue(
+                f"federation.min_clients = {self.min_clients}, but a round asks federation.clients_per_round = "
+                f"{self.clients_per_round}; lower the one or raise the other"
+            )
+        return self
 
 
 class DeviceSettings(Settings):

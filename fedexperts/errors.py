@@ -28,6 +28,10 @@ class Leak(FedExpertsError):
     """What a client keeps to itself was about to leave it."""
 
 
+class BadLetter(FedExpertsError):
+    """What came from the other side, and cannot be read: cut off, changed on the way, or of another protocol."""
+
+
 class BadRun(FedExpertsError):
     """A results folder that does not fit what was asked of it."""
 

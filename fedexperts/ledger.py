@@ -93,6 +93,7 @@ class Ledger:
             self.entries[i] = answered(self.entries[i], answer, self.clock)
             if isinstance(answer, Update) and not self.entries[i].failed:
                 yield answer
+            del answer  # or it would be held until the next one has come
 
 
 def asked(job: Job) -> Entry:

@@ -128,3 +128,4 @@ class Watched:
         for answer in self.engine.run(jobs):
             self.shown.answered(answer)
             yield answer
+            del answer  # or it would be held until the next one has come

@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from math import inf
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,23 +14,23 @@ import torch
 
 from fedexperts import checkpoint, evaluate
 from fedexperts.config import RunConfig
-from fedexperts.data.encode import Encoder
 from fedexperts.devices import UTILISATION
 from fedexperts.engines.kept import Keeper
-from fedexperts.engines.local import LocalEngine, Site
-from fedexperts.errors import BadRun
+from fedexperts.engines.local import LocalEngine
+from fedexperts.errors import BadRun, BadValue
 from fedexperts.federation import done, federate, jobs_for, steps
 from fedexperts.files import locked, write_text
-from fedexperts.ledger import Clock, Ledger
+from fedexperts.ledger import Ledger
 from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
 from fedexperts.settings import different, flattened, to_toml
+from fedexperts.sites import clock_for, encoder_for, site_for, work_for
 from fedexperts.start import Parts, Prepared, prepare_run, versions
 from fedexperts.types import Engine, Method, Server
-from fedexperts.work import Work, falls_due
+from fedexperts.work import falls_due
 
-MAY_DIFFER = ("federation.workers",)
-"""Settings that a resumed run may change: they do not change the result."""
+MAY_DIFFER = ("federation.workers", "federation.gpus_per_worker", "federation.min_clients", "federation.round_seconds")
+"""Settings that a resumed run may change: they do not change what clients answer."""
 
 BEFORE = {
     "devices.out_of_memory": "train anyway",
@@ -57,17 +58,20 @@ def run(
     setting: str = "",
     progress: Progress | None = None,
     parts: Parts | None = None,
+    engine: Callable[[Prepared, Path], AbstractContextManager[Engine]] | None = None,
 ) -> Path:
     """Runs `config` and returns its results folder, `out`. `label` and `setting` are what reports call its method and run file.
 
-    `parts` are those of runs before it, which are not made again.
+    `parts` are those of runs before it, which are not made again. `engine` carries the jobs in place of the one that the
+    run file names (`flower.over` a grid, for one).
 
     Raises:
         BadValue: a setting, the data or the model does not allow the run; nothing was written then.
-        BadRun: `out` holds another run; or all clients of a round failed, and the run can be resumed before it.
+        BadRun: `out` holds another run; or too few clients of a round answered, and the run can be resumed before it.
         Busy: another process is at work in `out`.
     """
     torch.set_num_threads(config.training.threads)
+    require_flower(config)
     claim(config, out, resume)
     prepared = prepare_run(config, label, setting, parts)
     require_same_inputs(prepared, out)
@@ -81,8 +85,8 @@ def run(
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         if behind < total:
             Keeper(out / "clients").drop_after(begun.round)
-            with engine_for(prepared, out) as engine:
-                rounds(prepared, begun, out, shown.watch(engine), shown)
+            with (engine or engine_for)(prepared, out) as running:
+                rounds(prepared, begun, out, shown.watch(running), shown)
     return out
 
 
@@ -105,6 +109,7 @@ def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progres
             progress.noted(server, NO_EXPERT_SENT)
             noted = True
         told = scores_told(ledger)
+        require_answers(server, ledger, federation.min_clients)
         record(out, server, ledger, perf_counter() - started)
         if due(server, method, prepared.config):
             assess(prepared, server, engine, ledger, out, progress, told)
@@ -121,13 +126,8 @@ def due(server: Server, method: Method, config: RunConfig) -> bool:
 
 
 def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
-    """A line for the round and one for each client.
-
-    Raises:
-        BadRun: no client gave a usable answer.
-    """
+    """A line for the round and one for each client."""
     entries = ledger.entries
-    require_an_answer(server, ledger)
     losses = [entry.loss for entry in entries if entry.loss is not None]
     line = {
         "round": server.round,
@@ -144,13 +144,15 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
     ledger.clear()
 
 
-def require_an_answer(server: Server, ledger: Ledger) -> None:
-    """Raises BadRun when every client failed."""
-    failed = failures(ledger)
-    if failed and len(failed) == len(ledger.entries):
+def require_answers(server: Server, ledger: Ledger, fewest: int = 1) -> None:
+    """Raises BadRun when clients failed, and fewer than `fewest` did not."""
+    failed, asked = failures(ledger), len(ledger.entries)
+    if failed and asked - len(failed) < fewest:
         client, reason = next(iter(failed.items()))
+        number = f"all {asked}" if len(failed) == asked else f"{len(failed)} of {asked}"
+        quorum = f", and federation.min_clients = {fewest} must answer" if fewest > 1 else ""
         raise BadRun(
-            f"round {server.round}: all {len(failed)} clients failed, {client} because {reason}; "
+            f"round {server.round}: {number} clients failed, {client} because {reason}{quorum}; "
             "what came before is saved: mend the cause and go on (run with --resume, compare by itself), or, if it lies in the "
             "settings or the data, start anew with another --out"
         )
@@ -201,7 +203,7 @@ def assess(
         progress.evaluating(len(asked.clients))
         jobs = ledger.sent(jobs_for(asked, prepared.method, asked.clients.values()))
         answers = {update.client: update.metrics for update in ledger.received(engine.run(jobs))}
-        require_an_answer(asked, ledger)
+        require_answers(asked, ledger)
     given = {client: found["scores"] for client, found in answers.items() if "scores" in found}
     scores = {client: evaluate.Scores.from_json(found) for client, found in given.items()} | dict(told or {})
     latest = {**last_scores(out), **scores} if work.scores_after_training else scores
@@ -246,43 +248,25 @@ def score_lines(scores: evaluate.Scores, client: str | None, with_sums: bool = F
         yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **found}
 
 
-def work_for(prepared: Prepared) -> Work:
-    config = prepared.config
-    return Work(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples, config.training)
+def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
+    """The engine that the run file names, over clients on this machine."""
+    if prepared.config.federation.engine == "flower":
+        from fedexperts.flower import simulated  # an extra
+
+        return simulated(prepared, out)
+    return LocalEngine(site_for(prepared, out), prepared.config.federation.workers)
 
 
-def encoder_for(prepared: Prepared) -> Encoder:
-    base = prepared.base
-    return Encoder(base.tokenizer, prepared.config.data.max_tokens, base.encoder_decoder)
-
-
-def engine_for(prepared: Prepared, out: Path) -> LocalEngine:
-    config, base = prepared.config, prepared.base
-    site = Site(
-        model=base.model,
-        encoder=encoder_for(prepared),
-        training=prepared.training,
-        clients={**prepared.server.clients, **prepared.participants},
-        data=prepared.data,
-        work=work_for(prepared),
-        keeper=Keeper(out / "clients"),
-        clock=clock_for(prepared),
-        limits=limits(prepared),
-    )
-    return LocalEngine(site, config.federation.workers)
-
-
-def clock_for(prepared: Prepared) -> Clock:
-    """The run's virtual clock. One place that has all data is no device, so a pooled method has none."""
-    profiles = {} if prepared.method.pooled else prepared.profiles
-    return Clock(profiles, prepared.config.devices.deadline_seconds or inf)
-
-
-def limits(prepared: Prepared) -> dict[str, int]:
-    """Participant → the memory that no job of its may exceed."""
-    if prepared.config.devices.out_of_memory == "train anyway":
-        return {}
-    return {name: client.memory_bytes for name, client in prepared.participants.items() if client.memory_bytes is not None}
+def require_flower(config: RunConfig) -> None:
+    """Raises BadValue when the run needs Flower, or graphics cards, and there is none."""
+    if config.federation.engine == "flower" and not (find_spec("flwr") and find_spec("ray")):
+        raise BadValue(
+            'federation.engine = "flower" needs Flower with its simulation, which is not installed; '
+            'install it (pip install "fedexperts[flower]"), or set federation.engine = "local"'
+        )
+    asked, there = config.federation.gpus_per_worker, torch.cuda.device_count()
+    if asked > there:
+        raise BadValue(f"federation.gpus_per_worker = {asked:g}, but this machine has {there}; lower it")
 
 
 def claim(config: RunConfig, out: Path, resume: bool) -> None:

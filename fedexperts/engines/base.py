@@ -12,7 +12,7 @@ def require_shared(sent: Set[str], update: Update) -> None:
 
     What is said beside the weights may have any name, but that of a personal expert.
     """
-    beside = (name for name in update.extra if graft.CHILD in name)
+    beside = (name for name in update.extra if graft.is_personal(name))
     if own := [*sorted(update.patch.tensors.keys() - sent), *beside]:
         raise Leak(
             f"client {update.client} would send {own[0]}, which is not among the weights that it got: what is its own must not "
@@ -36,6 +36,7 @@ def in_order(run: Callable[[Iterable[Job]], Iterable[Update | Failure]], jobs: I
         if isinstance(answer, Update):
             require_shared(sent.pop(answer.client), answer)
         early[answer.client] = answer
+        del answer  # or it would be held until the next one has come
         while waiting and waiting[0] in early:
             yield early.pop(waiting.pop(0))
     assert not early and not waiting, f"an engine answered for {sorted(early)} and not for {waiting}"

@@ -35,9 +35,13 @@ class Keeper:
     def drop_after(self, round: int) -> None:
         """Removes what rounds after `round` wrote: they will be done again."""
         for client in self.folder.iterdir() if self.folder.is_dir() else ():
-            for path in self.versions(client.name):
-                if path.stem > key(round, "~"):
-                    path.unlink()
+            self.drop_newer(client.name, key(round, "~"))
+
+    def drop_newer(self, client: str, last: str) -> None:
+        """Removes what `client` kept after the job whose key is `last`; all, where that is empty."""
+        for path in self.versions(client):
+            if path.stem > last:
+                path.unlink()
 
     def versions(self, client: str) -> list[Path]:
         """Oldest first."""

@@ -1,34 +1,59 @@
-"""Jobs and answers as bytes: the tensors as safetensors, everything else as JSON. Nothing is pickled."""
+"""Jobs and answers as letters: each tensor as safetensors, everything else as JSON. Nothing is pickled."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from fedexperts.engines.letter import Letter, from_bytes, to_bytes
+from fedexperts.errors import BadLetter
 from fedexperts.files import encoded
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
-PROTOCOL = 1
+MOST_BYTES = 2**30
+"""Of a tensor in one piece: carriers have limits at 2 GB, and a larger one goes in several."""
+TENSOR = "tensor"  # what a part's only tensor is called inside
 
 
 def pack_job(job: Job) -> bytes:
-    head = {"client": job.client, "round": job.round, "task": job.task, "seed": job.seed, "experts": dict(job.experts)}
-    return pack(head, patch=job.patch, extra=job.extra)
+    return to_bytes(job_letter(job))
 
 
 def unpack_job(data: bytes) -> Job:
-    head, patch, extra = unpack(data)
-    experts = {block: tuple(ids) for block, ids in head.pop("experts").items()}
-    return Job(**head, experts=experts, patch=patch, extra=extra)
+    return read_job(from_bytes(data))
 
 
 def pack_answer(answer: Update | Failure) -> bytes:
+    return to_bytes(answer_letter(answer))
+
+
+def unpack_answer(data: bytes) -> Update | Failure:
+    return read_answer(from_bytes(data))
+
+
+def job_letter(job: Job) -> Letter:
+    about = {"client": job.client, "round": job.round, "task": job.task, "seed": job.seed, "experts": dict(job.experts)}
+    return written({"job": about}, job.patch, job.extra)
+
+
+def read_job(letter: Letter) -> Job:
+    """Raises BadLetter where there is none in it."""
+    with reading("job"):
+        about = dict(letter.head["job"])
+        experts = {block: tuple(ids) for block, ids in about.pop("experts").items()}
+        patch, extra = tensors(letter)
+        return Job(**about, experts=experts, patch=patch, extra=extra)
+
+
+def answer_letter(answer: Update | Failure) -> Letter:
     if isinstance(answer, Failure):
-        return pack({"failure": asdict(answer)}, Patch({}), {})
-    head = {
+        return Letter({"failure": asdict(answer)}, {})
+    about = {
         "client": answer.client,
         "round": answer.round,
         "task": answer.task,
@@ -36,33 +61,76 @@ def pack_answer(answer: Update | Failure) -> bytes:
         "metrics": dict(answer.metrics),
         "cost": asdict(answer.cost),
     }
-    return pack(head, answer.patch, answer.extra)
+    return written({"update": about}, answer.patch, answer.extra)
 
 
-def unpack_answer(data: bytes) -> Update | Failure:
-    head, patch, extra = unpack(data)
-    if "failure" in head:
-        return Failure(**head["failure"])
-    return Update(**{**head, "cost": Cost(**head["cost"])}, patch=patch, extra=extra)
+def read_answer(letter: Letter) -> Update | Failure:
+    """Raises BadLetter where there is none in it."""
+    with reading("answer"):
+        if "failure" in letter.head:
+            return Failure(**letter.head["failure"])
+        about = letter.head["update"]
+        patch, extra = tensors(letter)
+        return Update(**{**about, "cost": Cost(**about["cost"])}, patch=patch, extra=extra)
 
 
-def pack(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) -> bytes:
-    """A manifest's length, the manifest, the tensors; row ids that several names share go once."""
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a BadLetter: who wrote it may be anyone."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise BadLetter(f"it holds no {what} that can be read ({type(error).__name__}: {error})") from None
+
+
+def written(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) -> Letter:
+    """`head` and the tensors, in their order; row ids that several names share go once."""
     ids = {id(rows): rows for rows in patch.rows.values()}
     numbers = {key: str(i) for i, key in enumerate(ids)}
-    manifest = {"protocol": PROTOCOL, "head": head, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}
     groups = {"patch": patch.tensors, "rows": {numbers[key]: rows for key, rows in ids.items()}, "extra": extra}
-    tensors = {f"{group}/{name}": tensor for group, held in groups.items() for name, tensor in held.items()}
-    text = json.dumps(manifest).encode()
-    return len(text).to_bytes(8, "big") + text + encoded(tensors)
+    parts: dict[str, bytes] = {}
+    shapes: dict[str, list[int] | None] = {}
+    for name, tensor in ((f"{group}/{name}", tensor) for group, held in groups.items() for name, tensor in held.items()):
+        shapes[name] = None if tensor.nbytes <= MOST_BYTES else list(tensor.shape)
+        for number, piece in enumerate(pieces(tensor)):
+            parts[place(name, number)] = encoded({TENSOR: piece})
+    return Letter({**head, "tensors": shapes, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}, parts)
 
 
-def unpack(data: bytes) -> tuple[dict[str, Any], Patch, dict[str, Tensor]]:
-    end = 8 + int.from_bytes(data[:8], "big")
-    manifest = json.loads(data[8:end])
+def pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """`tensor`, or where it is too large for one piece its elements in several: a dense weight has a single row to split at."""
+    if tensor.nbytes <= MOST_BYTES:
+        return (tensor,)
+    flat = tensor.reshape(-1)
+    size = max(1, MOST_BYTES // tensor.element_size())
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+
+def place(name: str, number: int) -> str:
+    """The part with piece `number` of a tensor."""
+    return f"{number}/{name}" if number else name
+
+
+def tensors(letter: Letter) -> tuple[Patch, dict[str, Tensor]]:
+    """What `written` wrote: the patch, the rest."""
     groups: dict[str, dict[str, Tensor]] = {"patch": {}, "rows": {}, "extra": {}}
-    for key, tensor in load(data[end:]).items():
+    for key, shape in letter.head["tensors"].items():
         group, _, name = key.partition("/")
-        groups[group][name] = tensor
-    rows = {name: groups["rows"][number] for name, number in manifest["rows"].items()}
-    return manifest["head"], Patch(groups["patch"], rows), groups["extra"]
+        groups[group][name] = piece(letter.parts[key]) if shape is None else joined(letter.parts, key).view(shape)
+    rows = {name: groups["rows"][number] for name, number in letter.head["rows"].items()}
+    return Patch(groups["patch"], rows), groups["extra"]
+
+
+def joined(parts: Mapping[str, bytes], name: str) -> Tensor:
+    """All pieces of a tensor, one after the other."""
+    found = [piece(parts[name])]
+    while (key := place(name, len(found))) in parts:
+        found.append(piece(parts[key]))
+    return torch.cat(found)
+
+
+def piece(part: bytes) -> Tensor:
+    """The tensor in it, copied to where torch puts tensors of its own: products of one that begins elsewhere may differ in
+    their last bits.
+    """
+    return load(part)[TENSOR].clone()

@@ -143,6 +143,7 @@ def mean_rows(
             weight = weigh_router(update, block) if weigh_router and block else weigh(update)
             mean = means.setdefault(name, rows.RowMean(server.weights[name]))
             mean.add(tensor, ids=update.patch.rows.get(name), weight=weight)
+        del update  # or it would be held until the next one has come
     return replace(server, weights={**server.weights, **{name: mean.result() for name, mean in means.items()}})
 
 

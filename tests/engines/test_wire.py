@@ -89,7 +89,7 @@ def test_the_bytes_of_the_tensors_go_once_behind_a_short_manifest():
     data = pack_answer(update)
     assert 4000 < len(data) < 4000 + 1000
     manifest = json.loads(data[8 : 8 + int.from_bytes(data[:8], "big")])
-    assert manifest["head"]["client"] == "c01"
+    assert manifest["head"]["update"]["client"] == "c01"
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,10 @@ def test_the_bytes_of_the_tensors_go_once_behind_a_short_manifest():
 def test_every_dtype_and_shape_travels(dtype, shape):
     tensor = torch.ones(shape).to(dtype)
     assert same(unpack_job(pack_job(Job("c", 1, "t", "s", {}, Patch({}), {"x": tensor}))).extra, {"x": tensor})
+
+
+def test_tensors_arrive_where_torch_would_put_them_so_that_products_have_the_same_bits():
+    held = {str(size): torch.ones(size) for size in range(1, 40)}
+    read = unpack_answer(pack_answer(Update("c01", 1, "train", Patch(held), 5)))
+    assert len(read.patch.tensors) == 39
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in read.patch.tensors.values())

@@ -1,0 +1,204 @@
+"""Jobs over a Flower grid: what goes out, whose answer is whose, and what becomes of those that are late, broken or missing."""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from math import inf
+from time import monotonic, sleep
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid as Grid
+
+from fedexperts.engines.base import require_shared
+from fedexperts.engines.flower.codec import from_records, to_records
+from fedexperts.engines.kept import own
+from fedexperts.engines.letter import Letter
+from fedexperts.engines.remote import hello, order, read_greeting
+from fedexperts.engines.wire import read_answer
+from fedexperts.errors import BadLetter, BadRun, Leak
+from fedexperts.types import Client, Failure, Job, Update
+
+POLL_SECONDS = 0.05
+LIFETIME_SECONDS = 30 * 24 * 3600.0
+"""After which Flower drops a message. Whether an answer is late is for us to say."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A job under way, without its tensors."""
+
+    client: str
+    round: int
+    task: str
+    key: str
+    weights: frozenset[str]
+    message: str | None  # None: no node could be given it
+    until: float  # on the monotonic clock
+
+    def failed(self, reason: str) -> Failure:
+        return Failure(self.client, self.round, self.task, " ".join(reason.split()))
+
+
+class FlowerEngine:
+    """Carries jobs over `grid` to nodes that say which of `clients` they are.
+
+    At most `in_flight` jobs are under way. Answers come in the order of their jobs, as they are merged: one that is there
+    earlier stays with Flower until its turn, so this process holds one at a time. A client that has not answered `seconds`
+    after its job was sent, by then or by its turn, is a Failure. What comes later, twice, or to nobody's question is dropped
+    and counted in `dropped`.
+
+    run: what clients need to know of the run. accepted: for each client the key of its last job whose answer was taken, in
+    a run that is resumed. check: raises when the grid has died.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        run: str,
+        clients: Mapping[str, Client],
+        *,
+        in_flight: int,
+        seconds: float = inf,
+        accepted: Mapping[str, str] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.grid, self.about, self.clients = grid, run, clients
+        self.in_flight, self.seconds, self.check = in_flight, seconds, check
+        self.accepted = dict(accepted or {})
+        self.nodes: dict[str, int] = {}  # client → node
+        self.refused: dict[int, str] = {}  # node → why it is no client's
+        self.greeted: set[int] = set()
+        self.hellos: dict[str, int] = {}  # message → node that has not answered it
+        self.asked: dict[str, str] = {}  # message → client, of all jobs
+        self.overdue: set[str] = set()  # messages nobody waits for any more
+        self.dropped: Counter[str] = Counter()  # by client; "" for answers to nobody's question
+
+    def connect(self, seconds: float | None = None, fewest: int | None = None) -> None:
+        """Waits until every client is there; after `seconds` for no more than `fewest` of them.
+
+        Without `seconds` no node will join later than the others: it ends when they all have answered.
+
+        Raises:
+            BadRun: too few are there.
+        """
+        until = monotonic() + (inf if seconds is None else seconds)
+        enough = len(self.clients) if fewest is None else fewest
+        while True:
+            self.check()
+            self.greet()
+            missing = [name for name in self.clients if name not in self.nodes]
+            over = monotonic() >= until
+            if not missing or (over and len(self.nodes) >= enough):
+                return
+            settled = seconds is None and len(self.greeted) >= len(self.clients) and not self.hellos
+            if over or settled:
+                because = f" ({'; '.join(self.refused.values())})" if self.refused else ""
+                raise BadRun(
+                    f"{len(missing)} of {len(self.clients)} clients are not there: {', '.join(missing)}{because}; "
+                    "start them, and go on with --resume"
+                )
+            sleep(POLL_SECONDS)
+
+    def greet(self) -> None:
+        """Asks nodes that are new who they are, and takes in those that have said so."""
+        for node in self.grid.get_node_ids():
+            if node not in self.greeted and (message := self.push(hello(self.about), node)):
+                self.greeted.add(node)
+                self.hellos[message] = node
+        for message, reply in (self.pull(*self.hellos) if self.hellos else {}).items():
+            self.welcome(self.hellos.pop(message), reply)
+
+    def welcome(self, node: int, reply: Message) -> None:
+        """Takes `node` for the client that it says it is, unless another node that is there has that name."""
+        try:
+            greeting = read_greeting(letter_of(reply))
+        except BadLetter as error:
+            self.refused[node] = str(error)
+            return
+        said = greeting.client
+        if said != self.clients.get(said.name):
+            known = self.clients.get(said.name, f"none of {', '.join(self.clients)}")
+            self.refused[node] = f"a node says it is {said}, and this run has {known}; give both sides the same run file and data"
+        elif self.nodes.get(said.name, node) != node and self.nodes[said.name] in self.grid.get_node_ids():
+            self.refused[node] = f"two nodes say that they are {said.name}; stop one of them"
+            self.greeted.discard(node)  # it is asked again: the other may be one that has died
+        else:
+            self.refused.pop(node, None)
+            self.nodes[said.name] = node
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        """One answer for each job, in their order."""
+        self.greet()
+        rest = iter(jobs)
+        under_way: deque[Sent] = deque()
+        while True:
+            under_way.extend(self.send(job) for job in islice(rest, self.in_flight - len(under_way)))
+            if not under_way:
+                return
+            yield self.receive(under_way.popleft())
+
+    def send(self, job: Job) -> Sent:
+        node = self.nodes.get(job.client)
+        letter = order(job, self.about, self.accepted.get(job.client, ""))
+        message = self.push(letter, node) if node is not None else None
+        if message:
+            self.asked[message] = job.client
+        weights = frozenset(job.patch.tensors)
+        return Sent(job.client, job.round, job.task, own(job), weights, message, monotonic() + self.seconds)
+
+    def receive(self, sent: Sent) -> Update | Failure:
+        """The answer to `sent`, waited for until its time is over."""
+        if sent.message is None:
+            return sent.failed("it is not connected")
+        while True:
+            over = monotonic() >= sent.until
+            self.check()
+            if reply := self.pull(sent.message).get(sent.message):
+                return self.taken(sent, reply)
+            if over:
+                self.overdue.add(sent.message)
+                return sent.failed(f"it did not answer within federation.round_seconds = {self.seconds:g}")
+            sleep(POLL_SECONDS)
+
+    def taken(self, sent: Sent, reply: Message) -> Update | Failure:
+        """The answer in `reply`, or why it is none."""
+        try:
+            answer = read_answer(letter_of(reply))
+            if isinstance(answer, Update):
+                require_shared(sent.weights, answer)
+        except (BadLetter, Leak) as error:
+            return sent.failed(str(error))
+        if (answer.client, answer.round, answer.task) != (sent.client, sent.round, sent.task):
+            return sent.failed(f"it answered for {answer.client} in round {answer.round}, {answer.task}, which was not asked")
+        if isinstance(answer, Update) and sent.task != "evaluate":
+            self.accepted[sent.client] = sent.key
+        return answer
+
+    def push(self, letter: Letter, node: int) -> str | None:
+        """The id of the message with `letter`; None when there is no such node."""
+        message = Message(to_records(letter), node, MessageType.QUERY, ttl=LIFETIME_SECONDS)
+        return next(iter(self.grid.push_messages([message])), None)
+
+    def pull(self, *messages: str) -> dict[str, Message]:
+        """The replies that have come to `messages`, the first to each. All others, late or doubled, are dropped and counted."""
+        found: dict[str, Message] = {}
+        for reply in self.grid.pull_messages([*messages, *self.overdue]):
+            to = reply.metadata.reply_to_message_id
+            if to in messages and to not in found:
+                found[to] = reply
+                continue
+            self.overdue.discard(to)
+            client = self.asked.get(to, "")
+            self.dropped[client] += 1
+            log.warning("an answer of %s that nobody waits for was dropped", client or "an unknown node")
+        return found
+
+
+def letter_of(reply: Message) -> Letter:
+    """Raises BadLetter with the reason when `reply` is an error, or holds no letter."""
+    if reply.has_error():
+        raise BadLetter(reply.error.reason or f"Flower reports error {reply.error.code} and no reason")
+    return from_records(reply.content)

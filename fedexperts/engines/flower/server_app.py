@@ -1,0 +1,17 @@
+"""Flower's side of the server: a ServerApp that hands its grid to whoever runs the rounds."""
+
+from collections.abc import Callable
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+
+def server_app(work: Callable[[Grid], None]) -> ServerApp:
+    """A ServerApp that does `work` over its grid, and ends when it has."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        work(grid)
+
+    return app

@@ -1,0 +1,77 @@
+"""Flower's own simulation, on Ray: processes on this machine that play its nodes."""
+
+import logging
+from queue import Empty, Queue
+from threading import Event, Thread
+from typing import Any, Self
+
+import ray
+import ray._private.worker as ray_worker  # of the one version that Flower pins
+from flwr.serverapp import Grid
+from flwr.simulation import run_simulation
+
+from fedexperts.engines.flower.client_app import Answer, client_app
+from fedexperts.engines.flower.server_app import server_app
+from fedexperts.errors import BadRun
+
+PATIENCE_SECONDS = 5.0
+"""For the simulation to end by itself; what is still at work then is ended."""
+
+
+class Simulation:
+    """`nodes` nodes, which `workers` processes play in turn: whichever is free answers by `answer`.
+
+    Each process takes `cpus` cores and `gpus` graphics cards (0.25: four share one), and sees no other cards than its own. When
+    one dies another takes its place and is asked once more; a message that kills two is answered with an error. The grid is
+    there from `with` on.
+    """
+
+    grid: Grid
+
+    def __init__(self, answer: Answer, nodes: int, *, workers: int = 1, cpus: int = 1, gpus: float = 0.0) -> None:
+        self.given: Queue[Grid] = Queue()
+        self.over = Event()
+        self.broken: BaseException | None = None
+        self.nodes, self.app = nodes, client_app(answer)
+        self.backend: dict[str, dict[str, Any]] = {
+            "init_args": {"num_cpus": workers * cpus, "log_to_driver": False, "logging_level": logging.ERROR},
+            "client_resources": {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 1},
+        }
+        self.thread = Thread(target=self.simulate, name="flower", daemon=True)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # it tells of every message
+        self.thread.start()
+        while True:
+            self.check()
+            try:
+                self.grid = self.given.get(timeout=0.1)
+            except Empty:
+                continue
+            return self
+
+    def __exit__(self, *_: object) -> None:
+        ray_worker._worker_logs_enabled = False  # it complains of every process that Flower ends
+        self.over.set()
+        self.thread.join(PATIENCE_SECONDS)
+        if self.thread.is_alive():
+            ray.shutdown()
+            self.thread.join()
+        ray_worker._worker_logs_enabled = True
+
+    def simulate(self) -> None:
+        try:
+            run_simulation(server_app(self.serve), self.app, self.nodes, backend_config=self.backend)
+        except BaseException as error:  # told to whoever waits: `check`
+            self.broken = error
+
+    def serve(self, grid: Grid) -> None:
+        """A ServerApp's life: its grid works elsewhere."""
+        self.given.put(grid)
+        self.over.wait()
+
+    def check(self) -> None:
+        """Raises BadRun when the simulation has ended before its time."""
+        if self.broken or (self.thread.ident and not self.thread.is_alive()):
+            cause = self.broken and (self.broken.__cause__ or self.broken)
+            raise BadRun(f"Flower's simulation has stopped: {cause or 'it gave no reason'}; go on with --resume")

@@ -1,0 +1,85 @@
+"""A run whose jobs Flower carries: to processes on this machine, or over whatever grid there is."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache, partial
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedexperts.config import RunConfig
+from fedexperts.engines import remote
+from fedexperts.engines.flower.engine import FlowerEngine, Grid
+from fedexperts.engines.flower.simulation import Simulation
+from fedexperts.engines.kept import key
+from fedexperts.engines.letter import Letter
+from fedexperts.engines.local import Site
+from fedexperts.errors import BadLetter
+from fedexperts.settings import checked
+from fedexperts.sites import everyone, site_for
+from fedexperts.start import Parts, Prepared, prepare_run
+from fedexperts.types import Engine
+
+PARTS = Parts()
+"""Of a process that plays clients: the base model is read once for all of them, and for all runs that have it."""
+
+
+@contextmanager
+def simulated(prepared: Prepared, out: Path) -> Iterator[Engine]:
+    """The engine of a run on Flower's simulation: a node for each client, and `federation.workers` processes that play them."""
+    federation, threads = prepared.config.federation, prepared.config.training.threads
+    nodes, workers = len(everyone(prepared)), federation.workers
+    with (
+        Simulation(play, nodes, workers=workers, cpus=threads, gpus=federation.gpus_per_worker) as simulation,
+        over(simulation.grid, simulation.check)(prepared, out) as engine,
+    ):
+        yield engine
+
+
+def over(grid: Grid, check: Callable[[], None] = lambda: None) -> Callable[[Prepared, Path], AbstractContextManager[Engine]]:
+    """For `running.run`: an engine over `grid`, on which all clients of the run are, or soon will be."""
+    return partial(connected, grid, check)
+
+
+@contextmanager
+def connected(grid: Grid, check: Callable[[], None], prepared: Prepared, out: Path) -> Iterator[Engine]:
+    federation = prepared.config.federation
+    engine = FlowerEngine(
+        grid,
+        json.dumps({"settings": prepared.config.resolved(), "folder": str(out.resolve())}),
+        everyone(prepared),
+        in_flight=2 * federation.workers,
+        seconds=federation.round_seconds or inf,
+        accepted=accepted(out),
+        check=check,
+    )
+    engine.connect()
+    yield engine
+
+
+def accepted(out: Path) -> dict[str, str]:
+    """Client → the key of its last job whose answer counted, of the run that is resumed in `out`."""
+    ledger = out / "ledger.jsonl"
+    lines = map(json.loads, ledger.read_text().splitlines() if ledger.exists() else ())
+    taken = [line for line in lines if line["task"] != "evaluate" and line["failed"] is None]
+    return {line["client"]: key(line["round"], line["task"]) for line in taken}
+
+
+def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
+    """What the client answers that a node of Flower's simulation stands for."""
+    site = site_of(letter.head["run"])
+    torch.set_num_threads(site.training.threads)
+    names, number = list(site.clients), int(node["partition-id"])
+    if number >= len(names):
+        raise BadLetter(f"the run has {len(names)} clients, and this is node {number + 1}")
+    return remote.answer(site, names[number], letter)
+
+
+@lru_cache(maxsize=1)
+def site_of(run: str) -> Site:
+    """The clients of a run as its letters tell of it."""
+    told = json.loads(run)
+    return site_for(prepare_run(checked(RunConfig, told["settings"]), parts=PARTS), Path(told["folder"]))

@@ -1,0 +1,72 @@
+"""Runs run files on the local engine and on Flower's simulation, all of them over one simulation.
+
+    python tests/agreeing.py TREES.json OUT
+
+TREES.json: name → a run file as a tree. Leaves OUT/local/NAME and OUT/flower/NAME, and last OUT/said.json: the methods that
+stopped and why, the processes that played clients, and which of them loaded a base model. A tree's `kill` names a
+client; the first of its jobs kills the process that plays it. A program of its own, since Ray's processes end with it.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedexperts import flower, running, start
+from fedexperts.config import RunConfig
+from fedexperts.engines.flower.simulation import Simulation
+from fedexperts.engines.letter import Letter
+from fedexperts.errors import FedExpertsError
+from fedexperts.settings import checked
+from fedexperts.start import Parts
+
+WORKERS = 2
+load = start.load
+
+
+def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
+    """What `flower.play` does, with a note of who plays and who loads."""
+    out = Path(json.loads(letter.head["run"])["folder"]).parents[1]
+    start.load = lambda *given: [load(*given), note(out / "loads")][0]
+    note(out / "played")
+    kill = out / "kill"
+    if "job" in letter.head and kill.exists() and kill.read_text() == letter.head["job"]["client"]:
+        kill.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return flower.play(letter, node)
+
+
+def note(path: Path) -> None:
+    with path.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def pids(path: Path) -> list[int]:
+    return [int(line) for line in path.read_text().splitlines()]
+
+
+def main(trees: Mapping[str, Any], out: Path) -> None:
+    parts, stopped = Parts(), {}
+    out.mkdir()
+    with Simulation(play, nodes=max(tree["data"]["clients"] for tree in trees.values()) + 1, workers=WORKERS) as simulation:
+        over = flower.over(simulation.grid, simulation.check)
+        for name, tree in trees.items():
+            federation = {**tree["federation"], "engine": "flower", "workers": WORKERS}
+            if kill := tree.pop("kill", None):
+                (out / "kill").write_text(kill)
+            try:
+                running.run(checked(RunConfig, tree), out / "local" / name, parts=parts)
+                running.run(
+                    checked(RunConfig, {**tree, "federation": federation}), out / "flower" / name, parts=parts, engine=over
+                )
+            except FedExpertsError as error:
+                stopped[name] = str(error)
+    said = {"stopped": stopped, "loads": pids(out / "loads"), "played": pids(out / "played")}
+    (out / "said.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

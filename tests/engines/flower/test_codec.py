@@ -1,0 +1,174 @@
+"""Letters as Flower's records: whatever dtype and shape, and nothing that was changed on the way."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedexperts.engines import wire
+from fedexperts.engines.flower.codec import ABOUT, PARTS, from_records, to_records
+from fedexperts.engines.letter import PROTOCOL, Letter
+from fedexperts.engines.wire import answer_letter, job_letter, read_answer, read_job
+from fedexperts.errors import BadLetter
+from fedexperts.types import Cost, Failure, Job, Patch, Update
+
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+IDS = torch.tensor([1, 3])
+JOB = Job(
+    "c01", 3, "train", "0/3/train/c01", {"l.0": (1, 3)}, Patch({"w": torch.ones(2, 3), "v": torch.zeros(2)}, {"w": IDS, "v": IDS})
+)
+tensors = st.builds(
+    lambda dtype, shape, data: (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)[: of(shape) * dtype.itemsize].view(dtype).view(shape)
+        if of(shape)
+        else torch.zeros(shape, dtype=dtype)
+    ),
+    st.sampled_from([dtype for dtype in DTYPES if dtype != torch.bool]),
+    st.lists(st.integers(0, 4), max_size=3),
+    st.binary(min_size=512, max_size=512),
+)
+
+
+def of(shape):
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def bits(tensor):
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def over_flower(letter):
+    """What arrives of it, through the bytes that Flower itself makes of a record."""
+    records = to_records(letter)
+    arrays = ArrayRecord({name: Array(a.dtype, a.shape, a.stype, bytes(a.data)) for name, a in records[PARTS].items()})
+    return from_records(RecordDict({ABOUT: ConfigRecord(dict(records[ABOUT])), PARTS: arrays}))
+
+
+@given(
+    held=st.dictionaries(st.text(min_size=1, max_size=8), tensors, max_size=4),
+    extra=st.dictionaries(st.text(max_size=4), tensors, max_size=2),
+)
+def test_tensors_of_any_dtype_shape_and_bits_arrive_as_they_were_and_in_their_order(held, extra):
+    read = read_answer(over_flower(answer_letter(Update("c01", 1, "train", Patch(held), 5, extra))))
+    for found, given_ in ((read.patch.tensors, held), (read.extra, extra)):
+        assert list(found) == list(given_)
+        assert [bits(tensor) for tensor in found.values()] == [bits(tensor) for tensor in given_.values()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_named_in_its_array(dtype):
+    letter = answer_letter(Update("c01", 1, "train", Patch({"w": torch.ones(2, 3).to(dtype)}), 5))
+    array = to_records(letter)[PARTS]["patch/w"]
+    assert (array.stype, array.shape) == ("safetensors", (2, 3))
+    assert bits(read_answer(over_flower(letter)).patch.tensors["w"]) == bits(torch.ones(2, 3).to(dtype))
+
+
+def test_a_job_its_shared_rows_and_its_size_arrive():
+    read = read_job(over_flower(job_letter(JOB)))
+    assert (read.client, read.round, read.task, read.seed, read.experts) == ("c01", 3, "train", JOB.seed, {"l.0": (1, 3)})
+    assert read.patch.rows["w"] is read.patch.rows["v"]
+    assert read.nbytes == JOB.nbytes == 2 * 3 * 4 + 2 * 4 + 2 * 8
+
+
+def test_an_update_with_its_cost_and_metrics_arrives_and_so_does_a_failure():
+    update = Update("c01", 3, "train", Patch({}), 5, {}, {"loss": 0.1, "é": [None, {"a": 1}]}, Cost(1.5, 2, 3, 4e9))
+    assert read_answer(over_flower(answer_letter(update))) == update
+    failure = Failure("c01", 3, "train", "no")
+    assert read_answer(over_flower(answer_letter(failure))) == failure
+
+
+@pytest.mark.parametrize("most", [1, 4, 100, 1000])
+def test_a_tensor_above_the_limit_goes_in_pieces_none_above_it_and_arrives_whole(monkeypatch, most):
+    monkeypatch.setattr(wire, "MOST_BYTES", most)
+    held = {"dense": torch.arange(100.0).view(1, 10, 10), "few": torch.ones(1, dtype=torch.uint8), "rows": torch.randn(7, 5).T}
+    letter = answer_letter(Update("c01", 1, "train", Patch(held), 5))
+    sizes = [len(part) - 8 - int.from_bytes(part[:8], "little") for part in letter.parts.values()]
+    assert sum(sizes) == 400 + 1 + 140
+    assert max(sizes) <= max(most, 4), "an element is never split"
+    read = read_answer(over_flower(letter)).patch.tensors
+    assert [bits(tensor) for tensor in read.values()] == [bits(tensor) for tensor in held.values()]
+
+
+def changed(place):
+    records = to_records(job_letter(JOB))
+    about, parts = records[ABOUT], records[PARTS]
+    part = parts["patch/w"].data
+    match place:
+        case "cut off":
+            parts["patch/w"] = Array("F32", (2, 3), "safetensors", part[:-1])
+        case "a bit":
+            parts["patch/w"] = Array("F32", (2, 3), "safetensors", part[:-1] + bytes([part[-1] ^ 1]))
+        case "a part is missing":
+            del parts["patch/w"]
+        case "a part too many":
+            parts["patch/x"] = parts["patch/w"]
+        case "two parts changed places":
+            parts["patch/w"], parts["patch/v"] = parts["patch/v"], parts["patch/w"]
+        case "the head":
+            about["head"] = about["head"].replace("c01", "c02")
+        case "the hash":
+            about["sha256"] = "0" * 64
+        case "no hash":
+            del about["sha256"]
+    return records
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["cut off", "a bit", "a part is missing", "a part too many", "two parts changed places", "the head", "the hash", "no hash"],
+)
+def test_whatever_is_changed_on_the_way_is_refused(place):
+    with pytest.raises(BadLetter, match="its sha256 is not that of what was sent"):
+        from_records(changed(place))
+
+
+def test_another_protocol_is_refused_before_anything_else_is_read():
+    with pytest.raises(
+        BadLetter, match=rf"protocol 7 \(FedExperts 9\.9\), and this side speaks {PROTOCOL}.*same version on both"
+    ):
+        from_records(RecordDict({ABOUT: ConfigRecord({"protocol": 7, "version": "9.9"}), PARTS: ArrayRecord({})}))
+
+
+def test_a_message_of_someone_else_is_refused():
+    with pytest.raises(BadLetter, match="holds no letter of ours"):
+        from_records(RecordDict({"config": ConfigRecord({"lr": 0.1})}))
+
+
+@pytest.mark.parametrize("head", [{}, {"update": {}}, {"update": 3}, {"failure": {"client": "c01"}}])
+def test_a_letter_that_is_whole_but_says_nothing_of_use_is_refused(head):
+    with pytest.raises(BadLetter, match="holds no answer that can be read"):
+        read_answer(over_flower(Letter(head, {})))
+
+
+def test_a_letter_that_names_a_tensor_it_does_not_bring_is_refused():
+    letter = answer_letter(Update("c01", 1, "train", Patch({"w": torch.ones(2)}), 5))
+    with pytest.raises(BadLetter, match="KeyError"):
+        read_answer(Letter(letter.head, {}))
+
+
+def test_neither_the_codec_nor_the_client_needs_torch():
+    code = (
+        "import sys; import fedexperts.engines.flower.client_app, fedexperts.engines.flower.codec; "
+        "sys.exit(bool({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
