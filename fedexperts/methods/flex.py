@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from fedexperts.client import fit, install
 from fedexperts.errors import BadData, BadValue
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
+from fedexperts.methods.personal import keep
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
@@ -77,7 +78,7 @@ class FLEx:
             bench.kept.update(graft.kept(ids))
         model = install(job, bench)
         fitted = fit(model, bench, seed=job.seed)
-        bench.kept.update({name: tensor for name, tensor in rows.read(model).items() if graft.is_personal(name)})
+        keep(job, bench, model)
         cost = replace(fitted.cost, flops_estimated=fitted.cost.flops_estimated + flops)
         return answer(job, bench, model, replace(fitted, cost=cost))
 

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2506.00965. The block itself, its router and its experts, 
 """
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -126,8 +127,8 @@ def run(experts: nn.Module, rows: Float[Tensor, "tokens hidden"], ids: Sequence[
 
 
 def is_personal(name: str) -> bool:
-    """Whether a weight so called belongs to a personal expert or its gate."""
-    return f".{CHILD}." in name
+    """Whether what is so called is one client's own: a weight of a personal expert or its gate, or which experts they were."""
+    return CHILD in re.split(r"[./]", name)
 
 
 def kept(ids: Experts) -> dict[str, Tensor]:
