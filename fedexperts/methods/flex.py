@@ -16,6 +16,7 @@ from fedexperts.methods.base import Count, all_experts, answer, by_examples, mea
 from fedexperts.methods.personal import keep
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
+from fedexperts.moe.logits import is_encoder_decoder
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
 from fedexperts.types import Assignment, Bench, Client, Example, Job, Server, Update
 
@@ -103,7 +104,8 @@ class FLEx:
             BadData: there is nothing.
         """
         if self.public_text is not None:
-            examples = pieces(Path(self.public_text).read_text(encoding="utf-8"), self.calibration_examples)
+            text = Path(self.public_text).read_text(encoding="utf-8")
+            examples = pieces(text, self.calibration_examples, is_encoder_decoder(bench.model))
         else:
             examples = bench.data.train[: self.calibration_examples]
         if not examples:
@@ -124,9 +126,13 @@ def has_text(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def pieces(text: str, number: int) -> Sequence[Example]:
-    """At most `number` pieces of `text`, evenly spread over it."""
+def pieces(text: str, number: int, read_and_written: bool = False) -> Sequence[Example]:
+    """At most `number` pieces of `text`, evenly spread over it; `read_and_written`: each also as its own prompt (ours).
+
+    Else the experts of an encoder would be chosen by a prompt that is empty.
+    """
     starts = range(0, len(text), WINDOW)
     chosen = min(number, len(starts))
     spread = (starts[turn * len(starts) // chosen] for turn in range(chosen))
-    return [Example("", text[start : start + WINDOW], "public") for start in spread]
+    found = (text[start : start + WINDOW] for start in spread)
+    return [Example(piece if read_and_written else "", piece, "public") for piece in found]

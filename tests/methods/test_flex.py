@@ -84,6 +84,15 @@ def test_each_selection_selects_what_it_says(tmp_path):
     assert shared["a"] == shared["b"]
 
 
+def test_an_encoder_and_its_decoder_both_see_the_public_text(tmp_path):
+    words = " ".join(f"w{number % 60 + 3}" for number in range(400))
+    (tmp_path / "text.txt").write_text(words)
+    bench = tiny_bench(tiny_model("switch_transformers"), CLIENTS[0], TRAINING)
+    (batch,) = FLEx(select="shared", public_text=str(tmp_path / "text.txt")).calibration(bench)
+    read, written = batch["attention_mask"].sum(), (batch["labels"] != -100).sum()
+    assert read > 10 and written > 10
+
+
 def test_under_full_training_the_experts_and_gates_themselves_are_the_clients_own():
     training = replace(TRAINING, tuning=Tuning("full", ("attention",)))
     benches, _, updates, _ = one_round(FLEx(), training=training)
