@@ -28,8 +28,8 @@ def text(run: Run, found: Exported, client: str | None, adapter: bool, needs_cod
     sections = [
         "\n".join([*head, "---"]),
         f"# {what} of a federated run",
-        f"{what[0].upper()}{what[1:]}{', as adapters,' if adapter else ''} after round {run.round} of "
-        f"{run.config.federation.rounds} of a run of FedExperts, written by `fedexperts export`.",
+        f"As it was after round {run.round} of {run.config.federation.rounds}{', its adapters alone' if adapter else ''}; "
+        "written by `fedexperts export`.",
         personal(run, found, client),
         "## Use",
         usage(run, found, adapter, needs_code),
