@@ -3,8 +3,9 @@
     python tests/agreeing.py TREES.json OUT
 
 TREES.json: name → a run file as a tree. Leaves OUT/local/NAME and OUT/flower/NAME, and last OUT/said.json: the methods that
-stopped and why, the processes that played clients, and which of them loaded a base model. A tree's `kill` names a
-client; the first of its jobs kills the process that plays it. A program of its own, since Ray's processes end with it.
+stopped and why, the processes that played clients, and which of them loaded a base model. A tree's `kill` names a client whose
+first training kills the process that plays it; its `hang` one whose first training interrupts the run and never
+ends. A program of its own, since Ray's processes end with it.
 """
 
 import json
@@ -13,6 +14,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from fedexperts import flower, running, start
@@ -32,11 +34,21 @@ def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
     out = Path(json.loads(letter.head["run"])["folder"]).parents[1]
     start.load = lambda *given: [load(*given), note(out / "loads")][0]
     note(out / "played")
-    kill = out / "kill"
-    if "job" in letter.head and kill.exists() and kill.read_text() == letter.head["job"]["client"]:
-        kill.unlink()
+    if is_for(out / "kill", letter):
         os.kill(os.getpid(), signal.SIGKILL)
+    if is_for(out / "hang", letter):
+        os.kill(int((out / "driver").read_text()), signal.SIGINT)
+        sleep(100_000)
     return flower.play(letter, node)
+
+
+def is_for(path: Path, letter: Letter) -> bool:
+    """Whether the file names the client that is to train; it then goes."""
+    job = letter.head.get("job", {"task": None})
+    found = job["task"] == "train" and path.exists() and path.read_text() == job["client"]
+    if found:
+        path.unlink()
+    return found
 
 
 def note(path: Path) -> None:
@@ -51,18 +63,19 @@ def pids(path: Path) -> list[int]:
 def main(trees: Mapping[str, Any], out: Path) -> None:
     parts, stopped = Parts(), {}
     out.mkdir()
+    (out / "driver").write_text(str(os.getpid()))
     with Simulation(play, nodes=max(tree["data"]["clients"] for tree in trees.values()) + 1, workers=WORKERS) as simulation:
         over = flower.over(simulation.grid, simulation.check)
         for name, tree in trees.items():
             federation = {**tree["federation"], "engine": "flower", "workers": WORKERS}
-            if kill := tree.pop("kill", None):
-                (out / "kill").write_text(kill)
+            for order in ("kill", "hang"):
+                if order in tree:
+                    (out / order).write_text(tree.pop(order))
             try:
                 running.run(checked(RunConfig, tree), out / "local" / name, parts=parts)
-                running.run(
-                    checked(RunConfig, {**tree, "federation": federation}), out / "flower" / name, parts=parts, engine=over
-                )
-            except FedExpertsError as error:
+                config = checked(RunConfig, {**tree, "federation": federation})
+                running.run(config, out / "flower" / name, parts=parts, engine=over)
+            except (FedExpertsError, KeyboardInterrupt) as error:
                 stopped[name] = str(error)
     said = {"stopped": stopped, "loads": pids(out / "loads"), "played": pids(out / "played")}
     (out / "said.json").write_text(json.dumps(said))

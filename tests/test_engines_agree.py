@@ -18,7 +18,7 @@ TRAINING = {
     **{name: {"train": "lora", "rank": 8} for name in ADAPTERS},
     "flex": {"train": "lora", "rank": 8, "parts": ["attention"]},
 }
-KILLED = "a worker dies"
+KILLED, INTERRUPTED = "a worker dies", "a client hangs"
 PATIENCE = 900  # seconds for all runs
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -37,6 +37,7 @@ def runs(tiny_tree, tmp_path_factory):
         name: {**tree, "method": {"name": name}, "training": {**tree["training"], **TRAINING.get(name, {})}} for name in METHODS
     }
     trees[KILLED] = {**tree, "federation": {"rounds": 2, "clients_per_round": 4}, "method": {"name": "ditto"}, "kill": "c03"}
+    trees[INTERRUPTED] = {**trees["fedavg"], "federation": {"rounds": 2, "clients_per_round": 4}, "hang": "c04"}
     (folder / "trees.json").write_text(json.dumps(trees))
     command = [sys.executable, Path(__file__).with_name("agreeing.py"), folder / "trees.json", folder / "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -123,3 +124,8 @@ def test_a_worker_that_is_killed_is_replaced_and_its_job_is_done_again_with_the_
     assert kept(flower) == kept(local) != {}
     newest = checkpoint.latest(local).relative_to(local)
     assert tensors(local / newest / "weights.safetensors") == tensors(flower / newest / "weights.safetensors")
+
+
+def test_an_interrupted_run_ends_though_a_client_is_still_at_work(said):
+    """Or the program would not have come to say so."""
+    assert said["stopped"] == {INTERRUPTED: ""}

@@ -6,7 +6,8 @@ from threading import Event, Thread
 from typing import Any, Self
 
 import ray
-import ray._private.worker as ray_worker  # of the one version that Flower pins
+import ray._private.state as ray_state  # these two are of the one version that Flower pins
+import ray._private.worker as ray_worker
 from flwr.serverapp import Grid
 from flwr.simulation import run_simulation
 
@@ -40,7 +41,7 @@ class Simulation:
         self.thread = Thread(target=self.simulate, name="flower", daemon=True)
 
     def __enter__(self) -> Self:
-        logging.getLogger("flwr").setLevel(logging.ERROR)  # it tells of every message
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it tells of every message; what matters we hear of
         self.thread.start()
         while True:
             self.check()
@@ -55,7 +56,8 @@ class Simulation:
         self.over.set()
         self.thread.join(PATIENCE_SECONDS)
         if self.thread.is_alive():
-            ray.shutdown()
+            for actor in ray_state.actors():
+                ray_worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)  # not to be restarted
             self.thread.join()
         ray_worker._worker_logs_enabled = True
 
