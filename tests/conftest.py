@@ -20,8 +20,10 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items):
-    """The file with the longest tests, whole runs killed and resumed, first: else one worker is at it when the other is done."""
-    items.sort(key=lambda item: item.path.name != "test_resume.py")
+    """The files with the longest tests, whole runs killed and resumed or on every engine, first: else one worker is at one of
+    them when the other is done.
+    """
+    items.sort(key=lambda item: item.path.name not in ("test_resume.py", "test_engines_agree.py"))
 
 
 class MinusInfinity(TorchFunctionMode):
