@@ -86,7 +86,7 @@ class FederationSettings(Settings):
     engine: Literal["local", "flower"] = "local"
     workers: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0.0, ge=0)  # that Flower's simulation gives each worker; 0.25: four share one
-    min_clients: int = Field(1, ge=1)  # a round that fewer have answered does not count
+    min_clients: int = Field(1, ge=0)  # a round that fewer answer stops the run; 0: one that nobody answers changes nothing
     round_seconds: float | None = Field(None, gt=0)  # of real time that a client has for its answer; needs the engine flower
     server_optimizer: Tree | None = None  # its name and its fields: what a round's merge is a step of; None: it is taken as it is
 

@@ -23,7 +23,9 @@ def federate(
         chosen = choose(clients, clients_per_round, Random(f"{server.seed}/{round}"), by_task) if round else clients
         jobs = jobs_for(server, method, chosen)
         updates = in_order(engine.run, ledger.sent(jobs))
-        server = method.merge(server, ledger.received(updates))
+        merged = method.merge(server, ledger.received(updates))
+        if not ledger.lost:  # a round of which nothing can be used changes nothing
+            server = merged
         yield server
 
 

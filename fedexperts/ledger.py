@@ -75,6 +75,11 @@ class Ledger:
         """How long the round lasts: as its slowest client; None without a clock."""
         return max((entry.clock_seconds for entry in self.entries if entry.clock_seconds is not None), default=None)
 
+    @property
+    def lost(self) -> bool:
+        """Whether clients were asked, and none gave an answer that can be used."""
+        return bool(self.entries) and all(entry.failed for entry in self.entries)
+
     def sent(self, jobs: Iterable[Job]) -> Iterator[Job]:
         """`jobs`, each entered as it passes."""
         for job in jobs:

@@ -109,7 +109,7 @@ def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progres
             progress.noted(server, NO_EXPERT_SENT)
             noted = True
         told = scores_told(ledger)
-        require_answers(server, ledger, federation.min_clients)
+        require_answers(server, ledger, federation.min_clients if server.round else max(federation.min_clients, 1))
         record(out, server, ledger, perf_counter() - started)
         if due(server, method, prepared.config):
             assess(prepared, server, engine, ledger, out, progress, told)

@@ -5,8 +5,9 @@ import json
 from io import StringIO
 
 import pytest
+import torch
 
-from fedexperts import report
+from fedexperts import checkpoint, report
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun
 from fedexperts.plan import plan
@@ -112,6 +113,17 @@ def test_who_is_late_is_left_out_and_keeps_nothing_of_the_round(tiny_tree, tmp_p
 def test_a_round_that_all_are_late_for_ends_the_run_with_the_reason(tiny_tree, tmp_path):
     with pytest.raises(BadRun, match=r"round 1: all 2 clients failed, c0\d because it would have answered after .* deadline of"):
         run(config(tiny_tree, profile=SLOW, deadline_seconds=1e-9), tmp_path / "out")
+
+
+def test_a_round_that_all_are_late_for_may_be_one_that_changes_nothing(tiny_tree, tmp_path):
+    asked = config(tiny_tree, "fedavg", rounds=2, profile=SLOW, deadline_seconds=1e-9)
+    federation = asked.federation.model_copy(update={"min_clients": 0})
+    out = run(asked.model_copy(update={"federation": federation}), tmp_path / "out")
+    assert [len(line["failed"]) for line in lines(out / "rounds.jsonl")] == [2, 2]
+    weights, memory = checkpoint.tensors(checkpoint.latest(out))
+    first = prepare_run(asked).server
+    assert memory == {} and weights.keys() == first.weights.keys()
+    assert all(torch.equal(weights[name], first.weights[name]) for name in weights)
 
 
 @pytest.fixture(scope="module")
