@@ -56,8 +56,9 @@ class Simulation:
         self.over.set()
         self.thread.join(PATIENCE_SECONDS)
         if self.thread.is_alive():
+            process: Any = ray_worker.global_worker
             for actor in ray_state.actors():
-                ray_worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)  # not to be restarted
+                process.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)  # not to be restarted
             self.thread.join()
         ray_worker._worker_logs_enabled = True
 
