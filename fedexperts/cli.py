@@ -35,6 +35,8 @@ INTERRUPTED = 130
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting in place of the run file's: a.b=c. Again for more.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
+Keys = Annotated[Path | None, typer.Option("--keys", help="This machine's folder of those that `fedexperts keys` made.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: for tests, on this machine only.")]
 Hush = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -198,6 +200,102 @@ def generate(
     from fedexperts.export.generate import generate
 
     typer.echo(generate(folder, prompt, tokens, task))
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="The folder for all keys.", show_default=False)],
+    host: Annotated[
+        str, typer.Option(help="Comma-separated: names and addresses by which clients reach the server.", show_default=False)
+    ],
+    clients: Annotated[str, typer.Option(help="Comma-separated: the clients' names.", show_default=False)],
+) -> None:
+    """Make the keys of a federation: the server's certificate, and a key for each client. What is there stays."""
+    require_flower()
+    from fedexperts.engines.flower.keys import make_keys
+
+    written = make_keys(folder, host.split(","), clients.split(","))
+    for path in written:
+        console.print(f"written: {path}", markup=False, soft_wrap=True, highlight=False)
+    if not written:
+        console.print("all keys are there already", markup=False)
+
+
+@app.command()
+def server(
+    run_file: RunFile,
+    out: Annotated[Path, typer.Option("--out", help="The results folder.", show_default=False)],
+    keys: Keys = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all networks.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+    set: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the results folder, if there is one.")] = False,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for all clients before federation.min_clients are enough.")
+    ] = 600,
+    insecure: Insecure = False,
+    quiet: Hush = False,
+) -> None:
+    """Run it with clients on other machines, which join with `fedexperts client`."""
+    require_flower()
+    from fedexperts import config, deploy
+    from fedexperts.engines.flower.deployment import Federation
+
+    told = config.read(run_file, set or [])
+    deploy.deployed(told)
+    home = out.with_name(f"{out.name}.flower")
+    with Federation(home, host=host, port=port, keys=secured(keys, insecure)) as federation:
+        deploy.serve(told, out, federation, resume=resume, setting="", progress=progress(quiet), tell=say, patience=patience)
+    finish([out], out)
+
+
+@app.command()
+def client(
+    name: Annotated[str, typer.Option(help="What the run file calls it.", show_default=False)],
+    server: Annotated[str, typer.Option(help="The server's host:port.", show_default=False)],
+    run: Annotated[Path, typer.Option(help="The run file (TOML), as the server has it.", show_default=False)],
+    keys: Keys = None,
+    data: Annotated[list[str] | None, typer.Option(help="A file of its own data. Again for more.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder for what it keeps to itself; by default clients/<its name>.")
+    ] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Its device's memory in 10⁹ bytes.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Its device, by the name of a preset, such as laptop_gpu.")] = None,
+    set: Set = None,
+    insecure: Insecure = False,
+) -> None:
+    """Take part in a run with the data of this machine, until interrupted."""
+    require_flower()
+    from json import dumps
+
+    from fedexperts.engines.flower.member import Member
+
+    devices = {key: value for key, value in (("memory_gb", memory_gb), ("profile", profile)) if value is not None}
+    folder = (out or Path("clients") / name).resolve()
+    told = {"name": name, "run": str(run), "set": set or [], "folder": str(folder), "data": data or [], "devices": devices}
+    worker = [sys.executable, "-m", "fedexperts.resident", dumps(told)]
+    Member(name, server, folder / "flower", secured(keys, insecure), worker, say).run()
+
+
+def require_flower() -> None:
+    """Raises BadValue without the extra."""
+    from importlib.util import find_spec
+
+    if not find_spec("flwr"):
+        raise BadValue('this needs Flower, which is not installed; install it: pip install "fedexperts[flower]"')
+
+
+def secured(keys: Path | None, insecure: bool) -> Path | None:
+    """Raises BadValue unless exactly one of the two was given."""
+    if (keys is None) != insecure:
+        raise BadValue(
+            "give either --keys, the folder that `fedexperts keys` made for this machine, or --insecure, for tests on one machine"
+        )
+    return keys
+
+
+def say(sentence: str) -> None:
+    console.print(sentence, markup=False, soft_wrap=True, highlight=False)
 
 
 def progress(quiet: bool) -> "Progress":

@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -18,6 +19,7 @@ from fedexperts.engines.kept import key
 from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
 from fedexperts.errors import BadLetter
+from fedexperts.files import write_text
 from fedexperts.settings import checked
 from fedexperts.sites import everyone, site_for
 from fedexperts.start import Parts, Prepared, prepare_run
@@ -39,25 +41,40 @@ def simulated(prepared: Prepared, out: Path) -> Iterator[Engine]:
         yield engine
 
 
-def over(grid: Grid, check: Callable[[], None] = lambda: None) -> Callable[[Prepared, Path], AbstractContextManager[Engine]]:
-    """For `running.run`: an engine over `grid`, on which all clients of the run are, or soon will be."""
-    return partial(connected, grid, check)
+def over(
+    grid: Grid, check: Callable[[], None] = lambda: None, *, patience: float | None = None, **told: Any
+) -> Callable[[Prepared, Path], AbstractContextManager[Engine]]:
+    """For `running.run`: an engine over `grid`, on which all clients of the run are, or soon will be.
+
+    After `patience` seconds federation.min_clients of them are enough; without it nobody is waited for who is not there. `told`
+    is for the engine, whose bounds are those of a simulation unless it says otherwise.
+    """
+    return partial(connected, grid, check, patience, told)
 
 
 @contextmanager
-def connected(grid: Grid, check: Callable[[], None], prepared: Prepared, out: Path) -> Iterator[Engine]:
+def connected(
+    grid: Grid, check: Callable[[], None], patience: float | None, told: Mapping[str, Any], prepared: Prepared, out: Path
+) -> Iterator[Engine]:
     federation = prepared.config.federation
-    engine = FlowerEngine(
-        grid,
-        json.dumps({"settings": prepared.config.resolved(), "folder": str(out.resolve())}),
-        everyone(prepared),
-        in_flight=2 * federation.workers,
-        seconds=federation.round_seconds or inf,
-        accepted=accepted(out),
-        check=check,
-    )
-    engine.connect()
-    yield engine
+    bounds = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **told}
+    run = about(prepared.config, prepared.base.hash, out)
+    engine = FlowerEngine(grid, run, everyone(prepared), accepted=accepted(out), check=check, **bounds)
+    engine.connect(patience, federation.min_clients if patience is not None else None)
+    try:
+        yield engine
+    except Exception:
+        check()  # what has died says it better
+        raise
+
+
+def about(config: RunConfig, model_hash: str, out: Path) -> str:
+    """What clients need to know of the run in `out`, as JSON; `id` is what they call it."""
+    named = out / "id"
+    if not named.exists():
+        write_text(named, uuid4().hex)
+    told = {"settings": config.resolved(), "folder": str(out.resolve()), "id": named.read_text(), "model_hash": model_hash}
+    return json.dumps(told)
 
 
 def accepted(out: Path) -> dict[str, str]:

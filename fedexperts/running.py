@@ -40,6 +40,8 @@ BEFORE = {
     "evaluation.score": "after_aggregation",
     "evaluation.retained": [],
     "evaluation.drift": False,
+    "data.names": [],
+    "data.own": False,
 }
 """What a run did that began before these settings were there."""
 

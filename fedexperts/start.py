@@ -13,8 +13,20 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexperts.base.load import Base, load
 from fedexperts.config import ModelSettings, RunConfig
-from fedexperts.data.clients import Clients, Pool, Retained, load_pool, load_retained, make_clients, without
+from fedexperts.data.clients import (
+    Clients,
+    Counts,
+    Pool,
+    Retained,
+    load_pool,
+    load_retained,
+    make_clients,
+    own_clients,
+    stand_ins,
+    without,
+)
 from fedexperts.devices import Profile, memories, trace_hash
+from fedexperts.errors import BadValue
 from fedexperts.federation import steps
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
@@ -45,7 +57,13 @@ class Parts:
         return kept(self.bases, 1, model, lambda: load(model.name, model.trust_remote_code))
 
     def clients(self, config: RunConfig) -> Clients:
+        """Raises BadValue where clients bring their own data, and nobody has brought any."""
         data = config.data
+        if data.own:
+            raise BadValue(
+                "data.own = true: each client brings its own data; start `fedexperts server` with this run file, and "
+                "`fedexperts client` with --data at each of them, or leave data.own out"
+            )
         key = data.model_dump_json(), config.seed, config.evaluation.retained
         return kept(self.divided, 8, key, lambda: make_clients(data, config.seed, self.pool(config)))
 
@@ -72,6 +90,51 @@ class Parts:
         key = config.model, training.tuning, size, training.optimizer, places
         make = partial(footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_places=places)
         return kept(self.footprints, 8, key, make)
+
+    def profiles(self, config: RunConfig) -> dict[str, Profile]:
+        """The device of each client; none where there is no `profile`."""
+        return config.devices.profiles(list(self.clients(config)), str(config.seed))
+
+    def memories(self, config: RunConfig, full_bytes: int) -> Mapping[str, int | None]:
+        """Bytes of each client's device; `full_bytes`: what training the full model takes."""
+        devices, names = config.devices, list(self.clients(config))
+        given = {"gb": devices.memory_gb, "share": devices.memory_share, "profiles": self.profiles(config)}
+        return memories(names, full_bytes, str(config.seed), **given)
+
+
+@dataclass(frozen=True)
+class Own(Parts):
+    """Of a client that brings its own data: it knows no other, and no other's."""
+
+    name: str = ""
+    files: tuple[str, ...] = ()
+
+    def clients(self, config: RunConfig) -> Clients:
+        def make() -> Clients:
+            return own_clients(self.name, self.files, config.data, config.seed, self.retained(config))
+
+        return kept(self.divided, 8, (config.data.model_dump_json(), config.seed, config.evaluation.retained), make)
+
+
+@dataclass(frozen=True)
+class Told(Parts):
+    """Of a server whose clients bring their own data: it knows what they have told it."""
+
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    devices: Mapping[str, Profile] = field(default_factory=dict)
+    memory: Mapping[str, int | None] = field(default_factory=dict)
+
+    def clients(self, config: RunConfig) -> Clients:
+        return stand_ins({name: self.counts[name] for name in config.data.names})
+
+    def longest_response(self, config: RunConfig) -> int:
+        return max(count.longest_response for count in self.counts.values())
+
+    def profiles(self, config: RunConfig) -> dict[str, Profile]:
+        return dict(self.devices)
+
+    def memories(self, config: RunConfig, full_bytes: int) -> Mapping[str, int | None]:
+        return self.memory
 
 
 def kept(store: Kept[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
@@ -126,8 +189,9 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     method = config.build_method()
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
-    profiles = config.devices.profiles(list(clients), str(config.seed))
-    server = first_server(config, base, clients, parts.footprint(config), profiles)
+    profiles, cost = parts.profiles(config), parts.footprint(config)
+    memory = parts.memories(config, cost.of(anatomy(base.model).all_experts))
+    server = first_server(config, base, clients, cost, memory)
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training.build()
@@ -151,14 +215,11 @@ def pooled(prepared: Prepared) -> Prepared:
     )
 
 
-def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprint, profiles: Mapping[str, Profile]) -> Server:
+def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprint, memory: Mapping[str, int | None]) -> Server:
     """The server before the first round: the base's weights that will be trained, or fresh adapters."""
     seed = str(config.seed)
     shape = anatomy(base.model)
     model = prepare(shrink(base.model, shape.all_experts), config.training.build().tuning, seed=f"{seed}/start")
-    devices = config.devices
-    full = cost.of(shape.all_experts)
-    memory = memories(list(clients), full, seed, gb=devices.memory_gb, share=devices.memory_share, profiles=profiles)
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
     return Server(weights=rows.read(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
 

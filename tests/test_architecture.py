@@ -19,9 +19,9 @@ LAYERS = (
     ("progress", "work"),
     ("start",),
     ("plan", "sites", "export"),
-    ("flower",),
+    ("flower", "resident"),
     ("running",),
-    ("comparison",),
+    ("comparison", "deploy"),
     ("cli", "api"),
     ("__main__", "__init__"),
 )

@@ -183,6 +183,50 @@ def clients_from(
     return divide(pool, replace(made, indices=indices), settings)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a client that brings its own data tells of it."""
+
+    train: Mapping[str, int]  # task → examples
+    validation: int
+    test: int
+    longest_response: int  # in tokens, its end token included
+
+
+def own_clients(name: str, files: Sequence[str], settings: DataSettings, seed: int | str, retained: Retained) -> Clients:
+    """The only client that a process knows which brings its own data: all rows of `files`, read as the run's source says.
+
+    Raises:
+        BadData: files that cannot be read, or too little in them.
+    """
+    sources = tuple(settings.sources[0].model_copy(update={"name": file, "test": None}) for file in files)
+    own = settings.model_copy(update={"sources": sources, "clients": 1, "names": (name,), "partition": IID})
+    return make_clients(own, f"{seed}/{name}", without(load_pool(own), retained))
+
+
+def counts(clients: Clients, name: str, longest_response: int) -> Counts:
+    """What the client may tell of its data."""
+    share = clients.shares[name]
+    return Counts(clients.tasks(name), len(share.validation), len(share.test), longest_response)
+
+
+def stand_ins(told: Mapping[str, Counts]) -> Clients:
+    """Clients of which only counts are known: each of their examples is an empty one of its task."""
+    train: list[Example] = []
+    test: list[Example] = []
+    shares: dict[str, Shares] = {}
+    for name, count in told.items():
+        first, most = len(train), max(count.train, key=lambda task: count.train[task])
+        train += [Example("", "", task) for task, number in count.train.items() for _ in range(number)]
+        held = len(train)
+        train += [Example("", "", most)] * count.validation
+        tests = range(len(test), len(test) + count.test)
+        test += [Example("", "", most)] * count.test
+        shares[name] = Shares(tuple(range(first, held)), tuple(range(held, len(train))), tuple(tests))
+    indices = tuple(share.train + share.validation for share in shares.values())
+    return Clients(Pool(tuple(train), tuple(test), {}), shares, Partition(indices, "", {"by": "own"}))
+
+
 def load_pool(settings: DataSettings) -> Pool:
     """The examples of all sources.
 
@@ -400,7 +444,7 @@ def _text(example: Example) -> str:
 def _clients(pool: Pool, made: Partition, groups: Groups, settings: DataSettings) -> Clients:
     """Each client's part divided into training and validation, and a test set that resembles it."""
     width = max(2, len(str(len(made.indices))))
-    names = [f"c{number:0{width}}" for number in range(1, len(made.indices) + 1)]
+    names = settings.names or [f"c{number:0{width}}" for number in range(1, len(made.indices) + 1)]
     tests = Tests(pool, groups, made.seed)
     shares = {}
     for name, part in zip(names, made.indices, strict=True):

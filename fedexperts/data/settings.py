@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
 
 By = Literal["task", "iid", "pathological", "dirichlet", "clusters", "quantity"]
 NUMBER_OF: Mapping[str, str] = {
@@ -108,19 +108,45 @@ def _names_are_tables(given: object) -> object:
 Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_names_are_tables)]
 
 
+ClientName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
 class DataSettings(BaseModel):
     """The `data` table of a run file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: Sources = Field(min_length=1)
-    clients: int = Field(default=10, ge=1)
+    clients: int = Field(default=10, ge=1)  # as many as names, where these are given
+    names: tuple[ClientName, ...] = ()  # what they are called; else c01, c02, …
+    own: bool = (
+        False  # each brings its own data (`fedexperts client --data`), read as the source says, of which there is one then
+    )
     partition: PartitionSettings = PartitionSettings()
     limit: int | None = Field(default=None, ge=1)  # training examples of each source that sets none itself
     minimum: int = Field(default=4, ge=2)  # examples per client, validation included
     validation: float = Field(default=0.15, gt=0, lt=1)  # share of a client's training examples
     test_examples: int = Field(default=50, ge=1)  # per client, distributed over labels as its training examples are
     max_tokens: int = Field(default=256, ge=4)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_names(cls, given: object) -> object:
+        if isinstance(given, dict) and given.get("names") and "clients" not in given:
+            return {**given, "clients": len(given["names"])}
+        return given
+
+    @model_validator(mode="after")
+    def _every_client_has_one_name(self) -> Self:
+        if self.names and len(set(self.names)) != self.clients:
+            raise ValueError(f"names gives {len(set(self.names))} different names for {self.clients} clients; give each its own")
+        if self.own and not self.names:
+            raise ValueError("own = true: clients bring their own data, so only they are known by name; give names too")
+        if self.own and (len(self.sources) > 1 or self.sources[0].task is None):
+            raise ValueError(
+                "own = true takes one source, which says how all clients' rows are read, with a task to report them by"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_client_has_a_task(self) -> Self:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from fedexperts.devices import Profile
 from fedexperts.engines.letter import Letter
@@ -21,6 +22,7 @@ class Greeting:
     client: Client
     profile: Profile | None  # of its device, where the run has a clock
     versions: Mapping[str, str]
+    counts: Mapping[str, Any] | None = None  # of its data, where it brings its own: `data.clients.Counts` as JSON
 
 
 def hello(run: str) -> Letter:
@@ -34,7 +36,7 @@ def order(job: Job, run: str, accepted: str) -> Letter:
     return replace(letter, head={**letter.head, "run": run, "accepted": accepted})
 
 
-def answer(site: Site, name: str, letter: Letter) -> Letter:
+def answer(site: Site, name: str, letter: Letter, counts: Mapping[str, Any] | None = None) -> Letter:
     """What the client `name` of `site` answers to a `hello` or an `order`.
 
     What it kept in a job whose answer the server did not take (it came too late, or never) is dropped first, or server and
@@ -46,7 +48,7 @@ def answer(site: Site, name: str, letter: Letter) -> Letter:
     if name not in site.clients:
         raise BadLetter(f"no client of the run is called {name}; its clients are {', '.join(site.clients)}")
     if "hello" in letter.head:
-        return greeting_letter(Greeting(site.clients[name], site.clock.profiles.get(name), versions()))
+        return greeting_letter(Greeting(site.clients[name], site.clock.profiles.get(name), versions(), counts))
     job = read_job(letter)
     if job.client != name:
         raise BadLetter(f"a job of {job.client} came to {name}")
@@ -63,7 +65,7 @@ def read_greeting(letter: Letter) -> Greeting:
     with reading("greeting"):
         told = letter.head["greeting"]
         profile = Profile(**told["profile"]) if told["profile"] else None
-        return Greeting(Client(**told["client"]), profile, told["versions"])
+        return Greeting(Client(**told["client"]), profile, told["versions"], told["counts"])
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from fedexperts.engines.base import require_shared
 from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.kept import own
 from fedexperts.engines.letter import Letter
-from fedexperts.engines.remote import hello, order, read_greeting
+from fedexperts.engines.remote import Greeting, hello, order, read_greeting
 from fedexperts.engines.wire import read_answer
 from fedexperts.errors import BadLetter, BadRun, Leak
 from fedexperts.types import Client, Failure, Job, Update
@@ -37,6 +37,8 @@ class Sent:
     weights: frozenset[str]
     message: str | None  # None: no node could be given it
     until: float  # on the monotonic clock
+    node: int | None = None
+    since: object = None  # as which connection of the node it was sent
 
     def failed(self, reason: str) -> Failure:
         return Failure(self.client, self.round, self.task, " ".join(reason.split()))
@@ -50,24 +52,32 @@ class FlowerEngine:
     after its job was sent, by then or by its turn, is a Failure. What comes later, twice, or to nobody's question is dropped
     and counted in `dropped`.
 
-    run: what clients need to know of the run. accepted: for each client the key of its last job whose answer was taken, in
-    a run that is resumed. check: raises when the grid has died.
+    run: what clients need to know of the run. clients: None for one that may say of itself what it likes. accepted: for each
+    client the key of its last job whose answer was taken, in a run that is resumed. check: raises when the grid has died.
+    names: node → the only client that it may be, where that is known. since: gives for each node something that changes when it
+    connects anew, since what it was at is lost then. tell: gets a sentence on who is there and who is refused.
     """
 
     def __init__(
         self,
         grid: Grid,
         run: str,
-        clients: Mapping[str, Client],
+        clients: Mapping[str, Client | None],
         *,
         in_flight: int,
         seconds: float = inf,
         accepted: Mapping[str, str] | None = None,
         check: Callable[[], None] = lambda: None,
+        names: Mapping[int, str] | None = None,
+        since: Callable[[], Mapping[int, object]] = dict,
+        tell: Callable[[str], None] = log.info,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.grid, self.about, self.clients = grid, run, clients
         self.in_flight, self.seconds, self.check = in_flight, seconds, check
+        self.names, self.since, self.tell, self.poll_seconds = names or {}, since, tell, poll_seconds
         self.accepted = dict(accepted or {})
+        self.greetings: dict[str, Greeting] = {}
         self.nodes: dict[str, int] = {}  # client → node
         self.refused: dict[int, str] = {}  # node → why it is no client's
         self.greeted: set[int] = set()
@@ -86,6 +96,7 @@ class FlowerEngine:
         """
         until = monotonic() + (inf if seconds is None else seconds)
         enough = len(self.clients) if fewest is None else fewest
+        told: list[str] = []
         while True:
             self.check()
             self.greet()
@@ -100,11 +111,16 @@ class FlowerEngine:
                     f"{len(missing)} of {len(self.clients)} clients are not there: {', '.join(missing)}{because}; "
                     "start them, and go on with --resume"
                 )
-            sleep(POLL_SECONDS)
+            if missing != told:
+                told = missing
+                self.tell(f"waiting for {', '.join(missing)}")
+            sleep(self.poll_seconds)
 
     def greet(self) -> None:
         """Asks nodes that are new who they are, and takes in those that have said so."""
-        for node in self.grid.get_node_ids():
+        nodes = list(self.grid.get_node_ids())
+        self.greeted.intersection_update(nodes)  # one that comes back is asked again
+        for node in nodes:
             if node not in self.greeted and (message := self.push(hello(self.about), node)):
                 self.greeted.add(node)
                 self.hellos[message] = node
@@ -116,18 +132,26 @@ class FlowerEngine:
         try:
             greeting = read_greeting(letter_of(reply))
         except BadLetter as error:
-            self.refused[node] = str(error)
+            self.refuse(node, str(error))
             return
         said = greeting.client
-        if said != self.clients.get(said.name):
-            known = self.clients.get(said.name, f"none of {', '.join(self.clients)}")
-            self.refused[node] = f"a node says it is {said}, and this run has {known}; give both sides the same run file and data"
+        known = self.clients.get(said.name, f"none of {', '.join(self.clients)}")
+        if known is not None and said != known:
+            self.refuse(node, f"a node says it is {said}, and this run has {known}; give both sides the same run file and data")
+        elif self.names.get(node, said.name) != said.name:
+            self.refuse(node, f"a node with the key of {self.names[node]} says it is {said.name}; give each client its own keys")
         elif self.nodes.get(said.name, node) != node and self.nodes[said.name] in self.grid.get_node_ids():
-            self.refused[node] = f"two nodes say that they are {said.name}; stop one of them"
+            self.refuse(node, f"two nodes say that they are {said.name}; stop one of them")
             self.greeted.discard(node)  # it is asked again: the other may be one that has died
         else:
             self.refused.pop(node, None)
-            self.nodes[said.name] = node
+            self.nodes[said.name], self.greetings[said.name] = node, greeting
+            self.tell(f"{said.name} is there")
+
+    def refuse(self, node: int, reason: str) -> None:
+        if self.refused.get(node) != reason:
+            self.tell(f"refused: {self.names.get(node, f'node {node}')}: {reason}")
+        self.refused[node] = reason
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
         """One answer for each job, in their order."""
@@ -146,8 +170,8 @@ class FlowerEngine:
         message = self.push(letter, node) if node is not None else None
         if message:
             self.asked[message] = job.client
-        weights = frozenset(job.patch.tensors)
-        return Sent(job.client, job.round, job.task, own(job), weights, message, monotonic() + self.seconds)
+        weights, since = frozenset(job.patch.tensors), self.since().get(node or 0)
+        return Sent(job.client, job.round, job.task, own(job), weights, message, monotonic() + self.seconds, node, since)
 
     def receive(self, sent: Sent) -> Update | Failure:
         """The answer to `sent`, waited for until its time is over."""
@@ -155,13 +179,15 @@ class FlowerEngine:
             return sent.failed("it is not connected")
         while True:
             over = monotonic() >= sent.until
+            anew = sent.since is not None and self.since().get(sent.node or 0, sent.since) != sent.since
             self.check()
             if reply := self.pull(sent.message).get(sent.message):
                 return self.taken(sent, reply)
-            if over:
+            if over or anew:
                 self.overdue.add(sent.message)
-                return sent.failed(f"it did not answer within federation.round_seconds = {self.seconds:g}")
-            sleep(POLL_SECONDS)
+                late = f"it did not answer within federation.round_seconds = {self.seconds:g}"
+                return sent.failed("it connected anew in the middle of its job" if anew else late)
+            sleep(self.poll_seconds)
 
     def taken(self, sent: Sent, reply: Message) -> Update | Failure:
         """The answer in `reply`, or why it is none."""

@@ -1,0 +1,28 @@
+"""The ServerApp of a deployment: lends its grid to the process that runs the rounds, and ends when that does."""
+
+import json
+import os
+import socket
+from contextlib import suppress
+
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedexperts.engines.flower.server_app import server_app
+
+SOCKET = "FEDEXPERTS_GRID"
+"""The environment variable that says where whoever borrows listens."""
+
+
+def lend(grid: Grid) -> None:
+    """Tells what opens the grid, on a socket that only its owner can reach, and waits for the other end to close it."""
+    assert isinstance(grid, HttpGrid)
+    identity = {"task": TaskIdentity.task_id, "run": TaskIdentity.run_id, "node": TaskIdentity.node_id}
+    with socket.socket(socket.AF_UNIX) as borrower, suppress(ConnectionError):
+        borrower.connect(os.environ[SOCKET])
+        borrower.sendall(json.dumps({"token": grid._token, **identity}).encode() + b"\n")  # of the one version that we pin
+        borrower.recv(1)
+
+
+app = server_app(lend)

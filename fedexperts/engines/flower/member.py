@@ -1,0 +1,140 @@
+"""A client of a deployment: Flower's SuperNode and the worker that stays, started and watched. Needs neither torch nor Flower."""
+
+import socket
+import ssl
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from time import sleep
+
+from fedexperts.engines.flower.processes import (
+    FORGET_SECONDS,
+    LOOK_SECONDS,
+    free_port,
+    is_loopback,
+    module,
+    process,
+    require_files,
+)
+from fedexperts.engines.flower.worker import listening
+from fedexperts.errors import BadRun, BadValue
+
+AGAIN_SECONDS = 3.0
+"""Between two attempts to reach the server."""
+MISTAKE = 2
+"""The exit code of a worker that cannot work with the settings or the data that it was given, and has said so."""
+
+
+@dataclass
+class Member:
+    """A client's SuperNode and its worker, each started again when it ends.
+
+    worker: the command of a process that answers letters on the listening socket whose file descriptor comes as its last
+    argument. The socket stays when the worker dies, so whoever asks meanwhile waits for the next one.
+    tell: gets a sentence when something happens that a person should know.
+    """
+
+    name: str
+    server: str  # host:port
+    home: Path
+    keys: Path | None
+    worker: Sequence[str]
+    tell: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.home = self.home.resolve()
+        host, _, port = self.server.rpartition(":")
+        if not host or not port.isdigit():
+            raise BadValue(f"--server {self.server!r} is no address; give host:port, such as 10.0.0.1:9092")
+        if self.keys is None and not is_loopback(host):
+            raise BadValue(f"--insecure is for a server on this machine, and {host} is none; give --keys")
+        if self.keys is not None:
+            require_files(self.keys, ("ca.pem", "node.key"), self.name)
+
+    def run(self) -> None:
+        """Runs until it is interrupted.
+
+        Raises:
+            BadRun: the server's certificate is not from the authority in `keys`, or it has none.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedexperts-")))  # its mode is 0700
+            listener = stack.enter_context(listening(folder / "worker"))
+            works = stack.enter_context(ExitStack())
+            joins = stack.enter_context(ExitStack())
+            worker = self.start_worker(works, listener)
+            node = self.join(joins, folder / "worker")
+            while True:
+                sleep(LOOK_SECONDS)
+                if (code := worker.poll()) is not None:
+                    if code == MISTAKE:
+                        raise BadRun(f"{self.name} cannot take part: what its worker said above has to be mended first")
+                    self.tell(f"{self.name}: its worker ended ({code}) and is started again")
+                    works.close()
+                    worker = self.start_worker(works, listener)
+                if node.poll() is not None:
+                    self.tell(f"{self.name}: {said(self.home / 'supernode.log')}; trying again")
+                    joins.close()
+                    sleep(AGAIN_SECONDS)
+                    node = self.join(joins, folder / "worker")
+
+    def start_worker(self, stack: ExitStack, listener: socket.socket) -> subprocess.Popen[bytes]:
+        number = listener.fileno()
+        return stack.enter_context(process([*self.worker, str(number)], self.home, None, pass_fds=(number,)))
+
+    def join(self, stack: ExitStack, worker: Path) -> subprocess.Popen[bytes]:
+        """A SuperNode, as soon as the server can be reached."""
+        told = False
+        while not self.knocks():
+            if not told:
+                self.tell(f"{self.name}: nobody answers at {self.server} yet; trying again")
+            told = True
+            sleep(AGAIN_SECONDS)
+        secured = ["--insecure"]
+        if self.keys is not None:
+            ca, key = self.keys / "ca.pem", self.keys / "node.key"
+            secured = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
+        own = ("--host", "127.0.0.1", "--port", free_port(), "--max-wait-time", FORGET_SECONDS)
+        config = ("--node-config", f'name="{self.name}" socket="{worker}"')
+        self.tell(f"{self.name}: joining {self.server}")
+        command = module("supernode", "--superlink", self.server, *own, *config)
+        environment = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        return stack.enter_context(process([*command, *secured], self.home, "supernode", environment))
+
+    def knocks(self) -> bool:
+        """Whether a server answers that can be trusted.
+
+        Raises:
+            BadRun: one answers that cannot.
+        """
+        host, _, port = self.server.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as connection:
+                if self.keys is not None:
+                    context = ssl.create_default_context(cafile=str(self.keys / "ca.pem"))
+                    context.wrap_socket(connection, server_hostname=host.strip("[]")).close()
+                return True
+        except ssl.SSLCertVerificationError as error:
+            raise BadRun(
+                f"the server at {self.server} shows a certificate that {self.keys}/ca.pem does not vouch for "
+                f"({error.verify_message}); give the keys that were made with the server's, for this host"
+            ) from None
+        except ssl.SSLError as error:
+            raise BadRun(f"the server at {self.server} does not speak TLS ({error.reason}); start it with --keys") from None
+        except OSError:
+            return False
+
+
+def said(log: Path) -> str:
+    """Why a SuperNode ended, as far as its log tells."""
+    text = log.read_text(errors="replace")[-4000:]
+    if "already in use" in text:
+        return "the server still takes it for connected, until it has missed its heartbeats"
+    if "[code: 22]" in text or "not registered" in text or "Invalid SuperNode authentication" in text:
+        return "the server does not know its key"
+    lines = [line for line in text.splitlines() if line.strip()]
+    return f"its SuperNode ended ({lines[-1].strip() if lines else 'it said nothing'})"

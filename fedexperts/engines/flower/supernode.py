@@ -1,0 +1,54 @@
+"""The process of Flower's SuperNode: as its own command starts it, but it runs no app other than ours, and looks more often
+whether there is a message.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from time import sleep
+from types import SimpleNamespace
+from typing import Any
+
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supercore.fab import Fab
+from flwr.supernode.cli import flower_supernode
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from fedexperts.engines.flower.bundle import require_ours
+
+POLL_SECONDS = 0.5
+GET_FAB = 4
+"""Which of the functions of a connection fetches an app."""
+
+
+@contextmanager
+def careful(*given: Any) -> Iterator[tuple[Any, ...]]:
+    """Flower's connection to the server, that takes no other app than ours."""
+    with http_request_response(*given) as functions:
+        get_fab: Any = functions[GET_FAB]
+        yield (*functions[:GET_FAB], only_ours(get_fab), *functions[GET_FAB + 1 :])
+
+
+def only_ours(get_fab: Callable[[str, int], Fab]) -> Callable[[str, int], Fab]:
+    def get(hash: str, run: int) -> Fab:
+        fab = get_fab(hash, run)
+        require_ours(fab.content)
+        return fab
+
+    return get
+
+
+def main() -> None:
+    start_parent_process_monitor(os.getppid())
+    theirs: Any = import_module("flwr.supernode.start_client_internal")  # of the one version that we pin
+    theirs.http_request_response = careful
+    theirs.time = SimpleNamespace(sleep=lambda seconds: sleep(min(seconds, POLL_SECONDS)))
+    try:
+        flower_supernode()
+    finally:
+        os._exit(1)  # its own web server would keep it alive
+
+
+if __name__ == "__main__":
+    main()

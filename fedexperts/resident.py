@@ -1,0 +1,152 @@
+"""The process of a client that stays: it holds the base model and the client's data, and answers whatever letter comes.
+
+python -m fedexperts.resident SETTINGS SOCKET      (`fedexperts client` starts it; SETTINGS: its options as JSON)
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from fedexperts import config
+from fedexperts.config import RunConfig
+from fedexperts.data.clients import counts
+from fedexperts.engines import remote
+from fedexperts.engines.flower.member import MISTAKE
+from fedexperts.engines.flower.worker import end_with_parent, serve
+from fedexperts.engines.letter import Letter
+from fedexperts.engines.local import Site
+from fedexperts.errors import BadLetter, BadValue, FedExpertsError
+from fedexperts.settings import checked, different
+from fedexperts.sites import site_for
+from fedexperts.start import Own, Parts, prepare_run
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A client: what is its own, whatever run the server has under way.
+
+    config: of its own run file. What stands there about files and devices counts, and not what the server says of them: the
+    model, where data are, whether code of a model's may run.
+    data: its own files; none where it takes its part of the run's partition.
+
+    Raises:
+        BadValue: the run has no such client, or has its data from elsewhere than they come.
+    """
+
+    name: str
+    config: RunConfig
+    folder: Path  # what it keeps to itself lies below
+    data: tuple[str, ...] = ()
+    devices: Mapping[str, Any] = field(default_factory=dict)  # of DeviceSettings, what was told beside the run file
+
+    def __post_init__(self) -> None:
+        settings = self.config.data
+        if settings.names and self.name not in settings.names:
+            raise BadValue(f"the run has no client {self.name}; its clients are {', '.join(settings.names)}")
+        if settings.own and not self.data:
+            raise BadValue("data.own = true: each client brings its own data; give them with --data")
+        if self.data and not settings.own:
+            raise BadValue(
+                "--data was given, but the run file divides its own sources among the clients; "
+                "set data.own = true, with data.names"
+            )
+        if self.data:
+            self.parts.clients(self.config)  # what is wrong with the data is said before anybody asks
+
+    def answer(self, letter: Letter) -> Letter:
+        """Raises BadLetter, or whatever is wrong with the client's own settings and data."""
+        site, told = self.site(str(letter.head.get("run")))
+        return remote.answer(site, self.name, letter, told)
+
+    @lru_cache(maxsize=1)  # noqa: B019  # there is one Resident in a process
+    def site(self, run: str) -> tuple[Site, Mapping[str, Any] | None]:
+        """What it works with in the run that letters tell of, and what it tells of its own data."""
+        told = json.loads(run)
+        agreed = checked(RunConfig, self.agreed(told["settings"]))
+        parts, model = self.parts, agreed.model
+        if model not in parts.bases:
+            started = perf_counter()
+            parts.base(model)
+            self.say(f"loaded the base model {model.name} in {perf_counter() - started:.1f} s")
+        prepared = prepare_run(agreed, parts=parts)
+        if prepared.base.hash != told["model_hash"]:
+            raise BadLetter(f"its base model {model.name} is not the server's: their files differ; give both the same")
+        own = asdict(counts(prepared.clients, self.name, parts.longest_response(agreed))) if self.data else None
+        return site_for(prepared, self.folder / told["id"]), own
+
+    @property
+    def parts(self) -> Parts:
+        """The base model and the data, which stay from run to run."""
+        return parts_of(self.name, self.data)
+
+    def agreed(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's settings with what is this client's to say.
+
+        Raises:
+            BadLetter: the two disagree on how data are read.
+        """
+        mine = self.config.resolved()
+        if apart := different(without_files(mine["data"]), without_files(theirs["data"])):
+            raise BadLetter(f"its run file has another data.{apart[0]} than the server's; give both sides the same run file")
+        own = {"model": mine["model"], "data": mine["data"], "devices": {**mine["devices"], **self.devices}}
+        retained = {"retained": mine["evaluation"].get("retained", [])}
+        return {**theirs, **own, "evaluation": {**theirs["evaluation"], **retained}}
+
+    def say(self, sentence: str) -> None:
+        print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
+
+
+@lru_cache(maxsize=1)
+def parts_of(name: str, data: tuple[str, ...]) -> Parts:
+    return Own(name=name, files=data) if data else Parts()
+
+
+def without_files(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of data but for where they are."""
+    sources = [{key: value for key, value in source.items() if key not in ("name", "test")} for source in data["sources"]]
+    return {**data, "sources": sources}
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    end_with_parent()
+    told = json.loads(sys.argv[1])
+    try:
+        run = config.read(Path(told["run"]), told["set"])
+        resident = Resident(told["name"], run, Path(told["folder"]), tuple(told["data"]), told["devices"])
+    except FedExpertsError as error:
+        print(f"{told['name']}: {error}", file=sys.stderr, flush=True)
+        return MISTAKE
+
+    def answer(letter: Letter) -> Letter:
+        try:
+            site, _ = resident.site(str(letter.head.get("run")))
+            torch.set_num_threads(site.training.threads)
+            return resident.answer(letter)
+        except FedExpertsError as error:
+            resident.say(str(error))
+            raise
+        except Exception as error:  # the next letter may be one that it can answer
+            traceback.print_exc()
+            raise BadLetter(f"{type(error).__name__}: {error}") from None
+
+    serve(socket.socket(fileno=int(sys.argv[2])), answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
