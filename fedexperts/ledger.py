@@ -66,9 +66,10 @@ class Ledger:
         self.clock = clock
         self.entries: list[Entry] = []
         self.holds: dict[str, Experts] = {}
+        self.sends: dict[str, Experts] = {}  # of clients that sent other experts than they held
 
     def clear(self) -> None:
-        self.entries, self.holds = [], {}
+        self.entries, self.holds, self.sends = [], {}, {}
 
     @property
     def clock_seconds(self) -> float | None:
@@ -97,8 +98,17 @@ class Ledger:
             i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (answer.client, answer.task))
             self.entries[i] = answered(self.entries[i], answer, self.clock)
             if isinstance(answer, Update) and not self.entries[i].failed:
+                self.note_experts(answer)
                 yield answer
             del answer  # or it would be held until the next one has come
+
+    def note_experts(self, update: Update) -> None:
+        """Which experts came with `update`, where some did, and others than its client held."""
+        held = self.holds[update.client]
+        rows = {block: ids for name, ids in update.patch.rows.items() for block in held if name.startswith(f"{block}.")}
+        sent = {block: tuple(ids.tolist()) for block, ids in rows.items()}
+        if sent and any(tuple(held[block]) != ids for block, ids in sent.items()):
+            self.sends[update.client] = sent
 
 
 def asked(job: Job) -> Entry:

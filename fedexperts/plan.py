@@ -44,6 +44,12 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "fixed_bytes": server.footprint.fixed_bytes,
         "reached_bytes": server.footprint.reached_bytes,
         "full_patch_bytes": sum(tensor.nbytes for tensor in server.weights.values()),
+        "patch": patch_bytes(server),
+        "memory": {
+            "dense_bytes": server.footprint.dense_bytes,
+            "expert_bytes": dict(server.footprint.expert_bytes),
+            "activation_bytes": server.footprint.activation_bytes,
+        },
         "round_flops_estimated": round_flops(prepared),
         "warnings": warnings(prepared, clients),
     }
@@ -55,6 +61,16 @@ def round_flops(prepared: Prepared) -> float:
     model = prepare(shrink(base.model, prepared.server.anatomy.all_experts), training.tuning, seed="")
     lengths = [config.data.max_tokens] * training.batch_size
     return per_step(model)(lengths, lengths) * training.local_steps
+
+
+def patch_bytes(server: Server) -> dict[str, Any]:
+    """What the weights that travel weigh: those of no expert, and of each MoE block those of one expert."""
+    experts = dict.fromkeys(server.anatomy.blocks, 0)
+    for name, tensor in server.weights.items():
+        if (block := server.layout[name]) is not None:
+            experts[block] += tensor[0].nbytes
+    dense = sum(tensor.nbytes for name, tensor in server.weights.items() if server.layout[name] is None)
+    return {"dense_bytes": dense, "expert_bytes": experts}
 
 
 def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -140,6 +140,7 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
         "seconds": seconds,
         "clock_seconds": ledger.clock_seconds,
         "holds": {client: {block: list(ids) for block, ids in held.items()} for client, held in ledger.holds.items()},
+        **({"sends": ledger.sends} if ledger.sends else {}),
     }
     append(out / "rounds.jsonl", [line])
     append(out / "ledger.jsonl", [entry.as_json() for entry in entries])

@@ -4,8 +4,8 @@ Text that comes from a run's files is escaped: plotly reads a few HTML tags in n
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from html import escape
+from dataclasses import astuple, dataclass, replace
+from html import escape, unescape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,7 +14,7 @@ from fedexperts.report import measures as m
 from fedexperts.report.across import Settings
 from fedexperts.report.read import Holds, RunResults
 from fedexperts.report.stats import Interval, interval
-from fedexperts.report.tables import Groups, all_runs
+from fedexperts.report.tables import NONE, Groups, Table, all_runs
 
 # Told apart by people who see colours differently, and readable on a white and on a dark page.
 PALETTE = ("#3b82d6", "#d9822b", "#2f9e6e", "#b5489a", "#8a6fd1", "#c8463a", "#7f8f1f", "#4a9fb0")
@@ -24,6 +24,14 @@ FEW_ROUNDS = 10  # up to here each has its tick, so that none lies between two r
 LINE_OF_A_ROW = 22  # pixels
 DRIFT = "KL(the base's routing ‖ the client's model's) per token, on the same text, after the last round."
 MANY_CLIENTS = 60  # more are not drawn one by one; the tables name all
+
+SPREAD = {
+    "best": "best client",
+    "upper": "upper quartile",
+    "median": "median client",
+    "lower": "lower quartile",
+    "worst": "worst client",
+}
 
 Points = list[tuple[float, float]]
 AXES: Mapping[str, m.Axis] = {axis.name: axis for axis in m.AXES}
@@ -43,7 +51,8 @@ def one_run(run: RunResults) -> dict[str, list[Figure]]:
     return _with_data(
         {
             "quality": [curves(run, over, unit) for unit in ("%", "") for over in AXES],
-            "experts": [experts_over_rounds(run)],
+            "clients": [spread_over_rounds(run), quality_by_client(run)],
+            "experts": [experts_over_rounds(run), overlap(run)],
             "costs": [bytes_by_client(run), memory_by_client(run)],
             "data": [partition(run)],
             "retained": [retained_by_client(run, unit) for unit in ("%", "")],
@@ -54,7 +63,7 @@ def one_run(run: RunResults) -> dict[str, list[Figure]]:
 
 def several(groups: Groups) -> dict[str, list[Figure]]:
     """All figures of several runs, by what they are about; those without data are left out."""
-    overall = [*(compared(groups, None, over) for over in AXES), *tradeoffs(groups)]
+    overall = [*(compared(groups, None, over) for over in AXES), *tradeoffs(groups), spread(groups)]
     drawn = {"overall": overall, "each task": each_task(groups)}
     return _with_data({**drawn, "retained": retained_minus_base(groups), "drift": [drift_compared(groups)]})
 
@@ -65,15 +74,17 @@ def several_settings(settings: Settings) -> dict[str, list[Figure]]:
         over: _on_one_scale([_titled(name, compared(groups, None, over)) for name, groups in settings.items()]) for over in AXES
     }
     within = {
-        f"setting {name}": [_titled(name, each) for each in [*tradeoffs(groups), *each_task(groups), *against_base(groups)]]
+        f"setting {name}": [
+            _titled(name, each) for each in [*tradeoffs(groups), spread(groups), *each_task(groups), *against_base(groups)]
+        ]
         for name, groups in settings.items()
     }
     return _with_data(side_by_side | within)
 
 
 def tradeoffs(groups: Groups) -> list[Figure]:
-    """Overall quality against bytes and against memory."""
-    return [tradeoff(groups, cost) for cost in (m.SENT, m.PEAK)]
+    """Overall quality against bytes, against memory and against time: the virtual one, where there is a clock."""
+    return [tradeoff(groups, cost) for cost in (m.SENT, m.PEAK, *(m.times(all_runs(groups)) or [m.SECONDS]))]
 
 
 def each_task(groups: Groups) -> list[Figure]:
@@ -129,6 +140,45 @@ def curves(run: RunResults, over: str, unit: str) -> Figure:
     return Figure(f"{what} over {over}", f"{caption} {axis.note}".strip(), drawing)
 
 
+def spread_over_rounds(run: RunResults) -> Figure:
+    """The worst, the quartiles and the best of the clients at each evaluation."""
+    unit = m.unit([run], None)
+    drawing = _drawing("round", f"quality of a client ({unit})" if unit else "perplexity of a client (lower is better)")
+    found = {round: m.spread(list(each.values()), unit) for round, each in m.quality_of_clients(run).items() if len(each) > 1}
+    for index, name in enumerate(SPREAD if found else ()):
+        points = [(float(round), getattr(each, name)) for round, each in found.items()]
+        line = {"width": 4.0, "meta": INK} if name == "median" else {"width": 2.0}
+        drawing.add_trace(_line(SPREAD[name], points, index, dash=DASHES[(index - 2) % 2], **line))
+    _tick_rounds(drawing, "rounds", [run])
+    caption = "Of the clients that were scored in a round. Dashed: the quartiles, between which half of them lie."
+    return Figure("Spread across clients", f"{caption} {_each_client([run])}", drawing)
+
+
+def quality_by_client(run: RunResults) -> Figure:
+    """What each client reaches on each of its tasks at the last evaluation; nothing where there is a single task."""
+    tasks, every = [task for task in m.tasks([run]) if m.unit([run], task) == "%"], list(m.walk_clients(run))
+    scored = [client for client in every if any(m.last(run, client, task) for task in tasks)]
+    ends = {client: [m.last(run, client, task) for task in tasks] for client in scored[:MANY_CLIENTS]}
+    cells = [[m.shown(row.value, "%") if row and row.value is not None else None for row in rows] for rows in ends.values()]
+    drawing = _cells(cells if len(tasks) > 1 else [], list(ends), tasks, "quality (%)", ".0f")
+    caption = f"The main metric of each task at the last evaluation, in %, of {_clients_drawn(scored, 'each client')}."
+    return Figure("Quality: clients × tasks", f"{caption} An empty cell: it has none of that task.", drawing)
+
+
+def overlap(run: RunResults) -> Figure:
+    """How alike the experts are that two clients trained the last time; nothing where all are the same."""
+    found = m.worked_with(run)
+    chosen = dict(list(found.items())[:MANY_CLIENTS])
+    cells = [[m.alike(one, other) for other in chosen.values()] for one in chosen.values()]
+    differ = any(value < 1 for row in cells for value in row)
+    drawing = _cells(cells if differ else [], list(chosen), list(chosen), "overlap", None, most=1.0)
+    drawing.update_xaxes(title={"text": "client"}, tickangle=-90)
+    drawing.update_layout(height=150 + LINE_OF_A_ROW * len(chosen) if len(chosen) > 10 else 340)
+    caption = "Experts that both trained the last time, of those that either did, over all layers."
+    which = _clients_drawn(list(found), "Clients")
+    return Figure("Overlap between clients", f"{caption} {which[0].upper()}{which[1:]} in order of their main tasks.", drawing)
+
+
 def experts_over_rounds(run: RunResults) -> Figure:
     """How many experts the clients of each round held."""
     drawing = _drawing("round", f"experts held, of {m.experts_of(run)}")
@@ -174,11 +224,13 @@ def memory_by_client(run: RunResults) -> Figure:
         drawing.add_trace(_bar("largest peak", peak, 0))
     if limits:
         names = [safe(name) for name in limits]
-        marker = {"symbol": "line-ns-open", "size": 16, "line": {"width": 3}}
+        marker = {"symbol": "line-ns-open", "size": 12, "line": {"width": 3}}
         trace = go.Scatter(x=list(limits.values()), y=names, mode="markers", name="memory it has", marker=marker, meta=INK)
         drawing.add_trace(trace)
     if peak and run.plan.full_bytes is not None:
         drawing.add_vline(x=run.plan.full_bytes / m.MB, line={"dash": "dot", "color": PALETTE[5]})
+    if peak:
+        drawing.update_yaxes(range=[len(peak) - 0.5, -0.5], autorange=False)  # dots would make room above and below
     note = " Dotted: what training with all experts was planned to take." if run.plan.full_bytes is not None else ""
     return Figure(
         "Memory of each client",
@@ -192,25 +244,7 @@ def partition(run: RunResults) -> Figure:
     clients = run.plan.clients[:MANY_CLIENTS]
     names = list(dict.fromkeys(task for client in clients for task in client.tasks or (client.task,)))
     counts = [[(client.tasks or {client.task: client.examples}).get(name) for name in names] for client in clients]
-    drawing = _drawing("task", "client", height=110 + LINE_OF_A_ROW * len(clients))
-    if clients:
-        drawing.add_trace(
-            go.Heatmap(
-                z=counts,
-                x=[safe(name) for name in names],
-                y=[safe(client.name) for client in clients],
-                texttemplate="%{z}",
-                colorbar={"title": {"text": "examples"}, "thickness": 12},
-                hovertemplate="%{y}: %{z} examples of %{x}<extra></extra>",
-                meta={"theme": "heat"},
-                zmin=0,
-                zmax=max((value for row in counts for value in row if value is not None), default=1),
-                xgap=1,
-                ygap=1,
-            )
-        )
-    drawing.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    drawing.update_xaxes(type="category", showgrid=False)
+    drawing = _cells(counts, [client.name for client in clients], names, "examples", "")
     which = _clients_drawn([client.name for client in run.plan.clients], "each client")
     return Figure("Training examples: clients × tasks", f"Of {which}. An empty cell: none of that task.", drawing)
 
@@ -327,6 +361,24 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
     return Figure(f"{title} over {over}", f"{band} {axis.note}".strip(), drawing)
 
 
+def spread(groups: Groups) -> Figure:
+    """For each method a box of its clients, those of all seeds together."""
+    unit = m.unit(all_runs(groups), None)
+    drawing = _drawing("", f"quality of a client ({unit})" if unit else "perplexity of a client (lower is better)")
+    drawing.update_xaxes(type="category")
+    for index, (method, runs) in enumerate(groups.items()):
+        ends = [m.client_quality(run, client) for run in runs for client in m.walk_clients(run)]
+        values = [end for end in ends if end is not None]
+        if len(values) > 1:
+            low, lower, median, upper, high = sorted(astuple(m.spread(values, unit)))
+            five = {"lowerfence": [low], "q1": [lower], "median": [median], "q3": [upper], "upperfence": [high]}
+            color = PALETTE[index % len(PALETTE)]
+            drawing.add_trace(go.Box(x=[safe(method)], **five, name=safe(method), marker={"color": color}, showlegend=False))
+    seeds = " of all seeds" if max(map(len, groups.values())) > 1 else ""
+    caption = f"The clients{seeds} at the last evaluation: box from quartile to quartile, line: median, whiskers: worst and best."
+    return Figure("Spread across clients", f"{caption} {_each_client(all_runs(groups))}", drawing)
+
+
 def tradeoff(groups: Groups, cost: m.Measure) -> Figure:
     """Overall quality against a cost: each seed, each method's mean, and the methods nothing beats on both."""
     overall = m.quality(all_runs(groups), None)
@@ -342,8 +394,10 @@ def tradeoff(groups: Groups, cost: m.Measure) -> Figure:
     best = front([(x.mean, y.mean) for x, y in means.values()], higher_is_better=overall.unit == "%")
     if len(best) > 1:
         drawing.add_trace(_line("nothing better on both", best, 0, width=1, dash="dot", meta=INK))
-    drawing.update_xaxes(rangemode="tozero")
-    caption = "Large: mean over seeds with its 95 % interval; small: each seed. Upper left is better."
+    where = "Upper" if overall.unit == "%" else "Lower"
+    caption = (
+        f"Large: mean over seeds with its 95 % interval; small: each seed. {where} left is better. Axes need not begin at 0."
+    )
     return Figure(f"Quality against {cost.label}", caption, drawing)
 
 
@@ -360,16 +414,26 @@ def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) 
 def experts_map(label: str, run: RunResults) -> dict[str, Any]:
     """What page.js draws the experts × layers map from: for each client, what it held from which round on.
 
-    A layer's experts are a hexadecimal number whose bit e is expert e. What did not change is not repeated.
+    A layer's experts are a hexadecimal number whose bit e is expert e. What did not change is not repeated. `trained`: for each
+    client the rounds of which something came back, and what it trained there, where that is not all that it held.
     """
     blocks = run.plan.model.blocks
+    sent = {(row.round, client): _masks(each, list(blocks)) for row in m.training(run) for client, each in row.sends.items()}
+    trained = m.work(run)
     labels = m.block_labels(list(blocks))
     return {
         "run": label,
         "blocks": [{"label": labels[name], "experts": block.num_experts} for name, block in blocks.items()],
         "rounds": sorted({row.round for row in run.rounds if row.task == "train" and row.holds}),
         "planned": len(list(m.walk_clients(run))),
-        "clients": [{"name": name, "holds": _changes(held, list(blocks))} for name, held in m.history(run).items()],
+        "clients": [
+            {
+                "name": name,
+                "holds": _changes(held, list(blocks)),
+                "trained": [(round, sent.get((round, name))) for round, _ in trained.get(name, [])],
+            }
+            for name, held in m.history(run).items()
+        ],
     }
 
 
@@ -382,10 +446,44 @@ def _changes(held: Sequence[tuple[int, Holds]], blocks: Sequence[str]) -> list[t
     """The rounds in which a client's experts were not those of the time before."""
     found: list[tuple[int, list[str]]] = []
     for round, holds in held:
-        masks = [f"{sum(1 << expert for expert in set(holds.get(block, ()))):x}" for block in blocks]
+        masks = _masks(holds, blocks)
         if not found or found[-1][1] != masks:
             found.append((round, masks))
     return found
+
+
+def _masks(holds: Holds, blocks: Sequence[str]) -> list[str]:
+    return [f"{sum(1 << expert for expert in set(holds.get(block, ()))):x}" for block in blocks]
+
+
+def numbers(figure: Figure) -> Table:
+    """The numbers a drawing is made of: what one reads who cannot see it. Bands are left out."""
+    drawing = figure.drawing
+    across, up = (unescape(axis.title.text or "") for axis in (drawing.layout.xaxis, drawing.layout.yaxis))
+    traces = [trace for trace in drawing.data if trace.hoverinfo != "skip"]
+    if any(trace.type == "heatmap" for trace in traces):
+        rows = [(_said(name), *map(_said, row)) for trace in traces for name, row in zip(trace.y, trace.z, strict=True)]
+        return Table(figure.title, (up, *map(unescape, traces[0].x)), tuple(rows))
+    if any(trace.type == "box" for trace in traces):
+        ends = ("lowerfence", "q1", "median", "q3", "upperfence")
+        rows = [(unescape(trace.name), *(_said(trace[end][0]) for end in ends)) for trace in traces]
+        return Table(figure.title, ("method", "lowest", "lower quartile", "median", "upper quartile", "highest"), tuple(rows))
+    lying = any(trace.orientation == "h" for trace in traces)
+    points = [list(zip(*((t.y, t.x) if lying else (t.x, t.y)), strict=True)) for t in traces]
+    lines = dict(zip((unescape(trace.name) for trace in traces), map(dict, points), strict=True))
+    places = list(dict.fromkeys(place for each in points for place, _ in each))
+    if not any(len(line) == len(places) for line in lines.values()):  # each has places of its own
+        rows = [(name, _said(x), _said(y)) for name, line in lines.items() for x, y in line.items()]
+        return Table(figure.title, ("of", across, up), tuple(rows))
+    along, told = up if lying else across, across if lying else up
+    cells = {place: [_said(line.get(place)) for line in lines.values()] for place in places}
+    by_place = Table(f"{figure.title}: {told}", (along, *lines), tuple((_said(place), *row) for place, row in cells.items()))
+    return by_place if len(places) > len(lines) else by_place.transposed()
+
+
+def _said(value: float | str | None) -> str:
+    """A number or name in a cell of `numbers`."""
+    return unescape(value) if isinstance(value, str) else NONE if value is None else f"{value:,.6g}"
 
 
 def _points(run: RunResults, client: str | None, task: str | None, axis: m.Axis) -> Points:
@@ -413,6 +511,41 @@ def _clients_drawn(clients: Sequence[str], all_of_them: str) -> str:
 def _tick_rounds(drawing: go.Figure, over: str, runs: Sequence[RunResults]) -> None:
     if over == "rounds" and max(map(m.rounds_done, runs)) <= FEW_ROUNDS:
         drawing.update_xaxes(dtick=1)
+
+
+def _each_client(runs: Sequence[RunResults]) -> str:
+    return "Each client counts as the mean over its tasks." if len(m.tasks(runs)) > 1 else ""
+
+
+def _cells(
+    z: Sequence[Sequence[float | None]],
+    clients: Sequence[str],
+    columns: Sequence[str],
+    what: str,
+    digits: str | None,
+    most: float | None = None,
+) -> go.Figure:
+    """A map of a row for each client, of numbers that are written into it unless `digits` is None."""
+    drawing = _drawing("task", "client", height=110 + LINE_OF_A_ROW * len(clients))
+    if z:
+        drawing.add_trace(
+            go.Heatmap(
+                z=z,
+                x=[safe(name) for name in columns],
+                y=[safe(name) for name in clients],
+                texttemplate=None if digits is None else f"%{{z:{digits}}}" if digits else "%{z}",
+                colorbar={"title": {"text": what}, "thickness": 12},
+                hovertemplate=f"%{{y}}, %{{x}}: %{{z:.3~g}}, {safe(what)}<extra></extra>",
+                meta={"theme": "heat" if digits is None else "cells"},
+                zmin=0,
+                zmax=most or max((value for row in z for value in row if value is not None), default=1) or 1,
+                xgap=1,
+                ygap=1,
+            )
+        )
+    drawing.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    drawing.update_xaxes(type="category", showgrid=False)
+    return drawing
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -487,7 +620,7 @@ def _band(points: Sequence[tuple[float, Interval]], index: int, method: str) -> 
         y=[low for _, low, _ in ends] + [high for _, _, high in reversed(ends)],
         fill="toself",
         fillcolor=PALETTE[index % len(PALETTE)],
-        opacity=0.15,
+        opacity=0.12,
         line={"width": 0},
         mode="lines",
         hoverinfo="skip",

@@ -8,13 +8,15 @@ import tomllib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations
 from math import isfinite
 from operator import attrgetter
 from statistics import fmean, median
 from typing import Any
 
-from fedexperts.report.read import Evaluation, Holds, LedgerRow, OnRetained, RunResults
+import numpy as np
+
+from fedexperts.report.read import Evaluation, Holds, LedgerRow, OnRetained, Round, RunResults
 
 MB = 1e6
 SCORED_WHEN = {
@@ -63,6 +65,34 @@ class Held:
     mean: float
     least: int
     most: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a quality lies over clients, from bad to good."""
+
+    worst: float
+    lower: float  # quartile
+    median: float
+    upper: float  # quartile
+    best: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How alike clients' experts are, as the mean over pairs; None where there is no such pair."""
+
+    same_task: float | None
+    other_task: float | None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a client's part in a round took beside the least that its sub-model can take, in MB, as means over all parts."""
+
+    cost: str
+    measured: float
+    analytic: float
 
 
 @dataclass(frozen=True)
@@ -177,6 +207,36 @@ def clients_mean(run: RunResults, when: int = -1) -> float | None:
     """The mean of `client_quality` over the clients that were scored, each alike."""
     values = [client_quality(run, client, when) for client in walk_clients(run)]
     return _mean([value for value in values if value is not None])
+
+
+def quality_of_clients(run: RunResults) -> dict[int, dict[str, float]]:
+    """Evaluated round → client → the mean over its tasks there, in the unit of all; tasks chosen as in `client_quality`."""
+    in_unit = unit([run], None)
+    found: dict[int, dict[str, list[float]]] = {}
+    for task in (task for task in tasks([run]) if unit([run], task) == in_unit):
+        for client in walk_clients(run):
+            for row in evaluated(run, client, task):
+                if row.value is not None:
+                    found.setdefault(row.round, {}).setdefault(client, []).append(shown(row.value, in_unit))
+    return {round: {client: fmean(values) for client, values in found[round].items()} for round in sorted(found)}
+
+
+def spread(values: Sequence[float], unit: str) -> Spread:
+    """Quantiles of `values`, which are measured in `unit`: between two values as far as the quantile lies between them."""
+    levels = (0.0, 0.25, 0.5, 0.75, 1.0) if unit == "%" else (1.0, 0.75, 0.5, 0.25, 0.0)
+    return Spread(*(float(each) for each in np.quantile(values, levels)))
+
+
+def spread_of(runs: Sequence[RunResults], which: str) -> Measure:
+    """A field of `Spread` over a run's clients at the last evaluation."""
+    in_unit = unit(runs, None)
+
+    def of(run: RunResults) -> float | None:
+        ends = [client_quality(run, client) for client in walk_clients(run)]
+        values = [end for end in ends if end is not None]
+        return float(attrgetter(which)(spread(values, in_unit))) if values else None
+
+    return Measure({"worst": "worst client", "lower": "lower quartile of clients"}[which], in_unit, of)
 
 
 def at_the_end(run: RunResults) -> dict[str, Evaluation]:
@@ -338,10 +398,76 @@ def reached(run: RunResults) -> list[list[float]]:
 def history(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
     """For each client the rounds it trained in, and the experts it worked with in each."""
     found: dict[str, list[tuple[int, Holds]]] = {}
-    for row in sorted((row for row in run.rounds if row.task == "train"), key=lambda row: row.round):
+    for row in training(run):
         for client, holds in row.holds.items():
             found.setdefault(client, []).append((row.round, holds))
     return found
+
+
+def work(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
+    """For each client the rounds it trained in and what it sent was used, and the experts it trained.
+
+    These are those that it sent where the log has them (a client may hold more than it trains), else those that it held.
+    """
+    found: dict[str, list[tuple[int, Holds]]] = {}
+    for row in training(run):
+        for client in (client for client in row.holds if client not in row.failed):
+            found.setdefault(client, []).append((row.round, row.sends.get(client, row.holds[client])))
+    return found
+
+
+def training(run: RunResults) -> list[Round]:
+    """The training rounds, in order."""
+    return sorted((row for row in run.rounds if row.task == "train"), key=lambda row: row.round)
+
+
+def alike(some: Holds, others: Holds) -> float:
+    """Experts that both have, of those that either has, over all MoE layers (the Jaccard index); 1 where neither has any."""
+    one, other = ({(block, expert) for block, ids in each.items() for expert in ids} for each in (some, others))
+    return len(one & other) / len(one | other) if one | other else 1.0
+
+
+def worked_with(run: RunResults, when: int = -1) -> dict[str, Holds]:
+    """Client → the experts it trained the last time, or with 0 the first; clients of one task beside each other."""
+    found = {client: rounds[when][1] for client, rounds in work(run).items() if rounds}
+    home = {client.name: client.task for client in run.plan.clients}
+    order = list(dict.fromkeys(home.values()))
+    place = {client: (order.index(home[client]) if client in home else len(order)) for client in found}
+    return {client: found[client] for client in sorted(found, key=lambda client: place[client])}
+
+
+def overlap(run: RunResults, when: int = -1) -> Overlap:
+    """`alike` over all pairs of clients, with the same main task and with others."""
+    home = {client.name: client.task for client in run.plan.clients}
+    pairs = list(combinations(worked_with(run, when).items(), 2))
+    same, other = (
+        [alike(a, b) for (one, a), (two, b) in pairs if (home.get(one) == home.get(two)) == wanted] for wanted in (True, False)
+    )
+    return Overlap(_mean(same), _mean(other))
+
+
+def floors(run: RunResults) -> list[Floor]:
+    """What clients' parts in training rounds took, beside the analytic floor, where the plan has what that is made of.
+
+    Down: the weights of the experts a client held and all others that travel. Up: of those it sent. Memory: weights and
+    optimiser state of what it held, and the larger of gradients and activations, since one comes as the other goes; none where
+    backward reached only some of the experts.
+    """
+    held = {(row.round, client): each for row in training(run) for client, each in row.holds.items()}
+    sent = held | {(row.round, client): each for row in training(run) for client, each in row.sends.items()}
+    rows = [row for row in trained(run) if row.failed is None and (row.round, row.client) in held]
+    if (patch := run.plan.patch) is None or not rows:
+        return []
+    down, up = ([patch.of(which[row.round, row.client]) for row in rows] for which in (held, sent))
+    found = [_floor("down", [row.bytes_down for row in rows], down), _floor("up", [row.bytes_up for row in rows], up)]
+    measured = [row.peak_bytes for row in rows]
+    if (memory := run.plan.memory) is None or not all(measured) or told(run, "reached"):
+        return found
+    floor = [
+        memory.of(held[row.round, row.client]) + max(memory.activation_bytes - gradients, 0)
+        for row, gradients in zip(rows, down, strict=True)
+    ]
+    return [*found, _floor("peak memory", measured, floor)]
 
 
 def count(holds: Holds) -> int:
@@ -390,7 +516,8 @@ def measures(runs: Sequence[RunResults]) -> list[Measure]:
     run tells; what it cost, and its time where any has a clock.
     """
     mean = Measure("mean over clients", unit(runs, None), clients_mean)
-    by_client = [mean] if any(clients_mean(run) is not None for run in runs) else []
+    spread = [mean, spread_of(runs, "lower"), spread_of(runs, "worst")]
+    by_client = spread if any(clients_mean(run) is not None for run in runs) else []
     return [*quality_measures(runs), *by_client, *against_base(runs), *COSTS, *times(runs), *choices(runs)]
 
 
@@ -474,6 +601,10 @@ def quality(runs: Sequence[RunResults], task: str | None) -> Measure:
 
 def _drift_in(block: str) -> Callable[[RunResults], float | None]:
     return lambda run: _mean(drift(run).get(block, []))
+
+
+def _floor(cost: str, measured: Sequence[int], analytic: Sequence[int]) -> Floor:
+    return Floor(cost, fmean(measured) / MB, fmean(analytic) / MB)
 
 
 def _in_mb(value: float | None) -> float | None:

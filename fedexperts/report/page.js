@@ -7,12 +7,14 @@ const config = {
   // plotly.js 4 shows a button that uploads the chart to its maker's cloud unless told not to
   showSendToCloud: false, plotlyServerURL: "",
 };
+const PAPER = 640; // pixels across a printed page
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
 function themedLayout(layout) {
   const themed = {
     ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: color("text"), size: 13, family: getComputedStyle(document.body).fontFamily },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: color("line"), activecolor: color("soft") },
+    ...(document.documentElement.classList.contains("printed") ? { width: PAPER } : {}),
     dragmode: coarse ? false : "zoom", hoverlabel: { ...layout.hoverlabel, bgcolor: color("card"), bordercolor: color("line"), font: { color: color("text") } },
   };
   for (const axis of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
@@ -25,13 +27,20 @@ function themedTrace(trace) {
   const theme = trace.meta && trace.meta.theme;
   if (theme === "ink") return { ...trace, line: { ...trace.line, color: color("text") }, marker: { ...trace.marker, color: color("text") } };
   if (theme === "heat") return { ...trace, colorscale: [[0, color("heat-0")], [1, color("heat-1")]] };
+  if (theme === "cells") return { ...trace, colorscale: [[0, color("heat-0")], [1, color("cell")]], textfont: { color: color("text") } };
+  if (theme === "shift") return { ...trace, colorscale: [[0, color("less")], [0.5, color("heat-0")], [1, color("heat-1")]] };
   return trace;
 }
 
 function draw(id, data, layout) {
   // plotly writes into what it is given, and the next theme needs it as it was
   const fresh = structuredClone({ data, layout });
-  Plotly.react(document.getElementById(id), fresh.data.map(themedTrace), themedLayout(fresh.layout), config);
+  const place = document.getElementById(id);
+  Plotly.react(place, fresh.data.map(themedTrace), themedLayout(fresh.layout), config);
+  place.querySelectorAll("svg.main-svg").forEach((svg, layer) => { // plotly draws in layers: one stands for all
+    svg.setAttribute(layer ? "aria-hidden" : "role", layer ? "true" : "img");
+    if (!layer) svg.setAttribute("aria-label", place.dataset.told);
+  });
 }
 
 /** The masks of what a client last worked with by the end of `round`; null before its first. */
@@ -45,46 +54,124 @@ const holdsExpert = (mask, expert) => {
   return digit !== undefined && ((parseInt(digit, 16) >> (expert % 4)) & 1) === 1;
 };
 
-function mapCounts(map, clients, round) {
-  const held = clients.map((client) => heldAt(client, round)).filter((masks) => masks !== null);
-  const widest = Math.max(...map.blocks.map((block) => block.experts));
-  return {
-    clients: held.length,
-    z: map.blocks.map((block, row) => Array.from({ length: widest }, (_, expert) =>
-      expert < block.experts ? held.filter((masks) => holdsExpert(masks[row], expert)).length : null)),
-  };
-}
-
-const pick = { run: document.getElementById("map-run"), client: document.getElementById("map-client"), round: document.getElementById("map-round") };
+const pick = Object.fromEntries(["run", "what", "client", "round"].map((name) => [name, document.getElementById("map-" + name)]));
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
 function fillMapControls() {
   const map = maps[pick.run.value];
-  pick.client.replaceChildren(new Option("all clients: how many hold it", ""), ...map.clients.map((client, index) => new Option(client.name, index)));
+  pick.client.replaceChildren(new Option("all clients", ""), ...map.clients.map((client, index) => new Option(client.name, index)));
   pick.round.max = map.rounds.length - 1;
   pick.round.value = pick.round.max;
 }
 
+const TOLD = {
+  held: "Colour: how many clients worked with the expert when they last trained, by the end of the chosen round.",
+  trained: "Colour: in how many clients' rounds the expert was trained, up to the end of the chosen round.",
+  moved: "Colour: how many clients more (blue) or fewer (orange) have the expert than when each first trained.",
+};
+const UNIT = { held: "clients", trained: "clients' rounds", moved: "clients, more or fewer" };
+
+/** What the map shows: for each layer and expert the sum over `sets` of masks, each with its weight. */
+function sums(map, sets) {
+  const widest = Math.max(...map.blocks.map((block) => block.experts));
+  return map.blocks.map((block, row) => Array.from({ length: widest }, (_, expert) => expert >= block.experts ? null
+    : sets.reduce((sum, [masks, weight]) => sum + (holdsExpert(masks[row], expert) ? weight : 0), 0)));
+}
+
+/** Masks and their weights for `sums`, of one client by the end of `round`. */
+function setsOf(client, what, round) {
+  if (what === "trained") return client.trained.filter(([at]) => at <= round).map(([at, masks]) => [masks ?? heldAt(client, at), 1]);
+  const held = heldAt(client, round);
+  if (held === null) return [];
+  return what === "held" ? [[held, 1]] : [[held, 1], [client.holds[0][1], -1]];
+}
+
+/** The end of a colour scale: large enough for the whole run, so that rounds can be compared. */
+function largest(map, clients, what) {
+  if (what === "held") return Math.max(1, clients.length);
+  const every = map.rounds.flatMap((round) => what === "moved" || round === map.rounds[map.rounds.length - 1] ? [round] : []);
+  return Math.max(1, ...every.map((round) => Math.max(...sums(map, clients.flatMap((client) => setsOf(client, what, round))).flat().map(Math.abs))));
+}
+
 function drawMap() {
   const map = maps[pick.run.value];
+  const what = pick.what.value;
   const all = pick.client.value === "";
   const round = map.rounds[pick.round.value];
   const chosen = all ? map.clients : [map.clients[pick.client.value]];
-  const counts = mapCounts(map, chosen, round);
+  const z = sums(map, chosen.flatMap((client) => setsOf(client, what, round)));
+  const present = chosen.filter((client) => heldAt(client, round) !== null).length;
   document.getElementById("map-shown").textContent = `round ${round}`;
   pick.round.setAttribute("aria-valuetext", `round ${round}`);
+  document.getElementById("map-told").textContent = TOLD[what];
   document.getElementById("map-note").textContent = all
-    ? `${counts.clients} of ${map.planned} clients have trained by round ${round}.`
-    : counts.clients ? "What this client worked with the last time it trained." : "This client has not trained by this round.";
-  const rows = map.blocks.length;
+    ? `${present} of ${map.planned} clients have trained by round ${round}.`
+    : present ? "" : "This client has not trained by this round.";
+  const client = all ? "all clients" : chosen[0].name;
+  document.getElementById("map").dataset.told =
+    `Experts × layers of ${map.run}, ${client}, round ${round}. ${TOLD[what]} Its numbers stand in the table below it.`;
+  fillMapNumbers(map, z);
+  const most = largest(map, chosen, what);
   draw("map", [{
-    type: "heatmap", z: counts.z, y: map.blocks.map((block) => escaped(block.label)), zmin: 0, zmax: all ? Math.max(1, map.clients.length) : 1,
-    meta: { theme: "heat" }, xgap: 1, ygap: 1, showscale: all, colorbar: { title: { text: "clients" }, thickness: 12 },
-    hovertemplate: all ? "%{y}, expert %{x}: held by %{z} clients<extra></extra>" : "%{y}, expert %{x}: %{z}<extra></extra>",
+    type: "heatmap", z, y: map.blocks.map((block) => escaped(block.label)), zmin: what === "moved" ? -most : 0, zmax: most,
+    meta: { theme: what === "moved" ? "shift" : "heat" }, xgap: 1, ygap: 1, showscale: all || what === "trained",
+    colorbar: { title: { text: UNIT[what], side: "right" }, thickness: 12 },
+    hovertemplate: `%{y}, expert %{x}: %{z} ${UNIT[what]}<extra></extra>`,
   }], {
-    height: 130 + Math.max(rows * 22, 90), margin: { l: 56, r: 16, t: 32, b: 44 },
+    height: 150 + Math.max(map.blocks.length * 22, 110), margin: { l: 56, r: 16, t: 8, b: 44 },
     xaxis: { title: { text: "expert" }, showgrid: false, zeroline: false, automargin: true },
     yaxis: { type: "category", autorange: "reversed", showgrid: false, automargin: true },
+  });
+}
+
+function cell(kind, text, scope) {
+  const made = document.createElement(kind);
+  made.textContent = text;
+  if (scope) made.scope = scope;
+  return made;
+}
+
+function fillMapNumbers(map, z) {
+  const heads = document.createElement("tr");
+  heads.append(cell("th", "layer", "col"), ...z[0].map((_, expert) => cell("th", expert, "col")));
+  const rows = z.map((numbers, row) => {
+    const made = document.createElement("tr");
+    made.append(cell("th", map.blocks[row].label, "row"), ...numbers.map((number) => cell("td", number === null ? "–" : number)));
+    return made;
+  });
+  const table = document.getElementById("map-numbers");
+  const caption = cell("caption", document.getElementById("map").dataset.told.split(". ")[0]);
+  const [head, body] = [document.createElement("thead"), document.createElement("tbody")];
+  head.append(heads);
+  body.append(...rows);
+  table.replaceChildren(caption, head, body);
+}
+
+/** Cells that say a number by it, others as text; those without come last either way. */
+function compare(one, other, column, turn) {
+  const [a, b] = [one, other].map((row) => row.cells[column]);
+  if (a.classList.contains("text") || a.tagName === "TH") return turn * a.textContent.localeCompare(b.textContent, "en", { numeric: true });
+  const [x, y] = [a, b].map((each) => parseFloat(each.textContent.replaceAll(",", "")));
+  return Number.isNaN(x) || Number.isNaN(y) ? Number.isNaN(x) - Number.isNaN(y) : turn * (x - y);
+}
+
+/** Makes each head a button: upwards, downwards, as it was. */
+function sortable(table) {
+  const body = table.tBodies[0];
+  const before = [...body.rows];
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    head.setAttribute("aria-sort", "none");
+    button.addEventListener("click", () => {
+      const next = { none: "ascending", ascending: "descending", descending: "none" }[head.getAttribute("aria-sort")];
+      heads.forEach((each) => each.setAttribute("aria-sort", each === head ? next : "none"));
+      const turn = next === "ascending" ? 1 : -1;
+      body.replaceChildren(...(next === "none" ? before : before.toSorted((one, other) => compare(one, other, column, turn))));
+    });
   });
 }
 
@@ -97,7 +184,21 @@ if (maps.length) {
   fillMapControls();
   pick.run.addEventListener("change", () => { fillMapControls(); drawMap(); });
   pick.client.addEventListener("change", drawMap);
+  pick.what.addEventListener("change", drawMap);
   pick.round.addEventListener("input", drawMap);
 }
 drawAll();
+document.querySelectorAll("table:not(.plain)").forEach((table) => { if (table.tBodies[0].rows.length > 1) sortable(table); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+/** On paper: light, as wide as a page, long tables whole. */
+function onPaper(printed) {
+  document.documentElement.classList.toggle("printed", printed);
+  document.querySelectorAll("details.long").forEach((long) => { long.open = printed || long.dataset.opened === "true"; });
+  drawAll();
+}
+document.querySelectorAll("details.long").forEach((long) => long.addEventListener("toggle", () => {
+  if (!document.documentElement.classList.contains("printed")) long.dataset.opened = long.open;
+}));
+addEventListener("beforeprint", () => onPaper(true));
+addEventListener("afterprint", () => onPaper(false));

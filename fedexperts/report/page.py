@@ -23,6 +23,7 @@ from fedexperts.report.tables import Groups, Table
 
 POLICY = "style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
 LONG_TABLE = 25  # rows; longer ones are folded
+LONG_HEAD = 20  # characters
 UNFINISHED = "Such runs are in tables and figures only while no run is finished."
 
 
@@ -31,19 +32,21 @@ def one_run(run: RunResults) -> str:
     title = f"{run.plan.method} on {run.plan.model.name}"
     drawn = figures.one_run(run)
     maps = _maps({run.plan.method: [run]})
-    costs = [_table(tables.costs(run)), _table(tables.over_memory(run))]
+    costs = [_table(tables.costs(run)), _table(tables.floors(run)), _table(tables.over_memory(run))]
+    experts = [_table(tables.held(run)), _table(tables.overlap(run)), _table(tables.chosen(run))]
     sections = {
-        "Quality": [_figures(drawn["quality"]), _table(tables.by_client(run)), _table(tables.all_metrics(run))],
+        "Quality": [_figures(drawn["quality"]), _table(tables.all_metrics(run))],
+        "Quality across clients": [_figures(drawn["clients"]), _table(tables.by_client(run))],
         "Retained knowledge": [_figures(drawn["retained"]), _table(tables.retained(run))],
         "Router drift": [_figures(drawn["drift"]), _table(tables.drift(run))],
-        "Experts": [_map(maps), _figures(drawn["experts"]), _table(tables.held(run)), _table(tables.chosen(run))],
+        "Experts": [_map(maps), _figures(drawn["experts"]), *experts],
         "Bytes and memory": [*costs, _figures(drawn["costs"])],
         "Failures": [_table(tables.failures(run)) or "<p>None.</p>"],
         "Data": [_figures(drawn["data"]), _table(tables.partition(run))],
         "Clients": [_table(tables.clients(run))],
         "Run file": [_files(run)],
     }
-    intro = [f"<h1>{escape(title)}</h1>", _asked(_what_was_asked(run)), _cards(_what_came_out(run)), _table(tables.quality(run))]
+    intro = [_asked(_what_was_asked(run)), _cards(_what_came_out(run)), _table(tables.quality(run))]
     return _page(title, intro, sections, drawn, maps)
 
 
@@ -63,7 +66,7 @@ def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> st
         **_of_runs(groups),
     }
     facts = _what_was_compared(list(groups), tables.all_runs(groups), unfinished)
-    intro = [f"<h1>{escape(title)}</h1>", _asked(facts), _table(tables.final(groups))]
+    intro = [_asked(facts), _table(tables.final(groups))]
     return _page(title, intro, sections, drawn, maps)
 
 
@@ -88,7 +91,7 @@ def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str
         **_of_runs(every),
     }
     facts = _what_was_compared(methods, tables.all_runs(every), unfinished)
-    intro = [f"<h1>{escape(title)}</h1>", _asked(facts), _table(across.overall(settings))]
+    intro = [_asked(facts), _table(across.overall(settings))]
     return _page(title, intro, sections, drawn, maps)
 
 
@@ -120,7 +123,8 @@ def _page(
             '<html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{_own('page.css')}</style></head><body><main>",
+            f"<title>{escape(title)}</title><style>{_own('page.css')}</style></head><body>",
+            f"<header><h1>{escape(title)}</h1></header><main>",
             *intro,
             f'<nav aria-label="Sections">{links}</nav>',
             *(_section(name, parts) for name, parts in shown.items()),
@@ -143,6 +147,7 @@ def _what_was_asked(run: RunResults) -> dict[str, str]:
         "method": run.plan.method + (f", {_inline(method)}" if method else ""),
         "model": f"{run.plan.model.name}: {run.plan.model.parameters:,} parameters, {_shape(run)}",
         "clients": f"{len(run.plan.clients)}" + (f", {each} in each round" if each is not None else ""),
+        **_how_they_train(run),
         "their memory": f"{tables.megabytes(min(memory))} to {tables.megabytes(max(memory))} MB" if memory else "not limited",
         "data": ", ".join(m.tasks([run]) or dict.fromkeys(client.task for client in run.plan.clients)),
         "scored on": f"the clients' {m.scored_on([run])} examples",
@@ -151,6 +156,22 @@ def _what_was_asked(run: RunResults) -> dict[str, str]:
         "rounds": progress,
         "seed": str(run.plan.seed),
         **({"warned of": "; ".join(run.plan.warnings)} if run.plan.warnings else {}),
+    }
+
+
+def _how_they_train(run: RunResults) -> dict[str, str]:
+    """What is trained, the optimiser and its schedule, and the server's where it has one; nothing without a run file."""
+    asked, server = m.settings(run).get("training", {}), m.settings(run).get("federation", {}).get("server_optimizer")
+    if not asked:
+        return {}
+    rank = f" of rank {asked.get('rank')}" if asked.get("train") == "lora" else ""
+    rate, schedule = asked.get("lr"), asked.get("schedule", "constant")
+    over = "constant" if schedule == "constant" else f"{schedule} to {asked.get('final_lr')} over the rounds"
+    steps = f"{asked['local_steps']} steps" if asked.get("local_steps") else f"{asked.get('local_epochs')} epochs"
+    return {
+        "trained": f"{asked.get('train')}{rank}, {steps} of {asked.get('batch_size')} examples in a client's round",
+        "optimiser": f"{asked.get('optimizer')}, learning rate {rate}, {over}",
+        **({"server's optimiser": _inline(server)} if server else {}),
     }
 
 
@@ -209,7 +230,11 @@ def _held(held: m.Held | None) -> str:
 def _inline(values: Mapping[str, Any]) -> str:
     """A small table of settings on one line, without the empty ones."""
     given = {key: value for key, value in values.items() if value not in (None, "", [], {})}
-    return ", ".join(f"{key} {_inline(value) if isinstance(value, Mapping) else value}" for key, value in given.items())
+    return ", ".join(f"{key} {_inline(value) if isinstance(value, Mapping) else _one(value)}" for key, value in given.items())
+
+
+def _one(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _asked(facts: Mapping[str, str]) -> str:
@@ -231,20 +256,38 @@ def _anchor(name: str) -> str:
 
 
 def _table(table: Table) -> str:
-    """Accessible markup: a caption, heads with their scope, a frame that scrolls by keyboard too. Nothing without rows."""
+    """Accessible markup: a caption, heads with their scope, a frame that scrolls by keyboard too. Nothing without rows.
+
+    page.js makes its heads buttons that sort it; rows at the end that sum up stay there.
+    """
     if not table.rows:
         return ""
+    frame = _frame(table)
+    if len(table.rows) <= LONG_TABLE:
+        return frame
+    return f'<details class="long"><summary>{escape(table.title)}: {len(table.rows)} rows</summary>{frame}</details>'
+
+
+def _frame(table: Table) -> str:
     kinds = ["text" if index in table.text_columns else "" for index in range(len(table.columns))]
     heads = "".join(
-        f'<th scope="col" class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, table.columns, strict=True)
+        f'<th scope="col" class="{_kind(kind, text)}">{escape(text)}</th>'
+        for kind, text in zip(kinds, table.columns, strict=True)
     )
-    note = f'<span class="note">{escape(table.note)}</span>' if table.note else ""
-    body = "\n".join(_row(kinds, row) for row in table.rows)
-    caption = f"<caption>{escape(table.title)}{note}</caption>"
-    markup = f"<table>{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
-    frame = f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">{markup}</div>'
-    long = len(table.rows) > LONG_TABLE
-    return f"<details><summary>{escape(table.title)}: {len(table.rows)} rows</summary>{frame}</details>" if long else frame
+    rows = [_row(kinds, row) for row in table.rows]
+    split = len(rows) - table.sums
+    foot = f"<tfoot>{''.join(rows[split:])}</tfoot>" if table.sums else ""
+    body = "\n".join(rows[:split])
+    caption = f"<caption><span>{escape(table.title)}</span></caption>"
+    markup = f"<table>{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>{foot}</table>"
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    wide = f'<div class="wide" tabindex="0" role="group" aria-label="{escape(table.title)}">{markup}</div>'
+    return f'<div class="table">{wide}{note}</div>'
+
+
+def _kind(kind: str, head: str) -> str:
+    """The class of a head: one of many words gets a wider column, not many lines."""
+    return f"{kind} long".strip() if len(head) > LONG_HEAD else kind
 
 
 def _row(kinds: Sequence[str], row: Sequence[str]) -> str:
@@ -258,7 +301,13 @@ def _figures(drawn: Sequence[Figure]) -> str:
 
 def _figure(figure: Figure) -> str:
     caption = f"<figcaption>{escape(figure.title)}<span>{escape(figure.caption)}</span></figcaption>"
-    return f'<figure>{caption}<div class="drawing" id="{_id(figure)}"></div></figure>'
+    told = escape(f"{figure.title}. {figure.caption} Its numbers stand in the table below it.")
+    return f'<figure>{caption}<div class="drawing" id="{_id(figure)}" data-told="{told}"></div>{_numbers(figure)}</figure>'
+
+
+def _numbers(figure: Figure) -> str:
+    of = f'<span class="hidden"> of {escape(figure.title)}</span>'
+    return f'<details class="numbers"><summary>Numbers{of}</summary>{_frame(figures.numbers(figure))}</details>'
 
 
 def _id(figure: Figure) -> str:
@@ -277,13 +326,17 @@ def _map(maps: Sequence[Mapping[str, Any]]) -> str:
         return ""
     options = "".join(f'<option value="{index}">{escape(each["run"])}</option>' for index, each in enumerate(maps))
     return (
-        "<figure><figcaption>Who holds what: experts × layers<span>Colour: how many clients worked with the expert "
-        "when they last trained, by the end of the chosen round.</span></figcaption>"
+        '<figure><figcaption>Experts × layers<span id="map-told"></span></figcaption>'
         '<div class="controls">'
         f'<label>run <select id="map-run">{options}</select></label>'
+        '<label>show <select id="map-what"><option value="held">who holds an expert</option>'
+        '<option value="trained">who trained it</option><option value="moved">how it moved</option></select></label>'
         '<label>client <select id="map-client"></select></label>'
         '<label>until <input type="range" id="map-round" min="0" value="0"><output id="map-shown"></output></label></div>'
-        '<p class="note" id="map-note" aria-live="polite"></p><div class="drawing" id="map"></div></figure>'
+        '<p class="note" id="map-note" aria-live="polite"></p><div class="drawing" id="map"></div>'
+        '<details class="numbers"><summary>Numbers<span class="hidden"> of the map</span></summary>'
+        '<div class="wide" tabindex="0" role="group" aria-label="Experts × layers"><table class="plain" id="map-numbers"></table>'
+        "</div></details></figure>"
     )
 
 
@@ -291,7 +344,8 @@ def _files(run: RunResults, label: str | None = None) -> str:
     name = f"{label}, seed {run.plan.seed}" if label else "run.toml, as resolved"
     versions = f"<p>{escape(_inline(run.versions))}</p>" if run.versions else ""
     folder = f'<p class="soft">{escape(str(run.folder))}</p>'
-    return f"<details><summary>{escape(name)}</summary>{folder}{versions}<pre>{escape(run.run_file)}</pre></details>"
+    text = f'<pre tabindex="0" role="group" aria-label="{escape(name)}">{escape(run.run_file)}</pre>'
+    return f"<details><summary>{escape(name)}</summary>{folder}{versions}{text}</details>"
 
 
 def _data(name: str, value: object) -> str:

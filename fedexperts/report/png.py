@@ -12,7 +12,8 @@ from fedexperts.files import write_bytes
 from fedexperts.report.figures import INK, Figure, safe
 
 WIDTH, SCALE = 760, 2  # pixels of the layout, and of the file for each of them
-TEXT, LINE, HEAT = "#1d2530", "#d5dae1", ((0.0, "#eef2f7"), (1.0, "#14508f"))  # those of the page when it is light
+TEXT, LINE = "#1d2530", "#d5dae1"  # these and those of maps are those of the page when it is light
+MAPS = {"heat": "#14508f", "cells": "#8fbbe8"}
 
 
 def write(figures: Iterable[Figure], folder: Path) -> tuple[Path, ...]:
@@ -62,5 +63,5 @@ def still(figure: Figure) -> go.Figure:
         if trace.meta == INK:
             trace.update(line={"color": TEXT}, marker={"color": TEXT})
         elif trace.meta:
-            trace.update(colorscale=HEAT)
+            trace.update(colorscale=((0.0, "#eef2f7"), (1.0, MAPS[trace.meta["theme"]])))
     return drawing

@@ -50,6 +50,19 @@ class ClientPlan:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """Bytes of all that is no expert, and of one expert of each MoE block with its router row."""
+
+    dense_bytes: int
+    expert_bytes: Mapping[str, int]
+    activation_bytes: int = 0
+
+    def of(self, holds: Holds) -> int:
+        """Bytes of a client that works with `holds`, activations apart."""
+        return self.dense_bytes + sum(len(set(experts)) * self.expert_bytes.get(block, 0) for block, experts in holds.items())
+
+
+@dataclass(frozen=True)
 class Plan:
     """plan.json: what was asked."""
 
@@ -61,6 +74,9 @@ class Plan:
     reference: bool = False  # no federated method, but what those are held against
     partition: Mapping[str, Any] = field(default_factory=dict)
     full_bytes: int | None = None  # memory that training with all experts takes
+    patch: Weighed | None = None  # what travels
+    memory: Weighed | None = None  # weights, gradients and optimiser state in training, and activations
+    round_flops_estimated: float | None = None  # of a client's round on the whole model and full-length examples
     warnings: tuple[str, ...] = ()  # what was said not to fit
 
 
@@ -76,6 +92,7 @@ class Round:
     seconds: float = 0.0
     clock_seconds: float | None = None  # virtual; None: no clock
     holds: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → Holds
+    sends: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → what it sent, where not that
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from html import escape
 from io import StringIO
 from statistics import fmean, median
@@ -16,6 +16,7 @@ from fedexperts.report import measures as m
 from fedexperts.report.read import LedgerRow, RunResults
 from fedexperts.report.stats import Interval, interval, paired
 
+SPREAD = ("worst client", "lower quartile", "median client", "upper quartile", "best client")
 NONE = "–"  # in a cell: there is no such number (yet)
 Groups = Mapping[str, Sequence[RunResults]]  # method → its runs, one of each seed
 
@@ -29,11 +30,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text_columns: tuple[int, ...] = (0,)  # set to the left; all others are numbers
+    sums: int = 0  # rows at the end that sum up those before them
 
     def transposed(self) -> "Table":
         """Rows as columns: for a narrow page and many numbers."""
         head, *body = zip(self.columns, *self.rows, strict=True)
-        return replace(self, columns=head, rows=tuple(body), text_columns=(0,))
+        return replace(self, columns=head, rows=tuple(body), text_columns=(0,), sums=0)
 
 
 def number(value: float | None) -> str:
@@ -62,17 +64,18 @@ def quality_value(value: float | None, unit: str) -> str:
 
 
 def quality(run: RunResults) -> Table:
-    """Each task's main metric at the first and the last evaluation, and the worst, median and best client at the last."""
+    """Each task's main metric at the first and the last evaluation, and how its clients lie at the last."""
     rows = tuple(_quality_row(run, task) for task in m.tasks([run]))
     overall = _first_and_last(run, None)
-    total = ("overall", *overall, "", "", "", "", "", with_unit("mean over tasks", m.unit([run], None)))
+    total = ("overall", *overall, *[""] * 7, with_unit("mean over tasks", m.unit([run], None)))
     return Table(
         "Quality",
-        ("task", "first", "last", "worst client", "median client", "best client", "clients", "examples", "metric"),
+        ("task", "first", "last", *SPREAD, "clients", "examples", "metric"),
         (*rows, total) if rows else (),
         note=f"First and last evaluation: {_evaluated_rounds(run)}. A task's value is over the examples of all its clients. "
         f"{scored_note([run])}",
-        text_columns=(0, 8),
+        text_columns=(0, 10),
+        sums=1,
     )
 
 
@@ -89,6 +92,7 @@ def by_client(run: RunResults) -> Table:
         (*found, (*total, with_unit("each client alike", unit))) if found else (),
         note=f"{scored_note([run])} In the mean each client counts as its mean over its tasks.",
         text_columns=(0, 1, 5),
+        sums=1,
     )
 
 
@@ -148,6 +152,7 @@ def drift(run: RunResults) -> Table:
         ("layer", "mean over clients", "least", "most"),
         (*rows, ("all layers", *map(number, (fmean(every), min(every), max(every))))) if every else (),
         note=drift_note([run]),
+        sums=1,
     )
 
 
@@ -237,6 +242,45 @@ def costs(run: RunResults) -> Table:
         ),
         tuple(rows),
         note="MB is 10^6 bytes. Bytes, seconds, tokens and peaks are measured; FLOPs are estimated from shapes and tokens.",
+        sums=len(rows) - len([task for task in work if task != "evaluate"]),
+    )
+
+
+def floors(run: RunResults) -> Table:
+    """Measured bytes and memory beside what they can be at the least, and FLOPs beside what they can be at the most."""
+    rows = [(f"{each.cost} (MB)", number(each.measured), number(each.analytic), "floor") for each in m.floors(run)]
+    ratios = [number(each.measured / each.analytic) if each.analytic else NONE for each in m.floors(run)]
+    most, parts = run.plan.round_flops_estimated, [row for row in m.trained(run) if row.failed is None]
+    if most and parts:
+        estimated = fmean(row.flops_estimated for row in parts)
+        rows.append(("FLOPs estimated (10^9)", number(estimated / 1e9), number(most / 1e9), "ceiling"))
+        ratios.append(number(estimated / most))
+    return Table(
+        "A client's round against the analytic floor",
+        ("cost", "in this run", "analytic", "which is a", "ratio"),
+        tuple((*row, ratio) for row, ratio in zip(rows, ratios, strict=True)),
+        note="Means over all clients' parts in training rounds. The floor of down and up: the weights of the experts that the "
+        "client held, or sent, and all others that travel, without ids, names and numbers beside them; a method that sends fewer "
+        "is below it. Of memory: weights and optimiser state of what the client held, and the larger of gradients and "
+        "activations, for the longest examples allowed; shorter ones can take less. The ceiling of FLOPs: the whole model on the "
+        "longest examples.",
+        text_columns=(0, 3),
+    )
+
+
+def overlap(run: RunResults) -> Table:
+    """How alike the experts of two clients are, the first and the last time they trained."""
+    found = {"first round of each client": m.overlap(run, 0), "last round of each client": m.overlap(run)}
+    return Table(
+        "Overlap of the experts that two clients trained",
+        ("when", "same main task", "different tasks"),
+        tuple(
+            (when, *(NONE if value is None else f"{value:.2f}" for value in (each.same_task, each.other_task)))
+            for when, each in found.items()
+            if each != m.Overlap(None, None)
+        ),
+        note="Experts that both trained, of those that either did, over all layers, as the mean over pairs of clients: 1 where "
+        "they are the same, 0 where they share none.",
     )
 
 
@@ -360,7 +404,8 @@ def partition(run: RunResults) -> Table:
 
 def one_run(run: RunResults) -> tuple[Table, ...]:
     """All tables of a single run, those without rows left out."""
-    every = (quality, by_client, all_metrics, retained, drift, costs, held, chosen, over_memory, failures, clients, partition)
+    quality_of = (quality, by_client, all_metrics, retained, drift)
+    every = (*quality_of, costs, floors, held, overlap, chosen, over_memory, failures, clients, partition)
     return tuple(table for table in (make(run) for make in every) if table.rows)
 
 
@@ -541,8 +586,8 @@ def _quality_row(run: RunResults, task: str) -> tuple[str, ...]:
     unit = m.unit([run], task)
     names = m.clients_of(run, task)
     ends = [row for row in (m.last(run, name, task) for name in names) if row is not None and row.value is not None]
-    values = sorted((row.value for row in ends if row.value is not None), reverse=unit != "%")
-    spread = (values[0], median(values), values[-1]) if values else (None, None, None)
+    values = [row.value for row in ends if row.value is not None]
+    spread = astuple(m.spread(values, unit)) if values else (None,) * len(SPREAD)
     end = m.last(run, None, task)
     examples = whole(end.examples) if end else NONE
     shown = (quality_value(value, unit) for value in spread)

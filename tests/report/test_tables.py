@@ -131,7 +131,7 @@ def test_quality_shows_first_and_last_and_the_clients_at_the_end():
         *(Evaluation(5, name, "sort", 10, "accuracy", value) for name, value in (("a", 0.3), ("b", 0.8), ("c", 0.4))),
     )
     row = tables.quality(run(evaluations=evaluations)).rows[0]
-    assert row == ("sort", "10.0", "50.0", "30.0", "40.0", "80.0", "3", "30", "accuracy (%)")
+    assert row == ("sort", "10.0", "50.0", "30.0", "35.0", "40.0", "60.0", "80.0", "3", "30", "accuracy (%)")
 
 
 def test_the_worst_client_by_perplexity_has_the_highest():
