@@ -30,7 +30,7 @@ def run(run: RunFile, out: Path | str, *, set: Sequence[str] = (), resume: bool 
 
 
 def compare(
-    runs: Path | str | Mapping[str, RunFile],
+    runs: RunFile | Mapping[str, RunFile],
     methods: Sequence[str],
     seeds: int = 1,
     *,
@@ -40,7 +40,7 @@ def compare(
     """Several methods over the same data and clients, as `fedexperts compare` does; runs that are done already stay.
 
     Args:
-        runs: a run file, or several runs by name, each of which is a setting.
+        runs: a run, or several by name, each of which is a setting.
         methods: names, or variants such as "slow=fedavg:training.lr=1e-4".
         seeds: how many, from the run's own on.
         out: the results folder.
@@ -49,9 +49,15 @@ def compare(
     Raises:
         BadValue: a run that cannot be, before the first one starts.
     """
-    named = {Path(runs).stem: runs} if isinstance(runs, Path | str) else runs
-    settings = {name: settings_of(run, set) for name, run in named.items()}
+    settings = {name: settings_of(run, set) for name, run in by_name(runs).items()}
     return comparison.compare(settings, comparison.read_variants(",".join(methods)), seeds, Path(out))
+
+
+def by_name(runs: RunFile | Mapping[str, RunFile]) -> Mapping[str, RunFile]:
+    """Several runs as they are; one under its file's name, or called `run`. What has a `data` table is one: no run is without."""
+    if isinstance(runs, Path | str):
+        return {Path(runs).stem: runs}
+    return {"run": runs} if isinstance(runs, RunConfig) or "data" in runs else runs
 
 
 def settings_of(run: RunFile, set: Sequence[str]) -> RunConfig:

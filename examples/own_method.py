@@ -1,0 +1,73 @@
+"""A method of your own in one file, compared with FedMoE and FedAvg over the same clients and data.
+
+    python examples/own_method.py
+
+The method, `rotating`: in each round a client trains another random part of every layer's experts, so it downloads, trains and
+sends only that part, and sooner or later trains every expert. Half a minute; the report is results/own-method/report.html.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import ClassVar
+
+from rich import print
+
+import fedexperts
+from fedexperts import report
+from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
+from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+
+
+@dataclass(frozen=True)
+class Rotating:
+    """Its fields are settings: a run file says method.share = 0.5, a comparison rotating:share=0.5."""
+
+    share: float = 0.5  # of each layer's experts
+    before: ClassVar[tuple[str, ...]] = ()  # no stage before the rounds
+    pooled: ClassVar[bool] = False  # the data stay where they are
+
+    def assign(self, server: Server, client: Client) -> Assignment:
+        """What the client works with: some experts of each layer. It is scored with all of them."""
+        if server.task == "evaluate":
+            return all_experts(server)
+        rng = Random(f"{server.seed}/{server.round}/{client.name}")  # every draw has its own seed, so runs can be repeated
+        chosen = {}
+        for name, layer in server.anatomy.blocks.items():
+            number = max(layer.fewest, round(self.share * layer.num_experts))  # a router needs as many as it picks
+            chosen[name] = tuple(sorted(rng.sample(range(layer.num_experts), number)))
+        return Assignment(chosen)
+
+    def train(self, job: Job, bench: Bench) -> Update:
+        """On the client: the run's local steps on what was sent, all of which goes back."""
+        return train_assigned(job, bench)
+
+    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
+        """On the server: each expert becomes the mean over those who trained it, by their numbers of examples."""
+        return mean_rows(server, updates, by_examples)
+
+
+RUN = {
+    "model": {"name": "tiny"},
+    "training": {"lr": 3e-3, "batch_size": 8, "local_steps": 4},
+    "federation": {"rounds": 4},
+    "devices": {"memory_share": {"uniform": [0.7, 1.3]}, "out_of_memory": "train anyway"},
+    "evaluation": {"every": 2, "generate_tokens": 8},
+    "data": {
+        "sources": ["synthetic/room", "synthetic/feeling"],
+        "clients": 4,
+        "limit": 60,
+        "test_examples": 20,
+        "max_tokens": 32,
+    },
+}
+
+METHODS = ["rotating", "rotating:share=0.25", "fedmoe:profile_rounds=1", "fedavg"]
+
+if __name__ == "__main__":
+    fedexperts.METHODS["rotating"] = Rotating  # from here on its name can stand wherever a method's can
+    out = Path("results/own-method")
+    compared = fedexperts.compare(RUN, METHODS, out=out)
+    report.write([out], html=out / "report.html")
+    print(report.table(compared.folders))

@@ -1,0 +1,106 @@
+"""The examples run as they stand, and do what their first lines say."""
+
+import csv
+import re
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from fedexperts import METHODS, api
+from fedexperts.report.read import read
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Runs an example in an empty folder and gives its variables; methods it enters are gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(METHODS)
+    yield lambda name: runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def quality(run):
+    """Overall, at each evaluation."""
+    return [line.value for line in run.evaluations_of[None, None]]
+
+
+def test_every_example_is_executed_here():
+    executed = set(re.findall(r'execute\("(\w+\.py)"\)', Path(__file__).read_text()))
+    assert executed == {path.name for path in EXAMPLES.glob("*.py")}
+    assert len(executed) == 4
+
+
+def test_a_method_of_ones_own_is_compared_with_ours(execute):
+    compared = execute("own_method.py")["compared"]
+    assert not compared.failed and not compared.left
+    half, quarter, fedmoe, fedavg = map(read, compared.folders)
+    assert [run.plan.method for run in (half, quarter, fedmoe, fedavg)] == [
+        "rotating",
+        "rotating:share=0.25",
+        "fedmoe:profile_rounds=1",
+        "fedavg",
+    ]
+    sent = [sum(row.bytes_up for row in run.ledger if row.task == "train") for run in (quarter, half, fedavg)]
+    assert sent == sorted(sent) and len(set(sent)) == 3
+    for run, number in ((half, 8), (quarter, 4), (fedavg, 16)):
+        assert {len(ids) for round in run.rounds for held in round.holds.values() for ids in held.values()} == {number}
+    parts = [tuple(tuple(ids) for ids in round.holds["c01"].values()) for round in half.rounds]
+    assert len(set(parts)) == len(parts) == 4  # another part in each round
+    assert len({(run.folder / "partition.json").read_text() for run in (half, fedmoe, fedavg)}) == 1
+    assert Path("results/own-method/report.html").stat().st_size > 0
+
+
+def test_data_of_ones_own_are_divided_and_learnt(execute):
+    variables = execute("own_data.py")
+    rows = list(csv.DictReader(Path("results/own-data/messages.csv").read_text().splitlines()))
+    assert set(rows[0]) == {"message", "department"}
+    splits = list(variables["prepared"].clients.values())
+    department = {row["message"]: row["department"] for row in rows}
+    mine = Counter(example.prompt for split in splits for example in (*split.train, *split.validation))
+    assert max(mine.values()) == 1  # nobody shares what he trains on, and nobody is tested with it
+    assert not mine.keys() & {example.prompt for split in splits for example in split.test}
+    for example in splits[0].train:
+        assert department[example.prompt.removesuffix("\nAnswer:\n")] == example.response
+    shares = [max(Counter(e.response for e in split.train).values()) / len(split.train) for split in splits]
+    assert max(shares) > 0.5  # lopsided: four departments would be a quarter each
+    before, *_, after = quality(read(variables["folder"]))
+    assert before < 0.25 + 0.1 < after  # four departments
+
+
+def test_a_model_of_ones_own_is_found_trained_and_given_back(execute):
+    variables = execute("own_model.py")
+    run = read(variables["folder"])
+    assert [(block.num_experts, block.top_k) for block in run.plan.model.blocks.values()] == [(8, 2)] * 2
+    before, *_, after = quality(run)
+    assert before == 0 and after > 0.5
+    given = AutoModelForCausalLM.from_pretrained(variables["taken"])
+    assert type(given) is type(variables["model"]) and type(given).__name__ == "MixtralForCausalLM"
+    assert not list(variables["taken"].glob("*.py"))  # nothing of ours
+    assert min(row.experts for row in run.ledger if row.task == "train") < 16  # clients hold a part of it
+
+
+def test_the_walk_goes_from_a_run_to_an_answer_and_can_be_walked_again(execute):
+    variables = execute("walkthrough.py")
+    assert variables["answer"] == "n"
+    assert variables["own"].value > 0.5
+    whole = sum(block.num_experts for block in read(variables["folder"]).plan.model.blocks.values())
+    assert 0 < variables["trained"].experts.max() < whole
+    assert variables["model"].num_parameters() < 3_158_112  # those of tiny
+    lines = (variables["folder"] / "evals.jsonl").read_text()
+    again = execute("walkthrough.py")
+    assert (again["folder"] / "evals.jsonl").read_text() == lines and again["answer"] == "n"
+
+
+def test_a_comparison_takes_what_a_run_takes():
+    run = {"data": {"sources": ["synthetic/last"]}}
+    assert api.by_name(run) == {"run": run}
+    assert api.by_name("runs/mine.toml") == {"mine": "runs/mine.toml"}
+    assert api.by_name({"a": run, "b": "b.toml"}) == {"a": run, "b": "b.toml"}
+    settings = api.settings_of(run, ())
+    assert api.by_name(settings) == {"run": settings}
