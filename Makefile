@@ -36,6 +36,9 @@ format: install ## mend the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: install ## the documentation as a site, in build/docs; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: install ## what federation, sub-models and a selective backward cost
 	for name in overhead submodel selective_backward; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
@@ -55,5 +58,5 @@ hfedmoe: install ## HFedMoE's experiment in full: two settings, three seeds, the
 clean: ## remove what was made, except .venv
 	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install quickstart test check lint types format bench ceilings fedmoe fedmoe-short hfedmoe clean
+.PHONY: help install quickstart test check lint types format docs bench ceilings fedmoe fedmoe-short hfedmoe clean
 .DEFAULT_GOAL := help
