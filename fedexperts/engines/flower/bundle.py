@@ -2,6 +2,7 @@
 
 from hashlib import sha256
 from io import BytesIO
+from warnings import catch_warnings, simplefilter
 from zipfile import BadZipFile, ZipFile
 
 from flwr.cli.build import build_fab_from_files
@@ -39,7 +40,9 @@ clientapp = "fedexperts_app.client:app"
 
 def bundle() -> Fab:
     """The app as Flower carries it."""
-    content, _ = build_fab_from_files({name: text.encode() for name, text in FILES.items()})
+    with catch_warnings():
+        simplefilter("ignore", DeprecationWarning)  # of a package that Flower calls by an old name
+        content, _ = build_fab_from_files({name: text.encode() for name, text in FILES.items()})
     return Fab(sha256(content).hexdigest(), content, {})
 
 

@@ -1,0 +1,115 @@
+"""Keys and certificates: who may read them, whom they vouch for, and that none is ever replaced."""
+
+import socket
+import ssl
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from fedexperts.engines.flower.keys import make_keys
+from fedexperts.engines.flower.processes import require_files
+from fedexperts.errors import BadValue
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("federation") / "keys"
+    make_keys(folder, ["localhost", "10.0.0.1", "fed.example"], ["north", "east"])
+    return folder
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def greet(keys, host, ca):
+    """Shakes hands with a server that has the keys, as a client does that trusts `ca` and asks for `host`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys / "server" / "server.pem", keys / "server" / "server.key")
+
+    def answer(listener):
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                context.wrap_socket(connection, server_side=True).close()
+            except (ssl.SSLError, ConnectionError):
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=answer, args=(listener,))
+        thread.start()
+        try:
+            with socket.create_connection(listener.getsockname()) as connection:
+                trusting = ssl.create_default_context(cafile=str(ca))
+                trusting.verify_flags |= ssl.VERIFY_X509_STRICT
+                trusting.wrap_socket(connection, server_hostname=host).close()
+        finally:
+            thread.join()
+
+
+def test_there_is_a_folder_for_each_machine_with_what_it_needs_and_private_keys_are_their_owners_only(keys):
+    assert set(files(keys)) == {
+        *("ca.key", "ca.pem"),
+        *(f"server/{name}" for name in ("ca.pem", "server.pem", "server.key", "clients/north.pub", "clients/east.pub")),
+        *(f"{client}/{name}" for client in ("north", "east") for name in ("ca.pem", "node.key", "node.pub")),
+    }
+    private = list(keys.rglob("*.key"))
+    assert len(private) == 4
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+
+
+def test_each_clients_public_key_that_the_server_has_is_of_its_private_key_and_no_two_are_the_same(keys):
+    of = {}
+    for client in ("north", "east"):
+        private = load_ssh_private_key((keys / client / "node.key").read_bytes(), None)
+        assert private.curve.name == "secp384r1"
+        registered = load_ssh_public_key((keys / "server" / "clients" / f"{client}.pub").read_bytes())
+        assert registered.public_numbers() == private.public_key().public_numbers()
+        of[client] = registered.public_numbers()
+    assert of["north"] != of["east"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "10.0.0.1", "fed.example"])
+def test_a_client_trusts_the_server_under_every_name_it_was_made_for_and_on_its_own_machine(keys, host):
+    greet(keys, host, keys / "north" / "ca.pem")
+
+
+def test_a_client_does_not_trust_it_under_another_name_or_when_it_has_another_authority(keys, tmp_path):
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greet(keys, "other.example", keys / "north" / "ca.pem")
+    make_keys(tmp_path / "others", ["localhost"], ["north"])
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greet(keys, "localhost", tmp_path / "others" / "north" / "ca.pem")
+
+
+def test_made_again_keys_stay_and_only_what_is_missing_is_added(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    before = files(tmp_path)
+    assert make_keys(tmp_path, ["localhost"], ["north"]) == []
+    added = make_keys(tmp_path, ["localhost"], ["north", "west"])
+    assert {path.parent.name for path in added} == {"west", "clients"}
+    after = files(tmp_path)
+    assert {name: data for name, data in after.items() if name in before} == before
+
+
+def test_a_certificate_that_is_there_for_another_host_is_said(tmp_path):
+    make_keys(tmp_path, ["10.0.0.1"], ["north"])
+    with pytest.raises(BadValue, match=r"for 10\.0\.0\.1, localhost, 127\.0\.0\.1, ::1, and not for 10\.0\.0\.2"):
+        make_keys(tmp_path, ["10.0.0.2"], ["north"])
+
+
+@pytest.mark.parametrize("name", ["server", "../north", "", "a b", ".north"])
+def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(BadValue, match="no client can be called"):
+        make_keys(tmp_path / "keys", ["localhost"], ["north", name])
+    assert not Path(tmp_path / "keys").exists()
+
+
+def test_a_private_key_that_others_may_read_is_refused(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    require_files(tmp_path / "north", ("ca.pem", "node.key"), "north")
+    (tmp_path / "north" / "node.key").chmod(0o644)
+    with pytest.raises(BadValue, match="chmod 600"):
+        require_files(tmp_path / "north", ("ca.pem", "node.key"), "north")

@@ -1,0 +1,102 @@
+"""What a SuperLink serves to other machines, and which app a SuperNode runs."""
+
+import asyncio
+import zipfile
+from io import BytesIO
+
+import pytest
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
+
+from fedexperts.engines.flower.bundle import bundle, contents, require_ours
+from fedexperts.engines.flower.deployment import Federation
+from fedexperts.engines.flower.member import Member
+from fedexperts.engines.flower.superlink import OthersAreNodes, Places
+from fedexperts.errors import BadLetter, BadValue
+
+
+def status(client, path, server="10.0.0.1"):
+    """What a request from `client` to `server` gets; 200 where the app beneath answers."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "client": client and (client, 1), "server": (server, 9092)}
+    asyncio.run(OthersAreNodes(app)(scope, None, send))
+    return sent[0]["status"]
+
+
+CONTROL = ("/v1/control/start-run", "/v1/runtime/push-messages", "/docs", "/", "/v1/fleet", "/v1/control/v1/fleet/")
+
+
+@pytest.mark.parametrize("path", CONTROL)
+@pytest.mark.parametrize("client", ["10.0.0.2", "::ffff:10.0.0.2", "2001:db8::1", None])
+def test_other_machines_reach_nothing_but_the_fleets_paths(client, path):
+    assert status(client, path) == 403
+    assert status(client, "/v1/fleet/activate-node") == 200
+
+
+@pytest.mark.parametrize("path", CONTROL)
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "10.0.0.1"])
+def test_the_servers_own_machine_reaches_everything(client, path):
+    assert status(client, path) == 200
+
+
+def test_a_node_that_is_still_taken_for_connected_connects_again_at_once_and_an_unknown_one_never():
+    places = Places(NoOpFederationManager(), ObjectStoreFactory().store())
+    node = places.create_node("owner", "name", b"key", 30)
+    assert places.activate_node(node, 30)
+    assert places.activate_node(node, 30)
+    assert not places.activate_node(node + 1, 30)
+    assert [each.status for each in places.get_node_info(node_ids=[node])] == [NodeStatus.ONLINE]
+
+
+def test_the_app_is_ours_however_it_is_packed():
+    files = contents(bundle().content)
+    assert {"pyproject.toml", "fedexperts_app/client.py", "fedexperts_app/server.py"} <= {name for name, _ in files}
+    require_ours(bundle().content)
+    require_ours(packed(files))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("change", ["a line more", "a file more", "a file twice", "no file of that kind"])
+def test_an_app_that_is_not_ours_is_refused(change):
+    files = contents(bundle().content)
+    changed = {
+        "a line more": packed([(name, data + b"\nimport os") for name, data in files]),
+        "a file more": packed([*files, ("sitecustomize.py", b"import os")]),
+        "a file twice": packed([*files, files[0]]),
+        "no file of that kind": b"import os",
+    }[change]
+    with pytest.raises(BadLetter, match="will not be run"):
+        require_ours(changed)
+
+
+def packed(files):
+    made = BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as file:
+        for name, data in files:
+            file.writestr(name, data)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "fed.example"])
+def test_without_keys_nothing_but_this_machine_is_served_or_joined(tmp_path, host):
+    with pytest.raises(BadValue, match="--insecure"):
+        Federation(tmp_path, host=host, port=9092, keys=None)
+    with pytest.raises(BadValue, match="--insecure"):
+        Member("north", f"{host}:9092", tmp_path, None, [], print)
+
+
+def test_what_is_missing_of_keys_or_an_address_is_said(tmp_path):
+    with pytest.raises(BadValue, match=r"has no ca\.pem"):
+        Federation(tmp_path, port=9092, keys=tmp_path)
+    with pytest.raises(BadValue, match=r"has no ca\.pem"):
+        Member("north", "10.0.0.1:9092", tmp_path, tmp_path, [], print)
+    with pytest.raises(BadValue, match="host:port"):
+        Member("north", "10.0.0.1", tmp_path, tmp_path, [], print)
