@@ -147,3 +147,15 @@ def test_an_evaluation_takes_no_virtual_time_and_is_never_late():
 def test_without_profiles_there_is_no_clock():
     ledger, _ = entered([job()], [update(cost=WORK)])
     assert (ledger.clock_seconds, ledger.entries[0].clock_seconds) == (None, None)
+
+
+def test_who_sent_other_experts_than_it_held_is_told_with_them():
+    few = Patch(
+        {"a.up": torch.ones(1, 3), "b.up": torch.ones(0, 3)}, {"a.up": torch.tensor([2]), "b.up": torch.tensor([]).long()}
+    )
+    all_held = Patch({"a.up": torch.ones(2, 3), "b.up": torch.ones(1, 3)}, {"a.up": IDS, "b.up": torch.tensor([1])})
+    answers = [update("c01", patch=few), update("c02", patch=all_held), update("c03", patch=Patch({"head": torch.ones(1, 3)}))]
+    ledger, _ = entered([job("c01"), job("c02"), job("c03")], answers)
+    assert ledger.sends == {"c01": {"a": (2,), "b": ()}}
+    ledger.clear()
+    assert ledger.sends == {}

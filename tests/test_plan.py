@@ -56,3 +56,17 @@ def test_budgets_are_printed_where_there_are_some(tiny_tree):
     without = printed(plan(prepared))
     assert "budget" in shown and "backward" in shown
     assert "budget" not in without and "backward" not in without
+
+
+def test_what_a_part_of_the_model_weighs_adds_up_to_what_the_whole_does(tiny_tree):
+    prepared = prepared_with(tiny_tree)
+    planned, server = plan(prepared), prepared.server
+    every = {block: shape.num_experts for block, shape in server.anatomy.blocks.items()}
+    patch, memory = planned["patch"], planned["memory"]
+    assert all(patch["expert_bytes"].values())
+    assert (
+        patch["dense_bytes"] + sum(patch["expert_bytes"][block] * number for block, number in every.items())
+        == (planned["full_patch_bytes"])
+    )
+    experts = sum(memory["expert_bytes"][block] * number for block, number in every.items())
+    assert memory["dense_bytes"] + experts + memory["activation_bytes"] == planned["full_bytes"]

@@ -36,7 +36,7 @@ def write(
 ) -> Report:
     """Writes the report of the runs in `folders` to the files that are named, each whole or not at all.
 
-    Every figure becomes a PNG file in the folder `pictures`, where one is named.
+    Every figure becomes a PNG file in the folder `pictures`, where one is named, and its numbers a CSV file beside it.
 
     A folder without a run stands for the runs below it; several runs of one method are its seeds; runs of comparisons over
     several run files are of several settings. Of several runs only finished ones are compared, as long as there are any.
@@ -70,7 +70,9 @@ def write(
     if markdown is not None:
         told = [f"Not finished: {'; '.join(unfinished)}. {page.UNFINISHED}\n"] if unfinished else []
         texts[markdown] = "\n".join([*map(tables.to_markdown, made), *told])
-    pngs = png.write((each for group in drawn().values() for each in group), pictures) if pictures else ()
+    every = [figure for group in drawn().values() for figure in group] if pictures else []
+    pngs = png.write(every, pictures) if pictures else ()
+    texts |= {path.with_suffix(".csv"): tables.cells_csv(figures.numbers(each)) for path, each in zip(pngs, every, strict=True)}
     for path, text in texts.items():
         write_text(path, text)
     return Report(runs, made, (*texts, *pngs), unfinished)

@@ -542,6 +542,24 @@ def csv_text(lines: Iterable[Sequence[str]]) -> str:
     return text.getvalue()
 
 
+def cells_csv(table: Table) -> str:
+    """The cells of `table` as they are shown, without the commas between thousands; empty where there is none."""
+    text = StringIO()
+    cells = ([_bare(cell) for cell in row] for row in table.rows)
+    csv.writer(text, lineterminator="\n").writerows([table.columns, *cells])
+    return text.getvalue()
+
+
+def _bare(cell: str) -> str:
+    """A number as programs read it; other text as it is."""
+    bare = cell.replace(",", "")
+    try:
+        float(bare)
+    except ValueError:
+        return "" if cell == NONE else cell
+    return bare
+
+
 def _csv_cells(value: Interval | None) -> Iterator[str]:
     """How many, mean, low, high; empty where there is none."""
     if value is None:

@@ -101,3 +101,52 @@ def test_more_clients_than_can_be_seen_are_drawn_in_part_and_said_so(tmp_path: P
     figure = figures.bytes_by_client(run)
     assert len(figure.drawing.data[0].y) == figures.MANY_CLIENTS
     assert "the first 60 of 70 clients" in figure.caption
+
+
+def test_the_map_says_who_trained_what_and_leaves_out_who_failed(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=6))
+    trained = {client["name"]: client["trained"] for client in figures.experts_map("fedmoe", run)["clients"]}
+    assert sum(map(len, trained.values())) == 6 * 4 - 1  # one client failed, in round 5
+    assert {masks for rounds in trained.values() for _, masks in rounds} == {None}  # all that they held
+
+
+def test_every_figure_has_its_numbers(tmp_path: Path):
+    single = figures.one_run(read(write_run(tmp_path / "one", rounds=4, clock=True, retained=True)))
+    several = figures.several(grouped(read_all([write_comparison(tmp_path / "several", seeds=2, retained=True)])))
+    found = [figures.numbers(figure) for group in (*single.values(), *several.values()) for figure in group]
+    assert len(found) > 20
+    for table in found:
+        assert table.rows, table.title
+        assert {len(row) for row in table.rows} == {len(table.columns)}, table.title
+
+
+def test_the_numbers_of_a_figure_are_those_it_is_drawn_from(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=4, clients=["<b>", "c", "d"]))
+    by_client = figures.numbers(figures.bytes_by_client(run))
+    assert by_client.columns == ("client", "down", "up")
+    assert [row[0] for row in by_client.rows] == ["<b>", "c", "d"]
+    assert float(by_client.rows[0][1]) == pytest.approx(m.down(m.counted(run, "<b>")) / 1e6, rel=1e-5)
+    over_rounds = figures.numbers(figures.curves(run, "rounds", "%"))
+    assert over_rounds.columns == ("round", "0", "2", "4")
+    assert over_rounds.rows[-1][0] == "mean over tasks"
+    other = read(write_run(tmp_path / "other", method="fedavg", rounds=4))
+    tradeoff = figures.numbers(figures.tradeoff({"fedmoe": [run], "fedavg": [other]}, m.SENT))
+    assert tradeoff.columns == ("of", "sent in total (MB)", "overall (%)")
+
+
+def test_the_spread_goes_from_the_worst_client_to_the_best(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=4))
+    drawn = {trace.name: list(trace.y) for trace in figures.spread_over_rounds(run).drawing.data}
+    assert list(drawn) == ["best client", "upper quartile", "median client", "lower quartile", "worst client"]
+    for ends in zip(*drawn.values(), strict=True):
+        assert list(ends) == sorted(ends, reverse=True)
+    (box,) = figures.spread({"fedmoe": [run]}).drawing.data
+    assert (box.lowerfence[0], box.upperfence[0]) == (drawn["worst client"][-1], drawn["best client"][-1])
+
+
+def test_clients_that_hold_the_same_need_no_map_of_their_overlap(tmp_path: Path):
+    same, other = (read(write_run(tmp_path / name, method=name, rounds=4)) for name in ("fedavg", "random_moe"))
+    assert not figures.overlap(same).drawing.data
+    (map,) = figures.overlap(other).drawing.data
+    assert [map.z[number][number] for number in range(len(map.z))] == [1.0] * len(map.z)
+    assert map.z[0][1] == map.z[1][0] < 1

@@ -206,3 +206,14 @@ def test_what_was_retained_and_drift_have_their_places_in_every_kind_of_report(t
         assert text.count("<figcaption>") - 1 == len(captions)
         assert "retained − base,mmlu,%" in (tmp_path / "r.csv").read_text()
         assert '"router drift, layer 3"' in (tmp_path / "r.csv").read_text()
+
+
+def test_the_first_screen_names_the_optimiser_and_its_schedule(tmp_path: Path):
+    folder = write_run(tmp_path / "run", rounds=2)
+    assert "optimiser" not in page_of(folder, tmp_path / "r.html")
+    training = '[training]\ntrain = "lora"\nrank = 8\nlr = 2e-4\nlocal_steps = 6\nbatch_size = 4\noptimizer = "adamw"\n'
+    text = (folder / "run.toml").read_text()
+    (folder / "run.toml").write_text(f'{text}{training}schedule = "cosine"\nfinal_lr = 1e-6\n')
+    page = page_of(folder, tmp_path / "r.html")
+    assert "<dt>trained</dt><dd>lora of rank 8, 6 steps of 4 examples in a client&#x27;s round</dd>" in page
+    assert "<dt>optimiser</dt><dd>adamw, learning rate 0.0002, cosine to 1e-06 over the rounds</dd>" in page

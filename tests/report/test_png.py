@@ -1,3 +1,4 @@
+import csv
 import struct
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 
 from fedexperts import report
 from fedexperts.errors import BadValue
-from fedexperts.report import figures, png
+from fedexperts.report import figures, png, tables
 from fedexperts.report.read import read
 
 from .fake import write_run, write_settings
@@ -26,18 +27,36 @@ def pictures_of(folder: Path, out: Path) -> tuple[Path, ...]:
         pytest.skip(f"no figure can be drawn here: {missing}")
 
 
+def pngs_of(folder: Path, out: Path) -> tuple[Path, ...]:
+    return tuple(path for path in pictures_of(folder, out) if path.suffix == ".png")
+
+
 def test_every_figure_becomes_a_png_under_its_title(tmp_path: Path):
     folder = write_run(tmp_path / "run", rounds=2)
     drawn = [figure for group in figures.one_run(read(folder)).values() for figure in group]
-    written = pictures_of(folder, tmp_path / "png")
+    written = pngs_of(folder, tmp_path / "png")
     assert [path.name for path in written] == [png.file_name(figure.title) for figure in drawn]
     assert "quality-over-rounds.png" in {path.name for path in written}
     heights = [figure.drawing.layout.height for figure in drawn]
     assert sizes(written) == [(png.WIDTH * png.SCALE, height * png.SCALE) for height in heights]
 
 
+def test_the_numbers_of_every_figure_lie_beside_it(tmp_path: Path):
+    written = pictures_of(write_run(tmp_path / "run", rounds=2), tmp_path / "png")
+    assert {path.stem for path in written if path.suffix == ".csv"} == {path.stem for path in written if path.suffix == ".png"}
+    rows = list(csv.reader((tmp_path / "png" / "bytes-of-each-client.csv").read_text().splitlines()))
+    assert rows[0] == ["client", "down", "up"]
+    assert [row[0] for row in rows[1:]] == [f"c{number:02}" for number in range(8)]
+    assert sum(float(number) for row in rows[1:] for number in row[1:]) > 1
+
+
+def test_numbers_lose_the_commas_that_part_thousands_and_names_keep_theirs():
+    table = tables.Table("t", ("method", "MB"), (("a, b", "1,234.5"), ("c", tables.NONE)))
+    assert tables.cells_csv(table) == 'method,MB\n"a, b",1234.5\nc,\n'
+
+
 def test_figures_of_settings_have_files_of_their_own(tmp_path: Path):
-    written = pictures_of(write_settings(tmp_path / "runs", seeds=1, clock=True), tmp_path / "png")
+    written = pngs_of(write_settings(tmp_path / "runs", seeds=1, clock=True), tmp_path / "png")
     names = [path.name for path in written]
     assert len(set(names)) == len(names) == len(sizes(written)) > 10
     over = [axis.replace(" ", "-") for axis in figures.AXES]
