@@ -46,6 +46,7 @@ class Member:
 
     def __post_init__(self) -> None:
         self.home = self.home.resolve()
+        self.log, self.said = self.home / "supernode.log", 0
         host, _, port = self.server.rpartition(":")
         if not host or not port.isdigit():
             raise BadValue(f"--server {self.server!r} is no address; give host:port, such as 10.0.0.1:9092")
@@ -77,7 +78,7 @@ class Member:
                     works.close()
                     worker = self.start_worker(works, listener)
                 if node.poll() is not None:
-                    self.tell(f"{self.name}: {said(self.home / 'supernode.log')}; trying again")
+                    self.tell(f"{self.name}: {why(self.log.read_text(errors='replace')[self.said :])}; trying again")
                     joins.close()
                     sleep(AGAIN_SECONDS)
                     node = self.join(joins, folder / "worker")
@@ -101,6 +102,7 @@ class Member:
         own = ("--host", "127.0.0.1", "--port", free_port(), "--max-wait-time", FORGET_SECONDS)
         config = ("--node-config", f'name="{self.name}" socket="{worker}"')
         self.tell(f"{self.name}: joining {self.server}")
+        self.said = len(self.log.read_text(errors="replace")) if self.log.exists() else 0  # by those before
         command = module("supernode", "--superlink", self.server, *own, *config)
         environment = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         return stack.enter_context(process([*command, *secured], self.home, "supernode", environment))
@@ -129,12 +131,9 @@ class Member:
             return False
 
 
-def said(log: Path) -> str:
-    """Why a SuperNode ended, as far as its log tells."""
-    text = log.read_text(errors="replace")[-4000:]
-    if "already in use" in text:
-        return "the server still takes it for connected, until it has missed its heartbeats"
-    if "[code: 22]" in text or "not registered" in text or "Invalid SuperNode authentication" in text:
-        return "the server does not know its key"
-    lines = [line for line in text.splitlines() if line.strip()]
-    return f"its SuperNode ended ({lines[-1].strip() if lines else 'it said nothing'})"
+def why(said: str) -> str:
+    """Why a SuperNode ended that `said` this last."""
+    if "Failed to activate SuperNode" in said:
+        return "the server does not know its key; give it the server/clients folder that `fedexperts keys` made with this key"
+    lines = [line.strip() for line in said.splitlines() if "INFO" not in line and line.strip()]
+    return f"its SuperNode ended ({lines[-1] if lines else 'it said nothing'})"
