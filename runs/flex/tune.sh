@@ -7,7 +7,7 @@ tries=""
 router='training.parts=["attention", "router"]'
 experts='training.parts=["attention", "experts"]'
 optimizer="federation.server_optimizer.name"
-for lr in 3e-4 1e-3 3e-3; do
+for lr in 1e-3 3e-3 1e-2; do
   for method in flex fedit local fedprox scaffold ditto ffa_lora fedsa_lora flora flexlora hetlora \
     "fedper:$router" "fedrep:$router" "random_expert:$experts" \
     "fedit:$optimizer=fedavgm" "fedit:$optimizer=fedadagrad" "fedit:$optimizer=fedyogi" "fedit:$optimizer=fedadam"; do
