@@ -36,7 +36,7 @@ format: install ## mend the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install ## the documentation as a site, in build/docs; a broken link fails
+docs: install ## the documentation as a site, in build/docs (to search it: python -m http.server -d build/docs); a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install ## what federation, sub-models and a selective backward cost
