@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 from fedexperts.engines.flower.processes import (
     FORGET_SECONDS,
@@ -67,34 +67,34 @@ class Member:
             listener = stack.enter_context(listening(folder / "worker"))
             works = stack.enter_context(ExitStack())
             joins = stack.enter_context(ExitStack())
-            worker = self.start_worker(works, listener)
-            node = self.join(joins, folder / "worker")
+            node: subprocess.Popen[bytes] | None = None
+            worker, again, alone = self.start_worker(works, listener), 0.0, False
             while True:
-                sleep(LOOK_SECONDS)
                 if (code := worker.poll()) is not None:
                     if code == MISTAKE:
                         raise BadRun(f"{self.name} cannot take part: what its worker said above has to be mended first")
                     self.tell(f"{self.name}: its worker ended ({code}) and is started again")
                     works.close()
                     worker = self.start_worker(works, listener)
-                if node.poll() is not None:
+                if node is not None and node.poll() is not None:
                     self.tell(f"{self.name}: {why(self.log.read_text(errors='replace')[self.said :])}; trying again")
                     joins.close()
-                    sleep(AGAIN_SECONDS)
-                    node = self.join(joins, folder / "worker")
+                    node, again = None, monotonic() + AGAIN_SECONDS
+                if node is None and monotonic() >= again:
+                    if self.knocks():
+                        node, alone = self.join(joins, folder / "worker"), False
+                    elif not alone:
+                        self.tell(f"{self.name}: nobody answers at {self.server} yet; trying again")
+                        alone = True
+                    again = monotonic() + AGAIN_SECONDS
+                sleep(LOOK_SECONDS)
 
     def start_worker(self, stack: ExitStack, listener: socket.socket) -> subprocess.Popen[bytes]:
         number = listener.fileno()
         return stack.enter_context(process([*self.worker, str(number)], self.home, None, pass_fds=(number,)))
 
     def join(self, stack: ExitStack, worker: Path) -> subprocess.Popen[bytes]:
-        """A SuperNode, as soon as the server can be reached."""
-        told = False
-        while not self.knocks():
-            if not told:
-                self.tell(f"{self.name}: nobody answers at {self.server} yet; trying again")
-            told = True
-            sleep(AGAIN_SECONDS)
+        """A SuperNode."""
         secured = ["--insecure"]
         if self.keys is not None:
             ca, key = self.keys / "ca.pem", self.keys / "node.key"

@@ -1,0 +1,71 @@
+"""The commands of a deployment, and what they say to mistakes before anything listens."""
+
+import sys
+
+import pytest
+import tomli_w
+
+from fedexperts import cli
+
+
+@pytest.fixture
+def fedexperts(monkeypatch, capsys):
+    """Calls the command; gives its exit code, and what it wrote to stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedexperts", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def run_file(tiny_tree, tmp_path):
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(tiny_tree))
+    return tmp_path / "run.toml"
+
+
+def test_keys_says_what_it_wrote_and_that_the_second_time_nothing_was_missing(fedexperts, tmp_path):
+    told = ("keys", tmp_path / "keys", "--host", "localhost,10.0.0.1", "--clients", "north,east")
+    code, out, _ = fedexperts(*told)
+    assert code == 0
+    written = {line.removeprefix("written: ") for line in out.splitlines()}
+    assert written == {str(path) for path in (tmp_path / "keys").rglob("*") if path.is_file()}
+    assert fedexperts(*told)[:2] == (0, "all keys are there already\n")
+
+
+def test_keys_or_no_security_must_be_said(fedexperts, run_file, tmp_path):
+    client = ("client", "--name", "c01", "--server", "localhost:9092", "--run", run_file)
+    for command in (("server", run_file, "--out", tmp_path / "out"), client):
+        for more in ((), ("--keys", tmp_path, "--insecure")):
+            code, _, err = fedexperts(*command, *more)
+            assert code == 2
+            assert "either --keys" in err
+
+
+def test_without_security_nothing_but_this_machine_is_served_or_joined(fedexperts, run_file, tmp_path):
+    code, _, err = fedexperts("server", run_file, "--out", tmp_path / "out", "--insecure", "--host", "0.0.0.0")
+    assert (code, "can be reached from other machines" in err) == (2, True)
+    client = ("client", "--name", "c01", "--server", "10.0.0.1:9092", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
+    code, _, err = fedexperts(*client)
+    assert (code, "for a server on this machine" in err) == (2, True)
+
+
+def test_a_method_that_pools_data_is_refused_before_anything_starts(fedexperts, run_file, tmp_path):
+    told = ("--out", tmp_path / "out", "--insecure", "--set", "method.name=centralised")
+    code, _, err = fedexperts("server", run_file, *told)
+    assert (code, "in one place" in err) == (2, True)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.flower").exists()
+
+
+def test_a_client_that_the_run_does_not_have_stops_and_says_so(fedexperts, run_file, tmp_path):
+    told = ("--run", run_file, "--set", 'data.names=["a","b","c","d"]', "--insecure", "--out", tmp_path / "x")
+    code, _, err = fedexperts("client", "--name", "x", "--server", "127.0.0.1:1", *told)
+    assert code == 2
+    assert "x cannot take part" in err
