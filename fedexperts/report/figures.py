@@ -128,7 +128,7 @@ def curves(run: RunResults, over: str, unit: str) -> Figure:
     for index, task in enumerate(tasks):
         for client in (name for name in m.clients_of(run, task) if name in drawn):
             points = _points(run, client, task, axis)
-            drawing.add_trace(_line(f"{client}: {task}", points, index, width=1, opacity=0.35, legend=False, group=task))
+            drawing.add_trace(_line(f"{client}: {task}", points, index, width=1, opacity=0.5, legend=False, group=task))
     for index, task in enumerate(tasks):
         name = f"{task} ({m.metric([run], task)})"
         drawing.add_trace(_line(name, _points(run, None, task, axis), index, width=2, group=task))
@@ -275,7 +275,7 @@ def drift(run: RunResults) -> Figure:
     drawing = _layers(list(found))
     for number, client in enumerate(list(m.at_the_end(run))[:MANY_CLIENTS] if found else ()):
         values = [(float(layer), each[number]) for layer, each in enumerate(found.values()) if number < len(each)]
-        drawing.add_trace(_line(client, values, number, width=1, opacity=0.35, legend=False))
+        drawing.add_trace(_line(client, values, number, width=1, opacity=0.5, legend=False))
     if found:
         mean = [(float(layer), _mean(each)) for layer, each in enumerate(found.values())]
         drawing.add_trace(_line("mean over clients", mean, 0, width=4, meta=INK))

@@ -422,14 +422,14 @@ def training(run: RunResults) -> list[Round]:
 
 
 def alike(some: Holds, others: Holds) -> float:
-    """Experts that both have, of those that either has, over all MoE layers (the Jaccard index); 1 where neither has any."""
+    """Experts that both have, of those that either has, over all MoE layers: the Jaccard index."""
     one, other = ({(block, expert) for block, ids in each.items() for expert in ids} for each in (some, others))
-    return len(one & other) / len(one | other) if one | other else 1.0
+    return len(one & other) / len(one | other)
 
 
 def worked_with(run: RunResults, when: int = -1) -> dict[str, Holds]:
-    """Client → the experts it trained the last time, or with 0 the first; clients of one task beside each other."""
-    found = {client: rounds[when][1] for client, rounds in work(run).items() if rounds}
+    """Client → the experts it trained the last time, or with 0 the first, where there were any; those of one task together."""
+    found = {client: rounds[when][1] for client, rounds in work(run).items() if count(rounds[when][1])}
     home = {client.name: client.task for client in run.plan.clients}
     order = list(dict.fromkeys(home.values()))
     place = {client: (order.index(home[client]) if client in home else len(order)) for client in found}

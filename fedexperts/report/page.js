@@ -115,7 +115,7 @@ function drawMap() {
   draw("map", [{
     type: "heatmap", z, y: map.blocks.map((block) => escaped(block.label)), zmin: what === "moved" ? -most : 0, zmax: most,
     meta: { theme: what === "moved" ? "shift" : "heat" }, xgap: 1, ygap: 1, showscale: all || what === "trained",
-    colorbar: { title: { text: UNIT[what], side: "right" }, thickness: 12 },
+    colorbar: { title: { text: UNIT[what], side: "right" }, thickness: 12, ...(most < 6 ? { dtick: 1 } : {}) },
     hovertemplate: `%{y}, expert %{x}: %{z} ${UNIT[what]}<extra></extra>`,
   }], {
     height: 150 + Math.max(map.blocks.length * 22, 110), margin: { l: 56, r: 16, t: 8, b: 44 },
@@ -124,16 +124,17 @@ function drawMap() {
   });
 }
 
-function cell(kind, text, scope) {
+function cell(kind, text, scope, name) {
   const made = document.createElement(kind);
   made.textContent = text;
   if (scope) made.scope = scope;
+  if (name) made.className = name;
   return made;
 }
 
 function fillMapNumbers(map, z) {
   const heads = document.createElement("tr");
-  heads.append(cell("th", "layer", "col"), ...z[0].map((_, expert) => cell("th", expert, "col")));
+  heads.append(cell("th", "layer", "col", "text"), ...z[0].map((_, expert) => cell("th", expert, "col")));
   const rows = z.map((numbers, row) => {
     const made = document.createElement("tr");
     made.append(cell("th", map.blocks[row].label, "row"), ...numbers.map((number) => cell("td", number === null ? "–" : number)));

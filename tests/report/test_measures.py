@@ -61,6 +61,13 @@ PATCH = Weighed(2 * MB, {"a": MB, "b": 3 * MB})
 MEMORY = Weighed(8 * MB, {"a": 4 * MB, "b": 12 * MB}, activation_bytes=5 * MB)
 
 
+def test_a_client_that_sent_no_expert_overlaps_with_nobody():
+    nothing = {"a": (), "b": ()}
+    found = run([Round(1, holds={"x": ALL, "y": ALL, "z": ALL}, sends={"x": nothing, "z": nothing})])
+    assert list(m.worked_with(found)) == ["y"]
+    assert m.overlap(found) == m.Overlap(None, None)
+
+
 def test_the_floor_is_made_of_what_each_client_held_and_sent():
     rounds = [Round(1, holds={"x": ALL, "y": HALF}, sends={"x": HALF}), Round(2, holds={"x": ALL}, failed={"x": "lost"})]
     ledger = [
