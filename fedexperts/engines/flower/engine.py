@@ -166,11 +166,12 @@ class FlowerEngine:
 
     def send(self, job: Job) -> Sent:
         node = self.nodes.get(job.client)
+        since = self.since().get(node or 0)  # before it is sent: who connects anew after that has not seen it, or has lost it
         letter = order(job, self.about, self.accepted.get(job.client, ""))
         message = self.push(letter, node) if node is not None else None
         if message:
             self.asked[message] = job.client
-        weights, since = frozenset(job.patch.tensors), self.since().get(node or 0)
+        weights = frozenset(job.patch.tensors)
         return Sent(job.client, job.round, job.task, own(job), weights, message, monotonic() + self.seconds, node, since)
 
     def receive(self, sent: Sent) -> Update | Failure:

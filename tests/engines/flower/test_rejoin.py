@@ -1,0 +1,54 @@
+"""Clients that go and come back, as the engine sees them."""
+
+from test_engine import CLIENTS, Bench, identity, jobs  # noqa: F401  # a fixture among them
+
+from fedexperts.types import Failure, Update
+
+
+def outcomes(answers):
+    return {answer.client: answer.reason if isinstance(answer, Failure) else "answered" for answer in answers}
+
+
+def test_a_client_that_connects_anew_in_the_middle_of_its_job_fails_in_it_and_answers_the_next(tmp_path):
+    bench = Bench(tmp_path)
+    since = dict.fromkeys(bench.grid.get_node_ids(), "first")
+    engine = bench.engine(since=lambda: dict(since), poll_seconds=0)
+    engine.connect()
+
+    def lose(reply):
+        since[2] = "second"
+        return []
+
+    bench.grid.change[2] = lose
+    answered = dict.fromkeys(CLIENTS, "answered")
+    assert outcomes(engine.run(jobs())) == {**answered, "c02": "it connected anew in the middle of its job"}
+    del bench.grid.change[2]
+    again = list(engine.run(jobs(round=2)))
+    assert outcomes(again) == answered
+    (second,) = (answer for answer in again if answer.client == "c02")
+    assert isinstance(second, Update) and second.metrics["before"] == 0  # what it kept of the lost job is gone
+
+
+def test_a_client_that_was_away_is_asked_again_who_it_is_and_what_it_says_is_told_once(tmp_path):
+    bench, said = Bench(tmp_path), []
+    engine = bench.engine(tell=said.append, poll_seconds=0)
+    engine.connect()
+    assert sorted(said[-4:]) == [f"{name} is there" for name in CLIENTS]
+    app = bench.grid.apps.pop(3)
+    engine.greet()
+    bench.grid.apps[3] = app
+    before = len(said)
+    engine.greet()
+    engine.greet()
+    assert said[before:] == ["c03 is there"]
+
+
+def test_nodes_whose_keys_are_known_are_their_clients_and_no_others(tmp_path):
+    bench, said = Bench(tmp_path), []
+    names = dict(enumerate(["c02", "c01", "c03", "c04"], 1))
+    engine = bench.engine(names=names, tell=said.append, poll_seconds=0)
+    engine.connect(seconds=0, fewest=0)
+    while len(engine.refused) + len(engine.nodes) < 4:
+        engine.greet()
+    assert set(engine.nodes) == {"c03", "c04"}
+    assert "refused: c02: a node with the key of c02 says it is c01; give each client its own keys" in said
