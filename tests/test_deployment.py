@@ -1,0 +1,208 @@
+"""A real deployment on loopback, with TLS and node keys: three clients, one federation, and several runs in it in turn."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from threading import Thread
+
+import httpx
+import pytest
+import tomli_w
+from deployed import gone, processes, running, signalled, until
+from safetensors.torch import load_file
+
+from fedexperts import checkpoint, deploy, flower
+from fedexperts import running as runs
+from fedexperts.config import RunConfig
+from fedexperts.engines.flower.deployment import Federation
+from fedexperts.engines.flower.keys import make_keys
+from fedexperts.engines.flower.member import Member
+from fedexperts.engines.flower.processes import free_port
+from fedexperts.errors import BadRun
+from fedexperts.settings import checked
+from fedexperts.start import Parts
+
+NAMES = ("north", "east", "west")
+METHODS = ("ditto", "fedmoe")  # a personal state; a stage before the rounds, and what the server remembers of it
+ROUNDS = 3
+
+
+class Deployment:
+    """The federation, its processes, and runs in it beside the same on the local engine."""
+
+    def __init__(self, folder, tree, started):
+        self.folder, self.tree, self.started = folder, tree, started
+        self.parts, self.said = Parts(), []
+        self.port = free_port()
+        self.keys = folder / "keys"
+
+    def config(self, method):
+        return checked(RunConfig, {**self.tree, "method": {"name": method}})
+
+    def run(self, method, name=None):
+        """Both results folders."""
+        name = name or method
+        out, local = self.folder / "out" / name, self.folder / "local" / method
+        if not local.exists():
+            runs.run(self.config(method), local, parts=self.parts)
+        deploy.serve(self.config(method), out, self.federation, tell=self.said.append, parts=self.parts)
+        return out, local
+
+    def join(self, name, keys=None):
+        self.started.start(
+            *(name, "client", "--name", name, "--server", f"localhost:{self.port}", "--run", self.folder / "run.toml"),
+            *("--keys", keys or self.keys / name, "--out", self.folder / name),
+        )
+
+    def loads(self, name):
+        return self.started.said(name).count("loaded the base model")
+
+
+@pytest.fixture(scope="module")
+def deployment(tiny_tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deployment")
+    data = {**{key: value for key, value in tiny_tree["data"].items() if key != "clients"}, "names": NAMES}
+    tree = {**tiny_tree, "federation": {"rounds": ROUNDS}, "evaluation": {"every": ROUNDS, "generate_tokens": 2}, "data": data}
+    (folder / "run.toml").write_text(tomli_w.dumps(tree))
+    make_keys(folder / "keys", ["localhost"], NAMES)
+    with processes(folder) as started:
+        made = Deployment(folder, tree, started)
+        for name in NAMES:
+            made.join(name)
+        with Federation(folder / "federation", port=made.port, keys=made.keys / "server") as made.federation:
+            yield made
+
+
+def lines(path):
+    """Without what was measured in seconds."""
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in path.read_text().splitlines()]
+
+
+def tensors(path):
+    return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in load_file(path).items()}
+
+
+def kept(folder, client):
+    return {path.name: tensors(path) for path in sorted(folder.glob(f"clients/{client}/*"))}
+
+
+def require_same(deployment, out, local):
+    newest = checkpoint.latest(local).relative_to(local)
+    assert newest == checkpoint.latest(out).relative_to(out) == Path(f"checkpoint/{ROUNDS:06d}-train")
+    for name in ("weights", "memory"):
+        assert tensors(out / newest / f"{name}.safetensors") == tensors(local / newest / f"{name}.safetensors")
+    for name in ("ledger.jsonl", "rounds.jsonl", "evals.jsonl"):
+        assert lines(out / name) == lines(local / name)
+    for client in NAMES:  # each on its own disk, and nothing of it on the server's
+        own = deployment.folder / client / (out / "id").read_text()
+        assert kept(own, client) == kept(local, client)
+        assert [path.name for path in own.glob("clients/*")] in ([client], [])
+    assert not (out / "clients").exists()
+
+
+def test_a_run_ends_with_the_same_bits_and_the_same_ledger_as_on_the_local_engine(deployment):
+    require_same(deployment, *deployment.run("ditto"))
+    assert [deployment.loads(name) for name in NAMES] == [1, 1, 1]  # for the first letter, and never again
+
+
+def killing(deployment, out, word, round):
+    """Kills the process of north's that has `word` in its command as soon as `round` rounds are recorded in `out`."""
+
+    def watch():
+        logged = out / "rounds.jsonl"
+        until(lambda: logged.exists() and len(logged.read_text().splitlines()) >= round, "a round")
+        for pid in running(deployment.folder / "north", word):
+            killed.append(pid)
+            signalled(pid)
+
+    killed = []
+    thread = Thread(target=watch)
+    thread.start()
+    return thread, killed
+
+
+def test_a_worker_that_is_killed_is_replaced_and_the_next_run_too_ends_with_the_same_bits(deployment):
+    thread, killed = killing(deployment, deployment.folder / "out" / "fedmoe", "fedexperts.resident", 1)
+    require_same(deployment, *deployment.run("fedmoe"))
+    thread.join()
+    assert len(killed) == 1 and gone(killed[0])
+    assert [deployment.loads(name) for name in NAMES] == [2, 1, 1]
+
+
+def test_the_runs_do_train_and_keep(deployment):
+    local = deployment.folder / "local"
+    assert all(kept(local / "ditto", name) for name in NAMES)
+    ends = [tensors(checkpoint.latest(local / name) / "weights.safetensors") for name in METHODS]
+    assert ends[0] != ends[1]
+
+
+def test_a_client_whose_supernode_is_killed_misses_a_round_and_comes_back_under_its_name_with_what_it_kept(deployment):
+    thread, killed = killing(deployment, deployment.folder / "out" / "supernode", "flower.supernode", 1)
+    out, _ = deployment.run("ditto", "supernode")
+    thread.join()
+    assert len(killed) == 1 and gone(killed[0])
+    assert deployment.started.said("north").count("joining") == 2
+    told = lines(out / "ledger.jsonl")
+    assert {line["client"] for line in told if line["failed"]} <= {"north"}
+    assert {line["client"] for line in told if line["round"] == ROUNDS and line["task"] == "evaluate" and not line["failed"]} == {
+        *NAMES
+    }
+    accepted = flower.accepted(out)
+    for name in NAMES:
+        own = kept(deployment.folder / name / (out / "id").read_text(), name)
+        assert max(own) == f"{accepted[name]}.safetensors"
+
+
+def test_a_client_whose_key_the_server_has_not_never_gets_in(deployment):
+    make_keys(deployment.keys, ["localhost"], ["stranger"])
+    shutil.copytree(deployment.keys / "stranger", deployment.folder / "false-key")
+    before = {node.node_id for node in deployment.federation.grid.get_nodes()}
+    home = deployment.folder / "impostor"
+    deployment.started.start(
+        *("impostor", "client", "--name", "north", "--server", f"localhost:{deployment.port}"),
+        *("--run", deployment.folder / "run.toml", "--keys", deployment.folder / "false-key", "--out", home),
+    )
+    until(
+        lambda: "does not know its key" in deployment.started.said("impostor"),
+        "a refusal",
+        lambda: deployment.started.said("impostor"),
+    )
+    deployment.started.kill("impostor")
+    assert {node.node_id for node in deployment.federation.grid.get_nodes()} <= before
+
+
+def test_a_client_with_another_authority_does_not_join(deployment, tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    member = Member("north", f"localhost:{deployment.port}", tmp_path / "home", tmp_path / "north", [], print)
+    with pytest.raises(BadRun, match="does not vouch for"):
+        member.knocks()
+    assert Member("north", f"localhost:{deployment.port}", tmp_path, deployment.keys / "north", [], print).knocks()
+
+
+def test_plaintext_is_refused(deployment):
+    with pytest.raises(httpx.TransportError):
+        httpx.post(f"http://127.0.0.1:{deployment.port}/v1/fleet/activate-node", content=b"")
+
+
+def test_a_socket_and_its_folder_are_their_owners_only(deployment):
+    folders = [Path(path) for path in Path(tempfile.gettempdir()).glob("fedexperts-*")]
+    sockets = [path for folder in folders for path in folder.iterdir() if path.is_socket()]
+    assert len(sockets) >= len(NAMES)
+    assert {path.stat().st_mode & 0o777 for path in sockets} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+
+
+def test_when_the_superlink_dies_the_run_stops_with_a_sentence(deployment):
+    """Last: nothing runs in this federation after it."""
+    out = deployment.folder / "out" / "stopped"
+
+    def kill():
+        until(lambda: (out / "evals.jsonl").exists(), "an evaluation")
+        signalled(deployment.federation.superlink.pid)
+
+    thread = Thread(target=kill)
+    thread.start()
+    with pytest.raises(BadRun, match=r"SuperLink has stopped.*--resume"):
+        deployment.run("ditto", "stopped")
+    thread.join()
