@@ -1,6 +1,7 @@
 """The server of a deployment: Flower's SuperLink, started and watched, and the grid of a run on it."""
 
 import json
+import logging
 import socket
 import subprocess
 import tempfile
@@ -66,6 +67,7 @@ class Federation:
         self.address = f"{'127.0.0.1' if host in ANYWHERE else host}:{port}"
 
     def __enter__(self) -> Self:
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # it tells of every connection
         self.home.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             require_free(self.host, self.port)
