@@ -62,6 +62,7 @@ def pids(path: Path) -> list[int]:
 
 def main(trees: Mapping[str, Any], out: Path) -> None:
     parts, stopped = Parts(), {}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     out.mkdir()
     (out / "driver").write_text(str(os.getpid()))
     with Simulation(play, nodes=max(tree["data"]["clients"] for tree in trees.values()) + 1, workers=WORKERS) as simulation:
