@@ -105,7 +105,9 @@ class Ledger:
     def note_experts(self, update: Update) -> None:
         """Which experts came with `update`, where some did, and others than its client held."""
         held = self.holds[update.client]
-        rows = {block: ids for name, ids in update.patch.rows.items() for block in held if name.startswith(f"{block}.")}
+        # The fewest rows of a block count, since a router may have come with all its own
+        by_length = sorted(update.patch.rows.items(), key=lambda named: len(named[1]), reverse=True)
+        rows = {block: ids for name, ids in by_length for block in held if name.startswith(f"{block}.")}
         sent = {block: tuple(ids.tolist()) for block, ids in rows.items()}
         if sent and any(tuple(held[block]) != ids for block, ids in sent.items()):
             self.sends[update.client] = sent
