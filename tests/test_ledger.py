@@ -159,3 +159,11 @@ def test_who_sent_other_experts_than_it_held_is_told_with_them():
     assert ledger.sends == {"c01": {"a": (2,), "b": ()}}
     ledger.clear()
     assert ledger.sends == {}
+
+
+@pytest.mark.parametrize("names", [("a.router", "a.up"), ("a.up", "a.router")])
+def test_a_router_with_all_its_rows_hides_no_selection_of_experts_whatever_comes_first(names):
+    rows = {"a.router": IDS, "a.up": torch.tensor([2])}
+    patch = Patch({name: torch.ones(len(rows[name]), 3) for name in names}, {name: rows[name] for name in names})
+    ledger, _ = entered([job("c01")], [update("c01", patch=patch)])
+    assert ledger.sends == {"c01": {"a": (2,)}}
