@@ -1,5 +1,6 @@
 """Every test runs on one thread, and every call of fedexperts.moe has its types and shapes checked."""
 
+import sys
 from contextlib import contextmanager
 
 from jaxtyping import install_import_hook
@@ -11,6 +12,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
+from fedexperts import cli  # noqa: E402
 from fedexperts.base.tokenizer import make_tokenizer  # noqa: E402
 from fedexperts.moe.anatomy import blocks  # noqa: E402
 from fedexperts.testing import tiny_model  # noqa: E402
@@ -24,6 +26,23 @@ def pytest_collection_modifyitems(items):
     them when the other is done.
     """
     items.sort(key=lambda item: item.path.name not in ("test_resume.py", "test_engines_agree.py"))
+
+
+@pytest.fixture
+def fedexperts(monkeypatch, capsys):
+    """Calls the command; gives its exit code, and what it wrote to stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedexperts", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
 
 
 class MinusInfinity(TorchFunctionMode):

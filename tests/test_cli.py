@@ -23,23 +23,6 @@ def write(tree, path):
 
 
 @pytest.fixture
-def fedexperts(monkeypatch, capsys):
-    """Calls the command; gives its exit code, and what it wrote to stdout and stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedexperts", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
-
-
-@pytest.fixture
 def run_file(tiny_tree, tmp_path):
     path = tmp_path / "tiny.toml"
     path.write_text(tomli_w.dumps(tiny_tree))

@@ -1,28 +1,7 @@
 """The commands of a deployment, and what they say to mistakes before anything listens."""
 
-import sys
-
 import pytest
 import tomli_w
-
-from fedexperts import cli
-
-
-@pytest.fixture
-def fedexperts(monkeypatch, capsys):
-    """Calls the command; gives its exit code, and what it wrote to stdout and stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedexperts", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
 
 
 @pytest.fixture

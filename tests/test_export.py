@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import fedexperts
-from fedexperts import cli, running, work
+from fedexperts import running, work
 from fedexperts.base.load import Base
 from fedexperts.base.load import load as load_base
 from fedexperts.base.tokenizer import make_tokenizer
@@ -483,24 +483,16 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(ended, tmp_path):
         load(tmp_path / "out")
 
 
-def test_the_commands_write_a_folder_and_ask_it(ended, tmp_path, monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedexperts", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return end.code or 0, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
+def test_the_commands_write_a_folder_and_ask_it(ended, tmp_path, fedexperts):
     run = ended("olmoe", "cut").folder
-    code, out, _ = call("export", run, "--client", "c01", "--to", tmp_path / "c01")
+    code, out, _ = fedexperts("export", run, "--client", "c01", "--to", tmp_path / "c01")
     assert (code, out.strip()) == (
         0,
         f"written: {tmp_path / 'c01'} (transformers reads it, with trust_remote_code=True; its README.md says how)",
     )
-    code, out, _ = call("generate", tmp_path / "c01", "abc", "--tokens", "3")
+    code, out, _ = fedexperts("generate", tmp_path / "c01", "abc", "--tokens", "3")
     assert (code, out) == (0, generate(tmp_path / "c01", "abc", tokens=3) + "\n")
-    code, _, said = call("export", run, "--client", "c01", "--to", tmp_path / "c01")
+    code, _, said = fedexperts("export", run, "--client", "c01", "--to", tmp_path / "c01")
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith(f"fedexperts: {tmp_path / 'c01'} is there already")
 

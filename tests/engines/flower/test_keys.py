@@ -25,7 +25,7 @@ def files(folder):
 
 
 def greet(keys, host, ca):
-    """Shakes hands with a server that has the keys, as a client does that trusts `ca` and asks for `host`."""
+    """Shakes hands with a server that has the keys, as a client does that trusts `ca` and asks for `host`; who answered."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(keys / "server" / "server.pem", keys / "server" / "server.key")
 
@@ -44,7 +44,8 @@ def greet(keys, host, ca):
             with socket.create_connection(listener.getsockname()) as connection:
                 trusting = ssl.create_default_context(cafile=str(ca))
                 trusting.verify_flags |= ssl.VERIFY_X509_STRICT
-                trusting.wrap_socket(connection, server_hostname=host).close()
+                with trusting.wrap_socket(connection, server_hostname=host) as trusted:
+                    return trusted.getpeercert()["subject"]
         finally:
             thread.join()
 
@@ -73,7 +74,7 @@ def test_each_clients_public_key_that_the_server_has_is_of_its_private_key_and_n
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "10.0.0.1", "fed.example"])
 def test_a_client_trusts_the_server_under_every_name_it_was_made_for_and_on_its_own_machine(keys, host):
-    greet(keys, host, keys / "north" / "ca.pem")
+    assert greet(keys, host, keys / "north" / "ca.pem")
 
 
 def test_a_client_does_not_trust_it_under_another_name_or_when_it_has_another_authority(keys, tmp_path):
