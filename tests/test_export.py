@@ -408,6 +408,13 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(ended, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_a_run_over_several_machines_no_client_is_exported_without_what_it_keeps(ended, tmp_path):
+    run = shutil.copytree(ended("olmoe", "grafted").folder, tmp_path / "run")
+    (tmp_path / "run.flower").mkdir()
+    refused(BadRun, "what c01 keeps to itself lies on its own; take the global model", run, tmp_path / "out", "c01")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_without_a_checkpoint_or_with_another_base_is_refused(ended, tmp_path):
     run = ended("olmoe", "full").folder
     shutil.copytree(run, tmp_path / "run")

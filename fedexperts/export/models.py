@@ -122,10 +122,16 @@ def of_client(run: Run, name: str) -> Exported:
 
     Raises:
         BadValue: no such client; or data or a model that are not there any more.
-        BadRun: the base or the data are others now, or the client has no part in the run.
+        BadRun: the base or the data are others now, the client has no part in the run, or what it keeps lies on another machine.
     """
     if name not in run.clients:
         raise BadValue(f"{run.folder} has no client {name!r}, only {', '.join(run.clients)}{nearest(name, run.clients)}")
+    folder = run.folder.resolve()
+    if folder.with_name(f"{folder.name}.flower").exists():  # where `fedexperts server` has Flower's own files
+        raise BadRun(
+            f"{run.folder} ran over several machines, and what {name} keeps to itself lies on its own; "
+            "take the global model (leave out --client)"
+        )
     prepared = prepare_run(run.config)
     now = versions(prepared)
     require_same(run, {key: now[key] for key in ("model_hash", "data_hashes")})
