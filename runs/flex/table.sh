@@ -1,22 +1,23 @@
 #!/bin/sh
-# FLEx's experiment: three settings, or those that are named (table.sh fedexperts superni), five seeds, all baselines at equal rounds
-# and steps. Started twice at once, the two share the work. Each method has the learning rate that tune.sh found best for it.
+# FLEx's experiment: four settings, or those that are named (table.sh fedexperts superni), five seeds, all baselines at equal rounds
+# and steps. Started twice at once, the two share the work. Learning rates are those that tune.sh found best.
 set -e
 command=${1:-fedexperts}
-shift || true
+[ $# -eq 0 ] || shift
+[ $# -gt 0 ] || set -- superni pathological dirichlet-0.5 dirichlet-1.0
 router='training.parts=["attention", "router"]'
 experts='training.parts=["attention", "experts"]'
 optimizer="federation.server_optimizer.name"
-methods="FLEx=flex:training.lr=1e-3,FedIT=fedit:training.lr=1e-3,local=local:training.lr=1e-3"
-methods="$methods,FedProx=fedprox:training.lr=1e-3,SCAFFOLD=scaffold:training.lr=1e-3,Ditto=ditto:training.lr=1e-3"
-methods="$methods,FFA-LoRA=ffa_lora:training.lr=1e-3,FedSA-LoRA=fedsa_lora:training.lr=1e-3,FLoRA=flora:training.lr=1e-3"
-methods="$methods,FlexLoRA=flexlora:training.lr=1e-3,HetLoRA=hetlora:training.lr=1e-3"
-methods="$methods,FedPer=fedper:$router:training.lr=1e-3,FedRep=fedrep:$router:training.lr=1e-3"
-methods="$methods,random expert=random_expert:$experts:training.lr=1e-3"
-methods="$methods,FedAvgM=fedit:$optimizer=fedavgm:training.lr=1e-3,FedAdagrad=fedit:$optimizer=fedadagrad:training.lr=1e-3"
-methods="$methods,FedYogi=fedit:$optimizer=fedyogi:training.lr=1e-3,FedAdam=fedit:$optimizer=fedadam:training.lr=1e-3"
-for setting in "${@:-superni pathological dirichlet}"; do
-  for each in $setting; do
-    "$command" compare "runs/flex/$each.toml" --seeds 5 --out "results/flex/$each" --set federation.workers="${WORKERS:-1}" --methods "$methods"
-  done
+methods="FLEx=flex,FedIT=fedit,local=local,FedPer=fedper:$router,FedRep=fedrep:$router,Ditto=ditto,FedSA-LoRA=fedsa_lora"
+methods="$methods,FFA-LoRA=ffa_lora,FLoRA=flora,FlexLoRA=flexlora,HetLoRA=hetlora,random expert=random_expert:$experts"
+methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer=fedavgm,FedAdagrad=fedit:$optimizer=fedadagrad"
+methods="$methods,FedYogi=fedit:$optimizer=fedyogi,FedAdam=fedit:$optimizer=fedadam"
+methods="$methods,experts too=fedit:$experts,FedMoE=fedmoe:$experts"
+for setting; do
+  case $setting in
+    dirichlet-*) file=dirichlet partition="--set data.partition.alpha=${setting#dirichlet-}" ;;
+    *) file=$setting partition= ;;
+  esac
+  "$command" compare "runs/flex/$file.toml" --seeds "${SEEDS:-5}" --out "results/flex/$setting" $partition \
+    --set federation.workers="${WORKERS:-1}" --methods "$methods"
 done
