@@ -1,6 +1,6 @@
 #!/bin/sh
 # FLEx's experiment: four settings, or those that are named (table.sh fedexperts superni), five seeds, all baselines at equal rounds
-# and steps. Started twice at once, the two share the work. Learning rates are those that tune.sh found best.
+# and steps. The learning rate that tune.sh found best, 1e-2 but for FFA-LoRA, is in the run files.
 set -e
 command=${1:-fedexperts}
 [ $# -eq 0 ] || shift
@@ -9,7 +9,7 @@ router='training.parts=["attention", "router"]'
 experts='training.parts=["attention", "experts"]'
 optimizer="federation.server_optimizer.name"
 methods="FLEx=flex,FedIT=fedit,local=local,FedPer=fedper:$router,FedRep=fedrep:$router,Ditto=ditto,FedSA-LoRA=fedsa_lora"
-methods="$methods,FFA-LoRA=ffa_lora,FLoRA=flora,FlexLoRA=flexlora,HetLoRA=hetlora,random expert=random_expert:$experts"
+methods="$methods,FFA-LoRA=ffa_lora:training.lr=3e-2,FLoRA=flora,FlexLoRA=flexlora,HetLoRA=hetlora,random expert=random_expert:$experts"
 methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer=fedavgm,FedAdagrad=fedit:$optimizer=fedadagrad"
 methods="$methods,FedYogi=fedit:$optimizer=fedyogi,FedAdam=fedit:$optimizer=fedadam"
 methods="$methods,experts too=fedit:$experts,FedMoE=fedmoe:$experts"

@@ -7,7 +7,7 @@ command=${1:-fedexperts}
 tries=""
 router='training.parts=["attention", "router"]'
 experts='training.parts=["attention", "experts"]'
-for lr in 3e-3 1e-2 1e-3; do
+for lr in 3e-3 1e-2 3e-2; do
   for method in flex fedit local ffa_lora "fedper:$router" "random_expert:$experts" ditto scaffold; do
     tries="$tries$method:training.lr=$lr,"
   done
