@@ -1,11 +1,13 @@
-"""The process of Flower's SuperNode: as its own command starts it, but it runs no app other than ours, and looks more often
-whether there is a message.
+"""The process of Flower's SuperNode: as its own command starts it, but it runs no app other than ours, looks more often whether
+there is a message, and ends with its SuperExec, without which it would take messages and answer none.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from threading import Thread
 from time import sleep
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedexperts.engines.flower.bundle import require_ours
+from fedexperts.engines.flower.processes import module
 
 POLL_SECONDS = 0.5
 GET_FAB = 4
@@ -39,10 +42,22 @@ def only_ours(get_fab: Callable[[str, int], Fab]) -> Callable[[str, int], Fab]:
     return get
 
 
+def superexec(command: Sequence[str]) -> None:
+    """Ours, with the options that Flower's would get. When it ends so does this process, and its watcher starts both again."""
+
+    def watch() -> None:
+        child.wait()
+        os._exit(1)
+
+    child = subprocess.Popen([*module("superexec"), *command[1:]])
+    Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     start_parent_process_monitor(os.getppid())
     theirs: Any = import_module("flwr.supernode.start_client_internal")  # of the one version that we pin
     theirs.http_request_response = careful
+    theirs.subprocess = SimpleNamespace(Popen=superexec)
     theirs.time = SimpleNamespace(sleep=lambda seconds: sleep(min(seconds, POLL_SECONDS)))
     try:
         flower_supernode()
