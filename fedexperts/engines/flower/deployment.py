@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from fedexperts.engines.flower.bundle import bundle
 from fedexperts.engines.flower.processes import (
     FORGET_SECONDS,
     LOOK_SECONDS,
+    OBJECTS,
     PATIENCE_SECONDS,
     is_loopback,
     module,
@@ -73,7 +75,8 @@ class Federation:
             require_free(self.host, self.port)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedexperts-")))  # its mode is 0700
             listener = stack.enter_context(listening(folder / "grid"))
-            self.superlink = stack.enter_context(self.started(folder / "grid"))
+            objects = stack.enter_context(emptied(self.home / "objects"))
+            self.superlink = stack.enter_context(self.started(folder / "grid", objects))
             self.names = self.begin()
             self.lender = stack.enter_context(self.accepted(listener))
             self.grid = self.borrowed()
@@ -85,15 +88,15 @@ class Federation:
         self.stack.close()
 
     @contextmanager
-    def started(self, grid: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """A SuperLink that listens; its ServerApp lends its grid at `grid`."""
+    def started(self, grid: Path, objects: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """A SuperLink that listens, and keeps messages in `objects`; its ServerApp lends its grid at `grid`."""
         secured = ["--insecure"]
         if self.keys is not None:
             files = (("certfile", "server.pem"), ("keyfile", "server.key"), ("ca-certfile", "ca.pem"))
             secured = [word for kind, name in files for word in (f"--ssl-{kind}", str(self.keys / name))]
             secured.append("--enable-supernode-auth")
         command = module("superlink", "--host", self.host, "--port", self.port, "--disable-runtime-dependency-installation")
-        environment = {lender.SOCKET: str(grid), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        environment = {lender.SOCKET: str(grid), OBJECTS: str(objects), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         with process([*command, *secured], self.home, "superlink", environment) as superlink:
             until = monotonic() + PATIENCE_SECONDS
             while not reached(self.address):
@@ -138,6 +141,17 @@ class Federation:
         """Raises BadRun when the SuperLink or its run has ended before its time."""
         if self.superlink.poll() is not None or ended(self.lender):
             raise BadRun(f"Flower's SuperLink has stopped; {self.home / 'superlink.log'} says why; go on with --resume")
+
+
+@contextmanager
+def emptied(folder: Path) -> Iterator[Path]:
+    """`folder`, which only its owner can read, with nothing of an earlier time in it; it goes with the context."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def key_in(path: Path) -> bytes:

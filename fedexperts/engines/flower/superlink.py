@@ -1,20 +1,27 @@
 """The process of Flower's SuperLink: as its own command starts it, and closed where that leaves it open.
 
 Its APIs share one port, and one of them, which has no passwords, starts runs. So only what nodes use is served to other machines.
-And a node that comes back has the place that it had, at once; else it would be refused until it is missed, for a minute.
+A node that comes back has the place that it had, at once; else it would be refused until it is missed, for a minute. And messages
+wait on disk: those of ten clients that answer with a model each would take as many models of memory.
 """
 
 import os
+from functools import partial
 from ipaddress import IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 
 from flwr.server.superlink.linkstate import InMemoryLinkState, linkstate_factory
 from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supercore.object_store import object_store_factory
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedexperts.engines.flower.processes import OBJECTS
 
 FOR_NODES = "/v1/fleet/"
 
@@ -52,11 +59,41 @@ class Places(InMemoryLinkState):
         return super().activate_node(node_id, heartbeat_interval)
 
 
+class OnDisk(InMemoryObjectStore):
+    """Keeps in memory which objects there are, and what they hold in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        with self.lock_store:
+            if (entry := self.store.get(object_id)) and not entry.is_available:
+                (self.folder / object_id).write_bytes(object_content)  # first, as a disk may be full
+            super().put(object_id, object_content)
+            self.store[object_id].content = b""
+
+    def get(self, object_id: str) -> bytes | None:
+        """Nothing of one that is not known; of one that has not come it is empty."""
+        with self.lock_store:
+            if object_id not in self.store:
+                return None
+            return (self.folder / object_id).read_bytes() if self.store[object_id].is_available else b""
+
+    def delete(self, object_id: str) -> None:
+        with self.lock_store:
+            super().delete(object_id)
+            if object_id not in self.store:
+                (self.folder / object_id).unlink(missing_ok=True)
+
+
 def main() -> None:
     start_parent_process_monitor(os.getppid())
     extensions.get_middleware = lambda: (Middleware(OthersAreNodes),)
     states: Any = linkstate_factory  # of the one version that we pin
     states.InMemoryLinkState = Places
+    stores: Any = object_store_factory
+    stores.InMemoryObjectStore = partial(OnDisk, Path(os.environ[OBJECTS]))
     flower_superlink()
 
 

@@ -4,15 +4,18 @@ import asyncio
 import zipfile
 from io import BytesIO
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord, RecordDict
 from flwr.supercore.constant import NodeStatus
-from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 
 from fedexperts.engines.flower.bundle import bundle, contents, require_ours
 from fedexperts.engines.flower.deployment import Federation
 from fedexperts.engines.flower.member import Member
-from fedexperts.engines.flower.superlink import OthersAreNodes, Places
+from fedexperts.engines.flower.superlink import OnDisk, OthersAreNodes, Places
 from fedexperts.errors import BadLetter, BadValue
 
 
@@ -54,6 +57,42 @@ def test_a_node_that_is_still_taken_for_connected_connects_again_at_once_and_an_
     assert places.activate_node(node, 30)
     assert not places.activate_node(node + 1, 30)
     assert [each.status for each in places.get_node_info(node_ids=[node])] == [NodeStatus.ONLINE]
+
+
+def test_messages_wait_on_disk_and_leave_nothing_there(tmp_path):
+    store, ours, theirs = OnDisk(tmp_path), made_of(0, 1), made_of(1, 2)
+    for each in (ours, theirs):  # they share one array
+        store.preregister(1, get_object_tree(each))
+    contents = {id: part.deflate() for each in (ours, theirs) for id, part in get_all_nested_objects(each).items()}
+    assert [store.get(id) for id in contents] == [b""] * len(contents)
+    for id, content in contents.items():
+        store.put(id, content)
+        store.put(id, content)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    assert {id: store.get(id) for id in contents} == contents
+    assert sum(len(entry.content) for entry in store.store.values()) == 0
+
+    store.delete(ours.object_id)
+    left = {id: part.deflate() for id, part in get_all_nested_objects(theirs).items()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {id: store.get(id) for id in left} == left
+    assert store.get(ours.object_id) is None
+    store.delete_objects_in_run(1)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_was_not_announced_or_has_another_hash_is_not_kept(tmp_path):
+    store, each = OnDisk(tmp_path), made_of(0, 1)
+    with pytest.raises(NoObjectInStoreError):
+        store.put(each.object_id, each.deflate())
+    store.preregister(1, get_object_tree(each))
+    with pytest.raises(ValueError, match="hash"):
+        store.put(each.object_id, b"something else")
+    assert store.get(each.object_id) == b""
+
+
+def made_of(*numbers):
+    """Records of an array for each number."""
+    return RecordDict({"parts": ArrayRecord([np.full(4, float(number)) for number in numbers])})
 
 
 def test_the_app_is_ours_however_it_is_packed():
