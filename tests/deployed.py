@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedexperts.engines.flower.worker import PARENT
+
 ENDING_WITH_US = """
 from fedexperts.cli import main
 from fedexperts.engines.flower.worker import end_with_parent
@@ -28,7 +30,7 @@ class Processes:
     def start(self, name: str, *arguments: object) -> None:
         command = [sys.executable, "-c", ENDING_WITH_US, *map(str, arguments)]
         with (self.folder / f"{name}.log").open("ab") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT: str(os.getpid())}
             self.running[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -83,6 +85,12 @@ def read(pid: int, what: str) -> bytes:
         return Path(f"/proc/{pid}/{what}").read_bytes()
     except OSError:
         return b""
+
+
+def parent(pid: int) -> int | None:
+    """None of a process that has gone."""
+    told = read(pid, "stat")  # pid (name) state parent …
+    return int(told.rpartition(b")")[2].split()[1]) if told else None
 
 
 def gone(pid: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+from fedexperts.engines.flower.worker import PARENT
 from fedexperts.errors import BadRun, BadValue
 
 PATIENCE_SECONDS = 60.0
@@ -32,7 +33,8 @@ def process(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is ended with the context; what it says goes to `log` in `home`, and without one to where ours goes."""
     here = Path(sys.executable).parent  # where Flower's commands are, which its processes start by name
-    every = {"FLWR_HOME": str(home), "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}", **(environment or {})}
+    path = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"
+    every = {"FLWR_HOME": str(home), "PATH": path, PARENT: str(os.getpid()), **(environment or {})}
     with ExitStack() as stack:
         output: Any = stack.enter_context((home / f"{log}.log").open("ab")) if log else None
         child = subprocess.Popen(  # S603 is not ours to mind: the command is our own

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from flwr.server.superlink.linkstate import InMemoryLinkState, linkstate_factory
-from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.object_store import object_store_factory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.superlink import extensions
@@ -22,6 +21,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedexperts.engines.flower.processes import OBJECTS
+from fedexperts.engines.flower.worker import end_with_parent
 
 FOR_NODES = "/v1/fleet/"
 
@@ -88,7 +88,7 @@ class OnDisk(InMemoryObjectStore):
 
 
 def main() -> None:
-    start_parent_process_monitor(os.getppid())
+    end_with_parent()
     extensions.get_middleware = lambda: (Middleware(OthersAreNodes),)
     states: Any = linkstate_factory  # of the one version that we pin
     states.InMemoryLinkState = Places

@@ -12,13 +12,13 @@ from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
-from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.fab import Fab
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedexperts.engines.flower.bundle import require_ours
 from fedexperts.engines.flower.processes import module
+from fedexperts.engines.flower.worker import end_with_parent
 
 POLL_SECONDS = 0.5
 GET_FAB = 4
@@ -54,7 +54,7 @@ def superexec(command: Sequence[str]) -> None:
 
 
 def main() -> None:
-    start_parent_process_monitor(os.getppid())
+    end_with_parent()
     theirs: Any = import_module("flwr.supernode.start_client_internal")  # of the one version that we pin
     theirs.http_request_response = careful
     theirs.subprocess = SimpleNamespace(Popen=superexec)

@@ -18,6 +18,8 @@ TRIES = 2
 """A letter that has ended so many processes is not handed to another."""
 PIECE = 2**20  # bytes at a time
 WATCH_SECONDS = 0.5
+PARENT = "FEDEXPERTS_PARENT"
+"""The environment variable that says which process has started this one; that may have ended before this one can look."""
 
 
 def listening(path: Path) -> socket.socket:
@@ -91,7 +93,7 @@ def exactly(connection: socket.socket, size: int) -> bytes:
 
 def end_with_parent() -> None:
     """Ends this process soon after the one that started it, however that ends."""
-    parent = os.getppid()
+    parent = int(os.environ[PARENT])
 
     def watch() -> None:
         while os.getppid() == parent:

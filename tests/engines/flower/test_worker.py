@@ -1,5 +1,6 @@
 """Letters over a socket to the process that stays, and how little the process needs that Flower starts for each."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from fedexperts.engines.flower.worker import answered, ask, exactly, listening, receive, send
+from fedexperts.engines.flower.worker import PARENT, answered, ask, exactly, listening, receive, send
 from fedexperts.engines.letter import Letter, to_bytes
 from fedexperts.errors import BadLetter, BadValue
 
@@ -75,6 +76,18 @@ def test_when_the_worker_dies_of_a_letter_the_next_one_gets_it(tmp_path):
 def test_a_letter_that_ends_two_workers_is_given_up(tmp_path):
     with worker(tmp_path / "s", None, None), pytest.raises(BadLetter, match="died 2 times"):
         ask(str(tmp_path / "s"), LETTER)
+
+
+def test_a_process_whose_parent_ended_before_it_could_look_ends_too():
+    """Else one that was still importing when its watcher was killed would stay for ever."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    program = "import time; from fedexperts.engines.flower.worker import end_with_parent; end_with_parent(); time.sleep(100_000)"
+    orphan = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, PARENT: str(ended.pid)})
+    try:
+        assert orphan.wait(timeout=120) == 1
+    finally:
+        orphan.kill()
 
 
 def test_bytes_that_end_early_are_no_answer(tmp_path):
