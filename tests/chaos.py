@@ -1,29 +1,43 @@
 """A deployment on this machine whose processes are killed at random, and whether it ends as it should.
 
-    python tests/chaos.py OUT [--seeds 5] [--rounds 12] [--clients 4] [--kills 8]
+    python tests/chaos.py OUT [--seeds 5] [--first-seed 0] [--rounds 12] [--clients 4] [--kills 8]
 
-Killed with SIGKILL are a client's worker, its SuperNode, the command that watches both, and the server's command; commands are
-started again as systemd would. What and when is drawn from the seed; what Flower is at by then is not.
+Killed with SIGKILL are a client's worker, the process that hands it a letter (relay) and the one that starts such (superexec),
+its SuperNode, the command that watches them, and all of these at once (machine); the server's SuperLink, and its command.
+Commands are started again as systemd would.
+What and when is drawn from the seed; what Flower is at by then is not.
+
+In the end the same run is done on the local engine, with the same answers missing: what the server has and what each client keeps
+to itself must be the same, byte for byte.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import tomli_w
-from deployed import PATIENCE, Processes, processes, running, signalled
-from safetensors.torch import load_file
+from deployed import PATIENCE, Processes, below, parent, processes, running, signalled
 
+from fedexperts import checkpoint, config
+from fedexperts import running as runs
 from fedexperts.base.tokenizer import make_tokenizer
 from fedexperts.engines.flower.keys import make_keys
 from fedexperts.engines.flower.processes import free_port
 from fedexperts.engines.kept import key
+from fedexperts.engines.local import LocalEngine
+from fedexperts.sites import site_for
+from fedexperts.start import Prepared
 from fedexperts.testing import tiny_model
+from fedexperts.types import Engine, Failure, Job, Update
 
-KINDS = ("worker", "supernode", "client", "server")
+COMMANDS = {"worker": "fedexperts.resident", "superexec": "flower.superexec", "supernode": "flower.supernode"}
+KINDS = (*COMMANDS, "relay", "client", "machine", "superlink", "server")
 MOST_SECONDS_LATER = 8.0
 SERVER = "server"
 
@@ -56,9 +70,9 @@ def chaos(folder: Path, model: Path, seed: int, *, clients: int, rounds: int, ki
             if plan and due is not None and time.monotonic() >= due:
                 kind, victim = plan.pop(0)[1], rng.choice(names)
                 if kill(started, folder, kind, victim):
-                    killed.append([recorded(out), kind, None if kind == "server" else victim])
+                    killed.append([recorded(out), kind, None if kind in ("server", "superlink") else victim])
                     due = None
-                else:  # it is just being started
+                else:  # it is just being started, or has nothing to do
                     plan.insert(0, (0.0, kind))
             time.sleep(0.1)
     return {
@@ -100,13 +114,26 @@ def start_server(started: Processes, folder: Path, port: int) -> None:
 
 def kill(started: Processes, folder: Path, kind: str, victim: str) -> bool:
     """Whether there was one to kill."""
-    if kind in ("client", "server"):
-        started.kill(victim if kind == "client" else SERVER)
+    if kind == "server":
+        started.kill(SERVER)
         return True
-    there = running(folder / victim, {"worker": "fedexperts.resident", "supernode": "flower.supernode"}[kind])
+    if kind in ("client", "machine"):
+        started.kill(victim)
+        for pid in below(folder / victim) if kind == "machine" else []:
+            signalled(pid)
+        return True
+    there = running(folder, "flower.superlink") if kind == "superlink" else of_client(folder / victim, kind)
     for pid in there:
         signalled(pid)
     return bool(there)
+
+
+def of_client(folder: Path, kind: str) -> list[int]:
+    """Its processes of this kind. A relay is forked from the SuperExec, and has its command."""
+    there = running(folder, COMMANDS["superexec" if kind == "relay" else kind])
+    if kind in ("superexec", "relay"):
+        return [pid for pid in there if (parent(pid) in there) == (kind == "relay")]
+    return there
 
 
 def recorded(out: Path) -> int:
@@ -118,26 +145,66 @@ def recorded(out: Path) -> int:
 def found(folder: Path, names: list[str]) -> dict[str, Any]:
     """What is there in the end: the rounds, the answers that are missing, and the clients that lost what they had kept.
 
-    The ledger says which of a client's answers counted last. It must have kept what it had then, whole, and nothing later,
-    unless it could not be told: it did not answer the last evaluation.
+    The ledger says which of a client's answers counted last. It must have kept what it had then, byte for byte, and nothing
+    later, unless it could not be told: it did not answer the last evaluation.
     """
-    out = folder / "out"
-    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
-    trained = [line for line in ledger if line["task"] == "train"]
+    out, local = folder / "out", folder / "local"
+    ledger = lines(out / "ledger.jsonl")
+    missing = {(line["client"], line["round"], line["task"]): line["failed"] for line in ledger if line["failed"]}
+    runs.run(config.read(folder / "run.toml", []), local, engine=partial(without, missing))
     lost = []
     for name in names:
-        answered = [line["round"] for line in trained if line["client"] == name and line["failed"] is None]
-        own = folder / name / (out / "id").read_text() / "clients" / name
-        kept = {path.stem: load_file(path) for path in own.glob("*.safetensors")}
+        answered = [line["round"] for line in ledger if (line["client"], line["task"], line["failed"]) == (name, "train", None)]
         last = key(answered[-1], "train") if answered else ""
-        told = any(
-            line["client"] == name and line["task"] == "evaluate" and line["failed"] is None for line in ledger[-len(names) :]
-        )
-        if (last and not kept.get(last)) or (told and kept and max(kept) != last):
-            lost.append({"client": name, "acknowledged": last, "kept": sorted(kept)})
-    rounds = [json.loads(line)["round"] for line in (out / "rounds.jsonl").read_text().splitlines()]
-    failed = [[line["round"], line["client"], line["failed"]] for line in trained if line["failed"]]
-    return {"rounds": rounds, "answers": len(trained) - len(failed), "failed": failed, "lost": lost}
+        own = kept(folder / name / (out / "id").read_text() / "clients" / name)
+        wanted = kept(local / "clients" / name).get(last)
+        told = (name, ledger[-1]["round"], "evaluate") not in missing
+        if (last and (wanted is None or own.get(last) != wanted)) or (told and max(own, default="") != last):
+            lost.append({"client": name, "acknowledged": last, "kept": sorted(own)})
+    return {
+        "rounds": [line["round"] for line in lines(out / "rounds.jsonl")],
+        "answers": sum(line["task"] == "train" and not line["failed"] for line in ledger),
+        "failed": [[*whose[:2], reason] for whose, reason in missing.items()],
+        "server as on the local engine": same(out, local),
+        "lost": lost,
+    }
+
+
+@contextmanager
+def without(missing: Mapping[tuple[str, int, str], str], prepared: Prepared, out: Path) -> Iterator[Engine]:
+    """A local engine on which answers are `missing`: client, round and task → why."""
+    with LocalEngine(site_for(prepared, out)) as engine:
+        yield Forgetful(engine, missing)
+
+
+class Forgetful:
+    def __init__(self, engine: Engine, missing: Mapping[tuple[str, int, str], str]) -> None:
+        self.engine, self.missing = engine, missing
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        for job in jobs:
+            reason = self.missing.get((job.client, job.round, job.task))
+            if reason is None:
+                yield from self.engine.run([job])
+            else:
+                yield Failure(job.client, job.round, job.task, reason)
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """The versions that a client has of what it keeps to itself."""
+    return {path.stem: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def same(out: Path, local: Path) -> bool:
+    """Whether two runs have ended with the same weights and memory, and tell the same of every round."""
+    ends = [kept(checkpoint.latest(run)) for run in (out, local)]
+    logs = [[lines(run / name) for name in checkpoint.LOGS] for run in (out, local)]
+    return ends[0] == ends[1] and logs[0] == logs[1]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Without what was measured in seconds."""
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in path.read_text().splitlines()]
 
 
 def make_model(folder: Path) -> Path:
@@ -151,12 +218,12 @@ def make_model(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    for name, default in (("seeds", 5), ("rounds", 12), ("clients", 4), ("kills", 8)):
+    for name, default in (("seeds", 5), ("first-seed", 0), ("rounds", 12), ("clients", 4), ("kills", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     told = parser.parse_args()
     told.out.mkdir(parents=True)
     model = make_model(told.out / "model")
-    for seed in range(told.seeds):
+    for seed in range(told.first_seed, told.first_seed + told.seeds):
         folder = told.out.resolve() / str(seed)
         folder.mkdir()
         kinds = [KINDS[number % len(KINDS)] for number in range(told.kills)]
