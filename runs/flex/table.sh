@@ -1,17 +1,18 @@
 #!/bin/sh
 # FLEx's experiment: four settings, or those that are named (table.sh fedexperts superni), five seeds, all baselines at equal rounds
-# and steps. The learning rate that tune.sh found best, 1e-2 but for FFA-LoRA, is in the run files.
+# and steps. Rates are those that tune.sh found best: 1e-2 for all clients but FFA-LoRA's.
 set -e
 command=${1:-fedexperts}
 [ $# -eq 0 ] || shift
 [ $# -gt 0 ] || set -- superni pathological dirichlet-0.5 dirichlet-1.0
 router='training.parts=["attention", "router"]'
 experts='training.parts=["attention", "experts"]'
-optimizer="federation.server_optimizer.name"
+optimizer="federation.server_optimizer"
 methods="FLEx=flex,FedIT=fedit,local=local,FedPer=fedper:$router,FedRep=fedrep:$router,Ditto=ditto,FedSA-LoRA=fedsa_lora"
 methods="$methods,FFA-LoRA=ffa_lora:training.lr=3e-2,FLoRA=flora,FlexLoRA=flexlora,HetLoRA=hetlora,random expert=random_expert:$experts"
-methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer=fedavgm,FedAdagrad=fedit:$optimizer=fedadagrad"
-methods="$methods,FedYogi=fedit:$optimizer=fedyogi,FedAdam=fedit:$optimizer=fedadam"
+methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer.name=fedavgm"
+methods="$methods,FedAdagrad=fedit:$optimizer.name=fedadagrad:$optimizer.lr=3e-2,FedYogi=fedit:$optimizer.name=fedyogi:$optimizer.lr=1e-2"
+methods="$methods,FedAdam=fedit:$optimizer.name=fedadam:$optimizer.lr=1e-2"
 methods="$methods,experts too=fedit:$experts,FedMoE=fedmoe:$experts"
 for setting; do
   case $setting in
