@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedexperts import flower, running
 from fedexperts.config import RunConfig
 from fedexperts.data.clients import Counts
@@ -19,6 +21,10 @@ from fedexperts.settings import checked
 from fedexperts.start import Parts, Told
 
 POLL_SECONDS = 0.5
+MOST_EXAMPLES = 10**7
+"""That a client may tell of: the server holds a stand-in for each."""
+COUNTS = TypeAdapter(Counts)
+UPDATE = "install this version of FedExperts there, or leave it out of data.names"
 PATIENCE_SECONDS = 600.0
 """For which a server waits for all clients before fewer are enough."""
 
@@ -94,7 +100,21 @@ def told(config: RunConfig, out: Path, federation: Federation, bounds: Mapping[s
 
 
 def counted(greeting: Greeting) -> Counts:
-    """Raises BadValue when it brought no data of its own."""
-    if greeting.counts is None:
-        raise BadValue(f"{greeting.client.name} brought no data of its own (data.own = true); start it with --data")
-    return Counts(**greeting.counts)
+    """Raises BadValue when it brought no data of its own, or says what cannot be."""
+    client, told = greeting.client, greeting.counts
+    if told is None:
+        raise BadValue(f"{client.name} brought no data of its own (data.own = true); start it with --data")
+    try:
+        counts = COUNTS.validate_python(told)
+    except ValidationError as error:
+        raise BadValue(
+            f"{client.name} tells of its data what cannot be read ({error.error_count()} mistakes); {UPDATE}"
+        ) from None
+    sound = counts.train and min([*counts.train.values(), counts.longest_response]) >= 1
+    if not sound or min(counts.validation, counts.test) < 0 or sum(counts.train.values()) != client.examples:
+        raise BadValue(f"{client.name} tells of data that cannot be: {counts}; {UPDATE}")
+    if client.examples + counts.validation + counts.test > MOST_EXAMPLES:
+        raise BadValue(
+            f"{client.name} tells of {client.examples:,} examples, and a client may have {MOST_EXAMPLES:,}; give it fewer"
+        )
+    return counts

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as processes
 from torch import nn
 
-from fedexperts.engines.base import require_shared
+from fedexperts.engines.base import held_against
 from fedexperts.engines.kept import Keeper
 from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
 from fedexperts.ledger import Clock, answered, asked, not_finite
@@ -46,7 +46,9 @@ class Site:
             bench = Bench(self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept)
             with own_chance(job.seed):
                 update = self.work(job, bench)
-            require_shared(job.patch.tensors.keys(), update)
+            answer = held_against(job, update)
+            if isinstance(answer, Failure):
+                return answer
             if broken := not_finite(kept):
                 return Failure(job.client, job.round, job.task, f"what it keeps to itself holds NaN or infinity in {broken}")
             if job.task != "evaluate" and update.cost.peak_bytes > self.limits.get(job.client, inf):

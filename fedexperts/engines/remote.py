@@ -1,11 +1,13 @@
 """A client that is reached by letters: it says who it is, and answers jobs. Whoever brings them, and wherever it runs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from fedexperts.devices import Profile
+from pydantic import TypeAdapter
+
+from fedexperts.devices import MOST, Profile
 from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
 from fedexperts.engines.wire import answer_letter, job_letter, read_job, reading
@@ -23,6 +25,9 @@ class Greeting:
     profile: Profile | None  # of its device, where the run has a clock
     versions: Mapping[str, str]
     counts: Mapping[str, Any] | None = None  # of its data, where it brings its own: `data.clients.Counts` as JSON
+
+
+GREETING = TypeAdapter(Greeting)
 
 
 def hello(run: str) -> Letter:
@@ -63,9 +68,12 @@ def greeting_letter(greeting: Greeting) -> Letter:
 def read_greeting(letter: Letter) -> Greeting:
     """Raises BadLetter where there is none in it."""
     with reading("greeting"):
-        told = letter.head["greeting"]
-        profile = Profile(**told["profile"]) if told["profile"] else None
-        return Greeting(Client(**told["client"]), profile, told["versions"], told["counts"])
+        greeting = GREETING.validate_python(letter.head["greeting"])
+        device, client = greeting.profile, greeting.client
+        numbers = [*astuple(device)] if device else []
+        if client.examples < 0 or not all(0 < each < MOST for each in [*numbers, client.memory_bytes] if each is not None):
+            raise ValueError(f"{client}, {device}")
+        return greeting
 
 
 def versions() -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, astuple, dataclass
+from math import isfinite
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load
 from torch import Tensor
 
@@ -17,6 +18,34 @@ from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 MOST_BYTES = 2**30
 """Of a tensor in one piece: carriers have limits at 2 GB, and a larger one goes in several."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+"""Of a task: a client names its files by it."""
+
+
+@dataclass(frozen=True)
+class AboutJob:
+    """What a job's letter says beside its tensors."""
+
+    client: str
+    round: Annotated[int, Field(ge=0)]
+    task: Name
+    seed: str
+    experts: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class AboutUpdate:
+    """What an update's letter says beside its tensors."""
+
+    client: str
+    round: int
+    task: str
+    examples: Annotated[int, Field(ge=0)]
+    metrics: dict[str, Any]
+    cost: Cost
+
+
+JOB, UPDATE, FAILURE = TypeAdapter(AboutJob), TypeAdapter(AboutUpdate), TypeAdapter(Failure)
 TENSOR = "tensor"  # what a part's only tensor is called inside
 
 
@@ -44,10 +73,9 @@ def job_letter(job: Job) -> Letter:
 def read_job(letter: Letter) -> Job:
     """Raises BadLetter where there is none in it."""
     with reading("job"):
-        about = dict(letter.head["job"])
-        experts = {block: tuple(ids) for block, ids in about.pop("experts").items()}
+        about = JOB.validate_python(letter.head["job"])
         patch, extra = tensors(letter)
-        return Job(**about, experts=experts, patch=patch, extra=extra)
+        return Job(**vars(about), patch=patch, extra=extra)
 
 
 def answer_letter(answer: Update | Failure) -> Letter:
@@ -68,18 +96,21 @@ def read_answer(letter: Letter) -> Update | Failure:
     """Raises BadLetter where there is none in it."""
     with reading("answer"):
         if "failure" in letter.head:
-            return Failure(**letter.head["failure"])
-        about = letter.head["update"]
+            return FAILURE.validate_python(letter.head["failure"])
+        about = UPDATE.validate_python(letter.head["update"])
+        loss, cost = about.metrics.get("loss"), about.cost
+        if not all(isfinite(each) and each >= 0 for each in astuple(cost)) or not isinstance(loss, int | float | None):
+            raise ValueError(f"{cost}, loss = {loss!r}")
         patch, extra = tensors(letter)
-        return Update(**{**about, "cost": Cost(**about["cost"])}, patch=patch, extra=extra)
+        return Update(**vars(about), patch=patch, extra=extra)
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a BadLetter: who wrote it may be anyone."""
+    """Whatever goes wrong inside becomes a BadLetter."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # who wrote it may be anyone, and may have written anything
         raise BadLetter(f"it holds no {what} that can be read ({type(error).__name__}: {error})") from None
 
 

@@ -1,6 +1,7 @@
 """Letters as Flower's records. Needs neither torch nor transformers: every message starts a process that imports this."""
 
 import json
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -35,7 +36,18 @@ def from_records(records: RecordDict) -> Letter:
     parts = {name: array.data for name, array in records.array_records[PARTS].items()}
     if digest(head, parts) != about.get("sha256"):
         raise BadLetter("its sha256 is not that of what was sent: it was cut off or changed on the way")
-    return Letter(json.loads(head), parts)
+    return Letter(read_head(head), parts)
+
+
+def read_head(text: str) -> dict[str, Any]:
+    """Raises BadLetter where it is no JSON object."""
+    try:
+        head = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadLetter(f"what it says cannot be read ({type(error).__name__}: {error})") from None
+    if not isinstance(head, dict):
+        raise BadLetter(f"what it says is no object: {head!r:.60}")
+    return head
 
 
 def described(part: bytes) -> tuple[str, tuple[int, ...]]:

@@ -11,7 +11,8 @@ from time import monotonic, sleep
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid as Grid
 
-from fedexperts.engines.base import require_shared
+from fedexperts.engines.base import held_against, outline
+from fedexperts.engines.flower.client_app import REFUSED
 from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.kept import own
 from fedexperts.engines.letter import Letter
@@ -23,25 +24,23 @@ from fedexperts.types import Client, Failure, Job, Update
 POLL_SECONDS = 0.05
 LIFETIME_SECONDS = 30 * 24 * 3600.0
 """After which Flower drops a message. Whether an answer is late is for us to say."""
+MOST_LETTERS = 1000
+"""Of a sentence that comes from a client."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A job under way, without its tensors."""
+    """A job under way, without its numbers."""
 
-    client: str
-    round: int
-    task: str
-    key: str
-    weights: frozenset[str]
+    job: Job
     message: str | None  # None: no node could be given it
     until: float  # on the monotonic clock
     node: int | None = None
     since: object = None  # as which connection of the node it was sent
 
     def failed(self, reason: str) -> Failure:
-        return Failure(self.client, self.round, self.task, " ".join(reason.split()))
+        return Failure(self.job.client, self.job.round, self.job.task, printable(reason))
 
 
 class FlowerEngine:
@@ -124,16 +123,17 @@ class FlowerEngine:
             if node not in self.greeted and (message := self.push(hello(self.about), node)):
                 self.greeted.add(node)
                 self.hellos[message] = node
-        for message, reply in (self.pull(*self.hellos) if self.hellos else {}).items():
-            self.welcome(self.hellos.pop(message), reply)
+        for message, node in list(self.hellos.items()):
+            try:
+                if letter := self.pull(message):
+                    self.welcome(node, read_greeting(letter))
+                    del self.hellos[message]
+            except BadLetter as error:
+                self.refuse(node, str(error))
+                del self.hellos[message]
 
-    def welcome(self, node: int, reply: Message) -> None:
+    def welcome(self, node: int, greeting: Greeting) -> None:
         """Takes `node` for the client that it says it is, unless another node that is there has that name."""
-        try:
-            greeting = read_greeting(letter_of(reply))
-        except BadLetter as error:
-            self.refuse(node, str(error))
-            return
         said = greeting.client
         known = self.clients.get(said.name, f"none of {', '.join(self.clients)}")
         if known is not None and said != known:
@@ -148,7 +148,8 @@ class FlowerEngine:
             self.nodes[said.name], self.greetings[said.name] = node, greeting
             self.tell(f"{said.name} is there")
 
-    def refuse(self, node: int, reason: str) -> None:
+    def refuse(self, node: int, because: str) -> None:
+        reason = printable(because)
         if self.refused.get(node) != reason:
             self.tell(f"refused: {self.names.get(node, f'node {node}')}: {reason}")
         self.refused[node] = reason
@@ -171,37 +172,46 @@ class FlowerEngine:
         message = self.push(letter, node) if node is not None else None
         if message:
             self.asked[message] = job.client
-        weights = frozenset(job.patch.tensors)
-        return Sent(job.client, job.round, job.task, own(job), weights, message, monotonic() + self.seconds, node, since)
+        return Sent(outline(job), message, monotonic() + self.seconds, node, since)
 
     def receive(self, sent: Sent) -> Update | Failure:
         """The answer to `sent`, waited for until its time is over."""
         if sent.message is None:
             return sent.failed("it is not connected")
+        self.drop_late()
         while True:
             over = monotonic() >= sent.until
             anew = sent.since is not None and self.since().get(sent.node or 0, sent.since) != sent.since
             self.check()
-            if reply := self.pull(sent.message).get(sent.message):
-                return self.taken(sent, reply)
+            try:
+                if letter := self.pull(sent.message):
+                    return self.taken(sent, letter)
+            except (BadLetter, Leak) as error:
+                return sent.failed(str(error))
             if over or anew:
                 self.overdue.add(sent.message)
                 late = f"it did not answer within federation.round_seconds = {self.seconds:g}"
                 return sent.failed("it connected anew in the middle of its job" if anew else late)
             sleep(self.poll_seconds)
 
-    def taken(self, sent: Sent, reply: Message) -> Update | Failure:
-        """The answer in `reply`, or why it is none."""
-        try:
-            answer = read_answer(letter_of(reply))
-            if isinstance(answer, Update):
-                require_shared(sent.weights, answer)
-        except (BadLetter, Leak) as error:
-            return sent.failed(str(error))
-        if (answer.client, answer.round, answer.task) != (sent.client, sent.round, sent.task):
-            return sent.failed(f"it answered for {answer.client} in round {answer.round}, {answer.task}, which was not asked")
-        if isinstance(answer, Update) and sent.task != "evaluate":
-            self.accepted[sent.client] = sent.key
+    def taken(self, sent: Sent, letter: Letter) -> Update | Failure:
+        """The answer in `letter`, or why it is none.
+
+        Raises:
+            BadLetter: it holds none.
+            Leak: it holds a weight that the job did not.
+        """
+        job, said = sent.job, read_answer(letter)
+        if (said.client, said.round, said.task) != (job.client, job.round, job.task):
+            return sent.failed(f"it answered for {said.client} in round {said.round}, {said.task}, which was not asked")
+        answer = held_against(job, said)
+        if isinstance(answer, Failure):
+            return sent.failed(answer.reason)
+        known = self.clients.get(job.client)
+        if known and answer.examples != known.examples:
+            return sent.failed(f"it says it has {answer.examples} training examples, and when it came it had {known.examples}")
+        if job.task != "evaluate":
+            self.accepted[job.client] = own(job)
         return answer
 
     def push(self, letter: Letter, node: int) -> str | None:
@@ -209,19 +219,51 @@ class FlowerEngine:
         message = Message(to_records(letter), node, MessageType.QUERY, ttl=LIFETIME_SECONDS)
         return next(iter(self.grid.push_messages([message])), None)
 
-    def pull(self, *messages: str) -> dict[str, Message]:
-        """The replies that have come to `messages`, the first to each. All others, late or doubled, are dropped and counted."""
-        found: dict[str, Message] = {}
-        for reply in self.grid.pull_messages([*messages, *self.overdue]):
-            to = reply.metadata.reply_to_message_id
-            if to in messages and to not in found:
-                found[to] = reply
-                continue
-            self.overdue.discard(to)
-            client = self.asked.get(to, "")
-            self.dropped[client] += 1
-            log.warning("an answer of %s that nobody waits for was dropped", client or "an unknown node")
-        return found
+    def pull(self, message: str) -> Letter | None:
+        """The answer to `message`, where it has come; what comes twice, or to nobody's question, is dropped and counted.
+
+        Raises:
+            BadLetter: it is an error, or cannot be read.
+        """
+        found: Message | None = None
+        for reply in self.replies(message):
+            if found is None and reply.metadata.reply_to_message_id == message:
+                found = reply
+            else:
+                self.drop(reply)
+        return letter_of(found) if found else None
+
+    def drop_late(self) -> None:
+        """Drops and counts what has come after its time, one by one: no two updates are held."""
+        for message in list(self.overdue):
+            try:
+                replies = self.replies(message)
+            except BadLetter:
+                replies = []
+                self.overdue.discard(message)
+            for reply in replies:
+                self.drop(reply)
+                self.overdue.discard(message)
+
+    def drop(self, reply: Message) -> None:
+        """Counts an answer that nobody waits for, unless all it says is that Flower cannot reach the client any more."""
+        if reply.has_error() and reply.error.code != REFUSED:
+            return
+        client = self.asked.get(reply.metadata.reply_to_message_id, "")
+        self.dropped[client] += 1
+        log.warning("an answer of %s that nobody waits for was dropped", client or "an unknown node")
+
+    def replies(self, message: str) -> list[Message]:
+        """What has come for `message` since it was last asked for.
+
+        Raises:
+            BadLetter: Flower cannot make it out.
+        """
+        try:
+            return list(self.grid.pull_messages([message]))
+        except Exception as error:  # a client may have sent any bytes
+            self.check()  # unless it is the server's own side that has died
+            raise BadLetter(f"its answer cannot be made out ({type(error).__name__}: {error})") from error
 
 
 def letter_of(reply: Message) -> Letter:
@@ -229,3 +271,9 @@ def letter_of(reply: Message) -> Letter:
     if reply.has_error():
         raise BadLetter(reply.error.reason or f"Flower reports error {reply.error.code} and no reason")
     return from_records(reply.content)
+
+
+def printable(text: str) -> str:
+    """What came from a client as one line that can go to a terminal."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)[:MOST_LETTERS]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedexperts.engines import wire
 from fedexperts.engines.flower.codec import ABOUT, PARTS, from_records, to_records
-from fedexperts.engines.letter import PROTOCOL, Letter
+from fedexperts.engines.letter import PROTOCOL, Letter, digest
 from fedexperts.engines.wire import answer_letter, job_letter, read_answer, read_job
 from fedexperts.errors import BadLetter
 from fedexperts.types import Cost, Failure, Job, Patch, Update
@@ -158,6 +158,22 @@ def test_a_message_of_someone_else_is_refused():
 def test_a_letter_that_is_whole_but_says_nothing_of_use_is_refused(head):
     with pytest.raises(BadLetter, match="holds no answer that can be read"):
         read_answer(over_flower(Letter(head, {})))
+
+
+@pytest.mark.parametrize("head", ["", "{", "nothing", "[1]", "3", "[" * 100_000, '{"a":' * 100_000])
+def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head):
+    about = ConfigRecord({"protocol": PROTOCOL, "version": "1", "head": head, "sha256": digest(head, {})})
+    with pytest.raises(BadLetter, match="what it says"):
+        from_records(RecordDict({ABOUT: about, PARTS: ArrayRecord({})}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"task": "../../x"}, {"task": ""}, {"round": "one"}, {"round": -1}, {"experts": {"m": "all"}}]
+)
+def test_a_job_by_which_no_file_may_be_named_or_that_says_nothing_of_use_is_refused(change):
+    letter = job_letter(JOB)
+    with pytest.raises(BadLetter, match="holds no job that can be read"):
+        read_job(Letter({**letter.head, "job": {**letter.head["job"], **change}}, letter.parts))
 
 
 def test_a_letter_that_names_a_tensor_it_does_not_bring_is_refused():

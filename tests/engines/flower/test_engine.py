@@ -19,6 +19,7 @@ from fedexperts.engines.flower.client_app import client_app
 from fedexperts.engines.flower.codec import ABOUT, PARTS
 from fedexperts.engines.flower.engine import FlowerEngine
 from fedexperts.engines.kept import Keeper, own
+from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
 from fedexperts.engines.remote import Greeting, greeting_letter
 from fedexperts.engines.wire import answer_letter
@@ -79,7 +80,11 @@ class FakeGrid(Grid):
     def pull_messages(self, message_ids):
         asked, now = list(message_ids), next(self.clock)
         self.pulled.append(asked)
-        return [reply for id in asked if self.after[id] <= now for reply in self.replies.pop(id, [])]
+        found = [reply for id in asked if self.after[id] <= now for reply in self.replies.pop(id, [])]
+        for broken in found:
+            if isinstance(broken, Exception):
+                raise broken
+        return found
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +220,19 @@ def test_who_does_not_answer_in_time_fails_and_what_it_sends_later_is_dropped(be
     assert engine.dropped == {"c02": 1}
 
 
+def test_late_answers_are_taken_one_at_a_time(bench):
+    engine, late = bench.engine(seconds=SOON), []
+    engine.connect()
+    bench.grid.change = dict.fromkeys((1, 2, 3), lambda reply: late.append(reply) or [])
+    answers(engine)
+    bench.grid.change = {}
+    bench.grid.replies |= {reply.metadata.reply_to_message_id: [reply] for reply in late}
+    first = len(bench.grid.pulled)
+    answers(engine, round=2)
+    assert engine.dropped == dict.fromkeys(("c01", "c02", "c03"), 1)
+    assert {len(asked) for asked in bench.grid.pulled[first:]} == {1}
+
+
 def test_an_answer_that_is_there_at_its_turn_counts_though_another_took_all_the_time(bench):
     engine = bench.engine(seconds=SOON)
     engine.connect()
@@ -279,6 +297,106 @@ def test_an_answer_that_cannot_be_read_is_a_failure_that_says_so(bench, engine, 
     assert isinstance(found["c02"], Failure)
     assert reason in found["c02"].reason
     assert [type(answer) for answer in found.values()] == [Update, Failure, Update, Update]
+
+
+def test_an_answer_that_flower_cannot_make_out_fails_its_client_alone_in_its_job_and_when_it_comes_late(bench):
+    engine, late = bench.engine(seconds=SOON), []
+    engine.connect()
+    bench.grid.change = {2: lambda reply: [KeyError("Strange")], 3: lambda reply: late.append(reply) or []}
+    found = answers(engine)
+    assert found["c02"] == failed("c02", "its answer cannot be made out (KeyError: 'Strange')")
+    assert [type(answer) for answer in found.values()] == [Update, Failure, Failure, Update]
+    bench.grid.change = {}
+    bench.grid.replies[late[0].metadata.reply_to_message_id] = [ValueError("cut off")]
+    assert all(isinstance(answer, Update) for answer in answers(engine, round=2).values())
+
+
+def test_when_the_grid_dies_while_an_answer_is_fetched_no_client_is_blamed(bench):
+    def dead():
+        if bench.grid.pushed:
+            raise BadRun("Flower's SuperLink has stopped")
+
+    engine = bench.engine(check=dead)
+    engine.connect()
+    bench.grid.change[1] = lambda reply: [ConnectionError("no route")]
+    with pytest.raises(BadRun, match="SuperLink has stopped"):
+        answers(engine)
+
+
+def test_what_a_client_says_is_one_printable_line_and_not_endless(bench, engine):
+    bench.grid.change[3] = lambda reply: [Message(Error(1, "a\n\x1b[31mb" + 9999 * "c"), reply_to=reply_to(reply))]
+    reason = answers(engine)["c03"].reason
+    assert reason.startswith("a \N{REPLACEMENT CHARACTER}[31mbcc")
+    assert len(reason) == 1000
+
+
+LETTER = answer_letter(Update("c02", 1, "train", Patch({"w": torch.ones(1)}), 20, metrics={"loss": 0.5}))
+
+
+def with_about(**changes):
+    return Letter({**LETTER.head, "update": {**LETTER.head["update"], **changes}}, LETTER.parts)
+
+
+@pytest.mark.parametrize(
+    "letter",
+    [
+        with_about(metrics=[]),
+        with_about(metrics={"loss": "low"}),
+        with_about(metrics={"loss": [1.0]}),
+        with_about(examples="many"),
+        with_about(examples=-1),
+        with_about(cost={**LETTER.head["update"]["cost"], "seconds": float("nan")}),
+        with_about(cost={**LETTER.head["update"]["cost"], "tokens": -1}),
+        with_about(cost=None),
+        with_about(round=[1]),
+        Letter({**LETTER.head, "tensors": {"patch/w": [10**30, 10**30]}}, LETTER.parts),
+        Letter({**LETTER.head, "tensors": [3]}, LETTER.parts),
+        Letter({"failure": {"client": "c02", "round": 1, "task": "train", "reason": {"a": 1}}}, {}),
+    ],
+)
+def test_whatever_a_client_writes_it_fails_alone(bench, engine, letter):
+    honest = bench.answer
+    bench.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else letter)
+    found = answers(engine)
+    assert isinstance(found["c02"], Failure)
+    assert "holds no answer that can be read" in found["c02"].reason
+    assert [type(answer) for answer in found.values()] == [Update, Failure, Update, Update]
+
+
+@pytest.mark.parametrize("examples", [0, 19, 10**12])
+def test_an_update_that_would_weigh_more_or_less_than_its_client_has_examples_is_a_failure(bench, engine, examples):
+    honest, lie = bench.answer, with_about(examples=examples)
+    bench.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else lie)
+    said = f"it says it has {examples} training examples, and when it came it had 20"
+    assert answers(engine)["c02"] == failed("c02", said)
+
+
+def test_an_update_that_does_not_fit_its_job_is_a_failure_and_what_its_client_kept_for_it_does_not_count(bench, engine):
+    honest = bench.answer
+    wide = answer_letter(Update("c02", 1, "train", Patch({"w": torch.ones(2)}), 20))
+    bench.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else wide)
+    assert answers(engine)["c02"] == failed("c02", "its update has w of shape [2], and [1] would fit its job")
+    assert "c02" not in engine.accepted and "c01" in engine.accepted
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"client": {"name": ["c03"], "examples": 30}},
+        {"client": {"name": "c03", "examples": -30}},
+        {"client": {"name": "c03", "examples": 30, "memory_bytes": float("nan")}},
+        {"profile": {"flops_per_second": 0, "down_bytes_per_second": 1, "up_bytes_per_second": 1}},
+        {"profile": {"flops_per_second": 1e300, "down_bytes_per_second": 1, "up_bytes_per_second": 1}},
+        {"versions": 3},
+        {"counts": "many"},
+    ],
+)
+def test_a_greeting_of_things_that_cannot_be_is_refused_and_the_others_are_there(bench, told):
+    letter = greeting_letter(Greeting(CLIENTS["c03"], None, {}))
+    strange = Letter({"greeting": {**letter.head["greeting"], **told}}, {})
+    bench.grid.apps[3] = client_app(lambda sent, _: strange)
+    with pytest.raises(BadRun, match=r"1 of 4 clients are not there: c03 .*holds no greeting that can be read"):
+        bench.engine().connect()
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,14 @@ from test_engine import FakeGrid, identity  # noqa: F401  # the second is a fixt
 
 from fedexperts import deploy, running
 from fedexperts.config import RunConfig
+from fedexperts.data.clients import Counts
 from fedexperts.engines.flower.engine import FlowerEngine
+from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.resident import Resident
 from fedexperts.settings import checked
 from fedexperts.start import Parts
+from fedexperts.types import Client
 
 SECRET = "4711"
 ROWS = {"north": 16, "east": 28}
@@ -100,6 +103,26 @@ def test_a_server_that_is_started_again_knows_what_they_told_it(tree, files, tmp
     clients = {client["name"]: client["tasks"] for client in json.loads((out / "plan.json").read_text())["clients"]}
     assert {name: count.train for name, count in told.counts.items()} == clients
     assert told.memory == {"north": 2 * 10**9, "east": 10**9}
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"train": {}}, "data that cannot be"),
+        ({"train": {"double": 13}}, "data that cannot be"),  # it says it has 12
+        ({"train": {"double": 13, "sort": -1}}, "data that cannot be"),
+        ({"test": -1}, "data that cannot be"),
+        ({"longest_response": 0}, "data that cannot be"),
+        ({"train": ["double"]}, "cannot be read"),
+        ({"validation": "few"}, "cannot be read"),
+        ({"validation": 10**12}, "a client may have 10,000,000"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused_with_the_clients_name(told, sentence):
+    counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3}
+    assert deploy.counted(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
+    with pytest.raises(BadValue, match=f"^north tells of .*{sentence}"):
+        deploy.counted(Greeting(Client("north", 12, "double"), None, {}, {**counts, **told}))
 
 
 def refusals(engine):
