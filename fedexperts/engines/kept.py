@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedexperts.files import write_tensors
+from fedexperts.files import sync, write_tensors
 from fedexperts.types import Job
 
 
@@ -26,9 +26,15 @@ class Keeper:
         return load_file(earlier[-1]) if earlier else {}
 
     def save(self, job: Job, kept: Mapping[str, Tensor]) -> None:
-        """A new version; the one before stays, in case this round is done again, and older ones go."""
-        earlier = [path for path in self.versions(job.client) if path.stem < own(job)]
-        write_tensors(self.folder / job.client / f"{own(job)}.safetensors", kept)
+        """A new version; the one before stays, in case this round is done again, and older ones go.
+
+        It outlives a power cut: whoever hears of the round may count on it.
+        """
+        earlier, folder = [path for path in self.versions(job.client) if path.stem < own(job)], self.folder / job.client
+        for path in folder.glob(".*"):  # half written, by a process that was killed
+            path.unlink()
+        write_tensors(folder / f"{own(job)}.safetensors", kept)
+        sync(folder)
         for path in earlier[:-1]:
             path.unlink()
 

@@ -93,6 +93,16 @@ def test_what_a_killed_process_left_half_written_is_no_version(keeper):
     assert len(keeper.versions("c01")) == 1
 
 
+def test_what_killed_processes_left_half_written_goes_with_the_next_version(keeper):
+    save(keeper, 1)
+    (keeper.folder / "c01" / ".000002-train.safetensors.abc123").write_bytes(b"half")
+    save(keeper, 2)
+    assert sorted(path.name for path in (keeper.folder / "c01").iterdir()) == [
+        "000001-train.safetensors",
+        "000002-train.safetensors",
+    ]
+
+
 def test_rounds_beyond_nine_are_newer_than_nine(keeper):
     save(keeper, 9)
     save(keeper, 10)

@@ -29,6 +29,7 @@ from fedexperts.errors import BadValue
 DAYS = 3650
 ALWAYS = ("localhost", "127.0.0.1", "::1")  # the server's own processes reach it there
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+OURS = ("server", "ca.pem", "ca.key")
 CURVE = ec.SECP384R1()
 
 
@@ -38,20 +39,28 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
     hosts: names and addresses by which clients reach the server.
 
     Raises:
-        BadValue: a client's name that no folder can have, or a server's certificate that is there for other hosts.
+        BadValue: a client's name that no folder can have; a server's certificate that is there for other hosts; or a client whose
+            public key is there, and whose private key is not.
     """
     for name in clients:
-        if not NAME.fullmatch(name) or name == "server":
+        if not NAME.fullmatch(name) or name in OURS:
+            taken = ", ".join(OURS)
             raise BadValue(
-                f"no client can be called {name!r}; give letters, digits, dots, dashes and underscores, and not server"
+                f"no client can be called {name!r}; give letters, digits, dots, dashes and underscores, and none of {taken}"
             )
+    server = folder / "server"
+    known = {name: server / "clients" / f"{name}.pub" for name in clients}
+    if gone := [name for name, path in known.items() if path.exists() and not (folder / name / "node.key").exists()]:
+        raise BadValue(
+            f"{known[gone[0]]} is there, and {folder / gone[0] / 'node.key'} is not; leave {gone[0]} out if it has its folder "
+            "already, or remove the one to have both made anew"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     if not (folder / "ca.key").exists():
         authority = ec.generate_private_key(CURVE)
         written += [private(folder / "ca.key", pem(authority)), public(folder / "ca.pem", in_pem(authority_of(authority)))]
     ca = folder / "ca.pem"
-    server = folder / "server"
     (server / "clients").mkdir(parents=True, exist_ok=True)
     if (server / "server.pem").exists():
         require_hosts(server / "server.pem", hosts)

@@ -95,13 +95,23 @@ def test_made_again_keys_stay_and_only_what_is_missing_is_added(tmp_path):
     assert {name: data for name, data in after.items() if name in before} == before
 
 
+def test_a_client_whose_folder_was_moved_away_is_said_before_anything_is_written(tmp_path):
+    make_keys(tmp_path / "keys", ["localhost"], ["north"])
+    (tmp_path / "keys" / "north").rename(tmp_path / "north")
+    before = files(tmp_path)
+    with pytest.raises(BadValue, match=r"clients/north\.pub is there, and .*north/node\.key is not; leave north out"):
+        make_keys(tmp_path / "keys", ["localhost"], ["west", "north"])
+    assert files(tmp_path) == before
+    assert make_keys(tmp_path / "keys", ["localhost"], ["west"])
+
+
 def test_a_certificate_that_is_there_for_another_host_is_said(tmp_path):
     make_keys(tmp_path, ["10.0.0.1"], ["north"])
     with pytest.raises(BadValue, match=r"for 10\.0\.0\.1, localhost, 127\.0\.0\.1, ::1, and not for 10\.0\.0\.2"):
         make_keys(tmp_path, ["10.0.0.2"], ["north"])
 
 
-@pytest.mark.parametrize("name", ["server", "../north", "", "a b", ".north"])
+@pytest.mark.parametrize("name", ["server", "ca.pem", "ca.key", "../north", "", "a b", ".north"])
 def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(BadValue, match="no client can be called"):
         make_keys(tmp_path / "keys", ["localhost"], ["north", name])
