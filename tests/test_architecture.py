@@ -84,9 +84,10 @@ def test_no_two_modules_import_each_other_in_a_circle():
     assert sorted(order) == sorted(MODULES)
 
 
-def test_only_the_lora_imports_peft_and_only_the_flower_engine_imports_flwr():
+def test_only_the_lora_imports_peft_only_the_flower_engine_flwr_and_of_that_only_the_simulation_ray():
     assert importers("peft") == {"fedexperts.moe.lora"}
     assert all(name.startswith("fedexperts.engines.flower.") for name in importers("flwr"))
+    assert importers("ray") == {"fedexperts.engines.flower.simulation"}
 
 
 @pytest.mark.parametrize("unsafe", ["pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"])

@@ -26,6 +26,7 @@ from flwr.superlink.grid import HttpGrid
 from fedexperts.engines.flower import lender
 from fedexperts.engines.flower.bundle import bundle
 from fedexperts.engines.flower.processes import (
+    ANYWHERE,
     FORGET_SECONDS,
     LOOK_SECONDS,
     OBJECTS,
@@ -39,9 +40,6 @@ from fedexperts.engines.flower.processes import (
 )
 from fedexperts.engines.flower.worker import listening
 from fedexperts.errors import BadRun, BadValue
-
-ANYWHERE = ("0.0.0.0", "::")
-"""The hosts that mean: on all networks."""
 
 
 class Federation:

@@ -125,6 +125,8 @@ class Member:
                 f"the server at {self.server} shows a certificate that {self.keys}/ca.pem does not vouch for "
                 f"({error.verify_message}); give the keys that were made with the server's, for this host"
             ) from None
+        except ssl.SSLEOFError:  # it ended while it was asked
+            return False
         except ssl.SSLError as error:
             raise BadRun(f"the server at {self.server} does not speak TLS ({error.reason}); start it with --keys") from None
         except OSError:

@@ -19,6 +19,8 @@ PATIENCE_SECONDS = 60.0
 LOOK_SECONDS = 0.5
 FORGET_SECONDS = 30
 """After which whoever cannot reach the server any more gives up."""
+ANYWHERE = ("0.0.0.0", "::")
+"""The hosts that mean: on all networks."""
 OBJECTS = "FEDEXPERTS_OBJECTS"
 """The environment variable that tells a SuperLink of an empty folder, for what messages are made of."""
 

@@ -55,11 +55,11 @@ class Simulation:
         ray_worker._worker_logs_enabled = False  # it complains of every process that Flower ends
         self.over.set()
         self.thread.join(PATIENCE_SECONDS)
-        if self.thread.is_alive():
+        if self.thread.is_alive() and ray.is_initialized():  # else it ends by itself as soon as Ray has started
             process: Any = ray_worker.global_worker
             for actor in ray_state.actors():
                 process.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)  # not to be restarted
-            self.thread.join()
+        self.thread.join()
         ray_worker._worker_logs_enabled = True
 
     def simulate(self) -> None:

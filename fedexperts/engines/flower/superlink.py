@@ -6,6 +6,7 @@ wait on disk: those of ten clients that answer with a model each would take as m
 """
 
 import os
+import sys
 from functools import partial
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
@@ -20,7 +21,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedexperts.engines.flower.processes import OBJECTS
+from fedexperts.engines.flower.processes import ANYWHERE, OBJECTS
 from fedexperts.engines.flower.worker import end_with_parent
 
 FOR_NODES = "/v1/fleet/"
@@ -29,26 +30,30 @@ FOR_NODES = "/v1/fleet/"
 class OthersAreNodes:
     """Refuses other machines all but the fleet's paths."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app, self.host = app, host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"].startswith(FOR_NODES) or near(scope):
+        if scope["type"] == "lifespan" or scope["path"].startswith(FOR_NODES) or near(scope, self.host):
             await self.app(scope, receive, send)
         else:
             refusal = PlainTextResponse("this is served to the server's own machine only\n", status_code=403)
             await refusal(scope, receive, send)
 
 
-def near(scope: Scope) -> bool:
-    """Whether a request comes from this machine."""
+def near(scope: Scope, host: str) -> bool:
+    """Whether a request comes from this machine, which listens at `host`.
+
+    Its own address counts only where it listens there alone, since its own processes then ask from there. One that listens
+    anywhere may be in a container to which every request seems to come from the container's own address.
+    """
     asking, asked = scope.get("client"), scope.get("server")
     if asking is None:
         return False
     address = ip_address(asking[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    return address.is_loopback or (asked is not None and asking[0] == asked[0])
+    return address.is_loopback or (host not in ANYWHERE and asked is not None and asking[0] == asked[0])
 
 
 class Places(InMemoryLinkState):
@@ -89,7 +94,9 @@ class OnDisk(InMemoryObjectStore):
 
 def main() -> None:
     end_with_parent()
-    extensions.get_middleware = lambda: (Middleware(OthersAreNodes),)
+    os.environ["FORWARDED_ALLOW_IPS"] = "127.0.0.1"  # whose word is taken on where a request comes from
+    host = sys.argv[sys.argv.index("--host") + 1]
+    extensions.get_middleware = lambda: (Middleware(OthersAreNodes, host),)
     states: Any = linkstate_factory  # of the one version that we pin
     states.InMemoryLinkState = Places
     stores: Any = object_store_factory

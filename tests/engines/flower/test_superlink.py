@@ -1,26 +1,33 @@
 """What a SuperLink serves to other machines, and which app a SuperNode runs."""
 
 import asyncio
+import socket
+import sys
 import zipfile
 from io import BytesIO
+from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import uvicorn
 from flwr.app import ArrayRecord, RecordDict
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 
+from fedexperts.engines.flower import superlink
 from fedexperts.engines.flower.bundle import bundle, contents, require_ours
 from fedexperts.engines.flower.deployment import Federation
+from fedexperts.engines.flower.keys import make_keys
 from fedexperts.engines.flower.member import Member
 from fedexperts.engines.flower.superlink import OnDisk, OthersAreNodes, Places
-from fedexperts.errors import BadLetter, BadValue
+from fedexperts.errors import BadLetter, BadRun, BadValue
 
 
-def status(client, path, server="10.0.0.1"):
-    """What a request from `client` to `server` gets; 200 where the app beneath answers."""
+def status(client, path, host="10.0.0.1"):
+    """What a request from `client` gets of 10.0.0.1, which listens at `host`; 200 where the app beneath answers."""
     sent = []
 
     async def app(scope, receive, send):
@@ -29,8 +36,8 @@ def status(client, path, server="10.0.0.1"):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": path, "client": client and (client, 1), "server": (server, 9092)}
-    asyncio.run(OthersAreNodes(app)(scope, None, send))
+    scope = {"type": "http", "method": "POST", "path": path, "client": client and (client, 1), "server": ("10.0.0.1", 9092)}
+    asyncio.run(OthersAreNodes(app, host)(scope, None, send))
     return sent[0]["status"]
 
 
@@ -48,6 +55,27 @@ def test_other_machines_reach_nothing_but_the_fleets_paths(client, path):
 @pytest.mark.parametrize("client", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "10.0.0.1"])
 def test_the_servers_own_machine_reaches_everything(client, path):
     assert status(client, path) == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_where_it_listens_anywhere_its_own_address_is_not_believed(host):
+    """In some containers every request seems to come from there."""
+    assert status("10.0.0.1", "/v1/control/start-run", host) == 403
+    assert status("127.0.0.1", "/v1/control/start-run", host) == 200
+
+
+def test_nobody_else_is_believed_on_where_a_request_comes_from(monkeypatch, tmp_path):
+    for owner, name in ((superlink.extensions, "get_middleware"), (superlink.linkstate_factory, "InMemoryLinkState")):
+        monkeypatch.setattr(owner, name, None)
+    monkeypatch.setattr(superlink.object_store_factory, "InMemoryObjectStore", None)
+    monkeypatch.setattr(superlink, "end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["superlink", "--host", "0.0.0.0"])
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    monkeypatch.setenv(superlink.OBJECTS, str(tmp_path))
+    believed = []
+    monkeypatch.setattr(superlink, "flower_superlink", lambda: believed.append(uvicorn.Config(None).forwarded_allow_ips))
+    superlink.main()
+    assert believed == ["127.0.0.1"]
 
 
 def test_a_node_that_is_still_taken_for_connected_connects_again_at_once_and_an_unknown_one_never():
@@ -139,3 +167,36 @@ def test_what_is_missing_of_keys_or_an_address_is_said(tmp_path):
         Member("north", "10.0.0.1:9092", tmp_path, tmp_path, [], print)
     with pytest.raises(BadValue, match="host:port"):
         Member("north", "10.0.0.1", tmp_path, tmp_path, [], print)
+
+
+@pytest.fixture
+def server():
+    """Answers one connection by `says`, which a test sets."""
+    listener, says = socket.create_server(("127.0.0.1", 0)), []
+
+    def answer():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(100)
+            connection.sendall(says[0])
+
+    thread = Thread(target=answer)
+    with listener:
+        thread.start()
+        yield SimpleNamespace(says=says, address=f"localhost:{listener.getsockname()[1]}")
+        thread.join()
+
+
+def test_a_server_that_ends_while_a_client_asks_is_asked_again(server, tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    member = Member("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    server.says.append(b"")
+    assert not member.knocks()
+
+
+def test_a_server_without_tls_is_refused(server, tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    member = Member("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    server.says.append(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with pytest.raises(BadRun, match="does not speak TLS"):
+        member.knocks()
