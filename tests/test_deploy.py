@@ -3,6 +3,8 @@
 import pytest
 import tomli_w
 
+from fedexperts.engines.flower.member import why
+
 
 @pytest.fixture
 def run_file(tiny_tree, tmp_path):
@@ -34,6 +36,20 @@ def test_without_security_nothing_but_this_machine_is_served_or_joined(fedexpert
     client = ("client", "--name", "c01", "--server", "10.0.0.1:9092", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
     code, _, err = fedexperts(*client)
     assert (code, "for a server on this machine" in err) == (2, True)
+
+
+@pytest.mark.parametrize("address", ["localhost", "https://localhost:9092", "localhost:https"])
+def test_what_is_no_address_is_refused(fedexperts, run_file, tmp_path, address):
+    code, _, err = fedexperts("client", "--name", "c01", "--server", address, "--run", run_file, "--insecure", "--out", tmp_path)
+    assert code == 2
+    assert f"{address!r} is no address; give host:port" in err
+
+
+def test_a_client_is_told_that_the_server_has_gone_and_else_what_its_supernode_said_last():
+    gone = "\x1b[93mWARNING \x1b[0m:   Giving up reconnection after 30.00 seconds and 7 tries.\nERROR: Connection refused\n"
+    assert why(f"INFO : joined\n{gone}") == "the server has gone"
+    assert why("\x1b[91mERROR \x1b[0m:     no space left\nINFO : bye\n") == "its SuperNode ended (ERROR :     no space left)"
+    assert why("") == "its SuperNode ended (it said nothing)"
 
 
 def test_a_method_that_pools_data_is_refused_before_anything_starts(fedexperts, run_file, tmp_path):

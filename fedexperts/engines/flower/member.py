@@ -1,5 +1,6 @@
 """A client of a deployment: Flower's SuperNode and the worker that stays, started and watched. Needs neither torch nor Flower."""
 
+import re
 import socket
 import ssl
 import subprocess
@@ -48,7 +49,7 @@ class Member:
         self.home = self.home.resolve()
         self.log, self.said = self.home / "supernode.log", 0
         host, _, port = self.server.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or "/" in host or not port.isdigit():
             raise BadValue(f"--server {self.server!r} is no address; give host:port, such as 10.0.0.1:9092")
         if self.keys is None and not is_loopback(host):
             raise BadValue(f"--insecure is for a server on this machine, and {host} is none; give --keys")
@@ -137,5 +138,8 @@ def why(said: str) -> str:
     """Why a SuperNode ended that `said` this last."""
     if "Failed to activate SuperNode" in said:
         return "the server does not know its key; give it the server/clients folder that `fedexperts keys` made with this key"
-    lines = [line.strip() for line in said.splitlines() if "INFO" not in line and line.strip()]
+    if "Giving up reconnection" in said:
+        return "the server has gone"
+    plain = re.sub(r"\x1b\[\d+m", "", said)  # without colours
+    lines = [line.strip() for line in plain.splitlines() if "INFO" not in line and line.strip()]
     return f"its SuperNode ended ({lines[-1] if lines else 'it said nothing'})"
