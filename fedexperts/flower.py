@@ -58,14 +58,21 @@ def connected(
 ) -> Iterator[Engine]:
     federation = prepared.config.federation
     bounds = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **told}
+    note = partial(note_dropped, out / "dropped.jsonl")
     run = about(prepared.config, prepared.base.hash, out)
-    engine = FlowerEngine(grid, run, everyone(prepared), accepted=accepted(out), check=check, **bounds)
+    engine = FlowerEngine(grid, run, everyone(prepared), accepted=accepted(out), check=check, note=note, **bounds)
     engine.connect(patience, federation.min_clients if patience is not None else None)
     try:
         yield engine
     except Exception:
         check()  # what has died says it better
         raise
+
+
+def note_dropped(path: Path, answer: Mapping[str, object]) -> None:
+    """Adds a line for an answer that came too late, twice, or to nobody's question."""
+    with path.open("a") as file:
+        file.write(json.dumps(answer) + "\n")
 
 
 def about(config: RunConfig, model_hash: str, out: Path) -> str:

@@ -9,11 +9,12 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -26,13 +27,20 @@ from fedexperts.config import RunConfig
 from fedexperts.data.clients import counts
 from fedexperts.engines import remote
 from fedexperts.engines.flower.member import MISTAKE
-from fedexperts.engines.flower.worker import end_with_parent, serve
+from fedexperts.engines.flower.worker import WATCH_SECONDS, end_with_parent, serve
+from fedexperts.engines.kept import key
 from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
-from fedexperts.errors import BadLetter, BadValue, FedExpertsError
+from fedexperts.engines.wire import answer_letter
+from fedexperts.errors import BadLetter, BadValue, Busy, FedExpertsError
+from fedexperts.files import locked
 from fedexperts.settings import checked, different
 from fedexperts.sites import site_for
 from fedexperts.start import Own, Parts, prepare_run
+from fedexperts.types import Failure
+
+HOLD_SECONDS = 30.0
+"""For the folder of a client to be let go by a process that was killed, or is about to see that its supervisor was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +76,37 @@ class Resident:
             self.parts.clients(self.config)  # what is wrong with the data is said before anybody asks
 
     def answer(self, letter: Letter) -> Letter:
-        """Raises BadLetter, or whatever is wrong with the client's own settings and data."""
+        """What it answers; a failure where it kept something to itself, and not on from the answer that the server took last.
+
+        Then another machine has answered in its name, or what it had is lost. It goes on from what there is in its next job.
+
+        Raises:
+            BadLetter: or whatever is wrong with the client's own settings and data.
+        """
         site, told = self.site(str(letter.head.get("run")))
-        return remote.answer(site, self.name, letter, told)
+        reply = remote.answer(site, self.name, letter, told)
+        if "update" not in reply.head:
+            return reply
+        job, accepted, notes = letter.head["job"], letter.head["accepted"], site.keeper.folder.with_name("answered")
+        if accepted and accepted not in noted(notes) and site.keeper.versions(self.name):
+            site.keeper.drop_newer(self.name, accepted)
+            note(notes, accepted)
+            reason = (
+                f"it did not give the answer that the server took last ({accepted}), or has not kept that it did; bring back "
+                f"{self.folder}, stop who else answers as {self.name}, or let it go on without from its next job"
+            )
+            self.say(reason)
+            return answer_letter(Failure(self.name, job["round"], job["task"], reason))
+        if job["task"] != "evaluate":
+            note(notes, key(job["round"], job["task"]))
+        return reply
 
     @lru_cache(maxsize=1)  # noqa: B019  # there is one Resident in a process
     def site(self, run: str) -> tuple[Site, Mapping[str, Any] | None]:
         """What it works with in the run that letters tell of, and what it tells of its own data."""
         told = json.loads(run)
+        if not str(told["id"]).isalnum():  # it becomes a folder's name
+            raise BadLetter(f"a run cannot be called {told['id']!r}")
         agreed = checked(RunConfig, self.agreed(told["settings"]))
         parts, model = self.parts, agreed.model
         if model not in parts.bases:
@@ -103,6 +134,8 @@ class Resident:
         if apart := different(without_files(mine["data"]), without_files(theirs["data"])):
             raise BadLetter(f"its run file has another data.{apart[0]} than the server's; give both sides the same run file")
         own = {"model": mine["model"], "data": mine["data"], "devices": {**mine["devices"], **self.devices}}
+        if "public_text" in theirs["method"]:  # a file of this machine
+            own["method"] = {**theirs["method"], "public_text": mine["method"].get("public_text")}
         retained = {"retained": mine["evaluation"].get("retained", [])}
         return {**theirs, **own, "evaluation": {**theirs["evaluation"], **retained}}
 
@@ -113,6 +146,40 @@ class Resident:
 @lru_cache(maxsize=1)
 def parts_of(name: str, data: tuple[str, ...]) -> Parts:
     return Own(name=name, files=data) if data else Parts()
+
+
+def noted(path: Path) -> list[str]:
+    """The keys of the jobs that it has answered in a run."""
+    return path.read_text().split() if path.exists() else []
+
+
+def note(path: Path, done: str) -> None:
+    """Adds a job's key; it is on disk before the server can count on the answer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(f"\n{done}\n")  # a line of its own also after one that a power cut left half written
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process; one whose supervisor was killed may need a moment to let it go.
+
+    Raises:
+        Busy: another holds it for longer.
+    """
+    until = monotonic() + HOLD_SECONDS
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(folder))
+                break
+            except Busy:
+                if monotonic() > until:
+                    raise
+            sleep(WATCH_SECONDS)
+        yield
 
 
 def without_files(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,11 +193,16 @@ def main() -> int:
     end_with_parent()
     told = json.loads(sys.argv[1])
     try:
-        run = config.read(Path(told["run"]), told["set"])
-        resident = Resident(told["name"], run, Path(told["folder"]), tuple(told["data"]), told["devices"])
+        with alone(Path(told["folder"])):
+            run = config.read(Path(told["run"]), told["set"])
+            work(Resident(told["name"], run, Path(told["folder"]), tuple(told["data"]), told["devices"]), int(sys.argv[2]))
     except FedExpertsError as error:
         print(f"{told['name']}: {error}", file=sys.stderr, flush=True)
-        return MISTAKE
+    return MISTAKE
+
+
+def work(resident: Resident, listener: int) -> None:
+    """Answers letters that come to the socket with the file descriptor `listener`, for ever."""
 
     def answer(letter: Letter) -> Letter:
         try:
@@ -144,8 +216,7 @@ def main() -> int:
             traceback.print_exc()
             raise BadLetter(f"{type(error).__name__}: {error}") from None
 
-    serve(socket.socket(fileno=int(sys.argv[2])), answer)
-    return 0
+    serve(socket.socket(fileno=listener), answer)
 
 
 if __name__ == "__main__":

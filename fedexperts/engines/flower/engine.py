@@ -54,7 +54,8 @@ class FlowerEngine:
     run: what clients need to know of the run. clients: None for one that may say of itself what it likes. accepted: for each
     client the key of its last job whose answer was taken, in a run that is resumed. check: raises when the grid has died.
     names: node → the only client that it may be, where that is known. since: gives for each node something that changes when it
-    connects anew, since what it was at is lost then. tell: gets a sentence on who is there and who is refused.
+    connects anew, since what it was at is lost then. tell: gets a sentence on who is there and who is refused. note: gets the
+    client, round and task of each answer that is dropped.
     """
 
     def __init__(
@@ -70,18 +71,20 @@ class FlowerEngine:
         names: Mapping[int, str] | None = None,
         since: Callable[[], Mapping[int, object]] = dict,
         tell: Callable[[str], None] = log.info,
+        note: Callable[[Mapping[str, object]], None] = lambda _: None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.grid, self.about, self.clients = grid, run, clients
         self.in_flight, self.seconds, self.check = in_flight, seconds, check
         self.names, self.since, self.tell, self.poll_seconds = names or {}, since, tell, poll_seconds
+        self.note = note
         self.accepted = dict(accepted or {})
         self.greetings: dict[str, Greeting] = {}
         self.nodes: dict[str, int] = {}  # client → node
         self.refused: dict[int, str] = {}  # node → why it is no client's
         self.greeted: set[int] = set()
         self.hellos: dict[str, int] = {}  # message → node that has not answered it
-        self.asked: dict[str, str] = {}  # message → client, of all jobs
+        self.asked: dict[str, tuple[str, int, str]] = {}  # message → client, round and task, of all jobs
         self.overdue: set[str] = set()  # messages nobody waits for any more
         self.dropped: Counter[str] = Counter()  # by client; "" for answers to nobody's question
 
@@ -171,7 +174,7 @@ class FlowerEngine:
         letter = order(job, self.about, self.accepted.get(job.client, ""))
         message = self.push(letter, node) if node is not None else None
         if message:
-            self.asked[message] = job.client
+            self.asked[message] = job.client, job.round, job.task
         return Sent(outline(job), message, monotonic() + self.seconds, node, since)
 
     def receive(self, sent: Sent) -> Update | Failure:
@@ -249,8 +252,9 @@ class FlowerEngine:
         """Counts an answer that nobody waits for, unless all it says is that Flower cannot reach the client any more."""
         if reply.has_error() and reply.error.code != REFUSED:
             return
-        client = self.asked.get(reply.metadata.reply_to_message_id, "")
+        client, round, task = self.asked.get(reply.metadata.reply_to_message_id, ("", None, None))
         self.dropped[client] += 1
+        self.note({"client": client, "round": round, "task": task})
         log.warning("an answer of %s that nobody waits for was dropped", client or "an unknown node")
 
     def replies(self, message: str) -> list[Message]:

@@ -1,5 +1,6 @@
 """Jobs over a grid in this process, whose nodes answer late, twice, wrongly or not at all, as a test says."""
 
+import json
 import weakref
 from collections import defaultdict
 from dataclasses import replace
@@ -511,6 +512,18 @@ def test_above_the_quorum_a_run_goes_on_without_those_that_failed(tiny_tree, tmp
     out = running.run(config(tiny_tree, clients_per_round=4, min_clients=3), tmp_path / "out", engine=flower.over(grid))
     assert checkpoint.latest(out).name == "000003-train"
     assert '"failed": {"c01": "no"}' in (out / "rounds.jsonl").read_text()
+
+
+def test_what_comes_twice_and_who_fails_stand_in_the_results_folder(tiny_tree, tmp_path):
+    grid = FakeGrid(play, CLIENTS)
+    grid.change = {1: lambda reply: [reply, reply], 2: lambda reply: [KeyError("Strange")]}
+    everyone = config(tiny_tree, rounds=1, clients_per_round=4)
+    out = running.run(everyone, tmp_path / "out", engine=flower.over(grid))
+    dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
+    assert {"client": "c01", "round": 1, "task": "train"} in dropped
+    assert {line["client"] for line in dropped} == {"c01"}
+    (line,) = map(json.loads, (out / "rounds.jsonl").read_text().splitlines())
+    assert line["failed"] == {"c02": "its answer cannot be made out (KeyError: 'Strange')"}
 
 
 @pytest.mark.parametrize(
