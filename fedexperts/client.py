@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,12 @@ class Fitted:
 
     loss: float  # mean over the steps, regularisers included
     cost: Cost
+    routed: Mapping[str, Sequence[int]] = field(default_factory=dict)  # MoE block → the tokens that each of its experts got
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What a client tells of it: the loss, and whom its model routed tokens to, where routers were looked at."""
+        return {"loss": self.loss, **({"routed": dict(self.routed)} if self.routed else {})}
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,12 @@ def fit(
 
     `watch` sees what the routers did with each batch; what it returns is added to the loss. `reach` then says which experts
     backward reaches (HFedMoE, equation 15): only they get gradients and move, and the optimiser forgets what it knew of others.
+
+    With a load balance, a `watch` or a `reach` routers are looked at; then `routed` counts the tokens that they gave each expert.
     """
     training = bench.training
     losses, tokens, flops, peak = [], 0, 0.0, 0
+    routed: dict[str, Tensor] = {}
     flops_of = flops_estimated(model)
     steps = training.local_steps if steps is None else steps
     looked_at = bool(training.balance or watch or reach)
@@ -134,13 +144,16 @@ def fit(
                     nn.utils.clip_grad_norm_(trained, training.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if recorder is not None:
+                routed = {block: routed.get(block, 0) + counts for block, counts in recorder.routing().counts.items()}
             losses.append(float(loss.detach()))
             tokens += seen(model, batch)
             flops += flops_of(batch, reached)
             peak = max(peak, meter.peak_bytes) if meter else peak
 
     model.eval()
-    return Fitted(sum(losses) / len(losses), Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops))
+    cost = Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops)
+    return Fitted(sum(losses) / len(losses), cost, {block: counts.tolist() for block, counts in routed.items()})
 
 
 def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,6 +1,6 @@
 """What was sent and what it took, counted on the very objects that travel."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
@@ -67,9 +67,10 @@ class Ledger:
         self.entries: list[Entry] = []
         self.holds: dict[str, Experts] = {}
         self.sends: dict[str, Experts] = {}  # of clients that sent other experts than they held
+        self.uses: dict[str, Mapping[str, Sequence[int]]] = {}  # tokens that each expert got that a client held, while it trained
 
     def clear(self) -> None:
-        self.entries, self.holds, self.sends = [], {}, {}
+        self.entries, self.holds, self.sends, self.uses = [], {}, {}, {}
 
     @property
     def clock_seconds(self) -> float | None:
@@ -99,6 +100,7 @@ class Ledger:
             self.entries[i] = answered(self.entries[i], answer, self.clock)
             if isinstance(answer, Update) and not self.entries[i].failed:
                 self.note_experts(answer)
+                self.note_uses(answer)
                 yield answer
             del answer  # or it would be held until the next one has come
 
@@ -111,6 +113,19 @@ class Ledger:
         sent = {block: tuple(ids.tolist()) for block, ids in rows.items()}
         if sent and any(tuple(held[block]) != ids for block, ids in sent.items()):
             self.sends[update.client] = sent
+
+    def note_uses(self, update: Update) -> None:
+        """Whom the client's model routed tokens to, where it tells that of just the experts that it held."""
+        held: Experts = self.holds[update.client]
+        told = update.metrics.get("routed")
+        known = isinstance(told, Mapping) and told.keys() == held.keys()  # who wrote it may be anyone
+        if known and all(counts_of(told[block], len(ids)) for block, ids in held.items()):
+            self.uses[update.client] = told
+
+
+def counts_of(told: object, number: int) -> bool:
+    """Whether it is a list of `number` counts."""
+    return isinstance(told, list) and len(told) == number and all(isinstance(count, int) and count >= 0 for count in told)
 
 
 def asked(job: Job) -> Entry:
@@ -127,6 +142,7 @@ def answered(entry: Entry, answer: Update | Failure, clock: Clock) -> Entry:
     failed = f"its update holds NaN or infinity in {broken}" if broken else None
     told = {} if failed or entry.task == "evaluate" else dict(answer.metrics)  # an evaluation's stand in evals.jsonl
     loss = told.pop("loss", None)
+    told.pop("routed", None)  # stands in rounds.jsonl, beside who held what
     return clock.timed(replace(entry, bytes_up=answer.nbytes, failed=failed, loss=loss, metrics=told, **asdict(answer.cost)))
 
 

@@ -94,6 +94,17 @@ def test_fit_counts_what_it_did(prepared, bench):
     assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides
 
 
+def test_fit_counts_whom_each_token_was_routed_to_where_routers_are_looked_at(prepared, bench):
+    fitted = fit(install(job(prepared), bench), bench, seed="s", steps=3)
+    held, top_k = job(prepared).experts, {block: shape.top_k for block, shape in prepared.server.anatomy.blocks.items()}
+    assert {block: len(counts) for block, counts in fitted.routed.items()} == {block: len(ids) for block, ids in held.items()}
+    assert all(sum(fitted.routed[block]) == fitted.cost.tokens * min(top_k[block], len(ids)) for block, ids in held.items())
+    unseen = replace(bench, training=replace(bench.training, balance=0.0))
+    assert fit(install(job(prepared), bench), unseen, seed="s", steps=1).metrics.keys() == {"loss"}
+    watched = fit(install(job(prepared), bench), unseen, seed="s", steps=1, watch=lambda recorder: None)
+    assert watched.metrics.keys() == {"loss", "routed"}
+
+
 def test_the_peak_counts_what_a_method_holds_beside_the_model(prepared, bench):
     held = [torch.zeros(1000), torch.zeros(10, 100)]
     plain, more = (fit(install(job(prepared), bench), bench, seed="s", steps=2, beside=each) for each in ([], held))

@@ -167,3 +167,21 @@ def test_a_router_with_all_its_rows_hides_no_selection_of_experts_whatever_comes
     patch = Patch({name: torch.ones(len(rows[name]), 3) for name in names}, {name: rows[name] for name in names})
     ledger, _ = entered([job("c01")], [update("c01", patch=patch)])
     assert ledger.sends == {"c01": {"a": (2,)}}
+
+
+def test_whom_a_client_routed_tokens_to_stands_beside_what_it_held():
+    told = {"a": [3, 4], "b": [7]}
+    ledger, _ = entered([job()], [update(metrics={"loss": 1.0, "routed": told})])
+    assert ledger.uses == {"c01": told}
+    assert ledger.entries[0].metrics == {}
+    ledger.clear()
+    assert ledger.uses == {}
+
+
+@pytest.mark.parametrize(
+    "told", ["x", {"a": [1, 2]}, {"a": [1, 2], "b": [1, 2]}, {"a": [1, -2], "b": [1]}, {"a": [1, 2], "b": "1"}]
+)
+def test_counts_that_do_not_fit_what_a_client_held_are_left_out(told):
+    ledger, usable = entered([job()], [update(metrics={"loss": 1.0, "routed": told})])
+    assert len(usable) == 1
+    assert ledger.uses == {}

@@ -72,7 +72,7 @@ def answer(
     Whatever else it trained is the client's own.
     """
     patch = patch_of(model, job, experts) if experts is not None else Patch(shared(job, rows.read(model)), job.patch.rows)
-    return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, {"loss": fitted.loss}, fitted.cost)
+    return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, fitted.metrics, fitted.cost)
 
 
 def shared(job: Job, tensors: Tensors) -> dict[str, Tensor]:

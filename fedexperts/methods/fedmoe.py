@@ -100,7 +100,7 @@ class FedMoE:
         routing = torch.cat([p.float() for p in validation.routing.probabilities().values()])
         score = torch.tensor(-validation.loss, dtype=torch.float64)
         patch = Patch(rows.read(model), job.patch.rows)
-        metrics = {"loss": fitted.loss, "validation_loss": validation.loss}
+        metrics = {**fitted.metrics, "validation_loss": validation.loss}
         return Update(
             job.client, job.round, job.task, patch, examples(bench), {"p": routing, "score": score}, metrics, fitted.cost
         )
@@ -111,9 +111,7 @@ class FedMoE:
             model = prepare(model, Tuning("lora", ("experts",), rank=self.profile_rank, alpha=2.0 * self.profile_rank), job.seed)
         fitted = fit(model, bench, seed=job.seed, steps=self.profile_rounds * bench.training.local_steps)
         routing = torch.cat([p.float() for p in validate(model, bench).routing.probabilities().values()])
-        return Update(
-            job.client, job.round, job.task, Patch({}), examples(bench), {"p": routing}, {"loss": fitted.loss}, fitted.cost
-        )
+        return Update(job.client, job.round, job.task, Patch({}), examples(bench), {"p": routing}, fitted.metrics, fitted.cost)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Modular aggregation: dense parameters over all participants, an expert and its router row over its holders."""

@@ -50,7 +50,10 @@ class FedRep:
         if head is None:
             return answer(job, bench, model, body)
         loss = (of_head * head.loss + (steps - of_head) * body.loss) / steps
-        return answer(job, bench, model, Fitted(loss, one_after_the_other(head.cost, body.cost)))
+        routed = {
+            block: [a + b for a, b in zip(head.routed[block], counts, strict=True)] for block, counts in body.routed.items()
+        }
+        return answer(job, bench, model, Fitted(loss, one_after_the_other(head.cost, body.cost), routed))
 
     def head_steps(self, steps: int) -> int:
         """τ: rounded down, but one at least, and one less than all at most. A single step is the representation's."""

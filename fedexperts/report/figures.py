@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from fedexperts.report import measures as m
 from fedexperts.report.across import Settings
-from fedexperts.report.read import Holds, RunResults
+from fedexperts.report.read import Holds, Round, RunResults
 from fedexperts.report.stats import Interval, interval
 from fedexperts.report.tables import NONE, Groups, Table, all_runs
 
@@ -415,7 +415,8 @@ def experts_map(label: str, run: RunResults) -> dict[str, Any]:
     """What page.js draws the experts × layers map from: for each client, what it held from which round on.
 
     A layer's experts are a hexadecimal number whose bit e is expert e. What did not change is not repeated. `trained`: for each
-    client the rounds of which something came back, and what it trained there, where that is not all that it held.
+    client the rounds of which something came back, and what it trained there, where that is not all that it held. `uses`: in
+    thousandths, how a layer's picks were shared out among its experts while a client trained, in each round that tells.
     """
     blocks = run.plan.model.blocks
     sent = {(row.round, client): _masks(each, list(blocks)) for row in m.training(run) for client, each in row.sends.items()}
@@ -431,6 +432,11 @@ def experts_map(label: str, run: RunResults) -> dict[str, Any]:
                 "name": name,
                 "holds": _changes(held, list(blocks)),
                 "trained": [(round, sent.get((round, name))) for round, _ in trained.get(name, [])],
+                "uses": [
+                    (row.round, [_shares(row, name, block, plan.num_experts) for block, plan in blocks.items()])
+                    for row in m.training(run)
+                    if name in row.uses
+                ],
             }
             for name, held in m.history(run).items()
         ],
@@ -454,6 +460,12 @@ def _changes(held: Sequence[tuple[int, Holds]], blocks: Sequence[str]) -> list[t
 
 def _masks(holds: Holds, blocks: Sequence[str]) -> list[str]:
     return [f"{sum(1 << expert for expert in set(holds.get(block, ()))):x}" for block in blocks]
+
+
+def _shares(row: Round, client: str, block: str, experts: int) -> list[int]:
+    """Of all picks in `block` while `client` trained, those of each expert, in thousandths."""
+    picks = dict(zip(row.holds[client].get(block, ()), row.uses[client].get(block, ()), strict=True))
+    return [round(1000 * picks.get(expert, 0) / max(sum(picks.values()), 1)) for expert in range(experts)]
 
 
 def numbers(figure: Figure) -> Table:

@@ -62,14 +62,23 @@ function fillMapControls() {
   pick.client.replaceChildren(new Option("all clients", ""), ...map.clients.map((client, index) => new Option(client.name, index)));
   pick.round.max = map.rounds.length - 1;
   pick.round.value = pick.round.max;
+  const told = map.clients.some((client) => client.uses.length);
+  pick.what.querySelectorAll("[value=used], [value=shifted]").forEach((option) => { option.hidden = option.disabled = !told; });
+  if (!told && (pick.what.value === "used" || pick.what.value === "shifted")) pick.what.value = "held";
 }
 
 const TOLD = {
   held: "Colour: how many clients worked with the expert when they last trained, by the end of the chosen round.",
+  used: "Colour: how often routers picked the expert while clients last trained, by the end of the chosen round, in % of all picks of its layer; the mean over clients.",
   trained: "Colour: in how many clients' rounds the expert was trained, up to the end of the chosen round.",
   moved: "Colour: how many clients more (blue) or fewer (orange) have the expert than when each first trained.",
+  shifted: "Colour: how much more (blue) or less (orange) of its layer's picks the expert gets than when each client first trained, in percentage points; the mean over clients.",
 };
-const UNIT = { held: "clients", trained: "clients' rounds", moved: "clients, more or fewer" };
+const UNIT = {
+  held: "clients", used: "% of the layer's picks", trained: "clients' rounds", moved: "clients, more or fewer",
+  shifted: "percentage points, more or less",
+};
+const BOTH_WAYS = ["moved", "shifted"];
 
 /** What the map shows: for each layer and expert the sum over `sets` of masks, each with its weight. */
 function sums(map, sets) {
@@ -86,11 +95,25 @@ function setsOf(client, what, round) {
   return what === "held" ? [[held, 1]] : [[held, 1], [client.holds[0][1], -1]];
 }
 
+/** How often experts were picked the last time by the end of `round`, in % of their layer, the mean over those of the `clients`
+ * that tell it; or `shifted`: what that is more than the first time. */
+function usesOf(map, clients, round, shifted) {
+  const told = clients.map((client) => client.uses.filter(([at]) => at <= round)).filter((rounds) => rounds.length);
+  const share = (rounds, row, expert) => rounds.at(-1)[1][row][expert] - (shifted ? rounds[0][1][row][expert] : 0);
+  const widest = Math.max(...map.blocks.map((block) => block.experts));
+  return map.blocks.map((block, row) => Array.from({ length: widest }, (_, expert) => expert >= block.experts || !told.length ? null
+    : Math.round(told.reduce((sum, rounds) => sum + share(rounds, row, expert), 0) / told.length) / 10));
+}
+
+/** What the map shows of the `clients`. */
+const shownOf = (map, clients, what, round) => what === "used" || what === "shifted" ? usesOf(map, clients, round, what === "shifted")
+  : sums(map, clients.flatMap((client) => setsOf(client, what, round)));
+
 /** The end of a colour scale: large enough for the whole run, so that rounds can be compared. */
 function largest(map, clients, what) {
   if (what === "held") return Math.max(1, clients.length);
-  const every = map.rounds.flatMap((round) => what === "moved" || round === map.rounds[map.rounds.length - 1] ? [round] : []);
-  return Math.max(1, ...every.map((round) => Math.max(...sums(map, clients.flatMap((client) => setsOf(client, what, round))).flat().map(Math.abs))));
+  const every = map.rounds.flatMap((round) => what !== "trained" || round === map.rounds[map.rounds.length - 1] ? [round] : []);
+  return Math.max(1, ...every.map((round) => Math.max(...shownOf(map, clients, what, round).flat().map(Math.abs))));
 }
 
 function drawMap() {
@@ -99,7 +122,7 @@ function drawMap() {
   const all = pick.client.value === "";
   const round = map.rounds[pick.round.value];
   const chosen = all ? map.clients : [map.clients[pick.client.value]];
-  const z = sums(map, chosen.flatMap((client) => setsOf(client, what, round)));
+  const z = shownOf(map, chosen, what, round);
   const present = chosen.filter((client) => heldAt(client, round) !== null).length;
   document.getElementById("map-shown").textContent = `round ${round}`;
   pick.round.setAttribute("aria-valuetext", `round ${round}`);
@@ -113,8 +136,8 @@ function drawMap() {
   fillMapNumbers(map, z);
   const most = largest(map, chosen, what);
   draw("map", [{
-    type: "heatmap", z, y: map.blocks.map((block) => escaped(block.label)), zmin: what === "moved" ? -most : 0, zmax: most,
-    meta: { theme: what === "moved" ? "shift" : "heat" }, xgap: 1, ygap: 1, showscale: all || what === "trained",
+    type: "heatmap", z, y: map.blocks.map((block) => escaped(block.label)), zmin: BOTH_WAYS.includes(what) ? -most : 0, zmax: most,
+    meta: { theme: BOTH_WAYS.includes(what) ? "shift" : "heat" }, xgap: 1, ygap: 1, showscale: all || (what !== "held" && what !== "moved"),
     colorbar: { title: { text: UNIT[what], side: "right" }, thickness: 12, ...(most < 6 ? { dtick: 1 } : {}) },
     hovertemplate: `%{y}, expert %{x}: %{z} ${UNIT[what]}<extra></extra>`,
   }], {

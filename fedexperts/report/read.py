@@ -93,6 +93,7 @@ class Round:
     clock_seconds: float | None = None  # virtual; None: no clock
     holds: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → Holds
     sends: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → what it sent, where not that
+    uses: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → tokens of each expert that it held
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 

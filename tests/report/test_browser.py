@@ -164,6 +164,20 @@ def test_the_map_shows_who_trained_what_where_that_is_less_than_what_is_held(bro
         assert "more (blue) or fewer (orange)" in page.locator("#map-told").inner_text()
 
 
+def test_the_map_shows_who_uses_an_expert_and_how_that_moved(browser, pages):
+    with Visit(browser, pages["one"]) as visit:
+        page, cells = visit.page, visit.page.locator("#map-numbers td")
+        numbers = lambda: [float(cell) for cell in cells.all_text_contents()]  # noqa: E731
+        page.locator("#map-what").select_option("used")
+        used = numbers()
+        assert len(used) == 24
+        assert [sum(used[start : start + 8]) for start in (0, 8, 16)] == pytest.approx([100] * 3, abs=1)
+        page.locator("#map-what").select_option("shifted")
+        moved = numbers()
+        assert [sum(moved[start : start + 8]) for start in (0, 8, 16)] == pytest.approx([0] * 3, abs=1)
+        assert min(moved) < 0 < max(moved)
+
+
 def test_on_paper_a_page_is_light_and_its_long_tables_are_whole(browser, pages, tmp_path):
     with Visit(browser, pages["several"], scheme="dark") as visit:
         background = "getComputedStyle(document.body).backgroundColor"

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,22 @@ def test_clients_that_hold_the_same_need_no_map_of_their_overlap(tmp_path: Path)
     (map,) = figures.overlap(other).drawing.data
     assert [map.z[number][number] for number in range(len(map.z))] == [1.0] * len(map.z)
     assert map.z[0][1] == map.z[1][0] < 1
+
+
+def test_the_map_has_what_share_of_its_layers_picks_each_expert_got(tmp_path: Path):
+    folder = write_run(tmp_path, rounds=2)
+    path = folder / "rounds.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    training = [line for line in lines if line["task"] == "train"]
+    client = training[-1]["clients"][0]
+    held = training[-1]["holds"][client]
+    training[-1]["uses"] = {client: {block: [number + 1 for number in range(len(ids))] for block, ids in held.items()}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    uses = {each["name"]: each["uses"] for each in figures.experts_map("fedmoe", read(folder))["clients"]}
+    ((round_of, shares),) = uses.pop(client)
+    assert round_of == 2
+    assert all(each == [] for each in uses.values())
+    for ids, layer in zip(held.values(), shares, strict=True):
+        assert sum(layer) == pytest.approx(1000, abs=len(layer))
+        assert [expert for expert, share in enumerate(layer) if share] == sorted(ids)
+        assert layer[max(ids)] == round(1000 * len(ids) / sum(range(1, len(ids) + 1)))
