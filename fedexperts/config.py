@@ -162,6 +162,12 @@ class EvaluationSettings(Settings):
     drift: bool = False
 
 
+class TrackSettings(Settings):
+    """Where else the numbers of the logs go while a run is under way."""
+
+    to: Literal["tensorboard", "mlflow", "wandb"] | None = None
+
+
 class RunConfig(Settings):
     seed: int = 0
     model: ModelSettings = ModelSettings()
@@ -171,6 +177,7 @@ class RunConfig(Settings):
     data: DataSettings
     devices: DeviceSettings = DeviceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    track: TrackSettings = TrackSettings()
 
     @model_validator(mode="after")
     def method_can_be_built(self) -> Self:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors.torch import save
 from torch import Tensor
@@ -63,6 +64,14 @@ def even_start(path: Path) -> None:
             even.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(file, even)
     made.replace(path)
+
+
+def identity(folder: Path) -> str:
+    """What the run in `folder` is called by others, such as its clients on other machines: drawn once, noted in `folder`/id."""
+    named = folder / "id"
+    if not named.exists():
+        write_text(named, uuid4().hex)
+    return named.read_text()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
@@ -19,7 +18,7 @@ from fedexperts.engines.kept import key
 from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
 from fedexperts.errors import BadLetter
-from fedexperts.files import write_text
+from fedexperts.files import identity
 from fedexperts.settings import checked
 from fedexperts.sites import everyone, site_for
 from fedexperts.start import Parts, Prepared, prepare_run
@@ -77,10 +76,7 @@ def note_dropped(path: Path, answer: Mapping[str, object]) -> None:
 
 def about(config: RunConfig, model_hash: str, out: Path) -> str:
     """What clients need to know of the run in `out`, as JSON; `id` is what they call it."""
-    named = out / "id"
-    if not named.exists():
-        write_text(named, uuid4().hex)
-    told = {"settings": config.resolved(), "folder": str(out.resolve()), "id": named.read_text(), "model_hash": model_hash}
+    told = {"settings": config.resolved(), "folder": str(out.resolve()), "id": identity(out), "model_hash": model_hash}
     return json.dumps(told)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedexperts import checkpoint, evaluate
+from fedexperts import checkpoint, evaluate, track
 from fedexperts.config import RunConfig
 from fedexperts.devices import UTILISATION
 from fedexperts.engines.kept import Keeper
@@ -29,7 +29,13 @@ from fedexperts.start import Parts, Prepared, prepare_run, versions
 from fedexperts.types import Engine, Method, Server
 from fedexperts.work import falls_due
 
-MAY_DIFFER = ("federation.workers", "federation.gpus_per_worker", "federation.min_clients", "federation.round_seconds")
+MAY_DIFFER = (
+    "federation.workers",
+    "federation.gpus_per_worker",
+    "federation.min_clients",
+    "federation.round_seconds",
+    "track.to",
+)
 """Settings that a resumed run may change: they do not change what clients answer."""
 
 BEFORE = {
@@ -60,11 +66,13 @@ def run(
     setting: str = "",
     progress: Progress | None = None,
     parts: Parts | None = None,
+    together: Path | None = None,
     engine: Callable[[Prepared, Path], AbstractContextManager[Engine]] | None = None,
 ) -> Path:
     """Runs `config` and returns its results folder, `out`. `label` and `setting` are what reports call its method and run file.
 
-    `parts` are those of runs before it, which are not made again. `engine` carries the jobs in place of the one that the
+    `parts` are those of runs before it, which are not made again. `together` is the folder of the comparison that it is in: what
+    a tracker keeps of several runs in one place is there, else in `out`. `engine` carries the jobs in place of the one that the
     run file names (`flower.over` a grid, for one).
 
     Raises:
@@ -74,6 +82,7 @@ def run(
     """
     torch.set_num_threads(config.training.threads)
     require_flower(config)
+    track.require(config.track.to)
     claim(config, out, resume)
     prepared = prepare_run(config, label, setting, parts)
     require_same_inputs(prepared, out)
@@ -85,15 +94,17 @@ def run(
             len(steps(prepared.method, config.federation.rounds)),
         )
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
-        if behind < total:
-            Keeper(out / "clients").drop_after(begun.round)
-            with (engine or engine_for)(prepared, out) as running:
-                rounds(prepared, begun, out, shown.watch(running), shown)
+        about = track.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
+        with track.tracking(config.track.to, about, done=behind == total) as tell:
+            if behind < total:
+                Keeper(out / "clients").drop_after(begun.round)
+                with (engine or engine_for)(prepared, out) as running:
+                    rounds(prepared, begun, out, shown.watch(running), shown, tell)
     return out
 
 
-def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progress: Progress) -> None:
-    """All rounds after `begun`, each with its evaluation, its lines in the logs and its checkpoint."""
+def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progress: Progress, tell: Callable[[], None]) -> None:
+    """All rounds after `begun`, each with its evaluation, its lines in the logs and its checkpoint; then a tracker may `tell`."""
     federation, method = prepared.config.federation, prepared.method
     ledger = Ledger(clock_for(prepared))
     if begun.task == "start" and prepared.retained.examples:
@@ -116,6 +127,7 @@ def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progres
         if due(server, method, prepared.config):
             assess(prepared, server, engine, ledger, out, progress, told)
         checkpoint.save(out, server)
+        tell()  # after it: no line that a tracker has is cut off again
         progress.round(server)
         started = perf_counter()
 
@@ -141,6 +153,7 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
         "clock_seconds": ledger.clock_seconds,
         "holds": {client: {block: list(ids) for block, ids in held.items()} for client, held in ledger.holds.items()},
         **({"sends": ledger.sends} if ledger.sends else {}),
+        **({"uses": ledger.uses} if ledger.uses else {}),
     }
     append(out / "rounds.jsonl", [line])
     append(out / "ledger.jsonl", [entry.as_json() for entry in entries])
