@@ -36,6 +36,7 @@ def compare(
     *,
     out: Path | str,
     set: Sequence[str] = (),
+    jobs: int = 1,
 ) -> Compared:
     """Several methods over the same data and clients, as `fedexperts compare` does; runs that are done already stay.
 
@@ -45,12 +46,14 @@ def compare(
         seeds: how many, from the run's own on.
         out: the results folder.
         set: settings in place of those of all runs.
+        jobs: how many runs at once, each in a process of its own; a script that asks for several has its calls below
+            `if __name__ == "__main__":`, since those processes import it.
 
     Raises:
         BadValue: a run that cannot be, before the first one starts.
     """
     settings = {name: settings_of(run, set) for name, run in by_name(runs).items()}
-    return comparison.compare(settings, comparison.read_variants(",".join(methods)), seeds, Path(out))
+    return comparison.compare(settings, comparison.read_variants(",".join(methods)), seeds, Path(out), jobs=jobs)
 
 
 def by_name(runs: RunFile | Mapping[str, RunFile]) -> Mapping[str, RunFile]:

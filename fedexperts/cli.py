@@ -73,6 +73,11 @@ def compare(
         ),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the run file's on.")] = 1,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", help="A setting with several values, each of which is run: a.b=c,d. Again for a grid."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs at once, each in a process of its own.")] = 1,
     set: Set = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The results folder; for one run file by default results/<its name>.")
@@ -85,11 +90,11 @@ def compare(
     """
     from fedexperts import comparison
 
-    settings = comparison.read_settings(run_files, set or [])
-    if out is None and len(settings) > 1:
-        raise BadValue(f"{len(settings)} run files have no results folder of their own; give one with --out")
+    settings = comparison.read_settings(run_files, set or [], vary or [])
+    if out is None and len(run_files) > 1:
+        raise BadValue(f"{len(run_files)} run files have no results folder of their own; give one with --out")
     folder = out or Path("results") / run_files[0].stem
-    compared = comparison.compare(settings, comparison.read_variants(methods), seeds, folder, progress(quiet))
+    compared = comparison.compare(settings, comparison.read_variants(methods), seeds, folder, progress(quiet), jobs)
     if any(folder.rglob("plan.json")):
         begun = [each for each in compared.folders if (each / "plan.json").exists()]
         finish([*begun, folder], folder)  # what was named in its order, and all else that is there
@@ -176,11 +181,14 @@ def export(
     to: Annotated[Path, typer.Option(help="The folder to write: one that is not there yet, or is empty.", show_default=False)],
     client: Annotated[str | None, typer.Option(help="A client, whose own model is written in place of the global one.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapters, for peft, in place of a whole model.")] = False,
+    kept: Annotated[
+        Path | None, typer.Option(help="Where the client was on another machine: its own folder, the --out it had.")
+    ] = None,
 ) -> None:
     """A model folder to take away: the run's global model, or a client's own, as of the last checkpoint."""
     from fedexperts import export as exports
 
-    kind = exports.export(folder, to, client, adapter)
+    kind = exports.export(folder, to, client, adapter, kept)
     how = (
         "peft reads it"
         if kind.adapter

@@ -1,16 +1,23 @@
-"""Several runs side by side: run files × methods × seeds, each in a folder of its own, by one process or by several."""
+"""Several runs side by side: run files × varied settings × methods × seeds, each in its folder, by one process or several."""
 
 import re
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from urllib.parse import quote
 
+from rich.console import Console
+
 from fedexperts import config as configs
 from fedexperts.config import RunConfig
-from fedexperts.errors import BadRun, BadValue, Busy, nearest
+from fedexperts.errors import BadRun, BadValue, Busy, FedExpertsError, nearest
+from fedexperts.lanes import Died, side_by_side
 from fedexperts.methods import METHODS
-from fedexperts.progress import Progress
+from fedexperts.progress import Progress, Shown
 from fedexperts.running import claim, require_same_inputs, run
 from fedexperts.settings import checked, with_settings
 from fedexperts.start import Parts, prepare_run
@@ -19,6 +26,8 @@ REPORTS = ("report.html", "report.csv", "report.md")
 DEEPEST = 4  # levels below a folder that a report looks for runs in
 SAME = ("data", "devices", "evaluation", "seed")  # what no method of a comparison sets for itself
 LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
+PARTS = Parts()
+"""Of a process that does some of a comparison's runs."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Variant:
     @property
     def folder(self) -> str:
         """The label as the name of a folder; no two labels have the same."""
-        return quote(self.label, safe="=+ :").replace(":", ",")
+        return as_folder(self.label)
 
     def of(self, config: RunConfig) -> RunConfig:
         """`config` with this method; what the run file says of the same method stays.
@@ -53,6 +62,7 @@ class Planned:
     setting: str
     label: str
     folder: Path
+    together: Path  # of all runs of the comparison
 
 
 @dataclass(frozen=True)
@@ -64,13 +74,27 @@ class Compared:
     failed: Mapping[Path, str]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run that was attempted."""
+
+    left: bool = False  # to another process that is at it
+    failed: str | None = None
+
+
 def compare(
-    settings: Mapping[str, RunConfig], variants: Sequence[Variant], seeds: int, out: Path, progress: Progress | None = None
+    settings: Mapping[str, RunConfig],
+    variants: Sequence[Variant],
+    seeds: int,
+    out: Path,
+    progress: Progress | None = None,
+    jobs: int = 1,
 ) -> Compared:
     """Each variant in each setting with `seeds` seeds, from the run file's on, over the same data and clients.
 
     Runs are in `out`/<setting>/<variant>/seed-<seed>; with a single setting, in `out`/<variant>/seed-<seed>. Finished ones stay,
-    stopped ones go on, those that another process has are left to it, and one that fails does not keep the others from running.
+    stopped ones go on, those that another process has are left to it, and one that fails, however, does not keep the others from
+    running. `jobs` processes are at them, each with a base of its own in memory; with one, this process is.
 
     Raises:
         FedExpertsError: before the first run starts, as every run is prepared once before.
@@ -78,7 +102,7 @@ def compare(
     """
     require_room(out, len(settings))
     runs = [
-        planned(config, setting, variant, config.seed + number, out / setting if len(settings) > 1 else out)
+        planned(config, setting, variant, config.seed + number, out, several=len(settings) > 1)
         for number in range(seeds)
         for setting, config in settings.items()
         for variant in variants
@@ -87,39 +111,97 @@ def compare(
     for each in runs:  # a client that has no part in the last method says so before the first one runs
         claim(each.config, each.folder, resume=True)
         require_same_inputs(prepare_run(each.config, each.label, parts=parts), each.folder)
-    failed: dict[Path, str] = {}
-    first = [each for each in runs if is_left(each, parts, failed, progress)]
-    left = [each for each in first if is_left(each, parts, failed, progress)]  # the others are done meanwhile, or were stopped
-    return Compared(tuple(each.folder for each in runs), tuple(each.folder for each in left), failed)
+    if jobs > 1:
+        work = partial(attempt_elsewhere, shows=progress is not None and progress.shows)
+        came = {
+            each.folder: Outcome(failed=told) if isinstance(told, Died) else told for each, told in side_by_side(work, runs, jobs)
+        }
+    else:
+        came = {each.folder: attempt(each, parts, progress) for each in runs}
+    # Of what was left to others some is done meanwhile, or was stopped
+    came |= {each.folder: attempt(each, parts, progress) for each in runs if came[each.folder].left}
+    folders = tuple(each.folder for each in runs)
+    failed = {folder: reason for folder in folders if (reason := came[folder].failed) is not None}
+    return Compared(folders, tuple(folder for folder in folders if came[folder].left), failed)
 
 
-def is_left(planned: Planned, parts: Parts, failed: dict[Path, str], progress: Progress | None) -> bool:
-    """Whether another process is at it; where none is, it is run, and entered in `failed` if it fails."""
+def attempt(planned: Planned, parts: Parts, progress: Progress | None) -> Outcome:
+    """Runs it, unless another process is at it. Whatever stops it, the other runs of the comparison are done all the same."""
     try:
-        label, setting = planned.label, planned.setting
-        run(planned.config, planned.folder, resume=True, label=label, setting=setting, progress=progress, parts=parts)
+        run(
+            planned.config,
+            planned.folder,
+            resume=True,
+            label=planned.label,
+            setting=planned.setting,
+            progress=progress,
+            parts=parts,
+            together=planned.together,
+        )
     except Busy:
-        return True
-    except BadRun as error:
-        failed[planned.folder] = str(error)
-    return False
+        return Outcome(left=True)
+    except FedExpertsError as error:
+        return Outcome(failed=str(error))
+    except Exception as error:  # a defect, ours or of somebody's own method, which may lie in this run alone
+        traceback.print_exc(file=sys.stderr)
+        return Outcome(failed=f"{type(error).__name__}: {error}")
+    return Outcome()
 
 
-def planned(config: RunConfig, setting: str, variant: Variant, seed: int, parent: Path) -> Planned:
+def attempt_elsewhere(planned: Planned, *, shows: bool) -> Outcome:
+    """`attempt` in a process that does some of the runs: where any progress is shown, here it is the lines that stay."""
+    return attempt(planned, PARTS, Shown(Console(force_terminal=False)) if shows else None)
+
+
+def planned(config: RunConfig, setting: str, variant: Variant, seed: int, out: Path, *, several: bool) -> Planned:
     seeded = variant.of(config).model_copy(update={"seed": seed})
-    return Planned(seeded, setting, variant.label, parent / variant.folder / f"seed-{seed}")
+    parent = out / as_folder(setting) if several else out
+    return Planned(seeded, setting, variant.label, parent / variant.folder / f"seed-{seed}", out)
 
 
-def read_settings(run_files: Sequence[Path], changes: Sequence[str] = ()) -> dict[str, RunConfig]:
+def read_settings(run_files: Sequence[Path], changes: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:
     """The run files, each under its name without `.toml`, with `changes` (a.b=c) in all of them.
 
+    Each of `vary` is a key and its values, a.b=c,d. Each run file is there with every combination of them, which its name then
+    tells.
+
     Raises:
-        BadValue: two of one name, or as `config.read`.
+        BadValue: two of one name, or as `grid` and `config.read`.
     """
     names = [path.stem for path in run_files]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadValue(f"two run files are called {twice[0]}, and reports tell settings apart by these names; rename one")
-    return {path.stem: configs.read(path, changes) for path in run_files}
+    return {
+        " ".join([path.stem, *chosen]): configs.read(path, [*changes, *chosen]) for path in run_files for chosen in grid(vary)
+    }
+
+
+def grid(vary: Sequence[str]) -> list[tuple[str, ...]]:
+    """All combinations of a value (a.b=c) of each key; of no key one, which sets nothing.
+
+    Raises:
+        BadValue: no values, a key twice, or one that `--methods` or `--seeds` vary.
+    """
+    values: dict[str, list[str]] = {}
+    for each in vary:
+        key, _, text = (part.strip() for part in each.partition("="))
+        given = [f"{key}={value.strip()}" for value in pieces(text, ",") if value.strip()]
+        if not key or not given:
+            raise BadValue(
+                f"{each!r} is not of the form a.b=c,d; write a setting, = and its values, such as training.lr=1e-3,3e-3"
+            )
+        if key in values:
+            raise BadValue(f"{key} is varied twice; give all its values at once: {key}=…,…")
+        if key.partition(".")[0] in ("method", "seed"):
+            instead = (
+                "--seeds says how many" if key == "seed" else f"--methods takes variants: NAME:{key.partition('.')[2]}=…,NAME:…"
+            )
+            raise BadValue(f"{key} is not varied by --vary; {instead}")
+        values[key] = list(dict.fromkeys(given))
+    found = list(product(*values.values()))
+    if long := [each for each in found if len(as_folder(" ".join(each))) > LONGEST]:
+        raise BadValue(f"{' '.join(long[0])} is too long for the name of a folder; write a run file for each instead")
+    return found
 
 
 def read_variants(text: str) -> list[Variant]:
@@ -162,6 +244,11 @@ def read_variant(text: str) -> Variant:
     if len(variant.folder) > LONGEST:
         raise BadValue(f"{text} is too long for the name of a folder; give it a short one: name={text}")
     return variant
+
+
+def as_folder(name: str) -> str:
+    """`name` as that of a folder; no two have the same."""
+    return quote(name, safe="=+ :").replace(":", ",")
 
 
 def pieces(text: str, separator: str) -> list[str]:

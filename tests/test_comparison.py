@@ -115,6 +115,66 @@ def test_run_files_of_one_name_are_refused(tiny_tree, tmp_path):
     assert read_settings([tmp_path / "a/run.toml"], ["seed=5"])["run"].seed == 5
 
 
+def test_what_is_varied_makes_a_setting_of_each_combination(tiny_tree, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(tiny_tree))
+    found = read_settings([path], ["training.batch_size=3"], ["training.lr = 1e-3, 0.5"])
+    assert list(found) == ["run training.lr=1e-3", "run training.lr=0.5"]
+    assert [(each.training.lr, each.training.batch_size) for each in found.values()] == [(1e-3, 3), (0.5, 3)]
+    found = read_settings([path], [], ["federation.rounds=1,2", 'training.parts=["experts"],["experts","router"]'])
+    assert [(each.federation.rounds, each.training.parts) for each in found.values()] == [
+        (1, ("experts",)),
+        (1, ("experts", "router")),
+        (2, ("experts",)),
+        (2, ("experts", "router")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("vary", "said"),
+    [
+        (["training.lr"], r"'training\.lr' is not of the form a\.b=c,d"),
+        (["training.lr=,"], "is not of the form"),
+        (["training.lr=1,2", "training.lr=3"], "training.lr is varied twice"),
+        (["method.patience=1,2"], "--methods takes variants: NAME:patience="),
+        (["seed=1,2"], "--seeds says how many"),
+        (["training.rl=1,2"], r"training\.rl is not a setting; did you mean training\.lr\?"),
+        ([f"model.name={'x' * 300}"], "write a run file for each"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused(tiny_tree, tmp_path, vary, said):
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(tiny_tree))
+    with pytest.raises(BadValue, match=said):
+        read_settings([path], [], vary)
+
+
+def test_a_sweep_in_two_processes_is_done_where_runs_fail_and_gives_the_bits_of_one_process(tiny_tree, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps({**tiny_tree, "federation": {"rounds": 1}}))
+    chosen = read_settings([path], [], ["training.lr=1e-3,1e30"])  # the second gives NaN
+    variants = read_variants("fedavg,local")
+    found = compare(chosen, variants, 1, tmp_path / "two", jobs=2)
+    assert [folder.relative_to(tmp_path / "two").parts[:2] for folder in found.failed] == [
+        ("run training.lr=1e30", "fedavg"),
+        ("run training.lr=1e30", "local"),
+    ]
+    assert all("clients failed" in reason for reason in found.failed.values())
+    assert found.left == ()
+    alone = compare(chosen, variants, 1, tmp_path / "one")
+    assert len(alone.folders) == len(found.folders) == 4
+    for folder in set(found.folders) - found.failed.keys():
+        assert results(folder) == results(tmp_path / "one" / folder.relative_to(tmp_path / "two"))
+
+
+def test_a_run_that_breaks_is_named_and_the_others_are_done(settings, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(METHODS["local"], "merge", lambda self, server, updates: 1 / 0)
+    found = compare({"standard": settings["standard"]}, read_variants("local,fedavg"), 1, tmp_path)
+    assert found.failed == {tmp_path / "local/seed-0": "ZeroDivisionError: division by zero"}
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert rounds(tmp_path)["fedavg/seed-0"] == [1]
+
+
 def test_each_setting_has_its_folder_and_its_name_in_the_plan(settings, tmp_path):
     found = compare(settings, read_variants("fedavg,mine=local:training.lr=0.5"), 2, tmp_path)
     assert (found.left, found.failed) == ((), {})

@@ -1,0 +1,35 @@
+"""Several processes that do one thing after the other."""
+
+import os
+import signal
+from functools import partial
+from multiprocessing import active_children
+
+from fedexperts.lanes import Died, side_by_side
+
+
+def doubled(number, *, dies=None):
+    """Imported by the processes under this name."""
+    if number == dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * number, os.getpid()
+
+
+def test_each_task_is_done_once_and_one_whose_process_dies_costs_no_other():
+    found = list(side_by_side(partial(doubled, dies=2), [1, 2, 3, 4], 2))
+    by_task = dict(found)
+    assert len(found) == len(by_task) == 4
+    died = by_task.pop(2)
+    assert isinstance(died, Died)
+    assert died == "its process died (SIGKILL)"
+    assert {task: value for task, (value, _) in by_task.items()} == {1: 2, 3: 6, 4: 8}
+    assert os.getpid() not in {process for _, process in by_task.values()}
+    assert active_children() == []
+
+
+def test_whoever_stops_halfway_leaves_no_process_behind():
+    running = side_by_side(doubled, range(10), 2)
+    next(running)
+    assert len(active_children()) == 2
+    running.close()
+    assert active_children() == []
