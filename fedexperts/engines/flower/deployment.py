@@ -6,16 +6,19 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Self
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Message
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -130,7 +133,7 @@ class Federation:
         told = json.loads(self.lender.makefile("rb").readline())
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told["task"], told["run"], told["node"]
         root = None if self.keys is None else (self.keys / "ca.pem").read_bytes()
-        grid = HttpGrid(self.address, root is None, root, token=told["token"])
+        grid = Lent(self.address, root is None, root, token=told["token"])
         grid._retry_invoker.max_time = FORGET_SECONDS  # of the one version that we pin; else a dead SuperLink is asked for ever
         grid.set_run(Run.create_empty(told["run"]))
         return grid
@@ -139,6 +142,35 @@ class Federation:
         """Raises BadRun when the SuperLink or its run has ended before its time."""
         if self.superlink.poll() is not None or ended(self.lender):
             raise BadRun(f"Flower's SuperLink has stopped; {self.home / 'superlink.log'} says why; go on with --resume")
+
+
+class Lent(HttpGrid):
+    """A grid whose SuperLink may be there and answer no more.
+
+    Raises:
+        BadRun: it has not for `FORGET_SECONDS`.
+    """
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        with answering(self._addr):
+            return super().get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        with answering(self._addr):
+            return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        with answering(self._addr):
+            return super().pull_messages(message_ids)
+
+
+@contextmanager
+def answering(address: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        reason = f"Flower's SuperLink at {address} answers no more ({type(error).__name__}); go on with --resume"
+        raise BadRun(reason) from error
 
 
 @contextmanager

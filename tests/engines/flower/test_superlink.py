@@ -15,11 +15,12 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
+from flwr.supercore.run import Run
 from flwr.superlink.federation import NoOpFederationManager
 
 from fedexperts.engines.flower import superlink
 from fedexperts.engines.flower.bundle import bundle, contents, require_ours
-from fedexperts.engines.flower.deployment import Federation
+from fedexperts.engines.flower.deployment import Federation, Lent
 from fedexperts.engines.flower.keys import make_keys
 from fedexperts.engines.flower.member import Member
 from fedexperts.engines.flower.superlink import OnDisk, OthersAreNodes, Places
@@ -121,6 +122,18 @@ def test_what_was_not_announced_or_has_another_hash_is_not_kept(tmp_path):
 def made_of(*numbers):
     """Records of an array for each number."""
     return RecordDict({"parts": ArrayRecord([np.full(4, float(number)) for number in numbers])})
+
+
+def test_a_superlink_that_answers_no_more_ends_the_run_with_a_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing, as a process that is stopped
+        grid = Lent(f"127.0.0.1:{silent.getsockname()[1]}", True, token="any")
+        grid.set_run(Run.create_empty(1))
+        grid._retry_invoker.max_time = 0
+        grid._runtime_client._client.timeout = 0.2
+        for ask in (grid.get_node_ids, lambda: grid.push_messages([]) or grid.pull_messages(["any"])):
+            with pytest.raises(BadRun, match=r"answers no more \(ReadTimeout\); go on with --resume"):
+                ask()
+        grid.close()
 
 
 def test_the_app_is_ours_however_it_is_packed():
