@@ -116,10 +116,11 @@ class Ledger:
 
     def note_uses(self, update: Update) -> None:
         """Whom the client's model routed tokens to, where it tells that of just the experts that it held."""
-        held: Experts = self.holds[update.client]
+        held = self.holds[update.client]
         told = update.metrics.get("routed")
-        known = isinstance(told, Mapping) and told.keys() == held.keys()  # who wrote it may be anyone
-        if known and all(counts_of(told[block], len(ids)) for block, ids in held.items()):
+        if not isinstance(told, Mapping) or told.keys() != held.keys():  # who wrote it may be anyone
+            return
+        if all(counts_of(told[block], len(ids)) for block, ids in held.items()):
             self.uses[update.client] = told
 
 
