@@ -32,8 +32,9 @@ def sockets(pid):
         return set()
 
 
-with Simulation(lambda letter, node: letter, nodes=1):
+with Simulation(lambda letter, node: letter, nodes=1) as simulation:
     while not (ray.is_initialized() and any(each["State"] == "ALIVE" for each in ray_state.actors().values())):
+        simulation.check()
         sleep(0.1)
     ours = {link for pid in below(os.getpid()) for link in sockets(pid)}
     for table in ("tcp", "tcp6"):
