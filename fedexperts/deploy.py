@@ -1,30 +1,25 @@
 """A run whose clients are on other machines."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from fedexperts import flower, running
 from fedexperts.config import RunConfig
-from fedexperts.data.clients import Counts
 from fedexperts.engines.flower.deployment import Federation
 from fedexperts.engines.flower.engine import FlowerEngine
-from fedexperts.engines.letter import Letter
-from fedexperts.engines.remote import Greeting, greeting_letter, read_greeting
+from fedexperts.engines.remote import GREETINGS, Greeting, read_greetings, write_greetings
 from fedexperts.errors import BadValue
-from fedexperts.files import write_text
 from fedexperts.progress import Progress
 from fedexperts.settings import checked
-from fedexperts.start import Parts, Told
+from fedexperts.start import Parts, Prepared, told_by
+from fedexperts.types import Engine
 
+Carrier = Callable[[Prepared, Path], AbstractContextManager[Engine]]
+"""What makes the engine of a run."""
 POLL_SECONDS = 0.5
-MOST_EXAMPLES = 10**7
-"""That a client may tell of: the server holds a stand-in for each."""
-COUNTS = TypeAdapter(Counts)
-UPDATE = "install this version of FedExperts there, or leave it out of data.names"
 PATIENCE_SECONDS = 600.0
 """For which a server waits for all clients before fewer are enough."""
 
@@ -55,9 +50,11 @@ def serve(
         "poll_seconds": POLL_SECONDS,
         "in_flight": config.data.clients,  # each has a machine of its own
     }
+    over: Carrier = flower.over(federation.grid, federation.check, patience=patience, **bounds)
     if config.data.own:
-        parts = told(config, out, federation, bounds)
-    over = flower.over(federation.grid, federation.check, patience=patience, **bounds)
+        bases = Parts()
+        greetings = told(config, out, federation, bounds, bases)
+        parts, over = told_by(greetings, bases), partial(telling, greetings, over)
     return running.run(config, out, resume=resume, setting=setting, progress=progress, parts=parts, engine=over)
 
 
@@ -77,44 +74,23 @@ def deployed(config: RunConfig) -> RunConfig:
     return checked(RunConfig, {**tree, "federation": {**tree["federation"], "engine": "flower"}})
 
 
-def told(config: RunConfig, out: Path, federation: Federation, bounds: Mapping[str, Any]) -> Told:
+def told(config: RunConfig, out: Path, federation: Federation, bounds: Mapping[str, Any], bases: Parts) -> list[Greeting]:
     """What the clients told of themselves when the run began; then all of them are waited for."""
-    bases = Parts()
-    noted = federation.home / "greetings.json"
+    noted = federation.home / GREETINGS
     if noted.exists() and (out / "resolved.json").exists():
-        found = [read_greeting(Letter(each, {})) for each in json.loads(noted.read_text())]
-    else:
-        names = dict.fromkeys(config.data.names)
-        run = flower.about(config, bases.base(config.model).hash, federation.home)
-        engine = FlowerEngine(federation.grid, run, names, check=federation.check, **bounds)
-        engine.connect(seconds=float("inf"))
-        found = [engine.greetings[name] for name in names]
-        write_text(noted, json.dumps([dict(greeting_letter(each).head) for each in found]))
-    by_name: dict[str, Greeting] = {each.client.name: each for each in found}
-    return Told(
-        bases=bases.bases,
-        counts={name: counted(each) for name, each in by_name.items()},
-        devices={name: each.profile for name, each in by_name.items() if each.profile},
-        memory={name: each.client.memory_bytes for name, each in by_name.items()},
-    )
+        return read_greetings(noted)
+    names = dict.fromkeys(config.data.names)
+    run = flower.about(config, bases.base(config.model).hash, federation.home)
+    engine = FlowerEngine(federation.grid, run, names, check=federation.check, **bounds)
+    engine.connect(seconds=float("inf"))
+    found = [engine.greetings[name] for name in names]
+    write_greetings(noted, found)
+    return found
 
 
-def counted(greeting: Greeting) -> Counts:
-    """Raises BadValue when it brought no data of its own, or says what cannot be."""
-    client, told = greeting.client, greeting.counts
-    if told is None:
-        raise BadValue(f"{client.name} brought no data of its own (data.own = true); start it with --data")
-    try:
-        counts = COUNTS.validate_python(told)
-    except ValidationError as error:
-        raise BadValue(
-            f"{client.name} tells of its data what cannot be read ({error.error_count()} mistakes); {UPDATE}"
-        ) from None
-    sound = counts.train and min([*counts.train.values(), counts.longest_response]) >= 1
-    if not sound or min(counts.validation, counts.test) < 0 or sum(counts.train.values()) != client.examples:
-        raise BadValue(f"{client.name} tells of data that cannot be: {counts}; {UPDATE}")
-    if client.examples + counts.validation + counts.test > MOST_EXAMPLES:
-        raise BadValue(
-            f"{client.name} tells of {client.examples:,} examples, and a client may have {MOST_EXAMPLES:,}; give it fewer"
-        )
-    return counts
+@contextmanager
+def telling(greetings: Sequence[Greeting], over: Carrier, prepared: Prepared, out: Path) -> Iterator[Engine]:
+    """The engine of `over`, with what the clients told in the results folder: who has that can export a client's model."""
+    write_greetings(out / GREETINGS, greetings)
+    with over(prepared, out) as engine:
+        yield engine

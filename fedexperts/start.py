@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import which
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from fedexperts.base.load import Base, load
@@ -26,6 +27,7 @@ from fedexperts.data.clients import (
     without,
 )
 from fedexperts.devices import Profile, memories, trace_hash
+from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue
 from fedexperts.federation import steps
 from fedexperts.moe import rows
@@ -37,6 +39,10 @@ from fedexperts.types import Client, Example, Method, Server, Split, Training
 
 T = TypeVar("T")
 Kept = dict[Hashable, T]
+MOST_EXAMPLES = 10**7
+"""That a client may tell of: the server holds a stand-in for each."""
+COUNTS = TypeAdapter(Counts)
+REMEDY = "install this version of FedExperts there, or leave it out of data.names"
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,42 @@ class Told(Parts):
 
     def memories(self, config: RunConfig, full_bytes: int) -> Mapping[str, int | None]:
         return self.memory
+
+
+def told_by(greetings: Iterable[Greeting], bases: Parts) -> Told:
+    """What `greetings` tell, with the base models of `bases`.
+
+    Raises:
+        BadValue: a client brought no data of its own, or says what cannot be.
+    """
+    found = {greeting.client.name: greeting for greeting in greetings}
+    return Told(
+        bases=bases.bases,
+        counts={name: counted(each) for name, each in found.items()},
+        devices={name: each.profile for name, each in found.items() if each.profile},
+        memory={name: each.client.memory_bytes for name, each in found.items()},
+    )
+
+
+def counted(greeting: Greeting) -> Counts:
+    """Raises BadValue when it brought no data of its own, or says what cannot be."""
+    client, told = greeting.client, greeting.counts
+    if told is None:
+        raise BadValue(f"{client.name} brought no data of its own (data.own = true); start it with --data")
+    try:
+        counts = COUNTS.validate_python(told)
+    except ValidationError as error:
+        raise BadValue(
+            f"{client.name} tells of its data what cannot be read ({error.error_count()} mistakes); {REMEDY}"
+        ) from None
+    sound = counts.train and min([*counts.train.values(), counts.longest_response]) >= 1
+    if not sound or min(counts.validation, counts.test) < 0 or sum(counts.train.values()) != client.examples:
+        raise BadValue(f"{client.name} tells of data that cannot be: {counts}; {REMEDY}")
+    if client.examples + counts.validation + counts.test > MOST_EXAMPLES:
+        raise BadValue(
+            f"{client.name} tells of {client.examples:,} examples, and a client may have {MOST_EXAMPLES:,}; give it fewer"
+        )
+    return counts
 
 
 def kept(store: Kept[T], most: int, key: Hashable, make: Callable[[], T]) -> T:

@@ -1,8 +1,10 @@
 """A client that is reached by letters: it says who it is, and answers jobs. Whoever brings them, and wherever it runs."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -12,6 +14,7 @@ from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
 from fedexperts.engines.wire import answer_letter, job_letter, read_job, reading
 from fedexperts.errors import BadLetter
+from fedexperts.files import write_text
 from fedexperts.types import Client, Job
 
 PACKAGES = ("fedexperts", "torch", "transformers", "peft")
@@ -28,6 +31,8 @@ class Greeting:
 
 
 GREETING = TypeAdapter(Greeting)
+GREETINGS = "greetings.json"
+"""The file in which a server notes them."""
 
 
 def hello(run: str) -> Letter:
@@ -74,6 +79,14 @@ def read_greeting(letter: Letter) -> Greeting:
         if client.examples < 0 or not all(0 < each < MOST for each in [*numbers, client.memory_bytes] if each is not None):
             raise ValueError(f"{client}, {device}")
         return greeting
+
+
+def write_greetings(path: Path, greetings: Iterable[Greeting]) -> None:
+    write_text(path, json.dumps([dict(greeting_letter(each).head) for each in greetings]))
+
+
+def read_greetings(path: Path) -> list[Greeting]:
+    return [read_greeting(Letter(each, {})) for each in json.loads(path.read_text())]
 
 
 def versions() -> dict[str, str]:

@@ -31,24 +31,26 @@ class Kind:
     needs_code: bool  # transformers reads it through the modelling file that travels with it
 
 
-def export(folder: Path, to: Path, client: str | None = None, adapter: bool = False) -> Kind:
+def export(folder: Path, to: Path, client: str | None = None, adapter: bool = False, kept: Path | None = None) -> Kind:
     """Writes into `to` the global model of the run in `folder`, or that of `client`, as of the last checkpoint.
 
     The global model is a plain folder of transformers, adapters merged into the weights. A client's is what it is scored with, to
     the bit: plain where it is a whole model without adapters, else with a modelling file. `adapter`: only the adapters, as peft
-    has them, with the routers where they were trained.
+    has them, with the routers where they were trained. `kept`: the client's own folder, where the run was over several machines.
 
     Raises:
         BadRun: `folder` has no run with a checkpoint, another process is at it, or there is no such model.
-        BadValue: no such client, nothing that could be an adapter, or `to` holds something.
+        BadValue: no such client, nothing that could be an adapter, `to` holds something, or `kept` without a client.
     """
     require_room(to)
     run = open_run(folder)
+    if kept is not None and client is None:
+        raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
     if adapter and run.config.training.train == "full":
         raise BadValue(f'{folder} has no adapters: it trained whole weights (training.train = "full"); leave out --adapter')
     try:
         with locked(folder):
-            found = of_client(run, client) if client is not None else of_server(run)
+            found = of_client(run, client, kept) if client is not None else of_server(run)
     except Busy:
         raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))

@@ -14,7 +14,8 @@ from fedexperts.base.load import Base, load
 from fedexperts.client import install
 from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
-from fedexperts.engines.kept import Keeper
+from fedexperts.engines.kept import Keeper, key
+from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
@@ -23,7 +24,7 @@ from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
 from fedexperts.settings import checked
-from fedexperts.start import Prepared, prepare_run, versions
+from fedexperts.start import Parts, Prepared, prepare_run, told_by, versions
 from fedexperts.types import Bench, Server, Tensors
 
 
@@ -117,33 +118,82 @@ def moved(start: Tensors, weights: Tensors) -> bool:
     return whole or any(bool(weights[b].any()) for b in factors.pairs(weights).values())
 
 
-def of_client(run: Run, name: str) -> Exported:
+def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     """The model of a client: what the server would send it for an evaluation, and what it keeps to itself.
+
+    kept: the client's own folder, where it was on another machine than the server.
 
     Raises:
         BadValue: no such client; or data or a model that are not there any more.
-        BadRun: the base or the data are others now, the client has no part in the run, or what it keeps lies on another machine.
+        BadRun: the base or the data are others now, the client has no part in the run, or what it keeps is not there.
     """
     if name not in run.clients:
         raise BadValue(f"{run.folder} has no client {name!r}, only {', '.join(run.clients)}{nearest(name, run.clients)}")
-    folder = run.folder.resolve()
-    if folder.with_name(f"{folder.name}.flower").exists():  # where `fedexperts server` has Flower's own files
-        raise BadRun(
-            f"{run.folder} ran over several machines, and what {name} keeps to itself lies on its own; "
-            "take the global model (leave out --client)"
-        )
-    prepared = prepare_run(run.config)
+    keeper = keeper_of(run, name, kept)
+    prepared = prepare_run(run.config, parts=parts_of(run))
     now = versions(prepared)
-    require_same(run, {key: now[key] for key in ("model_hash", "data_hashes")})
+    require_same(run, {each: now[each] for each in ("model_hash", "data_hashes")})
     server = checkpoint.restored(run.saved, prepared.server)
     job = next(jobs_for(replace(server, task="evaluate"), prepared.method, [server.clients[name]]), None)
     if job is None:
         raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
-    kept = Keeper(run.folder / "clients").load(job)
-    model = install(job, bench_of(prepared, server, name, kept)).eval()
+    held = keeper.load(job)
+    model = install(job, bench_of(prepared, server, name, held)).eval()
     own = rows.layout(model)
-    personal = tuple(each for each in kept if each in own)
-    return Exported(model, prepared.base, personal, added=bool(factors.base_change(job.extra, kept)))
+    personal = tuple(each for each in held if each in own)
+    return Exported(model, prepared.base, personal, added=bool(factors.base_change(job.extra, held)))
+
+
+def keeper_of(run: Run, name: str, kept: Path | None) -> Keeper:
+    """What the clients of the run keep to themselves; `kept`: the folder of `name` on its own machine.
+
+    Raises:
+        BadRun: it lies on another machine, or not as it was when the checkpoint was written.
+    """
+    folder = run.folder.resolve()
+    if kept is None:
+        if folder.with_name(f"{folder.name}.flower").exists():  # where `fedexperts server` has Flower's own files
+            raise BadRun(
+                f"{run.folder} ran over several machines, and what {name} keeps to itself lies on its own; copy the folder there "
+                "and give --kept, or take the global model (leave out --client)"
+            )
+        return Keeper(run.folder / "clients")
+    named = run.folder / "id"
+    found = kept / named.read_text() if named.exists() else None
+    if found is None or not found.is_dir():
+        raise BadRun(f"{kept} holds nothing of the run in {run.folder}; give the --out that {name} had with fedexperts client")
+    keeper, last = Keeper(found / "clients"), last_answer(run, name)
+    there = [path.stem for path in keeper.versions(name)]
+    if there and last not in there:
+        raise BadRun(
+            f"the checkpoint in {run.folder} goes with what {name} kept in {last or 'no job'}, and {kept} has that of "
+            f"{', '.join(there)}; copy the results folder anew"
+        )
+    return keeper
+
+
+def last_answer(run: Run, name: str) -> str:
+    """The key of the last job of client `name` whose answer counted before the checkpoint; empty where none did."""
+    entries = map(json.loads, (run.folder / "ledger.jsonl").read_text().splitlines())
+    keys = (
+        key(entry["round"], entry["task"])
+        for entry in entries
+        if entry["client"] == name and entry["task"] != "evaluate" and not entry["failed"] and entry["round"] <= run.round
+    )
+    return max(keys, default="")
+
+
+def parts_of(run: Run) -> Parts | None:
+    """What the clients told of data that only they have; None where the run file says where they are.
+
+    Raises:
+        BadRun: it is not there.
+    """
+    if not run.config.data.own:
+        return None
+    if not (run.folder / GREETINGS).exists():
+        raise BadRun(f"{run.folder} has no {GREETINGS}, in which the server noted what its clients told; copy the whole folder")
+    return told_by(read_greetings(run.folder / GREETINGS), Parts())
 
 
 def bench_of(prepared: Prepared, server: Server, name: str, kept: dict[str, Tensor]) -> Bench:

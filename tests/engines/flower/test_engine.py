@@ -1,5 +1,6 @@
 """Jobs over a grid in this process, whose nodes answer late, twice, wrongly or not at all, as a test says."""
 
+import errno
 import json
 import weakref
 from collections import defaultdict
@@ -14,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedexperts import checkpoint, flower, running
 from fedexperts.config import RunConfig
-from fedexperts.engines import remote
+from fedexperts.engines import kept, remote
 from fedexperts.engines.base import in_order
 from fedexperts.engines.flower.client_app import client_app
 from fedexperts.engines.flower.codec import ABOUT, PARTS
@@ -250,6 +251,19 @@ def test_what_a_client_kept_in_a_job_that_did_not_count_is_gone_in_the_next(benc
               for found in (answers(engine, round=round) for round in (1, 2, 3))]  # fmt: skip
     assert [found.get("c01") for found in before] == [0, 1, 2]
     assert [found.get("c02") for found in before] == [0, None, 1]
+
+
+def test_a_client_whose_disk_is_full_fails_with_that_reason_and_goes_on_from_what_it_had_kept(bench, engine, monkeypatch):
+    assert answers(engine)["c02"].metrics["before"] == 0
+    with monkeypatch.context() as full:
+        full.setattr(kept, "write_tensors", no_room)
+        reason = answers(engine, "c02", round=2)["c02"].reason
+    assert reason == "OSError: [Errno 28] No space left on device"
+    assert answers(engine, round=3)["c02"].metrics["before"] == 1
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_resumed_server_says_which_answers_it_had_taken(bench, tmp_path):

@@ -2,21 +2,26 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_engine import FakeGrid, identity  # noqa: F401  # the second is a fixture
 
 from fedexperts import deploy, running
 from fedexperts.config import RunConfig
 from fedexperts.data.clients import Counts
 from fedexperts.engines.flower.engine import FlowerEngine
+from fedexperts.engines.kept import Keeper
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadRun, BadValue
+from fedexperts.export import export, load
 from fedexperts.resident import Resident
 from fedexperts.settings import checked
-from fedexperts.start import Parts
+from fedexperts.start import Parts, counted, told_by
 from fedexperts.types import Client
 
 SECRET = "4711"
@@ -95,11 +100,38 @@ def test_nothing_that_the_server_writes_holds_an_example(tree, files, tmp_path):
     assert all(SECRET in Path(file).read_text() for (file,) in files.values())
 
 
+def test_a_client_exports_its_own_model_where_its_data_and_what_it_keeps_are(tree, files, tmp_path):
+    out = serve(
+        {**tree, "method": {"name": "ditto"}}, tmp_path, federation({**tree, "method": {"name": "ditto"}}, files, tmp_path)
+    )
+    folder = Path(shutil.copytree(out, tmp_path / "copied"))
+    export(folder, tmp_path / "model", "north", kept=tmp_path / "north")
+    found, own = load(tmp_path / "model").state_dict(), Keeper(tmp_path / "north" / (out / "id").read_text() / "clients")
+    kept = load_file(own.versions("north")[-1])
+    same = [name for name, tensor in kept.items() if name in found and torch.equal(found[name], tensor[0])]
+    assert len(same) > 3
+    with pytest.raises(BadRun, match="holds nothing of"):
+        export(folder, tmp_path / "no", "north", kept=tmp_path / "elsewhere")
+    newest = own.versions("north")[-1]
+    for path in own.versions("north"):
+        path.rename(newest.with_name("000009-train.safetensors"))
+    with pytest.raises(
+        BadRun, match=r"goes with what north kept in 000002-train, and .* of 000009-train; copy the results folder anew"
+    ):
+        export(folder, tmp_path / "no", "north", kept=tmp_path / "north")
+    (own.folder / "north" / "000009-train.safetensors").rename(newest)
+    (folder / "greetings.json").unlink()
+    with pytest.raises(BadRun, match=r"has no greetings\.json"):
+        export(folder, tmp_path / "no", "north", kept=tmp_path / "north")
+    with pytest.raises(BadValue, match="say which one's with --client"):
+        export(folder, tmp_path / "no", kept=tmp_path / "north")
+
+
 def test_a_server_that_is_started_again_knows_what_they_told_it(tree, files, tmp_path):
     first = federation(tree, files, tmp_path)
     out = serve(tree, tmp_path, first)
     nobody = SimpleNamespace(home=first.home, grid=None, check=None)
-    told = deploy.told(checked(RunConfig, tree), out, nobody, {})
+    told = told_by(deploy.told(checked(RunConfig, tree), out, nobody, {}, Parts()), Parts())
     clients = {client["name"]: client["tasks"] for client in json.loads((out / "plan.json").read_text())["clients"]}
     assert {name: count.train for name, count in told.counts.items()} == clients
     assert told.memory == {"north": 2 * 10**9, "east": 10**9}
@@ -120,9 +152,9 @@ def test_a_server_that_is_started_again_knows_what_they_told_it(tree, files, tmp
 )
 def test_counts_that_cannot_be_are_refused_with_the_clients_name(told, sentence):
     counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3}
-    assert deploy.counted(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
+    assert counted(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
     with pytest.raises(BadValue, match=f"^north tells of .*{sentence}"):
-        deploy.counted(Greeting(Client("north", 12, "double"), None, {}, {**counts, **told}))
+        counted(Greeting(Client("north", 12, "double"), None, {}, {**counts, **told}))
 
 
 def refusals(engine):
