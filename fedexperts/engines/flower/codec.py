@@ -28,12 +28,12 @@ def from_records(records: RecordDict) -> Letter:
     Raises:
         BadLetter: of another protocol, or not what was sent.
     """
-    if ABOUT not in records.config_records or PARTS not in records.array_records:
+    about, arrays = records.get(ABOUT), records.get(PARTS)  # its `array_records` would hold all of it until the next collection
+    if not isinstance(about, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise BadLetter("the message holds no letter of ours; is the same version of FedExperts on both sides?")
-    about = records.config_records[ABOUT]
     require_protocol(about.get("protocol"), about.get("version"))
     head = str(about.get("head"))
-    parts = {name: array.data for name, array in records.array_records[PARTS].items()}
+    parts = {name: array.data for name, array in arrays.items()}
     if digest(head, parts) != about.get("sha256"):
         raise BadLetter("its sha256 is not that of what was sent: it was cut off or changed on the way")
     return Letter(read_head(head), parts)

@@ -1,7 +1,9 @@
 """Letters as Flower's records: whatever dtype and shape, and nothing that was changed on the way."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -55,6 +57,18 @@ def of(shape):
 
 def bits(tensor):
     return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def test_what_was_read_is_not_held_until_the_next_collection():
+    gc.disable()
+    try:
+        records = to_records(job_letter(JOB))
+        held = weakref.ref(records[PARTS])
+        assert from_records(records).parts
+        del records
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def over_flower(letter):
