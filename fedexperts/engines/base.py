@@ -34,19 +34,19 @@ def unfit(job: Job, update: Update) -> str | None:
     Each weight has the dtype that it has in the job, and the shape, but for rows that are left out, and for ranks, where the job
     says that clients have their own.
     """
-    ranks = factors.rank_axes(job.patch.tensors) if "rank" in job.extra else {}
+    ranks = factors.rank_axes(job.patch.tensors) if "rank" in job.extra and job.task != "evaluate" else {}
     if missing := [name for name in ranks if name not in update.patch.tensors]:
         return f"its update lacks {missing[0]}"
     for name, ids in update.patch.rows.items():
         if why := no_rows_of(job.patch, name, ids):
             return f"its update has rows of {name} that {why}"
     for name, tensor in update.patch.tensors.items():
-        wanted, ids = job.patch.tensors[name], update.patch.rows.get(name)
+        wanted, chosen = job.patch.tensors[name], update.patch.rows.get(name)
         if tensor.dtype != wanted.dtype:
             return f"its update has {name} as {tensor.dtype}, and its job had it as {wanted.dtype}"
-        if ids is None and name in job.patch.rows:
+        if chosen is None and name in job.patch.rows:
             return f"its update does not say which rows of {name} it has"
-        fits = [*wanted.shape] if ids is None else [len(ids), *wanted.shape[1:]]
+        fits = [*wanted.shape] if chosen is None else [len(chosen), *wanted.shape[1:]]
         if name in ranks and tensor.ndim == len(fits):
             fits[ranks[name]] = min(tensor.shape[ranks[name]], fits[ranks[name]])
         if [*tensor.shape] != fits:

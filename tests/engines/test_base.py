@@ -82,6 +82,12 @@ def test_a_client_may_lower_the_rank_of_its_adapters_where_its_job_gave_it_one_o
     assert reason(lower, replace(ADAPTERS, extra={})) == f"its update has {A} of shape [1, 2, 3], and [1, 4, 3] would fit its job"
 
 
+def test_an_evaluation_sends_no_adapters_back():
+    asked = replace(ADAPTERS, task="evaluate")
+    assert reason(update({}, job=asked), asked) is None
+    assert reason(update({}, job=ADAPTERS), ADAPTERS) == f"its update lacks {A}"
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [

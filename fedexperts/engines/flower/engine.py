@@ -82,7 +82,7 @@ class FlowerEngine:
         self.greetings: dict[str, Greeting] = {}
         self.nodes: dict[str, int] = {}  # client → node
         self.refused: dict[int, str] = {}  # node → why it is no client's
-        self.greeted: set[int] = set()
+        self.greeted: dict[int, object] = {}  # node → as which connection of it
         self.hellos: dict[str, int] = {}  # message → node that has not answered it
         self.asked: dict[str, tuple[str, int, str]] = {}  # message → client, round and task, of all jobs
         self.overdue: set[str] = set()  # messages nobody waits for any more
@@ -120,12 +120,14 @@ class FlowerEngine:
 
     def greet(self) -> None:
         """Asks nodes that are new who they are, and takes in those that have said so."""
-        nodes = list(self.grid.get_node_ids())
-        self.greeted.intersection_update(nodes)  # one that comes back is asked again
+        nodes, since = list(self.grid.get_node_ids()), self.since()
         for node in nodes:
-            if node not in self.greeted and (message := self.push(hello(self.about), node)):
-                self.greeted.add(node)
-                self.hellos[message] = node
+            if node in self.greeted and self.greeted[node] == since.get(node):
+                continue
+            if message := self.push(hello(self.about), node):
+                self.hellos = {asked: other for asked, other in self.hellos.items() if other != node} | {message: node}
+                self.greeted[node] = since.get(node)
+        self.greeted = {node: was for node, was in self.greeted.items() if node in nodes}  # one that comes back is asked again
         for message, node in list(self.hellos.items()):
             try:
                 if letter := self.pull(message):
@@ -145,7 +147,7 @@ class FlowerEngine:
             self.refuse(node, f"a node with the key of {self.names[node]} says it is {said.name}; give each client its own keys")
         elif self.nodes.get(said.name, node) != node and self.nodes[said.name] in self.grid.get_node_ids():
             self.refuse(node, f"two nodes say that they are {said.name}; stop one of them")
-            self.greeted.discard(node)  # it is asked again: the other may be one that has died
+            self.greeted.pop(node, None)  # it is asked again: the other may be one that has died
         else:
             self.refused.pop(node, None)
             self.nodes[said.name], self.greetings[said.name] = node, greeting

@@ -1,7 +1,11 @@
 """Clients that go and come back, as the engine sees them."""
 
+from dataclasses import replace
+
 from test_engine import CLIENTS, Bench, identity, jobs  # noqa: F401  # a fixture among them
 
+from fedexperts.engines.flower.client_app import client_app
+from fedexperts.engines.remote import Greeting, greeting_letter
 from fedexperts.types import Failure, Update
 
 
@@ -41,6 +45,22 @@ def test_a_client_that_was_away_is_asked_again_who_it_is_and_what_it_says_is_tol
     engine.greet()
     engine.greet()
     assert said[before:] == ["c03 is there"]
+
+
+def test_a_client_that_was_refused_and_connects_anew_is_asked_again_though_nobody_saw_it_go(tmp_path):
+    """One that is killed is taken for connected for some time."""
+    bench, since = Bench(tmp_path), {}
+    honest, other = bench.grid.apps[3], greeting_letter(Greeting(replace(CLIENTS["c03"], examples=7), None, {}))
+    bench.grid.apps[3] = client_app(lambda letter, _: other)
+    engine = bench.engine(since=lambda: dict(since), poll_seconds=0)
+    engine.connect(seconds=0, fewest=3)
+    assert set(engine.refused) == {3}
+    bench.grid.apps[3] = honest
+    engine.greet()
+    assert "c03" not in engine.nodes
+    since[3] = "anew"
+    engine.greet()
+    assert engine.nodes["c03"] == 3 and not engine.refused
 
 
 def test_nodes_whose_keys_are_known_are_their_clients_and_no_others(tmp_path):
