@@ -34,12 +34,14 @@ from fedexperts.engines.flower.processes import (
     LOOK_SECONDS,
     OBJECTS,
     PATIENCE_SECONDS,
+    RETURNING,
     is_loopback,
     module,
     process,
     reached,
     require_files,
     require_free,
+    return_memory,
 )
 from fedexperts.engines.flower.worker import listening
 from fedexperts.errors import BadRun, BadValue
@@ -71,6 +73,7 @@ class Federation:
 
     def __enter__(self) -> Self:
         logging.getLogger("flwr").setLevel(logging.ERROR)  # it tells of every connection
+        return_memory()
         self.home.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             require_free(self.host, self.port)
@@ -98,7 +101,7 @@ class Federation:
             secured.append("--enable-supernode-auth")
         command = module("superlink", "--host", self.host, "--port", self.port, "--disable-runtime-dependency-installation")
         environment = {lender.SOCKET: str(grid), OBJECTS: str(objects), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-        with process([*command, *secured], self.home, "superlink", environment) as superlink:
+        with process([*command, *secured], self.home, "superlink", {**environment, **RETURNING}) as superlink:
             until = monotonic() + PATIENCE_SECONDS
             while not reached(self.address):
                 if superlink.poll() is not None or monotonic() > until:

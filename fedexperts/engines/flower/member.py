@@ -14,6 +14,7 @@ from time import monotonic, sleep
 from fedexperts.engines.flower.processes import (
     FORGET_SECONDS,
     LOOK_SECONDS,
+    RETURNING,
     free_port,
     is_loopback,
     module,
@@ -105,7 +106,7 @@ class Member:
         self.tell(f"{self.name}: joining {self.server}")
         self.said = len(self.log.read_text(errors="replace")) if self.log.exists() else 0  # by those before
         command = module("supernode", "--superlink", self.server, *own, *config)
-        environment = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        environment = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **RETURNING}
         return stack.enter_context(process([*command, *secured], self.home, "supernode", environment))
 
     def knocks(self) -> bool:

@@ -1,5 +1,6 @@
 """What the two sides of a deployment share: child processes, addresses, files of keys. Needs neither torch nor Flower."""
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -21,8 +22,20 @@ FORGET_SECONDS = 30
 """After which whoever cannot reach the server any more gives up."""
 ANYWHERE = ("0.0.0.0", "::")
 """The hosts that mean: on all networks."""
+RETURNED_BYTES = 2**20
+"""What is this large goes back to the machine when it is freed. By itself the C library would keep it, in pieces, after large
+messages."""
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_BYTES)}
+"""The environment of processes that carry messages and compute nothing."""
+M_MMAP_THRESHOLD = -3  # of malloc.h
 OBJECTS = "FEDEXPERTS_OBJECTS"
 """The environment variable that tells a SuperLink of an empty folder, for what messages are made of."""
+
+
+def return_memory() -> None:
+    """What `RETURNING` does, for this process; nothing where the C library is not glibc."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
 
 
 @contextmanager
