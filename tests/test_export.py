@@ -411,7 +411,13 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(ended, tmp_pat
 def test_of_a_run_over_several_machines_no_client_is_exported_without_what_it_keeps(ended, tmp_path):
     run = shutil.copytree(ended("olmoe", "grafted").folder, tmp_path / "run")
     (tmp_path / "run.flower").mkdir()
-    refused(BadRun, "what c01 keeps to itself lies on its own; take the global model", run, tmp_path / "out", "c01")
+    refused(
+        BadRun,
+        "what c01 keeps to itself lies on its own; copy the folder there and give --kept, or take the global model",
+        run,
+        tmp_path / "out",
+        "c01",
+    )
     assert not (tmp_path / "out").exists()
 
 
