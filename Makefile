@@ -39,8 +39,9 @@ format: install ## mend the format
 docs: install ## the documentation as a site, in build/docs (to search it: python -m http.server -d build/docs); a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: install ## what federation, sub-models and a selective backward cost
+bench: install ## what federation, sub-models, a selective backward and the engines cost
 	for name in overhead submodel selective_backward; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python -m benchmarks.engines
 
 ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
 	$(BIN)/python benchmarks/ceilings.py --epochs 5 --lr 1.5e-3

@@ -1,0 +1,513 @@
+"""What it costs to carry a run: time, bytes and memory of the three engines, and a worker that stays against one that does not.
+
+    python -m benchmarks.engines [rounds] [wire] [memory] [resident] [--repeat 3]
+
+Nobody trains: each client answers with noise of the size of what it was sent. Parts (all, where none is named):
+
+rounds     three clients of the shipped `small`, five rounds of FedAvg: seconds of a round (sending, answering, merging; median of
+           the rounds after the first) and of the start (until the first round's end, less a round), for the local engine and
+           Flower's simulation with two workers each, and a deployment on loopback with TLS and node keys; engines take turns.
+wire       bytes that such rounds send, both ways, over the ledger's. Local: what goes through the pipes; simulation: messages as
+           Ray serialises them; deployment: all that goes over TCP between SuperNodes and SuperLink (a relay between them
+           counts), heartbeats and polls included. After the first round its clients' model folder is removed, so that nobody can
+           load it again.
+memory     ten clients × 200 MB: the peak of the process that runs the rounds over what it held after its imports, and that of
+           the SuperLink over what it held before the first round, in model sizes. In the deployment one process plays the
+           nodes, and the first client answers last, so that nine answers wait.
+resident   a letter with a job to a worker that stays, and to a new one for each: seconds, and seconds of processor time.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock, Thread
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.idle import idle_site
+from fedexperts import deploy, flower
+from fedexperts.base.load import place
+from fedexperts.config import RunConfig
+from fedexperts.engines import local
+from fedexperts.engines.flower.deployment import Federation
+from fedexperts.engines.flower.keys import make_keys
+from fedexperts.engines.flower.processes import free_port, process
+from fedexperts.engines.flower.simulation import Simulation
+from fedexperts.engines.flower.worker import ask, listening
+from fedexperts.engines.letter import Letter
+from fedexperts.engines.remote import order
+from fedexperts.federation import federate, jobs_for
+from fedexperts.ledger import Ledger
+from fedexperts.settings import checked, to_toml
+from fedexperts.sites import clock_for
+from fedexperts.start import Prepared, prepare_run
+from fedexperts.types import Engine, Job
+
+ADAPTERS = {"train": "lora", "parts": ["attention"], "attention_modules": ["q_proj", "k_proj", "v_proj"], "rank": 32, "alpha": 64}
+SENT: Mapping[str, Mapping[str, Any]] = {"adapters": ADAPTERS, "all weights": {"train": "full"}}
+ENGINES = ("local", "simulation", "deployment")
+ROUNDS = 5
+IDLE_SECONDS = 20
+WIDE = 880  # of an expert: with it `small` has 50 M parameters, 200 MB
+ROOT = Path(__file__).resolve().parents[1]
+CLIENT = """
+import json, sys
+from pathlib import Path
+from fedexperts.engines.flower.member import Member
+told = json.loads(sys.argv[1])
+Member(told["name"], told["server"], Path(told["home"]), Path(told["keys"]), told["worker"], print).run()
+"""
+
+Start = Callable[[Prepared, Path], AbstractContextManager[Engine]]
+
+
+def settings(sent: str, model: str = "small", clients: int = 3) -> RunConfig:
+    return checked(
+        RunConfig,
+        {
+            "model": {"name": model},
+            "method": {"name": "fedavg"},
+            "training": {"batch_size": 2, "local_steps": 1, **SENT[sent]},
+            "federation": {"rounds": ROUNDS, "engine": "flower", "workers": 2},
+            "data": {
+                "sources": ["synthetic/double", "synthetic/first"],
+                "names": [f"c{number:02}" for number in range(clients)],
+                "limit": 30 * clients,
+                "test_examples": 4,
+                "max_tokens": 64,
+            },
+        },
+    )
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    """The command of a process of ours."""
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def in_process(name: str, *given: object) -> Any:
+    """What the function `name` of this file gives, called in a process of its own: each measurement starts from nothing."""
+    code = "import json, sys; from benchmarks import engines; given = json.loads(sys.argv[1])"
+    code += f"; print(json.dumps(engines.{name}(*given)))"
+    done = subprocess.run(python(code, json.dumps(given)), stdout=subprocess.PIPE, text=True, check=True)
+    found = done.stdout.splitlines()[-1]
+    print(name, *given, found, flush=True)
+    return json.loads(found)
+
+
+# The engines
+
+
+def on_local(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
+    return local.LocalEngine(idle_site(prepared, out), workers=2)
+
+
+@contextmanager
+def on_simulation(prepared: Prepared, out: Path, carried: Callable[[Any], Any] = lambda grid: grid) -> Iterator[Engine]:
+    with (
+        Simulation(play, len(prepared.config.data.names), workers=2) as simulation,
+        flower.over(carried(simulation.grid), simulation.check)(prepared, out) as engine,
+    ):
+        yield engine
+
+
+def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
+    flower.site_for = idle_site  # in the process that plays clients
+    return flower.play(letter, node)
+
+
+Join = Callable[[RunConfig, Path, str], AbstractContextManager[None]]
+
+
+@contextmanager
+def on_deployment(prepared: Prepared, out: Path, join: Join, port_for: Callable[[int], int] = int) -> Iterator[Engine]:
+    """`join` starts the clients, `port_for` gives them the port that leads to the server's."""
+    names, port = prepared.config.data.names, free_port()
+    make_keys(out / "keys", ["localhost"], names)
+    with Federation(out / "federation", port=port, keys=out / "keys" / "server") as federation:
+        bounds: dict[str, Any] = {
+            "names": federation.names,
+            "since": lambda: {node.node_id: node.last_activated_at for node in federation.grid.get_nodes()},
+            "poll_seconds": deploy.POLL_SECONDS,
+            "in_flight": len(names),
+        }
+        over = flower.over(federation.grid, federation.check, patience=deploy.PATIENCE_SECONDS, **bounds)
+        with join(prepared.config, out, f"localhost:{port_for(port)}"), over(prepared, out) as engine:
+            yield engine
+
+
+@contextmanager
+def joined(config: RunConfig, out: Path, server: str) -> Iterator[None]:
+    """The clients as `fedexperts client` starts them: for each a SuperNode, and a worker that stays."""
+    with ExitStack() as stack:
+        for name in config.data.names:
+            home = out / name
+            home.mkdir()
+            worker = worker_command(config, name, out)
+            told = {"name": name, "server": server, "home": str(home), "keys": str(out / "keys" / name), "worker": worker}
+            stack.enter_context(process(python(CLIENT, json.dumps(told)), home, "client"))
+        yield
+
+
+def worker_command(config: RunConfig, name: str, out: Path) -> list[str]:
+    """Of a resident worker."""
+    run = out / "run.toml"
+    run.write_text(to_toml(config.resolved()))
+    told = {"name": name, "run": str(run), "set": [], "folder": str(out / name), "data": [], "devices": {}}
+    return python("from benchmarks.idle import worker; worker()", json.dumps(told))
+
+
+@contextmanager
+def played(config: RunConfig, out: Path, server: str) -> Iterator[None]:
+    """All clients in one process: ten SuperNodes and what they start would take most of 10 GB."""
+    told = {"settings": config.resolved(), "server": server, "keys": str(out / "keys"), "out": str(out)}
+    with process(python("from benchmarks.idle import nodes; nodes()", json.dumps(told)), out, "nodes"):
+        yield
+
+
+STARTS: Mapping[str, Start] = {
+    "local": on_local,
+    "simulation": on_simulation,
+    "deployment": partial(on_deployment, join=joined),
+}
+
+
+# Rounds and their bytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    start_seconds: float
+    round_seconds: float
+    ledger_bytes: int  # of the rounds after the first
+
+
+def measure(prepared: Prepared, out: Path, start: Start, after_first: Callable[[], None] = lambda: None) -> Measured:
+    ledger, ends, counted = Ledger(clock_for(prepared)), [perf_counter()], 0
+    clients = len(prepared.config.data.names)
+    with start(prepared, out) as engine:
+        for server in federate(prepared.server, prepared.method, engine, ledger, rounds=ROUNDS, clients_per_round=clients):
+            ends.append(perf_counter())
+            if failed := [f"{entry.client}: {entry.failed}" for entry in ledger.entries if entry.failed]:
+                raise RuntimeError("; ".join(failed))
+            if server.round == 1:
+                after_first()
+            else:
+                counted += sum(entry.bytes_down + entry.bytes_up for entry in ledger.entries)
+            ledger.clear()
+    seconds = [end - begin for begin, end in pairwise(ends)]
+    usual = statistics.median(seconds[1:])
+    return Measured(seconds[0] - usual, usual, counted)
+
+
+def rounds(repeat: int) -> Table:
+    table = Table("engine", "sent", "start-up s", "round s", "each repeat: start-up, round")
+    for sent in SENT:
+        found: dict[str, list[Measured]] = {engine: [] for engine in ENGINES}
+        for _ in range(repeat):
+            for engine in ENGINES:
+                found[engine].append(Measured(**in_process("timed", engine, sent)))
+        for engine, each in found.items():
+            start, usual = (statistics.median(values) for values in zip(*map(seconds_of, each), strict=True))
+            every = "  ".join("{:.1f}, {:.2f}".format(*seconds_of(one)) for one in each)
+            table.add_row(engine, sent, f"{start:.1f}", f"{usual:.2f}", every)
+    return table
+
+
+def seconds_of(found: Measured) -> tuple[float, float]:
+    return found.start_seconds, found.round_seconds
+
+
+def timed(engine: str, sent: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        return asdict(measure(prepare_run(settings(sent)), Path(folder), STARTS[engine]))
+
+
+def wire(repeat: int) -> Table:
+    table = Table("engine", "sent", "ledger MB", "on the wire MB", "over the ledger's", "besides")
+    for sent in SENT:
+        for engine in ENGINES:
+            carried, counted, besides = in_process(f"weigh_{engine}", sent)
+            row = (f"{counted / 1e6:.3f}", f"{carried / 1e6:.3f}", f"{carried / counted:.4f}", besides)
+            table.add_row(engine, sent, *row)
+    return table
+
+
+def weigh_local(sent: str) -> tuple[int, int, str]:
+    """Bytes carried and counted after the first round, and what else is to be said."""
+    carried: list[int] = []
+    before: list[int] = []
+    pack, unpack = local.pack_job, local.unpack_answer
+
+    def packed(job: Job) -> bytes:
+        data = pack(job)
+        carried.append(len(data))
+        return data
+
+    def unpacked(data: bytes) -> Any:
+        carried.append(len(data))
+        return unpack(data)
+
+    local.pack_job, local.unpack_answer = packed, unpacked
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        found = measure(prepare_run(settings(sent)), Path(folder), on_local, lambda: before.append(sum(carried)))
+    return sum(carried) - before[0], found.ledger_bytes, ""
+
+
+@dataclass
+class Weighed:
+    """A grid, and the bytes of the messages that it carried."""
+
+    grid: Any
+    bytes: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+    def push_messages(self, messages: list[Any]) -> Any:
+        return self.grid.push_messages([self.weighed(message) for message in messages])
+
+    def pull_messages(self, ids: list[str]) -> list[Any]:
+        return [self.weighed(message) for message in self.grid.pull_messages(ids)]
+
+    def weighed(self, message: Any) -> Any:
+        from ray import cloudpickle
+
+        self.bytes += len(cloudpickle.dumps(message))
+        return message
+
+
+def weigh_simulation(sent: str) -> tuple[int, int, str]:
+    grids: list[Weighed] = []
+    before: list[int] = []
+
+    def carried(grid: Any) -> Weighed:
+        grids.append(Weighed(grid))
+        return grids[0]
+
+    start = partial(on_simulation, carried=carried)
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        found = measure(prepare_run(settings(sent)), Path(folder), start, lambda: before.append(grids[0].bytes))
+    return grids[0].bytes - before[0], found.ledger_bytes, ""
+
+
+class Relay:
+    """Listens at `port`, hands all on to `target`, and counts the bytes both ways."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.bytes, self.lock = target, 0, Lock()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            near, _ = self.listener.accept()
+            far = socket.create_connection(("127.0.0.1", self.target))
+            for source, to in ((near, far), (far, near)):
+                Thread(target=self.carry, args=(source, to), daemon=True).start()
+
+    def carry(self, source: socket.socket, to: socket.socket) -> None:
+        try:
+            while data := source.recv(2**16):
+                with self.lock:
+                    self.bytes += len(data)
+                to.sendall(data)
+            to.shutdown(socket.SHUT_WR)
+        except OSError:  # one of the two has gone
+            source.close()
+            to.close()
+
+
+def weigh_deployment(sent: str) -> tuple[int, int, str]:
+    relays: list[Relay] = []
+    counts: dict[str, float] = {}
+
+    def port_for(server: int) -> int:
+        relays.append(Relay(server))
+        return relays[0].port
+
+    with tempfile.TemporaryDirectory(prefix="engines-") as temporary:
+        folder = Path(temporary)
+        model = Path(shutil.copytree(place("small"), folder / "model"))
+        prepared = prepare_run(settings(sent, str(model)))
+
+        def after_first() -> None:
+            shutil.rmtree(model)
+            counts.update(bytes=relays[0].bytes, since=perf_counter())
+
+        @contextmanager
+        def start(prepared: Prepared, out: Path) -> Iterator[Engine]:
+            with on_deployment(prepared, out, joined, port_for) as engine:
+                yield engine
+                counts.update(carried=relays[0].bytes - counts["bytes"], seconds=perf_counter() - counts["since"])
+                before = relays[0].bytes
+                time.sleep(IDLE_SECONDS)
+                counts["idle"] = (relays[0].bytes - before) / IDLE_SECONDS / len(prepared.config.data.names)
+
+        found = measure(prepared, folder, start, after_first)
+        loads = [path.read_text().count("loaded the base model") for path in sorted(folder.glob("c*/client.log"))]
+    besides = f"in {counts['seconds']:.0f} s; idle {counts['idle']:.0f} bytes/s a client; bases loaded by the clients: {loads}"
+    return int(counts["carried"]), found.ledger_bytes, besides
+
+
+# Memory
+
+
+def memory(repeat: int) -> Table:
+    table = Table("engine", "process", "at the start", "peak", "peak MB, all", "(in model sizes, but for the last)")
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        model = wide_model(Path(folder) / "model")
+        for engine in ENGINES:
+            for row in in_process("peaks", engine, str(model)):
+                sizes = ((row[key] - row["before"]) / row["model"] for key in ("start", "peak"))
+                table.add_row(engine, row["process"], *(f"{size:.2f}" for size in sizes), f"{row['peak'] / 1e6:.0f}")
+    return table
+
+
+def wide_model(folder: Path) -> Path:
+    """A random model of 200 MB with the tokenizer of `small`."""
+    config = AutoConfig.from_pretrained(place("small"), intermediate_size=WIDE, dtype="float32")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(place("small")) / name, folder)
+    return folder
+
+
+def peaks(engine: str, model: str) -> list[dict[str, Any]]:
+    """What the server's processes took in two rounds of ten clients, in bytes."""
+    before = status("self", "VmRSS")
+    prepared = prepare_run(settings("all weights", model, clients=10))
+    size = sum(tensor.nbytes for tensor in prepared.server.weights.values())
+    start = partial(on_deployment, join=played) if engine == "deployment" else STARTS[engine]
+    ledger = Ledger(clock_for(prepared))
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder, start(prepared, Path(folder)) as running:
+        watched = {"rounds": ("self", before, status("self", "VmRSS"))}
+        for pid in superlinks():
+            watched["SuperLink"] = (pid, status(pid, "VmRSS"), status(pid, "VmRSS"))
+        for pid, _, _ in watched.values():
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # its peak begins here
+        for _ in federate(prepared.server, prepared.method, running, ledger, rounds=2, clients_per_round=10):
+            assert not any(entry.failed for entry in ledger.entries), ledger.entries
+            ledger.clear()
+        told = {name: {"process": name, "model": size, "before": b, "start": s} for name, (_, b, s) in watched.items()}
+        return [{**row, "peak": status(watched[name][0], "VmHWM")} for name, row in told.items()]
+
+
+def status(pid: str, what: str) -> int:
+    """A line of /proc/PID/status in bytes."""
+    (found,) = re.findall(rf"{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found) * 1024
+
+
+def superlinks() -> list[str]:
+    """The SuperLink that this process started, where it did."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in children if "flower.superlink" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+# A worker that stays
+
+
+def stays(repeat: int) -> Table:
+    table = Table("base", "to one that stays: s, processor s", "to a new one", "over", "of that loading the base s")
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        for label, model in (("small, 43 MB", "small"), ("random, 200 MB", str(wide_model(Path(folder) / "model")))):
+            old, new, loading = in_process("letters", model, repeat)
+            over = " and ".join(f"{b / a:.0f}" for a, b in zip(old, new, strict=True))
+            table.add_row(label, *("{:.2f}, {:.2f}".format(*each) for each in (old, new)), over, f"{loading:.2f}")
+    return table
+
+
+def letters(model: str, repeat: int) -> tuple[list[float], list[float], float]:
+    """Medians: seconds and processor seconds of a job to a worker that stays, the same to a new one, seconds to load the base."""
+    config = settings("adapters", model)
+    prepared = prepare_run(config)
+    old: list[tuple[float, float]] = []
+    new: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        out = Path(folder)
+        job = next(jobs_for(replace(prepared.server, round=1, task="train"), prepared.method, prepared.server.clients.values()))
+        letter = order(job, flower.about(config, prepared.base.hash, out), "")
+        command = worker_command(config, job.client, out)
+        with worker(command, out) as (path, pid):
+            seconds(path, letter)  # the first job loads the base
+            for _ in range(repeat):
+                before = processor(pid)
+                old.append((seconds(path, letter), processor(pid) - before))
+                started, ended = perf_counter(), of_children()
+                with worker(command, out) as (other, _):
+                    seconds(other, letter)
+                    whole = perf_counter() - started
+                new.append((whole, of_children() - ended))
+        loads = re.findall(r"loaded the base model .* in ([\d.]+) s", (out / "worker.log").read_text())
+    assert len(loads) == 1 + repeat, "each new worker loads, the one that stays once"
+    middles = ([statistics.median(values) for values in zip(*each, strict=True)] for each in (old, new))
+    return (*middles, statistics.median(map(float, loads[1:])))
+
+
+@contextmanager
+def worker(command: list[str], out: Path) -> Iterator[tuple[str, int]]:
+    """A resident worker: where it listens, and its process."""
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder, listening(Path(folder) / "worker") as listener:
+        number = listener.fileno()
+        with process([*command, str(number)], out, "worker", pass_fds=(number,)) as child:
+            yield str(Path(folder) / "worker"), child.pid
+
+
+def seconds(path: str, letter: Letter) -> float:
+    started = perf_counter()
+    answer = ask(path, letter)
+    assert "update" in answer.head, answer.head
+    return perf_counter() - started
+
+
+def processor(pid: int) -> float:
+    """Seconds of processor time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def of_children() -> float:
+    """Seconds of processor time of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+PARTS: Mapping[str, Callable[[int], Table]] = {"rounds": rounds, "wire": wire, "memory": memory, "resident": stays}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=PARTS)
+    parser.add_argument("--repeat", type=int, default=3)
+    asked = parser.parse_args()
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")  # of all processes that come
+    for name in asked.parts or PARTS:
+        Console(width=130).print(PARTS[name](asked.repeat))
+
+
+if __name__ == "__main__":
+    main()
