@@ -1,10 +1,12 @@
 """Work that is done in several processes at once, each doing one thing after the other."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from threading import Thread
 from typing import Any, Generic, TypeVar, cast
 
 from fedexperts.engines.local import death
@@ -21,7 +23,7 @@ def side_by_side(work: Callable[[Task], Done], tasks: Sequence[Task], number: in
     """What `work` makes of each of the `tasks`, as it comes, from `number` processes; of one whose process died, that.
 
     `work` is a function that can be imported, or a partial of one. When the caller stops, the processes are told to and are
-    waited for; when it is killed, each ends after the task it is at.
+    waited for; when it is killed, they end too.
     """
     waiting = list(reversed(tasks))
     lanes: list[Lane[Task, Done]] = []
@@ -80,6 +82,15 @@ def serve(work: Callable[[Any], Any], pipe: Connection) -> None:
     """A process's life: it ends with the pipe, or when it is told to, as if interrupted, so that what it holds is given back."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    Thread(target=end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             pipe.send(work(pipe.recv()))
+
+
+def end_with_parent() -> None:
+    """Tells this process to stop once its parent is dead."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from functools import partial
 from multiprocessing import active_children
 
@@ -33,3 +37,29 @@ def test_whoever_stops_halfway_leaves_no_process_behind():
     assert len(active_children()) == 2
     running.close()
     assert active_children() == []
+
+
+def busy(_):
+    """Says that it has begun, and goes on for long."""
+    print("begun", flush=True)
+    time.sleep(300)
+
+
+def test_processes_end_with_whoever_started_them(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        "from fedexperts.lanes import side_by_side\n"
+        "from test_lanes import busy\n"
+        "if __name__ == '__main__':\n"
+        "    list(side_by_side(busy, [1, 2], 2))\n"
+    )
+    path = os.pathsep.join(each for each in sys.path if each)
+    environment = {**os.environ, "PYTHONPATH": path}
+    started = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert [started.stdout.readline() for _ in range(2)] == [b"begun\n", b"begun\n"]
+        started.kill()
+        started.communicate(timeout=120)  # their stdout is closed only once both have ended
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
