@@ -68,6 +68,7 @@ SENT: Mapping[str, Mapping[str, Any]] = {"adapters": ADAPTERS, "all weights": {"
 ENGINES = ("local", "simulation", "deployment")
 ROUNDS = 5
 IDLE_SECONDS = 20
+JOBS = 50  # to a worker that stays, for each to a new one: the processor's time is told in hundredths
 WIDE = 880  # of an expert: with it `small` has 50 M parameters, 200 MB
 ROOT = Path(__file__).resolve().parents[1]
 CLIENT = """
@@ -172,6 +173,7 @@ def joined(config: RunConfig, out: Path, server: str) -> Iterator[None]:
 def worker_command(config: RunConfig, name: str, out: Path) -> list[str]:
     """Of a resident worker."""
     run = out / "run.toml"
+    out.mkdir(exist_ok=True)
     run.write_text(to_toml(config.resolved()))
     told = {"name": name, "run": str(run), "set": [], "folder": str(out / name), "data": [], "devices": {}}
     return python("from benchmarks.idle import worker; worker()", json.dumps(told))
@@ -437,7 +439,7 @@ def stays(repeat: int) -> Table:
         for label, model in (("small, 43 MB", "small"), ("random, 200 MB", str(wide_model(Path(folder) / "model")))):
             old, new, loading = in_process("letters", model, repeat)
             over = " and ".join(f"{b / a:.0f}" for a, b in zip(old, new, strict=True))
-            table.add_row(label, *("{:.2f}, {:.2f}".format(*each) for each in (old, new)), over, f"{loading:.2f}")
+            table.add_row(label, *("{:.3f}, {:.3f}".format(*each) for each in (old, new)), over, f"{loading:.2f}")
     return table
 
 
@@ -451,14 +453,15 @@ def letters(model: str, repeat: int) -> tuple[list[float], list[float], float]:
         out = Path(folder)
         job = next(jobs_for(replace(prepared.server, round=1, task="train"), prepared.method, prepared.server.clients.values()))
         letter = order(job, flower.about(config, prepared.base.hash, out), "")
-        command = worker_command(config, job.client, out)
+        command, again = (worker_command(config, job.client, out / each) for each in ("old", "new"))  # one folder, one process
         with worker(command, out) as (path, pid):
             seconds(path, letter)  # the first job loads the base
             for _ in range(repeat):
                 before = processor(pid)
-                old.append((seconds(path, letter), processor(pid) - before))
+                each = statistics.median(seconds(path, letter) for _ in range(JOBS))
+                old.append((each, (processor(pid) - before) / JOBS))
                 started, ended = perf_counter(), of_children()
-                with worker(command, out) as (other, _):
+                with worker(again, out) as (other, _):
                     seconds(other, letter)
                     whole = perf_counter() - started
                 new.append((whole, of_children() - ended))

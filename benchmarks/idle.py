@@ -57,7 +57,7 @@ def nodes() -> None:
             reply(site, name, node, waited(node))  # who it is
         while True:
             jobs = [(name, node, waited(node)) for name, node in there.items()]
-            for name, node, given in reversed(jobs):
+            for name, node, given in sorted(jobs, key=lambda job: -job[2][0].metadata.created_at):
                 reply(site, name, node, given)
 
 
