@@ -18,7 +18,7 @@ from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 MOST_BYTES = 2**30
 """Of a tensor in one piece: carriers have limits at 2 GB, and a larger one goes in several."""
-Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+Name = Annotated[str, Field(pattern=r"^\w[\w ]*$")]
 """Of a task: a client names its files by it."""
 
 
