@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from fedexperts import cli  # noqa: E402
 from fedexperts.base.tokenizer import make_tokenizer  # noqa: E402
+from fedexperts.methods import METHODS  # noqa: E402
 from fedexperts.moe.anatomy import blocks  # noqa: E402
 from fedexperts.testing import tiny_model  # noqa: E402
 
@@ -25,7 +26,7 @@ def pytest_collection_modifyitems(items):
     """The files with the longest tests, whole runs killed and resumed or on every engine, first: else one worker is at one of
     them when the other is done.
     """
-    items.sort(key=lambda item: item.path.name not in ("test_resume.py", "test_engines_agree.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_deployment.py", "test_engines_agree.py", "test_resume.py"))
 
 
 @pytest.fixture
@@ -117,4 +118,23 @@ def tiny_tree(tiny_folder):
             "test_examples": 2,
             "max_tokens": 24,
         },
+    }
+
+
+@pytest.fixture(scope="session")
+def method_trees(tiny_tree):
+    """For each method the run file of such a run, with devices on which methods that cut the model have to."""
+    adapters = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert", "flex")
+    training = {name: {"train": "lora", "rank": 8} for name in adapters} | {
+        "flex": {"train": "lora", "rank": 8, "parts": ["attention"]}
+    }
+    devices = {"memory_share": {"uniform": [1.0, 1.4]}, "profile": {"mix": {"phone": 1, "laptop_gpu": 1}}}
+    return {
+        name: {
+            **tiny_tree,
+            "method": {"name": name},
+            "training": {**tiny_tree["training"], **training.get(name, {})},
+            "devices": devices,
+        }
+        for name in METHODS
     }

@@ -1,4 +1,6 @@
-"""A real deployment on loopback, with TLS and node keys: three clients, one federation, and several runs in it in turn."""
+"""A real deployment on loopback, with TLS and node keys: three clients, one federation, and in it, in turn, a run of every method
+that ends with the same bits and the same ledger as on the local engine.
+"""
 
 import json
 import shutil
@@ -20,25 +22,26 @@ from fedexperts.engines.flower.keys import make_keys
 from fedexperts.engines.flower.member import Member
 from fedexperts.engines.flower.processes import free_port
 from fedexperts.errors import BadRun
+from fedexperts.methods import METHODS
 from fedexperts.settings import checked
 from fedexperts.start import Parts
 
 NAMES = ("north", "east", "west")
-METHODS = ("ditto", "fedmoe")  # a personal state; a stage before the rounds, and what the server remembers of it
+DEPLOYED = [name for name, method in METHODS.items() if not method.pooled]  # in a deployment data stay where they are
 ROUNDS = 3
 
 
 class Deployment:
     """The federation, its processes, and runs in it beside the same on the local engine."""
 
-    def __init__(self, folder, tree, started):
-        self.folder, self.tree, self.started = folder, tree, started
+    def __init__(self, folder, trees, started):
+        self.folder, self.trees, self.started = folder, trees, started
         self.parts, self.said = Parts(), []
         self.port = free_port()
         self.keys = folder / "keys"
 
     def config(self, method):
-        return checked(RunConfig, {**self.tree, "method": {"name": method}})
+        return checked(RunConfig, self.trees[method])
 
     def run(self, method, name=None):
         """Both results folders."""
@@ -60,14 +63,15 @@ class Deployment:
 
 
 @pytest.fixture(scope="module")
-def deployment(tiny_tree, tmp_path_factory):
+def deployment(method_trees, tiny_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployment")
     data = {**{key: value for key, value in tiny_tree["data"].items() if key != "clients"}, "names": NAMES}
-    tree = {**tiny_tree, "federation": {"rounds": ROUNDS}, "evaluation": {"every": ROUNDS, "generate_tokens": 2}, "data": data}
-    (folder / "run.toml").write_text(tomli_w.dumps(tree))
+    ours = {"federation": {"rounds": ROUNDS}, "evaluation": {"every": ROUNDS, "generate_tokens": 2}, "data": data}
+    trees = {name: {**tree, **ours} for name, tree in method_trees.items()}
+    (folder / "run.toml").write_text(tomli_w.dumps(trees["fedavg"]))  # a client trains as the server says
     make_keys(folder / "keys", ["localhost"], NAMES)
     with processes(folder) as started:
-        made = Deployment(folder, tree, started)
+        made = Deployment(folder, trees, started)
         for name in NAMES:
             made.join(name)
         with Federation(folder / "federation", port=made.port, keys=made.keys / "server") as made.federation:
@@ -101,13 +105,14 @@ def require_same(deployment, out, local):
     assert not (out / "clients").exists()
 
 
-def test_a_run_ends_with_the_same_bits_and_the_same_ledger_as_on_the_local_engine(deployment):
-    require_same(deployment, *deployment.run("ditto"))
+@pytest.mark.parametrize("method", DEPLOYED)
+def test_a_run_ends_with_the_same_bits_and_the_same_ledger_as_on_the_local_engine(deployment, method):
+    require_same(deployment, *deployment.run(method))
     assert [deployment.loads(name) for name in NAMES] == [1, 1, 1]  # for the first letter, and never again
 
 
 def killing(deployment, out, word, round):
-    """Kills the process of north's that has `word` in its command as soon as `round` rounds are recorded in `out`."""
+    """Kills what of north has `word` in its command as soon as `round` rounds are recorded in `out`."""
 
     def watch():
         logged = out / "rounds.jsonl"
@@ -123,8 +128,8 @@ def killing(deployment, out, word, round):
 
 
 def test_a_worker_that_is_killed_is_replaced_and_the_next_run_too_ends_with_the_same_bits(deployment):
-    thread, killed = killing(deployment, deployment.folder / "out" / "fedmoe", "fedexperts.resident", 1)
-    require_same(deployment, *deployment.run("fedmoe"))
+    thread, killed = killing(deployment, deployment.folder / "out" / "worker", "fedexperts.resident", 1)
+    require_same(deployment, *deployment.run("fedmoe", "worker"))
     thread.join()
     assert len(killed) == 1 and gone(killed[0])
     assert [deployment.loads(name) for name in NAMES] == [2, 1, 1]
@@ -133,15 +138,16 @@ def test_a_worker_that_is_killed_is_replaced_and_the_next_run_too_ends_with_the_
 def test_the_runs_do_train_and_keep(deployment):
     local = deployment.folder / "local"
     assert all(kept(local / "ditto", name) for name in NAMES)
-    ends = [tensors(checkpoint.latest(local / name) / "weights.safetensors") for name in METHODS]
-    assert ends[0] != ends[1]
+    ends = [tensors(checkpoint.latest(local / name) / "weights.safetensors") for name in ("local", "ditto", "fedmoe")]
+    assert ends[0] != ends[1] != ends[2]
 
 
-def test_a_client_whose_supernode_is_killed_misses_a_round_and_comes_back_under_its_name_with_what_it_kept(deployment):
-    thread, killed = killing(deployment, deployment.folder / "out" / "supernode", "flower.supernode", 1)
-    out, _ = deployment.run("ditto", "supernode")
+def test_a_client_whose_superexec_is_killed_misses_a_round_and_comes_back_under_its_name_with_what_it_kept(deployment):
+    """Its SuperNode ends with it, and the watcher starts both."""
+    thread, killed = killing(deployment, deployment.folder / "out" / "superexec", "flower.superexec", 1)
+    out, _ = deployment.run("ditto", "superexec")
     thread.join()
-    assert len(killed) == 1 and gone(killed[0])
+    assert killed and all(map(gone, killed))
     assert deployment.started.said("north").count("joining") == 2
     told = lines(out / "ledger.jsonl")
     assert {line["client"] for line in told if line["failed"]} <= {"north"}

@@ -1,4 +1,6 @@
-"""Every engine ends with the same bits and the same ledger, whatever the method."""
+"""The local engine and Flower's simulation end with the same bits and the same ledger, whatever the method. So does a deployment:
+test_deployment.py.
+"""
 
 import json
 import os
@@ -13,30 +15,18 @@ from safetensors.torch import load_file
 from fedexperts import checkpoint
 from fedexperts.methods import METHODS
 
-ADAPTERS = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert")
-TRAINING = {
-    **{name: {"train": "lora", "rank": 8} for name in ADAPTERS},
-    "flex": {"train": "lora", "rank": 8, "parts": ["attention"]},
-}
 KILLED, INTERRUPTED = "a worker dies", "a client hangs"
 PATIENCE = 900  # seconds for all runs
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_tree, tmp_path_factory):
+def runs(method_trees, tmp_path_factory):
     """Results of a run of each method on each engine, and what was said of them all."""
     folder = tmp_path_factory.mktemp("engines")
-    tree = {
-        **tiny_tree,
-        "federation": {"rounds": 2, "clients_per_round": 2},
-        "evaluation": {"every": 2, "generate_tokens": 2},
-        "devices": {"memory_share": {"uniform": [1.0, 1.4]}, "profile": {"mix": {"phone": 1, "laptop_gpu": 1}}},
-    }
-    trees = {
-        name: {**tree, "method": {"name": name}, "training": {**tree["training"], **TRAINING.get(name, {})}} for name in METHODS
-    }
-    trees[KILLED] = {**tree, "federation": {"rounds": 2, "clients_per_round": 4}, "method": {"name": "ditto"}, "kill": "c03"}
+    short = {"federation": {"rounds": 2, "clients_per_round": 2}, "evaluation": {"every": 2, "generate_tokens": 2}}
+    trees = {name: {**tree, **short} for name, tree in method_trees.items()}
+    trees[KILLED] = {**trees["ditto"], "federation": {"rounds": 2, "clients_per_round": 4}, "kill": "c03"}
     trees[INTERRUPTED] = {**trees["fedavg"], "federation": {"rounds": 2, "clients_per_round": 4}, "hang": "c04"}
     (folder / "trees.json").write_text(json.dumps(trees))
     command = [sys.executable, Path(__file__).with_name("agreeing.py"), folder / "trees.json", folder / "out"]
