@@ -10,7 +10,7 @@ experts='training.parts=["attention", "experts"]'
 optimizer="federation.server_optimizer"
 methods="FLEx=flex,FedIT=fedit,local=local,FedPer=fedper:$router,FedRep=fedrep:$router,Ditto=ditto,FedSA-LoRA=fedsa_lora"
 methods="$methods,FFA-LoRA=ffa_lora:training.lr=3e-2,FLoRA=flora,FlexLoRA=flexlora,HetLoRA=hetlora,random expert=random_expert:$experts"
-methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer.name=fedavgm"
+methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer.name=fedavgm:$optimizer.lr=0.1"
 methods="$methods,FedAdagrad=fedit:$optimizer.name=fedadagrad:$optimizer.lr=3e-2,FedYogi=fedit:$optimizer.name=fedyogi:$optimizer.lr=1e-2"
 methods="$methods,FedAdam=fedit:$optimizer.name=fedadam:$optimizer.lr=1e-2"
 methods="$methods,experts too=fedit:$experts,FedMoE=fedmoe:$experts"

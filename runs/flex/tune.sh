@@ -1,5 +1,5 @@
 #!/bin/sh
-# Three learning rates for each way to train in FLEx's experiment, then three of each adaptive server, judged on validation examples of
+# Three learning rates for each way to train in FLEx's experiment, then of each server with an optimiser, judged on validation examples of
 # the Super-NI setting, on a seed that no table uses. Methods that train their clients as FedIT does (they differ in what the server
 # does) take its rate, FedRep takes FedPer's. Two of these at once share the work. What comes out is in the run files and table.sh.
 set -e
@@ -17,6 +17,9 @@ for lr in 1e-2 3e-2 1e-3; do
   for name in fedadam fedyogi fedadagrad; do
     servers="${servers}fedit:$optimizer.name=$name:$optimizer.lr=$lr:training.lr=1e-2,"
   done
+done
+for lr in 1e-1 3e-1; do
+  servers="${servers}fedit:$optimizer.name=fedavgm:$optimizer.lr=$lr:training.lr=1e-2,"
 done
 try() {
   "$command" compare runs/flex/superni.toml --methods "$1" --out "results/flex-tune/$2" --set seed=100 --set evaluation.split=validation \
