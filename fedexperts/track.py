@@ -213,8 +213,16 @@ def wandb(run: Tracked) -> Iterator[Write]:
     for before in (run.out / "wandb").glob(f"offline-run-*-{number}"):
         shutil.rmtree(before)
     quiet = library.Settings(mode="offline", silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True)
-    about = {"project": PROJECT, "id": number, "name": run.name, "group": run.group, "config": dict(run.resolved)}
-    with library.init(**about, dir=run.out, settings=quiet, reinit="create_new") as entry:
+    with library.init(
+        project=PROJECT,
+        id=number,
+        name=run.name,
+        group=run.group,
+        config=dict(run.resolved),
+        dir=run.out,
+        settings=quiet,
+        reinit="create_new",
+    ) as entry:
         yield lambda round, points: entry.log(dict(points), step=round)
 
 
