@@ -1,6 +1,7 @@
 """Letters as Flower's records. Needs neither torch nor transformers: every message starts a process that imports this."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -9,17 +10,26 @@ from fedexperts.engines.letter import PROTOCOL, VERSION, Letter, digest, require
 from fedexperts.errors import BadLetter
 
 ABOUT, PARTS = "letter", "parts"  # what the two records are called
+PACK_BYTES = 2**22
+"""Of parts that go as one array: for each, Flower makes two signed requests, whatever its size."""
 
 
 def to_records(letter: Letter) -> RecordDict:
-    """A record that says what the letter says, with its sha256, and one with an array for each part.
+    """A record that says what the letter says, with its sha256, and one with its parts.
 
     The parts are tensors as safetensors, which carry any dtype exactly; Flower's own way, over numpy, has no bfloat16.
     """
     head = json.dumps(dict(letter.head))
-    about = ConfigRecord({"protocol": PROTOCOL, "version": VERSION, "head": head, "sha256": digest(head, letter.parts)})
-    arrays = {name: Array(*described(part), "safetensors", part) for name, part in letter.parts.items()}
-    return RecordDict({ABOUT: about, PARTS: ArrayRecord(arrays)})
+    packs = [*packed(letter.parts)]
+    about = {
+        "protocol": PROTOCOL,
+        "version": VERSION,
+        "head": head,
+        "sizes": json.dumps([{name: len(letter.parts[name]) for name in pack} for pack in packs]),
+        "sha256": digest(head, letter.parts),
+    }
+    arrays = {str(number): array([letter.parts[name] for name in pack]) for number, pack in enumerate(packs)}
+    return RecordDict({ABOUT: ConfigRecord(about), PARTS: ArrayRecord(arrays)})
 
 
 def from_records(records: RecordDict) -> Letter:
@@ -33,10 +43,49 @@ def from_records(records: RecordDict) -> Letter:
         raise BadLetter("the message holds no letter of ours; is the same version of FedExperts on both sides?")
     require_protocol(about.get("protocol"), about.get("version"))
     head = str(about.get("head"))
-    parts = {name: array.data for name, array in arrays.items()}
-    if digest(head, parts) != about.get("sha256"):
+    parts = unpacked(str(about.get("sizes")), arrays)
+    if parts is None or digest(head, parts) != about.get("sha256"):
         raise BadLetter("its sha256 is not that of what was sent: it was cut off or changed on the way")
     return Letter(read_head(head), parts)
+
+
+def packed(parts: Mapping[str, bytes]) -> Iterator[list[str]]:
+    """The names of `parts`, together as long as they are no more than PACK_BYTES."""
+    pack: list[str] = []
+    size = 0
+    for name, part in parts.items():
+        if pack and size + len(part) > PACK_BYTES:
+            yield pack
+            pack, size = [], 0
+        pack.append(name)
+        size += len(part)
+    if pack:
+        yield pack
+
+
+def array(parts: Sequence[bytes]) -> Array:
+    """`parts`, one after the other; one alone is not copied."""
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    return Array("uint8", (len(data),), "safetensors", data)
+
+
+def unpacked(sizes: str, arrays: ArrayRecord) -> dict[str, bytes] | None:
+    """The parts that lie in `arrays`, whose names and bytes `sizes` says; None where that is not what lies there."""
+    parts: dict[str, bytes] = {}
+    try:
+        packs = json.loads(sizes)
+        if len(packs) != len(arrays):
+            return None
+        for number, pack in enumerate(packs):
+            data, start = arrays[str(number)].data, 0
+            for name, size in pack.items():
+                parts[name] = data[start : start + size]
+                start += size
+            if start != len(data):
+                return None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return None
+    return parts
 
 
 def read_head(text: str) -> dict[str, Any]:
@@ -48,9 +97,3 @@ def read_head(text: str) -> dict[str, Any]:
     if not isinstance(head, dict):
         raise BadLetter(f"what it says is no object: {head!r:.60}")
     return head
-
-
-def described(part: bytes) -> tuple[str, tuple[int, ...]]:
-    """The dtype and the shape of the only tensor of `part`, as safetensors says them."""
-    (tensor,) = json.loads(part[8 : 8 + int.from_bytes(part[:8], "little")]).values()
-    return tensor["dtype"], tuple(tensor["shape"])

@@ -15,6 +15,7 @@ from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supernode.cli import flwr_clientapp
 
 from fedexperts.engines.flower import relay as relay  # what all of them import
+from fedexperts.engines.flower.worker import PARENT, end_with_parent
 
 
 def forked(command: Sequence[str], **_: Any) -> None:
@@ -22,10 +23,13 @@ def forked(command: Sequence[str], **_: Any) -> None:
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
             pass
+    starter = str(os.getpid())
     if os.fork():
         return
     code: Any = 1
     try:
+        os.environ[PARENT] = starter
+        end_with_parent()  # Flower's own watch raises a signal in its thread, which does not wake a main thread that waits
         exit_handler.registered_exit_handlers.clear()  # these are for the end of the SuperExec
         sys.argv = list(command)
         flwr_clientapp()

@@ -1,6 +1,7 @@
 """Letters as Flower's records: whatever dtype and shape, and nothing that was changed on the way."""
 
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -10,8 +11,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load
 
 from fedexperts.engines import wire
+from fedexperts.engines.flower import codec
 from fedexperts.engines.flower.codec import ABOUT, PARTS, from_records, to_records
 from fedexperts.engines.letter import PROTOCOL, Letter, digest
 from fedexperts.engines.wire import answer_letter, job_letter, read_answer, read_job
@@ -90,10 +93,11 @@ def test_tensors_of_any_dtype_shape_and_bits_arrive_as_they_were_and_in_their_or
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_is_named_in_its_array(dtype):
+def test_safetensors_reads_what_lies_in_an_array(dtype):
     letter = answer_letter(Update("c01", 1, "train", Patch({"w": torch.ones(2, 3).to(dtype)}), 5))
-    array = to_records(letter)[PARTS]["patch/w"]
-    assert (array.stype, array.shape) == ("safetensors", (2, 3))
+    array = to_records(letter)[PARTS]["0"]
+    assert array.stype == "safetensors"
+    assert bits(load(array.data)[wire.TENSOR]) == bits(torch.ones(2, 3).to(dtype))
     assert bits(read_answer(over_flower(letter)).patch.tensors["w"]) == bits(torch.ones(2, 3).to(dtype))
 
 
@@ -123,21 +127,52 @@ def test_a_tensor_above_the_limit_goes_in_pieces_none_above_it_and_arrives_whole
     assert [bits(tensor) for tensor in read.values()] == [bits(tensor) for tensor in held.values()]
 
 
+@pytest.mark.parametrize("most", [1, 120, 240, 10**6])
+def test_small_parts_go_together_up_to_a_limit_and_a_larger_one_alone(monkeypatch, most):
+    monkeypatch.setattr(codec, "PACK_BYTES", most)
+    held = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 2, "large": 200, "c": 1, "d": 0}.items()}
+    letter = answer_letter(Update("c01", 1, "train", Patch(held), 5))
+    arrays = to_records(letter)[PARTS]
+    assert b"".join(arrays[str(i)].data for i in range(len(arrays))) == b"".join(letter.parts.values())
+    largest = max(map(len, letter.parts.values()))
+    assert len(arrays) == {1: 5, 120: 5, 240: 3, 10**6: 1}[most]
+    assert max(len(array.data) for array in arrays.values()) <= max(most, largest)
+    assert [bits(tensor) for tensor in read_answer(over_flower(letter)).patch.tensors.values()] == [
+        bits(t) for t in held.values()
+    ]
+
+
 def changed(place):
     records = to_records(job_letter(JOB))
     about, parts = records[ABOUT], records[PARTS]
-    part = parts["patch/w"].data
+    data = parts["0"].data
+    sizes = json.loads(about["sizes"])
     match place:
         case "cut off":
-            parts["patch/w"] = Array("F32", (2, 3), "safetensors", part[:-1])
+            parts["0"] = Array("uint8", (len(data) - 1,), "safetensors", data[:-1])
         case "a bit":
-            parts["patch/w"] = Array("F32", (2, 3), "safetensors", part[:-1] + bytes([part[-1] ^ 1]))
-        case "a part is missing":
-            del parts["patch/w"]
-        case "a part too many":
-            parts["patch/x"] = parts["patch/w"]
-        case "two parts changed places":
-            parts["patch/w"], parts["patch/v"] = parts["patch/v"], parts["patch/w"]
+            parts["0"] = Array("uint8", (len(data),), "safetensors", data[:-1] + bytes([data[-1] ^ 1]))
+        case "an array is missing":
+            del parts["0"]
+        case "an array too many":
+            parts["1"] = parts["0"]
+        case "an array of another name":
+            parts["1"] = parts["0"]
+            del parts["0"]
+        case "two parts changed names":
+            about["sizes"] = json.dumps(
+                [{{"patch/w": "patch/v", "patch/v": "patch/w"}.get(k, k): n for k, n in sizes[0].items()}]
+            )
+        case "no sizes":
+            del about["sizes"]
+        case "sizes of nothing":
+            about["sizes"] = json.dumps([dict.fromkeys(sizes[0], 0)])
+        case "sizes that are none":
+            about["sizes"] = json.dumps([dict.fromkeys(sizes[0], "all")])
+        case "sizes that are no list":
+            about["sizes"] = "7"
+        case "sizes without end":
+            about["sizes"] = "[" * 100_000
         case "the head":
             about["head"] = about["head"].replace("c01", "c02")
         case "the hash":
@@ -149,7 +184,11 @@ def changed(place):
 
 @pytest.mark.parametrize(
     "place",
-    ["cut off", "a bit", "a part is missing", "a part too many", "two parts changed places", "the head", "the hash", "no hash"],
+    [
+        *("cut off", "a bit", "an array is missing", "an array too many", "an array of another name", "two parts changed names"),
+        *("no sizes", "sizes of nothing", "sizes that are none", "sizes that are no list", "sizes without end"),
+        *("the head", "the hash", "no hash"),
+    ],
 )
 def test_whatever_is_changed_on_the_way_is_refused(place):
     with pytest.raises(BadLetter, match="its sha256 is not that of what was sent"):
@@ -176,7 +215,7 @@ def test_a_letter_that_is_whole_but_says_nothing_of_use_is_refused(head):
 
 @pytest.mark.parametrize("head", ["", "{", "nothing", "[1]", "3", "[" * 100_000, '{"a":' * 100_000])
 def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head):
-    about = ConfigRecord({"protocol": PROTOCOL, "version": "1", "head": head, "sha256": digest(head, {})})
+    about = ConfigRecord({"protocol": PROTOCOL, "version": "1", "head": head, "sizes": "[]", "sha256": digest(head, {})})
     with pytest.raises(BadLetter, match="what it says"):
         from_records(RecordDict({ABOUT: about, PARTS: ArrayRecord({})}))
 

@@ -294,8 +294,8 @@ def of_another_protocol(reply):
 
 
 def cut_off(reply):
-    part = reply.content[PARTS]["patch/w"].data
-    reply.content[PARTS]["patch/w"] = Array("F32", (1,), "safetensors", part[:-2])
+    data = reply.content[PARTS]["0"].data
+    reply.content[PARTS]["0"] = Array("uint8", (len(data) - 2,), "safetensors", data[:-2])
 
 
 def empty(reply):
