@@ -21,15 +21,11 @@ def to_records(letter: Letter) -> RecordDict:
     """
     head = json.dumps(dict(letter.head))
     packs = [*packed(letter.parts)]
-    about = {
-        "protocol": PROTOCOL,
-        "version": VERSION,
-        "head": head,
-        "sizes": json.dumps([{name: len(letter.parts[name]) for name in pack} for pack in packs]),
-        "sha256": digest(head, letter.parts),
-    }
+    sizes = json.dumps([{name: len(letter.parts[name]) for name in pack} for pack in packs])
+    sha256 = digest(head, letter.parts)
+    about = ConfigRecord({"protocol": PROTOCOL, "version": VERSION, "head": head, "sizes": sizes, "sha256": sha256})
     arrays = {str(number): array([letter.parts[name] for name in pack]) for number, pack in enumerate(packs)}
-    return RecordDict({ABOUT: ConfigRecord(about), PARTS: ArrayRecord(arrays)})
+    return RecordDict({ABOUT: about, PARTS: ArrayRecord(arrays)})
 
 
 def from_records(records: RecordDict) -> Letter:
