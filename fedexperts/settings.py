@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -77,9 +77,12 @@ def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, .
 
 
 def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:
-    """`; did you mean a.b?`, from the keys beside the unknown one, then from all keys."""
+    """`; did you mean a.b?`, from the keys beside the unknown one, then from all keys. In a list of tables: all keys there."""
+    path = [part for part in place if not part.isdigit()]
     every = list(keys(root))
-    beside = [key for key in every if key.rpartition(".")[0] == ".".join(place[:-1])]
+    beside = [key for key in every if key.rpartition(".")[0] == ".".join(path[:-1])]
+    if len(path) < len(place):
+        return f"; settings there are {', '.join(key.rpartition('.')[2] for key in beside)}"
     names = {key.rpartition(".")[2]: key for key in [*every, *beside]}
     initials = {"".join(word[:1] for word in place[-1].split("_")): place[-1]}
     for name in names:
@@ -96,8 +99,9 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """All settings of `model` by their full names."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
+        held = get_args(field.annotation)[0] if get_origin(field.annotation) is tuple else field.annotation
+        if isinstance(held, type) and issubclass(held, BaseModel):
+            yield from keys(held, f"{prefix}{name}.")
 
 
 def different(one: Tree, other: Tree) -> list[str]:

@@ -47,6 +47,11 @@ def test_a_setting_may_be_a_list_or_a_table(run_file):
         ("training.bach_size=1", "training.bach_size is not a setting; did you mean training.batch_size?"),
         ("federation.round=1", "federation.round is not a setting; did you mean federation.rounds?"),
         ("training.rounds=1", "training.rounds is not a setting; did you mean federation.rounds?"),
+        (
+            "data.sources=[{name='a', text='b'}]",
+            "data.sources.0.text is not a setting; settings there are name, test, config, split, "
+            "test_split, prompt, response, label, task, metric, limit",
+        ),
         ("evalution.every=1", "evalution is not a setting; did you mean evaluation?"),
         ("data.client=1", "data.client is not a setting; did you mean data.clients?"),
     ],
