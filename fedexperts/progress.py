@@ -141,7 +141,7 @@ class Shown:
             told.append("failed")
         else:
             cost = answer.cost
-            told += [f"loss {answer.metrics['loss']:.3f}"] if "loss" in answer.metrics else []
+            told += [f"loss {answer.metrics['loss']:.3f}"] if answer.metrics.get("loss") is not None else []
             told += [f"{cost.tokens / cost.seconds:,.0f} tokens/s"] if cost.tokens and cost.seconds else []
         self.bar.update(self.task, now=", ".join(told))
 

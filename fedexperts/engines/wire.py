@@ -98,8 +98,8 @@ def read_answer(letter: Letter) -> Update | Failure:
         if "failure" in letter.head:
             return FAILURE.validate_python(letter.head["failure"])
         about = UPDATE.validate_python(letter.head["update"])
-        loss, cost = about.metrics.get("loss"), about.cost
-        if not all(isfinite(each) and each >= 0 for each in astuple(cost)) or not isinstance(loss, int | float | None):
+        loss, cost = about.metrics.get("loss", 0.0), about.cost
+        if not all(isfinite(each) and each >= 0 for each in astuple(cost)) or not isinstance(loss, int | float):
             raise ValueError(f"{cost}, loss = {loss!r}")
         patch, extra = tensors(letter)
         return Update(**vars(about), patch=patch, extra=extra)

@@ -358,6 +358,7 @@ def with_about(**changes):
         with_about(metrics=[]),
         with_about(metrics={"loss": "low"}),
         with_about(metrics={"loss": [1.0]}),
+        with_about(metrics={"loss": None}),
         with_about(examples="many"),
         with_about(examples=-1),
         with_about(cost={**LETTER.head["update"]["cost"], "seconds": float("nan")}),
