@@ -11,9 +11,10 @@ wire       bytes that such rounds send, both ways, over the ledger's. Local: wha
            Ray serialises them; deployment: all that goes over TCP between SuperNodes and SuperLink (a relay between them
            counts), heartbeats and polls included. After the first round its clients' model folder is removed, so that nobody can
            load it again.
-memory     ten clients × 200 MB: the peak of the process that runs the rounds over what it held after its imports, and that of
-           the SuperLink over what it held before the first round, in model sizes. In the deployment one process plays the
-           nodes, and the first client answers last, so that nine answers wait.
+memory     ten clients × 200 MB, a whole run of two rounds, from loading the base to the last checkpoint: the peak of the process
+           that runs the rounds over what it held after its imports, and that of the SuperLink over what it held before the
+           first job, in model sizes. In the deployment one process plays the nodes, and the first client answers last, so that
+           nine answers wait. On the local engine the process of the rounds holds the base for its workers.
 resident   a letter with a job to a worker that stays, and to a new one for each: seconds, and seconds of processor time.
 """
 
@@ -45,7 +46,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.idle import idle_site
-from fedexperts import deploy, flower
+from fedexperts import deploy, flower, running
 from fedexperts.base.load import place
 from fedexperts.config import RunConfig
 from fedexperts.engines import local
@@ -82,14 +83,17 @@ Member(told["name"], told["server"], Path(told["home"]), Path(told["keys"]), tol
 Start = Callable[[Prepared, Path], AbstractContextManager[Engine]]
 
 
-def settings(sent: str, model: str = "small", clients: int = 3) -> RunConfig:
+def settings(
+    sent: str, model: str = "small", clients: int = 3, rounds: int = ROUNDS, score: str = "after_aggregation"
+) -> RunConfig:
     return checked(
         RunConfig,
         {
             "model": {"name": model},
             "method": {"name": "fedavg"},
             "training": {"batch_size": 2, "local_steps": 1, **SENT[sent]},
-            "federation": {"rounds": ROUNDS, "engine": "flower", "workers": 2},
+            "federation": {"rounds": rounds, "engine": "flower", "workers": 2},
+            "evaluation": {"score": score},
             "data": {
                 "sources": ["synthetic/double", "synthetic/first"],
                 "names": [f"c{number:02}" for number in range(clients)],
@@ -129,6 +133,7 @@ def on_simulation(prepared: Prepared, out: Path, carried: Callable[[Any], Any] =
         Simulation(play, len(prepared.config.data.names), workers=2) as simulation,
         flower.over(carried(simulation.grid), simulation.check)(prepared, out) as engine,
     ):
+        del prepared  # as in `flower.simulated`
         yield engine
 
 
@@ -143,7 +148,8 @@ Join = Callable[[RunConfig, Path, str], AbstractContextManager[None]]
 @contextmanager
 def on_deployment(prepared: Prepared, out: Path, join: Join, port_for: Callable[[int], int] = int) -> Iterator[Engine]:
     """`join` starts the clients, `port_for` gives them the port that leads to the server's."""
-    names, port = prepared.config.data.names, free_port()
+    config, port = prepared.config, free_port()
+    names = config.data.names
     make_keys(out / "keys", ["localhost"], names)
     with Federation(out / "federation", port=port, keys=out / "keys" / "server") as federation:
         bounds: dict[str, Any] = {
@@ -153,7 +159,8 @@ def on_deployment(prepared: Prepared, out: Path, join: Join, port_for: Callable[
             "in_flight": len(names),
         }
         over = flower.over(federation.grid, federation.check, patience=deploy.PATIENCE_SECONDS, **bounds)
-        with join(prepared.config, out, f"localhost:{port_for(port)}"), over(prepared, out) as engine:
+        with join(config, out, f"localhost:{port_for(port)}"), over(prepared, out) as engine:
+            del prepared  # or the base would stay, which the server of a run lets go of
             yield engine
 
 
@@ -377,13 +384,13 @@ def weigh_deployment(sent: str) -> tuple[int, int, str]:
 
 
 def memory(repeat: int) -> Table:
-    table = Table("engine", "process", "at the start", "peak", "peak MB, all", "(in model sizes, but for the last)")
+    table = Table("engine", "process", "peak in model sizes, over what it held before", "peak MB, all")
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         model = wide_model(Path(folder) / "model")
         for engine in ENGINES:
             for row in in_process("peaks", engine, str(model)):
-                sizes = ((row[key] - row["before"]) / row["model"] for key in ("start", "peak"))
-                table.add_row(engine, row["process"], *(f"{size:.2f}" for size in sizes), f"{row['peak'] / 1e6:.0f}")
+                over = (row["peak"] - row["before"]) / row["model"]
+                table.add_row(engine, row["process"], f"{over:.2f}", f"{row['peak'] / 1e6:.0f}")
     return table
 
 
@@ -399,23 +406,36 @@ def wide_model(folder: Path) -> Path:
 
 
 def peaks(engine: str, model: str) -> list[dict[str, Any]]:
-    """What the server's processes took in two rounds of ten clients, in bytes."""
+    """What the server's processes took in a whole run of two rounds with ten clients, in bytes."""
     before = status("self", "VmRSS")
-    prepared = prepare_run(settings("all weights", model, clients=10))
-    size = sum(tensor.nbytes for tensor in prepared.server.weights.values())
+    forget("self")
+    config = settings("all weights", model, clients=10, rounds=2, score="before_aggregation")
     start = partial(on_deployment, join=played) if engine == "deployment" else STARTS[engine]
-    ledger = Ledger(clock_for(prepared))
-    with tempfile.TemporaryDirectory(prefix="engines-") as folder, start(prepared, Path(folder)) as running:
-        watched = {"rounds": ("self", before, status("self", "VmRSS"))}
-        for pid in superlinks():
-            watched["SuperLink"] = (pid, status(pid, "VmRSS"), status(pid, "VmRSS"))
-        for pid, _, _ in watched.values():
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # its peak begins here
-        for _ in federate(prepared.server, prepared.method, running, ledger, rounds=2, clients_per_round=10):
-            assert not any(entry.failed for entry in ledger.entries), ledger.entries
-            ledger.clear()
-        told = {name: {"process": name, "model": size, "before": b, "start": s} for name, (_, b, s) in watched.items()}
-        return [{**row, "peak": status(watched[name][0], "VmHWM")} for name, row in told.items()]
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="engines-") as folder:
+        out = running.run(config, Path(folder) / "run", engine=partial(watched, start, found))
+        (weights,) = out.glob("checkpoint/*/weights.safetensors")
+        lines = map(json.loads, (out / "rounds.jsonl").read_text().splitlines())
+        assert not any(line["failed"] for line in lines), "an update that did not come would not count"
+        own = {"process": "rounds", "before": before, "peak": status("self", "VmHWM")}
+        return [{**row, "model": weights.stat().st_size} for row in (own, *found)]
+
+
+@contextmanager
+def watched(start: Start, found: list[dict[str, Any]], prepared: Prepared, out: Path) -> Iterator[Engine]:
+    """The engine of `start`; at its end, the peaks of the SuperLinks that it has go to `found`."""
+    with start(prepared, out) as engine:
+        del prepared
+        before = {pid: status(pid, "VmRSS") for pid in superlinks()}
+        for pid in before:
+            forget(pid)
+        yield engine
+        found += ({"process": "SuperLink", "before": rss, "peak": status(pid, "VmHWM")} for pid, rss in before.items())
+
+
+def forget(pid: str) -> None:
+    """The peak of a process begins anew."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def status(pid: str, what: str) -> int:

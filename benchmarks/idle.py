@@ -21,16 +21,20 @@ from fedexperts.settings import checked
 from fedexperts.sites import site_for
 from fedexperts.start import Prepared, prepare_run
 from fedexperts.types import Bench, Job, Patch, Update
+from fedexperts.work import Work
 
 
-def noise(job: Job, bench: Bench) -> Update:
+def noise(work: Work, job: Job, bench: Bench) -> Update:
     """In place of training. Noise, since Flower carries equal arrays only once; the engine has seeded it for the job."""
+    if job.task == "evaluate":
+        return work(job, bench)
     patch = Patch({name: torch.randn_like(tensor) for name, tensor in job.patch.tensors.items()}, job.patch.rows)
     return Update(job.client, job.round, job.task, patch, bench.client.examples)
 
 
 def idle_site(prepared: Prepared, out: Path) -> Site:
-    return replace(site_for(prepared, out), work=noise)
+    site = site_for(prepared, out)
+    return replace(site, work=partial(noise, site.work))
 
 
 def worker() -> None:

@@ -54,7 +54,7 @@ def serve(
     if config.data.own:
         bases = Parts()
         greetings = told(config, out, federation, bounds, bases)
-        parts, over = told_by(greetings, bases), partial(telling, greetings, over)
+        parts, over = told_by(greetings, bases), partial(telling, greetings, bases, over)
     return running.run(config, out, resume=resume, setting=setting, progress=progress, parts=parts, engine=over)
 
 
@@ -89,8 +89,13 @@ def told(config: RunConfig, out: Path, federation: Federation, bounds: Mapping[s
 
 
 @contextmanager
-def telling(greetings: Sequence[Greeting], over: Carrier, prepared: Prepared, out: Path) -> Iterator[Engine]:
-    """The engine of `over`, with what the clients told in the results folder: who has that can export a client's model."""
+def telling(greetings: Sequence[Greeting], bases: Parts, over: Carrier, prepared: Prepared, out: Path) -> Iterator[Engine]:
+    """The engine of `over`, with what the clients told in the results folder: who has that can export a client's model.
+
+    `bases` let go of the base, which the server needs no more.
+    """
     write_greetings(out / GREETINGS, greetings)
+    bases.bases.clear()
     with over(prepared, out) as engine:
+        del prepared
         yield engine

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from fedexperts.errors import BadValue, Busy
@@ -17,17 +17,24 @@ from fedexperts.errors import BadValue, Busy
 
 def write_bytes(path: Path, data: bytes) -> None:
     """`path` holding `data`; after a kill at any moment it holds all of it or what it held before."""
+    with whole_file(path) as made:
+        made.write_bytes(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write into, which becomes `path` at the end: all of it, synced, or, whatever happens before, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    made = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        yield made
+        made.chmod(0o644)
+        sync(made)
+        made.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise
 
 
@@ -36,18 +43,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_bytes(path, encoded(tensors))
+    with whole_file(path) as made:
+        save_file(apart(tensors), made)  # without a copy in memory
 
 
 def encoded(tensors: Mapping[str, Tensor]) -> bytes:
-    """`tensors` as safetensors, which takes no two that share memory: each of these comes whole."""
-    apart: dict[str, Tensor] = {}
+    """`tensors` as safetensors."""
+    return save(apart(tensors))
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` as safetensors takes them, which is no two that share memory: each of these comes whole."""
+    found: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, tensor in tensors.items():
         held = tensor.detach().contiguous()
-        apart[name] = held.clone() if held.untyped_storage().data_ptr() in memory else held
+        found[name] = held.clone() if held.untyped_storage().data_ptr() in memory else held
         memory.add(held.untyped_storage().data_ptr())
-    return save(apart)
+    return found
 
 
 def even_start(path: Path) -> None:

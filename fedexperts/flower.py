@@ -37,6 +37,7 @@ def simulated(prepared: Prepared, out: Path) -> Iterator[Engine]:
         Simulation(play, nodes, workers=workers, cpus=threads, gpus=federation.gpus_per_worker) as simulation,
         over(simulation.grid, simulation.check)(prepared, out) as engine,
     ):
+        del prepared  # it has the base, which the processes that play clients have read for themselves
         yield engine
 
 
@@ -60,7 +61,9 @@ def connected(
     note = partial(note_dropped, out / "dropped.jsonl")
     run = about(prepared.config, prepared.base.hash, out)
     engine = FlowerEngine(grid, run, everyone(prepared), accepted=accepted(out), check=check, note=note, **bounds)
-    engine.connect(patience, federation.min_clients if patience is not None else None)
+    fewest = federation.min_clients if patience is not None else None
+    del prepared  # it has the base, and this is here until the run ends
+    engine.connect(patience, fewest)
     try:
         yield engine
     except Exception:

@@ -7,8 +7,7 @@ from typing import Any
 from fedexperts.federation import job_for, steps
 from fedexperts.methods import REFERENCES
 from fedexperts.methods.submodel import even_number, evenly
-from fedexperts.moe.flops import per_step
-from fedexperts.moe.shrink import shrink
+from fedexperts.moe.flops import on_meta, per_step
 from fedexperts.moe.tuning import prepare
 from fedexperts.start import Prepared
 from fedexperts.types import Client, Example, Server
@@ -58,7 +57,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
 def round_flops(prepared: Prepared) -> float:
     """Floating point operations of a participant's round on the whole model and full-length examples: the most it can be."""
     config, base, training = prepared.config, prepared.base, prepared.training
-    model = prepare(shrink(base.model, prepared.server.anatomy.all_experts), training.tuning, seed="")
+    model = prepare(on_meta(base.model), training.tuning, seed="")
     lengths = [config.data.max_tokens] * training.batch_size
     return per_step(model)(lengths, lengths) * training.local_steps
 

@@ -25,7 +25,7 @@ from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
 from fedexperts.settings import different, flattened, to_toml
 from fedexperts.sites import clock_for, encoder_for, site_for, work_for
-from fedexperts.start import Parts, Prepared, prepare_run, versions
+from fedexperts.start import Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.types import Engine, Method, Server
 from fedexperts.work import falls_due
 
@@ -98,25 +98,32 @@ def run(
         with track.tracking(config.track.to, about, done=behind == total) as tell:
             if behind < total:
                 Keeper(out / "clients").drop_after(begun.round)
+                if begun.task == "start" and prepared.retained.examples:
+                    assess_base(prepared, out)
                 with (engine or engine_for)(prepared, out) as running:
-                    rounds(prepared, begun, out, shown.watch(running), shown, tell)
+                    prepared, servers = without_weights(prepared), [begun]
+                    del begun  # or the first weights would stay until the last round
+                    rounds(prepared, servers, out, shown.watch(running), shown, tell)
     return out
 
 
-def rounds(prepared: Prepared, begun: Server, out: Path, engine: Engine, progress: Progress, tell: Callable[[], None]) -> None:
-    """All rounds after `begun`, each with its evaluation, its lines in the logs and its checkpoint; then a tracker may `tell`."""
-    federation, method = prepared.config.federation, prepared.method
+def rounds(
+    prepared: Prepared, servers: list[Server], out: Path, engine: Engine, progress: Progress, tell: Callable[[], None]
+) -> None:
+    """All rounds after the server that it takes out of `servers`, each with its evaluation, its lines in the logs and its
+    checkpoint; then a tracker may `tell`.
+    """
+    federation, method, server = prepared.config.federation, prepared.method, servers.pop()
     ledger = Ledger(clock_for(prepared))
-    if begun.task == "start" and prepared.retained.examples:
-        assess_base(prepared, out)
-    if begun.task == "start" and not method.before:
-        assess(prepared, begun, engine, ledger, out, progress)
-    number = federation.clients_per_round or len(begun.clients)
+    if server.task == "start" and not method.before:
+        assess(prepared, server, engine, ledger, out, progress)
+    number = federation.clients_per_round or len(server.clients)
     by_task = federation.sampling == "by task"
     started, noted = perf_counter(), False
-    begun = replace(begun, clients=prepared.participants)
-
-    for server in federate(begun, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task):
+    begun = replace(server, clients=prepared.participants)
+    course = federate(begun, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task)
+    del begun
+    for server in course:
         progress.failed(server, failures(ledger))
         if not noted and no_expert_sent(ledger):
             progress.noted(server, NO_EXPERT_SENT)

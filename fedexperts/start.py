@@ -32,7 +32,7 @@ from fedexperts.errors import BadValue
 from fedexperts.federation import steps
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
-from fedexperts.moe.flops import Footprint, footprint
+from fedexperts.moe.flops import Footprint, footprint, on_meta
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
 from fedexperts.types import Client, Example, Method, Server, Split, Training
@@ -263,7 +263,13 @@ def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprin
     shape = anatomy(base.model)
     model = prepare(shrink(base.model, shape.all_experts), config.training.build().tuning, seed=f"{seed}/start")
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
-    return Server(weights=rows.read(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
+    return Server(weights=rows.take(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
+
+
+def without_weights(prepared: Prepared) -> Prepared:
+    """`prepared` once the server and the engine have the weights that they need: of them it has only the shapes."""
+    base = replace(prepared.base, model=on_meta(prepared.base.model))
+    return replace(prepared, base=base, server=replace(prepared.server, weights={}))
 
 
 def versions(prepared: Prepared) -> dict[str, Any]:

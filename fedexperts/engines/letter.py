@@ -19,7 +19,7 @@ class Letter:
     """What it says, and what it brings."""
 
     head: Mapping[str, Any]  # JSON values
-    parts: Mapping[str, bytes]
+    parts: dict[str, bytes]  # who reads it takes them out
 
 
 def to_bytes(letter: Letter) -> bytes:

@@ -143,20 +143,20 @@ def place(name: str, number: int) -> str:
 
 
 def tensors(letter: Letter) -> tuple[Patch, dict[str, Tensor]]:
-    """What `written` wrote: the patch, the rest."""
+    """What `written` wrote: the patch, the rest. Takes each part out of `letter`, so that no two copies of all are held."""
     groups: dict[str, dict[str, Tensor]] = {"patch": {}, "rows": {}, "extra": {}}
     for key, shape in letter.head["tensors"].items():
         group, _, name = key.partition("/")
-        groups[group][name] = piece(letter.parts[key]) if shape is None else joined(letter.parts, key).view(shape)
+        groups[group][name] = piece(letter.parts.pop(key)) if shape is None else joined(letter.parts, key).view(shape)
     rows = {name: groups["rows"][number] for name, number in letter.head["rows"].items()}
     return Patch(groups["patch"], rows), groups["extra"]
 
 
-def joined(parts: Mapping[str, bytes], name: str) -> Tensor:
-    """All pieces of a tensor, one after the other."""
-    found = [piece(parts[name])]
+def joined(parts: dict[str, bytes], name: str) -> Tensor:
+    """All pieces of a tensor, one after the other, taken out of `parts`."""
+    found = [piece(parts.pop(name))]
     while (key := place(name, len(found))) in parts:
-        found.append(piece(parts[key]))
+        found.append(piece(parts.pop(key)))
     return torch.cat(found)
 
 

@@ -1,8 +1,14 @@
 """Trained parameters row-first: axis 0 is a row one can send alone, an expert or the whole as its only row."""
 
+import ctypes
+import mmap
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +20,11 @@ from fedexperts.moe.anatomy import Block, Experts, blocks
 Tensors = Mapping[str, Tensor]
 Layout = Mapping[str, str | None]
 """Row-first name → the MoE block whose experts are its rows, or None: a dense parameter, one row."""
+
+ON_DISK_BYTES = 2**24
+"""From which on the sums of a tensor lie on disk."""
+AT_ONCE = 2**20
+"""Elements that are taken in at a time: each is a float64 or two on the way."""
 
 _EXPERT_MODULE = re.compile(r"\.expert_(\d+)\.")
 
@@ -28,9 +39,14 @@ class _Source:
 
     def read(self) -> Tensor:
         """A copy."""
+        rows = self.take()
+        return rows if self.axis is None else rows.clone(memory_format=torch.contiguous_format)
+
+    def take(self) -> Tensor:
+        """Of one parameter a view, of several a copy."""
         if self.axis is None:
             return torch.stack([parameter.detach() for parameter in self.parameters])
-        return self.parameters[0].detach().movedim(self.axis, 0).clone(memory_format=torch.contiguous_format)
+        return self.parameters[0].detach().movedim(self.axis, 0)
 
     def write(self, rows: Tensor, ids: list[int]) -> None:
         for row, index in zip(rows, ids, strict=True):
@@ -64,6 +80,11 @@ def read(model: nn.Module) -> dict[str, Tensor]:
     return {name: source.read() for name, source in _sources(model).items()}
 
 
+def take(model: nn.Module) -> dict[str, Tensor]:
+    """As `read`, but not copied where rows lie first already: for a model that nobody else needs."""
+    return {name: source.take().contiguous() for name, source in _sources(model).items()}
+
+
 @torch.no_grad()
 def write(model: nn.Module, tensors: Tensors, rows: Mapping[str, Tensor] | None = None) -> None:
     """Copy `tensors` into the trainable parameters of `model`, in place: all rows, or those whose ids stand in `rows`.
@@ -95,11 +116,17 @@ def parameters(model: nn.Module, names: Collection[str]) -> list[nn.Parameter]:
 def cut(tensors: Tensors, layout: Layout, experts: Experts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The rows of `tensors` that belong to `experts`, and the ids of these rows by name.
 
-    Dense parameters and blocks absent from `experts` come whole, without ids. Names of one block share one id tensor.
+    Dense parameters and blocks absent from `experts` come whole, without ids. Names of one block share one id tensor. What
+    comes whole is not copied.
     """
     ids = {block: torch.tensor(kept, dtype=torch.int64) for block, kept in experts.items()}
     rows = {name: ids[block] for name in tensors if (block := layout[name]) in ids}
-    return {name: t[rows[name].to(t.device)] if name in rows else t for name, t in tensors.items()}, rows
+    return {name: _chosen(t, rows[name]) if name in rows else t for name, t in tensors.items()}, rows
+
+
+def _chosen(tensor: Tensor, ids: Tensor) -> Tensor:
+    """Its rows `ids`; itself where these are all."""
+    return tensor if torch.equal(ids, torch.arange(len(tensor))) else tensor[ids.to(tensor.device)]
 
 
 def router_of(name: str, layout: Layout) -> str | None:
@@ -111,12 +138,12 @@ def router_of(name: str, layout: Layout) -> str | None:
 class RowMean:
     """Weighted mean of tensors that may each hold only some rows; a row nobody sent keeps its old value.
 
-    Sums in float64, one tensor at a time, so the order in which they come does not show.
+    Sums in float64, one tensor at a time, so the order in which they come does not show. The sums of a large tensor lie on disk.
     """
 
     def __init__(self, start: Tensor) -> None:
-        self._start = start
-        self._sum = torch.zeros(start.shape, dtype=torch.float64)
+        self._start, self._width = start, prod(start.shape[1:])
+        self._sum, self._release = _sums(start.numel())
         self._weight = torch.zeros(start.shape[0], dtype=torch.float64)
 
     def add(
@@ -129,9 +156,12 @@ class RowMean:
         if ids is None:
             ids = torch.arange(len(self._weight))
         weights = torch.as_tensor(weight, dtype=torch.float64).expand(len(ids))
-        column = weights.reshape(-1, *[1] * (rows.ndim - 1))
-        self._sum.index_add_(0, ids, rows.to("cpu", torch.float64) * column)
+        sums = self._sum.view(len(self._weight), self._width)
+        flat = rows.to("cpu").reshape(len(ids), self._width)
+        for part in _columns(flat):
+            sums[:, part].index_add_(0, ids, flat[:, part].double() * weights[:, None])
         self._weight.index_add_(0, ids, weights)
+        self._release()
 
     @property
     def weights(self) -> Float[Tensor, " rows"]:
@@ -141,10 +171,35 @@ class RowMean:
     def result(self) -> Tensor:
         """The mean so far, as `start` is: its dtype and device."""
         sent = self._weight > 0
-        result = self._start.clone()
-        column = self._weight[sent].reshape(-1, *[1] * (result.ndim - 1))
-        result[sent.to(result.device)] = (self._sum[sent] / column).to(result.device, result.dtype)
-        return result
+        result = self._start.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        sums, flat = (each.view(len(sent), self._width) for each in (self._sum, result))
+        for part in _columns(flat):
+            flat[sent, part] = (sums[sent, part] / self._weight[sent, None]).to(result.dtype)
+        self._release()
+        return result.to(self._start.device)
+
+
+def _columns(flat: Tensor) -> Iterator[slice]:
+    """Slices of the columns of `flat`, so narrow that no part of all rows has more elements than AT_ONCE."""
+    rows, columns = flat.shape
+    width = max(1, AT_ONCE // max(rows, 1))
+    return (slice(first, first + width) for first in range(0, columns, width))
+
+
+def _sums(number: int) -> tuple[Tensor, Callable[[], None]]:
+    """So many zeros in float64, and what has the system take them out of this process's memory until they are used again.
+
+    Many lie in a file, soon without a name, in the folder for temporary files (TMPDIR), so a merge holds one update beside the
+    model; few, or where a disk has no room, or a system no such files, in memory.
+    """
+    size = 8 * number
+    if size >= ON_DISK_BYTES:
+        with suppress(OSError, AttributeError), tempfile.NamedTemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process at some later write
+            sums = torch.from_file(file.name, shared=True, size=number, dtype=torch.float64)
+            madvise, place = ctypes.CDLL(None).madvise, ctypes.c_void_p(sums.data_ptr())
+            return sums, lambda: madvise(place, ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    return torch.zeros(number, dtype=torch.float64), lambda: None
 
 
 def _sources(model: nn.Module) -> dict[str, _Source]:

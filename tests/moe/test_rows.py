@@ -1,5 +1,9 @@
 """The row-first view of trained parameters, and the mean of rows."""
 
+import errno
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,6 +164,43 @@ def test_the_mean_has_the_type_of_what_it_started_from():
     mean.add(torch.ones(2, 3, dtype=torch.bfloat16))
     assert mean.result().dtype == torch.bfloat16
     assert mean.result().eq(1).all()
+
+
+def test_sums_on_disk_are_those_in_memory(monkeypatch):
+    start, sent = torch.randn(5, 7, 3), torch.randn(2, 7, 3)
+
+    def merged():
+        mean = RowMean(start)
+        mean.add(sent, ids=torch.tensor([1, 4]), weight=torch.tensor([2.0, 3.0]))
+        mean.add(start + 1, weight=0.7)
+        mean.add(sent[:0], ids=torch.tensor([], dtype=torch.int64))
+        return mean.result()
+
+    whole = merged()
+    monkeypatch.setattr(rows, "ON_DISK_BYTES", 8)
+    monkeypatch.setattr(rows, "AT_ONCE", 6)  # and a few columns at a time
+    assert torch.equal(merged(), whole)
+    monkeypatch.setattr(rows.os, "posix_fallocate", no_room)
+    assert torch.equal(merged(), whole), "where the disk is full, in memory"
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_large_sums_are_not_held_in_memory(monkeypatch):
+    monkeypatch.setattr(rows, "AT_ONCE", 2**16)
+    sent = torch.randn(4, 2**21)
+    before = resident_bytes()
+    mean = RowMean(sent)
+    for _ in range(2):
+        mean.add(sent)
+        assert resident_bytes() - before < 2**24, "of 64 MiB of sums"
+    assert torch.equal(mean.result(), sent)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 floats = st.floats(-100, 100, width=32)

@@ -6,28 +6,25 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Self
 
-import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from flwr.app import Message
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
 from fedexperts.engines.flower import lender
 from fedexperts.engines.flower.bundle import bundle
+from fedexperts.engines.flower.grid import Lent
 from fedexperts.engines.flower.processes import (
     ANYWHERE,
     FORGET_SECONDS,
@@ -56,7 +53,7 @@ class Federation:
     home: a folder for what Flower writes. host: where it listens.
     """
 
-    grid: HttpGrid
+    grid: Lent
     names: Mapping[int, str]
     """Node → the client whose key it has; empty without keys."""
 
@@ -131,7 +128,7 @@ class Federation:
                 return listener.accept()[0]
         raise BadRun(f"Flower's SuperLink starts no run; {self.home / 'superlink.log'} says why")
 
-    def borrowed(self) -> HttpGrid:
+    def borrowed(self) -> Lent:
         """The grid of the run, opened in this process."""
         told = json.loads(self.lender.makefile("rb").readline())
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told["task"], told["run"], told["node"]
@@ -145,35 +142,6 @@ class Federation:
         """Raises BadRun when the SuperLink or its run has ended before its time."""
         if self.superlink.poll() is not None or ended(self.lender):
             raise BadRun(f"Flower's SuperLink has stopped; {self.home / 'superlink.log'} says why; go on with --resume")
-
-
-class Lent(HttpGrid):
-    """A grid whose SuperLink may be there and answer no more.
-
-    Raises:
-        BadRun: it has not for `FORGET_SECONDS`.
-    """
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        with answering(self._addr):
-            return super().get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        with answering(self._addr):
-            return super().push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        with answering(self._addr):
-            return super().pull_messages(message_ids)
-
-
-@contextmanager
-def answering(address: str) -> Iterator[None]:
-    try:
-        yield
-    except httpx.TransportError as error:
-        reason = f"Flower's SuperLink at {address} answers no more ({type(error).__name__}); go on with --resume"
-        raise BadRun(reason) from error
 
 
 @contextmanager

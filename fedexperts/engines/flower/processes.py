@@ -25,9 +25,9 @@ ANYWHERE = ("0.0.0.0", "::")
 RETURNED_BYTES = 2**20
 """What is this large goes back to the machine when it is freed. By itself the C library would keep it, in pieces, after large
 messages."""
-RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_BYTES)}
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_BYTES), "MALLOC_ARENA_MAX": "1"}
 """The environment of processes that carry messages and compute nothing."""
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h; each arena keeps some of what the threads freed that it was for
 OBJECTS = "FEDEXPERTS_OBJECTS"
 """The environment variable that tells a SuperLink of an empty folder, for what messages are made of."""
 
@@ -35,7 +35,9 @@ OBJECTS = "FEDEXPERTS_OBJECTS"
 def return_memory() -> None:
     """What `RETURNING` does, for this process; nothing where the C library is not glibc."""
     with suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES)
+        library.mallopt(M_ARENA_MAX, 1)
 
 
 @contextmanager
