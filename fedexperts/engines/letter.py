@@ -9,7 +9,7 @@ from typing import Any
 
 from fedexperts.errors import BadLetter
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Changes with whatever makes letters unreadable to those who do not know of it."""
 VERSION = version("fedexperts")
 

@@ -1,6 +1,7 @@
 """Letters as Flower's records. Needs neither torch nor transformers: every message starts a process that imports this."""
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from fedexperts.engines.letter import PROTOCOL, VERSION, Letter, digest, require
 from fedexperts.errors import BadLetter
 
 ABOUT, PARTS = "letter", "parts"  # what the two records are called
+MOST_TEXT = 2**26
+"""Bytes of what a letter says, or tells of its parts: a small message must not unfold into one that fills the memory."""
 PACK_BYTES = 2**22
 """Of parts that go as one array: for each, Flower makes two signed requests, whatever its size."""
 
@@ -23,7 +26,8 @@ def to_records(letter: Letter) -> RecordDict:
     packs = [*packed(letter.parts)]
     sizes = json.dumps([{name: len(letter.parts[name]) for name in pack} for pack in packs])
     sha256 = digest(head, letter.parts)
-    about = ConfigRecord({"protocol": PROTOCOL, "version": VERSION, "head": head, "sizes": sizes, "sha256": sha256})
+    texts = {"head": compressed(head), "sizes": compressed(sizes)}  # names of tensors, mostly
+    about = ConfigRecord({"protocol": PROTOCOL, "version": VERSION, **texts, "sha256": sha256})
     arrays = {str(number): array([letter.parts[name] for name in pack]) for number, pack in enumerate(packs)}
     return RecordDict({ABOUT: about, PARTS: ArrayRecord(arrays)})
 
@@ -38,11 +42,31 @@ def from_records(records: RecordDict) -> Letter:
     if not isinstance(about, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise BadLetter("the message holds no letter of ours; is the same version of FedExperts on both sides?")
     require_protocol(about.get("protocol"), about.get("version"))
-    head = str(about.get("head"))
-    parts = unpacked(str(about.get("sizes")), arrays)
+    head = expanded(about.get("head"))
+    parts = unpacked(expanded(about.get("sizes")), arrays)
     if parts is None or digest(head, parts) != about.get("sha256"):
         raise BadLetter("its sha256 is not that of what was sent: it was cut off or changed on the way")
     return Letter(read_head(head), parts)
+
+
+def compressed(text: str) -> bytes:
+    return zlib.compress(text.encode())
+
+
+def expanded(data: object) -> str:
+    """What `compressed` made `data` of.
+
+    Raises:
+        BadLetter: of nothing, or of more than MOST_TEXT.
+    """
+    unfolding = zlib.decompressobj()
+    try:
+        text = unfolding.decompress(data, MOST_TEXT) if isinstance(data, bytes) else b""
+        if not unfolding.eof:
+            raise BadLetter(f"what it says was cut off, or has more than {MOST_TEXT:,} bytes")
+        return text.decode()
+    except (zlib.error, UnicodeDecodeError) as error:
+        raise BadLetter(f"what it says cannot be read ({type(error).__name__}: {error})") from None
 
 
 def packed(parts: Mapping[str, bytes]) -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import weakref
+import zlib
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load
 
 from fedexperts.engines import wire
 from fedexperts.engines.flower import codec
-from fedexperts.engines.flower.codec import ABOUT, PARTS, from_records, to_records
+from fedexperts.engines.flower.codec import ABOUT, PARTS, compressed, expanded, from_records, to_records
 from fedexperts.engines.letter import PROTOCOL, Letter, digest
 from fedexperts.engines.wire import answer_letter, job_letter, read_answer, read_job
 from fedexperts.errors import BadLetter
@@ -146,7 +147,7 @@ def changed(place):
     records = to_records(job_letter(JOB))
     about, parts = records[ABOUT], records[PARTS]
     data = parts["0"].data
-    sizes = json.loads(about["sizes"])
+    sizes = json.loads(expanded(about["sizes"]))
     match place:
         case "cut off":
             parts["0"] = Array("uint8", (len(data) - 1,), "safetensors", data[:-1])
@@ -160,21 +161,18 @@ def changed(place):
             parts["1"] = parts["0"]
             del parts["0"]
         case "two parts changed names":
-            about["sizes"] = json.dumps(
-                [{{"patch/w": "patch/v", "patch/v": "patch/w"}.get(k, k): n for k, n in sizes[0].items()}]
-            )
-        case "no sizes":
-            del about["sizes"]
+            other = {"patch/w": "patch/v", "patch/v": "patch/w"}
+            about["sizes"] = compressed(json.dumps([{other.get(name, name): size for name, size in sizes[0].items()}]))
         case "sizes of nothing":
-            about["sizes"] = json.dumps([dict.fromkeys(sizes[0], 0)])
+            about["sizes"] = compressed(json.dumps([dict.fromkeys(sizes[0], 0)]))
         case "sizes that are none":
-            about["sizes"] = json.dumps([dict.fromkeys(sizes[0], "all")])
+            about["sizes"] = compressed(json.dumps([dict.fromkeys(sizes[0], "all")]))
         case "sizes that are no list":
-            about["sizes"] = "7"
+            about["sizes"] = compressed("7")
         case "sizes without end":
-            about["sizes"] = "[" * 100_000
+            about["sizes"] = compressed("[" * 100_000)
         case "the head":
-            about["head"] = about["head"].replace("c01", "c02")
+            about["head"] = compressed(expanded(about["head"]).replace("c01", "c02"))
         case "the hash":
             about["sha256"] = "0" * 64
         case "no hash":
@@ -186,7 +184,7 @@ def changed(place):
     "place",
     [
         *("cut off", "a bit", "an array is missing", "an array too many", "an array of another name", "two parts changed names"),
-        *("no sizes", "sizes of nothing", "sizes that are none", "sizes that are no list", "sizes without end"),
+        *("sizes of nothing", "sizes that are none", "sizes that are no list", "sizes without end"),
         *("the head", "the hash", "no hash"),
     ],
 )
@@ -215,9 +213,40 @@ def test_a_letter_that_is_whole_but_says_nothing_of_use_is_refused(head):
 
 @pytest.mark.parametrize("head", ["", "{", "nothing", "[1]", "3", "[" * 100_000, '{"a":' * 100_000])
 def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head):
-    about = ConfigRecord({"protocol": PROTOCOL, "version": "1", "head": head, "sizes": "[]", "sha256": digest(head, {})})
+    about = ConfigRecord(
+        {"protocol": PROTOCOL, "version": "1", "head": compressed(head), "sizes": compressed("[]"), "sha256": digest(head, {})}
+    )
     with pytest.raises(BadLetter, match="what it says"):
         from_records(RecordDict({ABOUT: about, PARTS: ArrayRecord({})}))
+
+
+@pytest.mark.parametrize(
+    "data", [None, "text", 7, b"", b"no zlib", compressed("a" * 99)[:-5], compressed("é")[:4], zlib.compress(b"\xff")]
+)
+@pytest.mark.parametrize("name", ["head", "sizes"])
+def test_what_does_not_unfold_is_refused(name, data):
+    records = to_records(job_letter(JOB))
+    records[ABOUT] = ConfigRecord({key: value for key, value in {**records[ABOUT], name: data}.items() if value is not None})
+    with pytest.raises(BadLetter, match="what it says"):
+        from_records(records)
+
+
+def test_a_small_message_that_would_unfold_into_a_large_one_is_refused(monkeypatch):
+    monkeypatch.setattr(codec, "MOST_TEXT", 1000)
+    assert expanded(compressed("a" * 1000)) == "a" * 1000
+    with pytest.raises(BadLetter, match="more than 1,000 bytes"):
+        expanded(compressed("a" * 1001))
+
+
+def test_names_take_few_bytes():
+    names = [
+        f"model.layers.{layer}.self_attn.{each}_proj.lora_{ab}.default.weight"
+        for layer in range(4)
+        for each in "qkv"
+        for ab in "AB"
+    ]
+    letter = answer_letter(Update("c01", 1, "train", Patch({name: torch.ones(2) for name in names}), 5))
+    assert sum(len(value) for value in to_records(letter)[ABOUT].values() if isinstance(value, bytes)) < 900
 
 
 @pytest.mark.parametrize(

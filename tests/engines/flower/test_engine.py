@@ -18,7 +18,7 @@ from fedexperts.config import RunConfig
 from fedexperts.engines import kept, remote
 from fedexperts.engines.base import in_order
 from fedexperts.engines.flower.client_app import client_app
-from fedexperts.engines.flower.codec import ABOUT, PARTS
+from fedexperts.engines.flower.codec import ABOUT, PARTS, from_records
 from fedexperts.engines.flower.engine import FlowerEngine
 from fedexperts.engines.kept import Keeper, own
 from fedexperts.engines.letter import Letter
@@ -72,7 +72,7 @@ class FakeGrid(Grid):
         message.metadata.__dict__["_message_id"] = id = f"m{next(self.numbers)}"
         context = Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
         self.replies[id] = [self.apps[node](message, context)]
-        if "hello" not in message.content[ABOUT]["head"][:8]:
+        if "hello" not in from_records(message.content).head:
             self.pushed.append(id)
             change = self.change.get(node)
             if change:
