@@ -52,7 +52,7 @@ from fedexperts.config import RunConfig
 from fedexperts.engines import local
 from fedexperts.engines.flower.deployment import Federation
 from fedexperts.engines.flower.keys import make_keys
-from fedexperts.engines.flower.processes import free_port, process
+from fedexperts.engines.flower.processes import free_port, process, return_memory
 from fedexperts.engines.flower.simulation import Simulation
 from fedexperts.engines.flower.worker import ask, listening
 from fedexperts.engines.letter import Letter
@@ -409,6 +409,8 @@ def peaks(engine: str, model: str) -> list[dict[str, Any]]:
     """What the server's processes took in a whole run of two rounds with ten clients, in bytes."""
     before = status("self", "VmRSS")
     forget("self")
+    if engine == "deployment":
+        return_memory()  # `fedexperts server` opens the federation, which does it, before it loads anything
     config = settings("all weights", model, clients=10, rounds=2, score="before_aggregation")
     start = partial(on_deployment, join=played) if engine == "deployment" else STARTS[engine]
     found: list[dict[str, Any]] = []

@@ -251,6 +251,7 @@ def server(
 
     told = config.read(run_file, set or [])
     deploy.deployed(told)
+    end_as_if_interrupted()
     home = out.with_name(f"{out.name}.flower")
     with Federation(home, host=host, port=port, keys=secured(keys, insecure)) as federation:
         deploy.serve(told, out, federation, resume=resume, setting="", progress=progress(quiet), tell=say, patience=patience)
@@ -282,7 +283,15 @@ def client(
     folder = (out or Path("clients") / name).resolve()
     told = {"name": name, "run": str(run), "set": set or [], "folder": str(folder), "data": data or [], "devices": devices}
     worker = [sys.executable, "-m", "fedexperts.resident", dumps(told)]
+    end_as_if_interrupted()
     Member(name, server, folder / "flower", secured(keys, insecure), worker, say).run()
+
+
+def end_as_if_interrupted() -> None:
+    """SIGTERM, which systemd and Docker send, ends this process as Ctrl-C does: with all that it has started."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def require_flower() -> None:

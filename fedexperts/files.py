@@ -15,14 +15,14 @@ from torch import Tensor
 from fedexperts.errors import BadValue, Busy
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """`path` holding `data`; after a kill at any moment it holds all of it or what it held before."""
-    with whole_file(path) as made:
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """`path` holding `data`; after a kill at any moment it holds all of it or what it held before. mode: who may read it."""
+    with whole_file(path, mode) as made:
         made.write_bytes(data)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """A file to write into, which becomes `path` at the end: all of it, synced, or, whatever happens before, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -30,7 +30,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     made = Path(name)
     try:
         yield made
-        made.chmod(0o644)
+        made.chmod(mode)
         sync(made)
         made.replace(path)
     except BaseException:

@@ -1,7 +1,12 @@
 """The commands of a deployment, and what they say to mistakes before anything listens."""
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 import tomli_w
+from deployed import below, gone, processes, until
 
 from fedexperts.engines.flower.member import why
 
@@ -64,3 +69,31 @@ def test_a_client_that_the_run_does_not_have_stops_and_says_so(fedexperts, run_f
     code, _, err = fedexperts("client", "--name", "x", "--server", "127.0.0.1:1", *told)
     assert code == 2
     assert "x cannot take part" in err
+
+
+def test_a_client_that_is_told_to_end_ends_its_worker_and_leaves_nothing_behind(run_file, tmp_path, monkeypatch):
+    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # a path that is long is none for a socket
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    told = ("--name", "c01", "--server", "127.0.0.1:1", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
+    with processes(tmp_path) as started:
+        started.start("client", "client", *told)
+        until(
+            lambda: "nobody answers" in started.said("client"), "the client says that it is alone", lambda: started.said("client")
+        )
+        assert list(temporary.glob("fedexperts-*"))
+        workers = below(tmp_path)
+        client = started.running["client"]
+        client.terminate()
+        assert client.wait(60) == 130
+        assert "interrupted" in started.said("client")
+        until(lambda: all(map(gone, workers)), "its worker ends")
+    assert not list(temporary.glob("fedexperts-*"))
+    shutil.rmtree(temporary)
+
+
+def test_a_folder_for_temporary_files_whose_name_is_too_long_is_said(fedexperts, run_file, tmp_path, monkeypatch):
+    (tmp_path / ("a" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("a" * 100)))
+    told = ("--name", "c01", "--server", "127.0.0.1:1", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
+    code, _, err = fedexperts("client", *told)
+    assert (code, "is too long a path for a socket; set TMPDIR to a shorter folder" in err) == (2, True)

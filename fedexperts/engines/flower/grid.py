@@ -1,5 +1,6 @@
 """The grid of a SuperLink, which holds one message at a time, and each of its arrays once."""
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -61,6 +62,7 @@ class Lent(HttpGrid):
         rest = (name for name in objects if name in wanted)
         while some := list(islice(rest, AT_ONCE)):
             push_objects({name: objects[name] for name in some}, send)
+            drop_responses()
         return list(asked.message_ids)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -87,8 +89,14 @@ def inflated(tree: ObjectTree, pull: Callable[[str], bytes]) -> InflatableObject
         if pieces and len(pieces) == len(node.children) and node.object_id not in objects:
             objects[node.object_id] = inflate_object_from_contents(node.object_id, pull_objects([node.object_id, *pieces], pull))
             joined.update(pieces)
+            drop_responses()
     rest = [node.object_id for node in iterate_object_tree(tree) if node.object_id not in joined | objects.keys()]
     return inflate_object_from_contents(tree.object_id, pull_objects(rest, pull), objects=objects)
+
+
+def drop_responses() -> None:
+    """Frees what has come and gone: httpx's responses and their streams hold each other, and with them up to 5 MB each."""
+    gc.collect(1)  # they are young; a whole collection takes a while
 
 
 @contextmanager

@@ -5,10 +5,11 @@ FOLDER/server/                   for the server: ca.pem, server.pem, server.key,
 FOLDER/NAME/                     for client NAME: ca.pem, node.key, node.pub
 """
 
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -21,26 +22,32 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedexperts.errors import BadValue
+from fedexperts.files import write_bytes
 
 DAYS = 3650
 ALWAYS = ("localhost", "127.0.0.1", "::1")  # the server's own processes reach it there
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 OURS = ("server", "ca.pem", "ca.key")
 CURVE = ec.SECP384R1()
+PRIVATE, PUBLIC = 0o600, 0o644
+"""A file that only its owner reads, and one that anyone may read."""
 
 
 def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
     """All keys and certificates in `folder` that are not there yet; what is there stays as it is. Gives the files it wrote.
 
+    Killed at any moment, it makes the rest when it is called again.
+
     hosts: names and addresses by which clients reach the server.
 
     Raises:
-        BadValue: a client's name that no folder can have; a server's certificate that is there for other hosts; or a client whose
-            public key is there, and whose private key is not.
+        BadValue: a client's name that no folder can have; a server's certificate that is there for other hosts; a client whose
+            public key is there, and whose private key is not; or an authority without its key, which would have to sign.
     """
     for name in clients:
         if not NAME.fullmatch(name) or name in OURS:
@@ -55,35 +62,59 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
             f"{known[gone[0]]} is there, and {folder / gone[0] / 'node.key'} is not; leave {gone[0]} out if it has its folder "
             "already, or remove the one to have both made anew"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    if not (folder / "ca.key").exists():
-        authority = ec.generate_private_key(CURVE)
-        written += [private(folder / "ca.key", pem(authority)), public(folder / "ca.pem", in_pem(authority_of(authority)))]
     ca = folder / "ca.pem"
-    (server / "clients").mkdir(parents=True, exist_ok=True)
+    if ca.exists() and not (folder / "ca.key").exists() and not (server / "server.pem").exists():
+        raise BadValue(
+            f"{folder / 'ca.key'}, which has to sign {server / 'server.pem'}, is not there; bring it back, or give another folder"
+        )
+    made = Made([])
+    if not ca.exists():
+        made.file(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        made.file(ca, lambda: in_pem(authority_of(key_at(folder / "ca.key"))))
     if (server / "server.pem").exists():
         require_hosts(server / "server.pem", hosts)
-    else:
-        key = ec.generate_private_key(CURVE)
-        written += [
-            private(server / "server.key", pem(key)),
-            public(server / "server.pem", in_pem(certificate(folder, key, [*dict.fromkeys([*hosts, *ALWAYS])]))),
-            public(server / "ca.pem", ca.read_bytes()),
-        ]
-    for name in clients:
-        if (folder / name / "node.key").exists():
-            continue
-        (folder / name).mkdir(exist_ok=True)
-        node = ec.generate_private_key(CURVE)
-        told = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-        written += [
-            private(folder / name / "node.key", node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())),
-            public(folder / name / "node.pub", told),
-            public(folder / name / "ca.pem", ca.read_bytes()),
-            public(server / "clients" / f"{name}.pub", told),
-        ]
-    return written
+    else:  # a key without its certificate is of nobody yet
+        made.file(server / "server.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        names = [*dict.fromkeys([*hosts, *ALWAYS])]
+        made.file(server / "server.pem", lambda: in_pem(certificate(folder, key_at(server / "server.key"), names)))
+    made.file(server / "ca.pem", ca.read_bytes)
+    (server / "clients").mkdir(exist_ok=True)
+    for name, registered in known.items():
+        own = folder / name
+        made.file(own / "node.key", lambda: node_pem(ec.generate_private_key(CURVE)), PRIVATE)
+        made.file(own / "node.pub", partial(public_of, own / "node.key"))
+        made.file(own / "ca.pem", ca.read_bytes)
+        made.file(registered, (own / "node.pub").read_bytes)
+    return made.files
+
+
+@dataclass(frozen=True)
+class Made:
+    """The files that were made."""
+
+    files: list[Path]
+
+    def file(self, path: Path, make: Callable[[], bytes], mode: int = PUBLIC) -> None:
+        """Has `path` hold what `make` gives, unless it is there."""
+        if not path.exists():
+            write_bytes(path, make(), mode)
+            self.files.append(path)
+
+
+def key_at(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = load_pem_private_key(path.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def public_of(path: Path) -> bytes:
+    """The public key of the private one at `path`, as OpenSSH writes it."""
+    key = load_ssh_private_key(path.read_bytes(), None)
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+
+
+def node_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
 
 def authority_of(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -102,9 +133,8 @@ def authority_of(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 def certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Iterable[str]) -> x509.Certificate:
     """The server's, for `hosts`, signed by the authority in `folder`."""
-    authority = load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    authority = key_at(folder / "ca.key")
     issuer = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()).subject
-    assert isinstance(authority, ec.EllipticCurvePrivateKey)
     usage = x509.KeyUsage(
         True, False, False, False, False, False, False, False, False
     )  # it signs what proves that it has the key
@@ -164,19 +194,3 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def in_pem(made: x509.Certificate) -> bytes:
     return made.public_bytes(Encoding.PEM)
-
-
-def private(path: Path, data: bytes) -> Path:
-    """A new file that only its owner reads."""
-    return written_new(path, data, 0o600)
-
-
-def public(path: Path, data: bytes) -> Path:
-    """A new file that anyone may read."""
-    return written_new(path, data, 0o644)
-
-
-def written_new(path: Path, data: bytes, mode: int) -> Path:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-    return path

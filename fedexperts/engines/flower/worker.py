@@ -12,18 +12,25 @@ from threading import Thread
 from time import sleep
 
 from fedexperts.engines.letter import Letter, from_bytes, to_bytes
-from fedexperts.errors import BadLetter, FedExpertsError
+from fedexperts.errors import BadLetter, BadValue, FedExpertsError
 
 TRIES = 2
 """A letter that has ended so many processes is not handed to another."""
 PIECE = 2**20  # bytes at a time
 WATCH_SECONDS = 0.5
+LONGEST = 103  # bytes of a socket's path, where the least is allowed
 PARENT = "FEDEXPERTS_PARENT"
 """The environment variable that says which process has started this one; that may have ended before this one can look."""
 
 
 def listening(path: Path) -> socket.socket:
-    """A socket at `path` that only its owner can reach. Whoever holds it may hand it to another process, or to the next one."""
+    """A socket at `path` that only its owner can reach. Whoever holds it may hand it to another process, or to the next one.
+
+    Raises:
+        BadValue: `path` is too long for one.
+    """
+    if len(os.fsencode(path)) > LONGEST:
+        raise BadValue(f"{path} is too long a path for a socket; set TMPDIR to a shorter folder")
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:

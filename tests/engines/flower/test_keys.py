@@ -8,6 +8,7 @@ from threading import Thread
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from fedexperts.engines.flower import keys as keys_module
 from fedexperts.engines.flower.keys import make_keys
 from fedexperts.engines.flower.processes import require_files
 from fedexperts.errors import BadValue
@@ -93,6 +94,48 @@ def test_made_again_keys_stay_and_only_what_is_missing_is_added(tmp_path):
     assert {path.parent.name for path in added} == {"west", "clients"}
     after = files(tmp_path)
     assert {name: data for name, data in after.items() if name in before} == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_before_any_file_it_makes_the_rest_when_it_is_called_again(tmp_path, monkeypatch):
+    write, hosts, names = keys_module.write_bytes, ["localhost"], ["north", "east"]
+    whole = len(make_keys(tmp_path / "whole", hosts, names))
+    for number in range(whole):
+        folder, left = tmp_path / str(number), iter(range(number))
+
+        def killed(*given, left=left):
+            if next(left, None) is None:
+                raise Killed
+            write(*given)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(keys_module, "write_bytes", killed)
+            make_keys(folder, hosts, names)
+        before = files(folder)
+        assert len(make_keys(folder, hosts, names)) == whole - number
+        after = files(folder)
+        assert after.keys() == files(tmp_path / "whole").keys()
+        assert {name: after[name] for name in before} == before
+        assert greet(folder, "localhost", folder / "north" / "ca.pem")
+        for name in names:
+            assert (
+                after[f"{name}/node.pub"]
+                == after[f"server/clients/{name}.pub"]
+                == keys_module.public_of(folder / name / "node.key")
+            )
+
+
+def test_an_authority_whose_key_was_put_away_is_needed_only_to_sign(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    (tmp_path / "ca.key").unlink()
+    assert make_keys(tmp_path, ["localhost"], ["west"])
+    assert not (tmp_path / "ca.key").exists()
+    (tmp_path / "server" / "server.pem").unlink()
+    with pytest.raises(BadValue, match=r"ca\.key, which has to sign .*server\.pem, is not there; bring it back"):
+        make_keys(tmp_path, ["localhost"], ["west"])
 
 
 def test_a_client_whose_folder_was_moved_away_is_said_before_anything_is_written(tmp_path):
