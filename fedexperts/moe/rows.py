@@ -194,7 +194,7 @@ def _sums(number: int) -> tuple[Tensor, Callable[[], None]]:
     """
     size = 8 * number
     if size >= ON_DISK_BYTES:
-        with suppress(OSError, AttributeError), tempfile.NamedTemporaryFile() as file:
+        with suppress(OSError, AttributeError, RuntimeError), tempfile.NamedTemporaryFile() as file:
             os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process at some later write
             sums = torch.from_file(file.name, shared=True, size=number, dtype=torch.float64)
             madvise, place = ctypes.CDLL(None).madvise, ctypes.c_void_p(sums.data_ptr())

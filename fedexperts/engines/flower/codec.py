@@ -11,7 +11,7 @@ from fedexperts.engines.letter import PROTOCOL, VERSION, Letter, digest, require
 from fedexperts.errors import BadLetter
 
 ABOUT, PARTS = "letter", "parts"  # what the two records are called
-MOST_TEXT = 2**26
+MOST_TEXT = 2**22
 """Bytes of what a letter says, or tells of its parts: a small message must not unfold into one that fills the memory."""
 PACK_BYTES = 2**22
 """Of parts that go as one array: for each, Flower makes two signed requests, whatever its size."""
@@ -50,7 +50,11 @@ def from_records(records: RecordDict) -> Letter:
 
 
 def compressed(text: str) -> bytes:
-    return zlib.compress(text.encode())
+    """Raises BadLetter where it is more than the other side would unfold."""
+    data = text.encode()
+    if len(data) > MOST_TEXT:
+        raise BadLetter(f"what it says has {len(data):,} bytes, and a letter may say {MOST_TEXT:,}")
+    return zlib.compress(data)
 
 
 def expanded(data: object) -> str:
@@ -62,8 +66,8 @@ def expanded(data: object) -> str:
     unfolding = zlib.decompressobj()
     try:
         text = unfolding.decompress(data, MOST_TEXT) if isinstance(data, bytes) else b""
-        if not unfolding.eof:
-            raise BadLetter(f"what it says was cut off, or has more than {MOST_TEXT:,} bytes")
+        if not unfolding.eof or unfolding.unused_data:
+            raise BadLetter(f"what it says was cut off or added to, or has more than {MOST_TEXT:,} bytes")
         return text.decode()
     except (zlib.error, UnicodeDecodeError) as error:
         raise BadLetter(f"what it says cannot be read ({type(error).__name__}: {error})") from None

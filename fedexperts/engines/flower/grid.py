@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from time import monotonic
 from typing import cast
 
 import httpx
@@ -13,6 +14,7 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
+from flwr.supercore.constant import PULL_MAX_TIME
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
     get_all_nested_objects,
@@ -20,7 +22,12 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 
@@ -73,8 +80,15 @@ class Lent(HttpGrid):
             messages: list[Message] = []
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 name = head.metadata.message_id
-                message = cast(Message, inflated(tree, pull))
-                client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=name))
+                received = ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=name)
+                try:
+                    message = cast(Message, inflated(tree, pull))
+                except ObjectPullError:
+                    raise
+                except Exception:  # it has come and is none: nobody will ask for it again
+                    client.ConfirmMessageReceived(received)
+                    raise
+                client.ConfirmMessageReceived(received)
                 message.metadata.__dict__["_message_id"] = name
                 messages.append(message)
             return messages
@@ -84,14 +98,19 @@ def inflated(tree: ObjectTree, pull: Callable[[str], bytes]) -> InflatableObject
     """What `tree` is the table of contents of; of each array, the pieces are pulled, joined and let go of before the next."""
     objects: dict[str, InflatableObject] = {}
     joined: set[str] = set()
+    until = monotonic() + PULL_MAX_TIME
+
+    def pulled(names: list[str]) -> dict[str, bytes]:
+        return pull_objects(names, pull, max_time=max(0.0, until - monotonic()))
+
     for node in iterate_object_tree(tree):
         pieces = [child.object_id for child in node.children if not child.children]
         if pieces and len(pieces) == len(node.children) and node.object_id not in objects:
-            objects[node.object_id] = inflate_object_from_contents(node.object_id, pull_objects([node.object_id, *pieces], pull))
+            objects[node.object_id] = inflate_object_from_contents(node.object_id, pulled([node.object_id, *pieces]))
             joined.update(pieces)
             drop_responses()
     rest = [node.object_id for node in iterate_object_tree(tree) if node.object_id not in joined | objects.keys()]
-    return inflate_object_from_contents(tree.object_id, pull_objects(rest, pull), objects=objects)
+    return inflate_object_from_contents(tree.object_id, pulled(rest), objects=objects)
 
 
 def drop_responses() -> None:

@@ -62,18 +62,17 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
             f"{known[gone[0]]} is there, and {folder / gone[0] / 'node.key'} is not; leave {gone[0]} out if it has its folder "
             "already, or remove the one to have both made anew"
         )
-    ca = folder / "ca.pem"
-    if ca.exists() and not (folder / "ca.key").exists() and not (server / "server.pem").exists():
-        raise BadValue(
-            f"{folder / 'ca.key'}, which has to sign {server / 'server.pem'}, is not there; bring it back, or give another folder"
-        )
-    made = Made([])
-    if not ca.exists():
-        made.file(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
-        made.file(ca, lambda: in_pem(authority_of(key_at(folder / "ca.key"))))
+    ca, made = folder / "ca.pem", Made([])
     if (server / "server.pem").exists():
         require_hosts(server / "server.pem", hosts)
-    else:  # a key without its certificate is of nobody yet
+        if not ca.exists():  # nor need its key be there: nothing has to be signed
+            made.file(ca, (server / "ca.pem").read_bytes)
+    else:
+        if ca.exists() and not (folder / "ca.key").exists():
+            signed = f"{folder / 'ca.key'}, which has to sign {server / 'server.pem'},"
+            raise BadValue(f"{signed} is not there; bring it back, or give another folder")
+        made.file(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        made.file(ca, lambda: in_pem(authority_of(key_at(folder / "ca.key"))))
         made.file(server / "server.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
         names = [*dict.fromkeys([*hosts, *ALWAYS])]
         made.file(server / "server.pem", lambda: in_pem(certificate(folder, key_at(server / "server.key"), names)))
@@ -81,10 +80,12 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
     (server / "clients").mkdir(exist_ok=True)
     for name, registered in known.items():
         own = folder / name
+        if (own / "ca.pem").exists():  # the last of it: if its public key is not there, somebody has shut it out
+            continue
         made.file(own / "node.key", lambda: node_pem(ec.generate_private_key(CURVE)), PRIVATE)
         made.file(own / "node.pub", partial(public_of, own / "node.key"))
-        made.file(own / "ca.pem", ca.read_bytes)
         made.file(registered, (own / "node.pub").read_bytes)
+        made.file(own / "ca.pem", ca.read_bytes)
     return made.files
 
 

@@ -221,7 +221,18 @@ def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head)
 
 
 @pytest.mark.parametrize(
-    "data", [None, "text", 7, b"", b"no zlib", compressed("a" * 99)[:-5], compressed("é")[:4], zlib.compress(b"\xff")]
+    "data",
+    [
+        None,
+        "text",
+        7,
+        b"",
+        b"no zlib",
+        compressed("a" * 99)[:-5],
+        compressed("é")[:4],
+        compressed("a") + b"b",
+        zlib.compress(b"\xff"),
+    ],
 )
 @pytest.mark.parametrize("name", ["head", "sizes"])
 def test_what_does_not_unfold_is_refused(name, data):
@@ -235,7 +246,9 @@ def test_a_small_message_that_would_unfold_into_a_large_one_is_refused(monkeypat
     monkeypatch.setattr(codec, "MOST_TEXT", 1000)
     assert expanded(compressed("a" * 1000)) == "a" * 1000
     with pytest.raises(BadLetter, match="more than 1,000 bytes"):
-        expanded(compressed("a" * 1001))
+        expanded(zlib.compress(b"a" * 1001))
+    with pytest.raises(BadLetter, match="has 1,001 bytes, and a letter may say 1,000"):
+        compressed("a" * 1001)
 
 
 def test_names_take_few_bytes():

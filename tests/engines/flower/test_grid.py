@@ -92,3 +92,11 @@ def test_a_message_of_which_a_piece_is_missing_is_no_message(lent):
     with pytest.raises(ObjectPullError):
         lent.pull_messages(["m1"])
     assert not lent._client.confirmed
+
+
+def test_a_message_that_has_come_and_is_none_is_not_kept_for_ever(lent):
+    lent.push_messages([message(PARTS)])
+    del lent._client.tree.children[:]  # its table of contents does not fit it
+    with pytest.raises(KeyError):
+        lent.pull_messages(["m1"])
+    assert lent._client.confirmed == ["m1"]

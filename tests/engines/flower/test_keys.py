@@ -138,6 +138,23 @@ def test_an_authority_whose_key_was_put_away_is_needed_only_to_sign(tmp_path):
         make_keys(tmp_path, ["localhost"], ["west"])
 
 
+def test_a_client_that_was_shut_out_stays_out(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north", "east"])
+    (tmp_path / "server" / "clients" / "north.pub").unlink()
+    make_keys(tmp_path, ["localhost"], ["north", "east", "west"])
+    assert {path.stem for path in (tmp_path / "server" / "clients").iterdir()} == {"east", "west"}
+
+
+def test_where_only_the_servers_folder_was_brought_along_a_new_client_trusts_the_same_authority(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    known = (tmp_path / "ca.pem").read_bytes()
+    (tmp_path / "ca.pem").unlink()
+    (tmp_path / "ca.key").unlink()
+    make_keys(tmp_path, ["localhost"], ["west"])
+    assert (tmp_path / "west" / "ca.pem").read_bytes() == known
+    assert not (tmp_path / "ca.key").exists()
+
+
 def test_a_client_whose_folder_was_moved_away_is_said_before_anything_is_written(tmp_path):
     make_keys(tmp_path / "keys", ["localhost"], ["north"])
     (tmp_path / "keys" / "north").rename(tmp_path / "north")
