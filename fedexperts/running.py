@@ -120,9 +120,8 @@ def rounds(
     number = federation.clients_per_round or len(server.clients)
     by_task = federation.sampling == "by task"
     started, noted = perf_counter(), False
-    begun = replace(server, clients=prepared.participants)
-    course = federate(begun, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task)
-    del begun
+    server = replace(server, clients=prepared.participants)
+    course = federate(server, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task)
     for server in course:
         progress.failed(server, failures(ledger))
         if not noted and no_expert_sent(ledger):
