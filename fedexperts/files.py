@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -44,7 +46,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with whole_file(path) as made:
-        save_file(apart(tensors), made)  # without a copy in memory
+        try:
+            save_file(apart(tensors), made)  # without a copy in memory
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            number = int(found[1])  # of a disk that is full, for one
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def encoded(tensors: Mapping[str, Tensor]) -> bytes:

@@ -1,10 +1,12 @@
+import errno
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from fedexperts import checkpoint
+from fedexperts import checkpoint, files
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.types import Server
@@ -86,3 +88,17 @@ def test_tensors_of_one_memory_are_saved_as_two(tmp_path):
     even = torch.ones(4)
     checkpoint.save(tmp_path, replace(server(1), memory={"p/c01": even, "p/c02": even, "p/c03": even[1:]}))
     assert [tensor.tolist() for tensor in checkpoint.load(tmp_path, START).memory.values()] == [[1.0] * 4, [1.0] * 4, [1.0] * 3]
+
+
+def test_a_full_disk_is_an_error_of_the_disk_and_what_was_there_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # as it says it
+
+    path = tmp_path / "w.safetensors"
+    files.write_tensors(path, {"w": torch.ones(2)})
+    before = path.read_bytes()
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        files.write_tensors(path, {"w": torch.zeros(2)})
+    assert (told.value.errno, told.value.filename) == (errno.ENOSPC, str(path))
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [before]
