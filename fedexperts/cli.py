@@ -341,6 +341,8 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
     head.add_row("MoE layers", f"{len(model['blocks'])}")
     head.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
     head.add_row("memory to train it all (estimated)", f"{planned['full_bytes'] / unit:.1f} MB")
+    if planned["personal_bytes"]:
+        head.add_row("beside it, personal experts (estimated)", f"{planned['personal_bytes'] / unit:.1f} MB")
     if budgets:
         head.add_row("of it, while backward reaches no expert (estimated)", f"{planned['fixed_bytes'] / unit:.1f} MB")
         head.add_row("of it, for each expert that backward reaches", f"{planned['reached_bytes'] / unit:.3f} MB")

@@ -7,8 +7,8 @@ from typing import Any
 from fedexperts.federation import job_for, steps
 from fedexperts.methods import REFERENCES
 from fedexperts.methods.submodel import even_number, evenly
-from fedexperts.moe.flops import on_meta, per_step
-from fedexperts.moe.tuning import prepare
+from fedexperts.moe import graft
+from fedexperts.moe.flops import as_trained, per_step
 from fedexperts.start import Prepared
 from fedexperts.types import Client, Example, Server
 
@@ -42,6 +42,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "full_bytes": full,
         "fixed_bytes": server.footprint.fixed_bytes,
         "reached_bytes": server.footprint.reached_bytes,
+        "personal_bytes": prepared.personal_bytes,
         "full_patch_bytes": sum(tensor.nbytes for tensor in server.weights.values()),
         "patch": patch_bytes(server),
         "memory": {
@@ -57,7 +58,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
 def round_flops(prepared: Prepared) -> float:
     """Floating point operations of a participant's round on the whole model and full-length examples: the most it can be."""
     config, base, training = prepared.config, prepared.base, prepared.training
-    model = prepare(on_meta(base.model), training.tuning, seed="")
+    model = as_trained(base.model, training.tuning, graft.number(prepared.method))
     lengths = [config.data.max_tokens] * training.batch_size
     return per_step(model)(lengths, lengths) * training.local_steps
 
@@ -107,7 +108,8 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
     assignment = method.assign(first, client) if client.name in prepared.participants else None
     held = assignment.experts if assignment else {}
     budget = int(assignment.extra["budget"]) if assignment and "budget" in assignment.extra else None
-    needed = server.footprint.of(held) if budget is None else server.footprint.reaching(budget)
+    shared = server.footprint.of(held) if budget is None else server.footprint.reaching(budget)
+    needed = shared + prepared.personal_bytes
     return {
         "name": client.name,
         "task": client.task,
@@ -116,7 +118,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
         "test": len(split.test),
         "memory_bytes": client.memory_bytes,
         "experts_fit": experts_fit(server, client),
-        "full_fits": client.memory_bytes is None or full <= client.memory_bytes,
+        "full_fits": client.memory_bytes is None or full + prepared.personal_bytes <= client.memory_bytes,
         "tasks": prepared.clients.tasks(client.name),
         "first_task": first.task,
         "first_experts": sum(len(ids) for ids in held.values()),

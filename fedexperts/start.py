@@ -30,7 +30,7 @@ from fedexperts.devices import Profile, memories, trace_hash
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue
 from fedexperts.federation import steps
-from fedexperts.moe import rows
+from fedexperts.moe import graft, rows
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, footprint, on_meta
 from fedexperts.moe.shrink import shrink
@@ -88,13 +88,15 @@ class Parts:
         key = config.model, config.data.sources, config.data.limit, config.evaluation.retained
         return kept(self.responses, 8, key, lambda: longest_response(base.tokenizer, clients.pool.train))
 
-    def footprint(self, config: RunConfig) -> Footprint:
-        """Of the whole model, on batches as long as they can be."""
+    def footprint(self, config: RunConfig, grafts: int = 0) -> Footprint:
+        """Of the whole model with so many personal experts a layer, on batches as long as they can be."""
         training, base = config.training.build(), self.base(config.model)
         size = (training.batch_size, config.data.max_tokens)
         places = target_places(self.longest_response(config), size, base.encoder_decoder)
-        key = config.model, training.tuning, size, training.optimizer, places
-        make = partial(footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_places=places)
+        key = config.model, training.tuning, size, training.optimizer, places, grafts
+        make = partial(
+            footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_places=places, grafts=grafts
+        )
         return kept(self.footprints, 8, key, make)
 
     def profiles(self, config: RunConfig) -> dict[str, Profile]:
@@ -220,6 +222,7 @@ class Prepared:
     data: Mapping[str, Split]  # of clients and participants
     setting: str = ""  # the run file of a comparison, by its name
     retained: Retained = Retained()
+    personal_bytes: int = 0  # memory that a client's personal experts take beside the footprint of what it was sent
 
 
 def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", parts: Parts | None = None) -> Prepared:
@@ -232,13 +235,15 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
     profiles, cost = parts.profiles(config), parts.footprint(config)
-    memory = parts.memories(config, cost.of(anatomy(base.model).all_experts))
+    full = cost.of(anatomy(base.model).all_experts)
+    memory = parts.memories(config, full)
     server = first_server(config, base, clients, cost, memory)
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training.build()
     known, retained = server.clients, parts.retained(config)
-    prepared = Prepared(config, method, label, base, clients, server, profiles, training, known, clients, setting, retained)
+    own = parts.footprint(config, grafts=graft.number(method)).of(anatomy(base.model).all_experts) - full
+    prepared = Prepared(config, method, label, base, clients, server, profiles, training, known, clients, setting, retained, own)
     return pooled(prepared) if method.pooled else prepared
 
 

@@ -70,3 +70,27 @@ def test_what_a_part_of_the_model_weighs_adds_up_to_what_the_whole_does(tiny_tre
     )
     experts = sum(memory["expert_bytes"][block] * number for block, number in every.items())
     assert memory["dense_bytes"] + experts + memory["activation_bytes"] == planned["full_bytes"]
+
+
+def test_personal_experts_are_what_a_client_needs_beside_what_it_is_sent(tiny_tree):
+    flex = {
+        **tiny_tree,
+        "training": {**tiny_tree["training"], "train": "lora", "parts": ["attention"]},
+        "method": {"name": "flex"},
+    }
+    prepared = prepared_with(flex)
+    shared, own = prepared.server.footprint.of(prepared.server.anatomy.all_experts), prepared.personal_bytes
+    memory = [shared + own, shared + own - 1, shared, shared + own]
+
+    planned = plan(prepared_with(flex, memory_gb=[each / 1e9 for each in memory]))
+    assert (planned["full_bytes"], planned["personal_bytes"]) == (shared, own)
+    assert [client["first_fits"] for client in planned["clients"]] == [True, False, False, True]
+    assert [client["full_fits"] for client in planned["clients"]] == [True, False, False, True]
+    assert "beside it, personal experts (estimated)" in printed(planned)
+
+    three = prepared_with({**flex, "method": {"name": "flex", "num_grafted": 3}}).personal_bytes
+    assert three > 2 * own
+    without = plan(prepared_with({**flex, "method": {"name": "fedit"}}))
+    assert without["full_bytes"] == shared and without["personal_bytes"] == 0
+    assert without["round_flops_estimated"] < planned["round_flops_estimated"]
+    assert "personal" not in printed(without)

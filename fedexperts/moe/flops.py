@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 
+from fedexperts.moe import graft
 from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
 from fedexperts.moe.lora import ExpertLoRA, activated, first_matrix, normed
@@ -157,6 +158,7 @@ def footprint(
     optimizer: Optimizer = "adamw",
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
     target_places: int | None = None,
+    grafts: int = 0,
 ) -> Footprint:
     """Bytes that it takes to train `model` as `tuning` says on batches of (examples, tokens each).
 
@@ -168,8 +170,10 @@ def footprint(
 
     `target_places` are the places of a batch at which some example has a target: logits are made nowhere else, by models that
     can be told so. Of an encoder-decoder they are the tokens it writes. Default: all of `tokens each`.
+
+    `grafts` personal experts stand beside each MoE block (FLEx): `dense_bytes` holds them.
     """
-    twin = prepare(on_meta(model), tuning, seed="")
+    twin = as_trained(model, tuning, grafts)
     _, update, _ = weigh(twin, lambda p: p.nbytes * (COPIES[optimizer] - 1) if p.requires_grad else 0)
     dense, expert, row = weigh(twin, lambda p: p.nbytes * (COPIES[optimizer] if p.requires_grad else 1))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -188,6 +192,14 @@ def footprint(
         update_bytes=update,
     )
     return replace(cost, lora_bytes=cost.of(anatomy(model).all_experts)) if tuning.train == "lora" else cost
+
+
+def as_trained(model: nn.Module, tuning: Tuning, grafts: int = 0) -> nn.Module:
+    """A twin of `model` on the meta device as a client trains it, with so many personal experts beside each MoE block."""
+    twin = prepare(on_meta(model), tuning, seed="")
+    if grafts:
+        graft.attach(twin, {name: tuple(range(grafts)) for name in anatomy(model).blocks}, tuning, seed="")
+    return twin
 
 
 def expert_sides(model: nn.Module) -> int:

@@ -228,7 +228,7 @@ def memory_by_client(run: RunResults) -> Figure:
         trace = go.Scatter(x=list(limits.values()), y=names, mode="markers", name="memory it has", marker=marker, meta=INK)
         drawing.add_trace(trace)
     if peak and run.plan.full_bytes is not None:
-        drawing.add_vline(x=run.plan.full_bytes / m.MB, line={"dash": "dot", "color": PALETTE[5]})
+        drawing.add_vline(x=(run.plan.full_bytes + run.plan.personal_bytes) / m.MB, line={"dash": "dot", "color": PALETTE[5]})
     if peak:
         drawing.update_yaxes(range=[len(peak) - 0.5, -0.5], autorange=False)  # dots would make room above and below
     note = " Dotted: what training with all experts was planned to take." if run.plan.full_bytes is not None else ""

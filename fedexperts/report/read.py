@@ -74,6 +74,7 @@ class Plan:
     reference: bool = False  # no federated method, but what those are held against
     partition: Mapping[str, Any] = field(default_factory=dict)
     full_bytes: int | None = None  # memory that training with all experts takes
+    personal_bytes: int = 0  # that a client's personal experts take beside it
     patch: Weighed | None = None  # what travels
     memory: Weighed | None = None  # weights, gradients and optimiser state in training, and activations
     round_flops_estimated: float | None = None  # of a client's round on the whole model and full-length examples

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe import graft
+from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import Footprint, expert_sides, flops_estimated, footprint, next_token_loss, parameters, per_step
 from fedexperts.moe.logits import IGNORED
 from fedexperts.moe.memory import MemoryMeter
@@ -147,6 +148,24 @@ def test_activations_are_those_of_a_real_forward_and_backward(family, places):
     elif places:
         batch["labels"][:, :-places] = IGNORED
     assert said == pytest.approx(activations(model, batch), rel=0.05 if family == "switch_transformers" else 0.001)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_personal_experts_the_footprint_is_that_of_a_real_step(family, train):
+    tuning = Tuning(train, parts=("attention",), rank=4)
+    plain, model = (prepare(shrink(tiny_model(family), {}), tuning, seed="0") for _ in "ab")
+    graft.attach(model, dict.fromkeys(blocks(model), (3, 5)), tuning, seed="0")
+    said, without = (footprint(tiny_model(family), tuning, (EXAMPLES, TOKENS), grafts=grafts) for grafts in (2, 0))
+    assert said.dense_bytes - without.dense_bytes == held(model) - held(plain)
+    assert said.expert_bytes == without.expert_bytes
+    real = activations(model.train(), tiny_batch(family, EXAMPLES, TOKENS))
+    assert said.activation_bytes == pytest.approx(real, rel=0.05 if family == "switch_transformers" else 0.001)
+
+
+def held(model):
+    """Bytes of the parameters with their gradients and AdamW's moments."""
+    return sum(parameter.nbytes * (4 if parameter.requires_grad else 1) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
