@@ -19,7 +19,7 @@ import torch
 from fedexperts import config, running
 
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.truncate", "os.remove", "os.rmdir", "shutil.rmtree")
-MOST_KILLS = 6
+MOST_KILLS = 4
 
 
 def attempt(run_file: Path, out: Path, last: int) -> tuple[bool, int]:

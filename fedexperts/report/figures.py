@@ -19,6 +19,7 @@ from fedexperts.report.tables import NONE, Groups, Table, all_runs
 # Told apart by people who see colours differently, and readable on a white and on a dark page.
 PALETTE = ("#3b82d6", "#d9822b", "#2f9e6e", "#b5489a", "#8a6fd1", "#c8463a", "#7f8f1f", "#4a9fb0")
 DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 INK = {"theme": "ink"}  # page.js draws what has this `meta` in the colour of the text
 FEW_ROUNDS = 10  # up to here each has its tick, so that none lies between two rounds
 LINE_OF_A_ROW = 22  # pixels
@@ -647,11 +648,16 @@ def _dots(method: str, points: Points, index: int) -> go.Scatter:
         y=[y for _, y in points],
         name=safe(f"{method}, each seed"),
         mode="markers",
-        marker={"color": PALETTE[index % len(PALETTE)], "size": 6},
+        marker={**_mark(index), "size": 6},
         opacity=0.5,
         showlegend=False,
         legendgroup=safe(method),
     )
+
+
+def _mark(index: int) -> dict[str, str]:
+    """Colour and symbol of the `index`th of several: where colours begin again, symbols go on."""
+    return {"color": PALETTE[index % len(PALETTE)], "symbol": SYMBOLS[index // len(PALETTE) % len(SYMBOLS)]}
 
 
 def _mean_dot(method: str, x: Interval, y: Interval, index: int) -> go.Scatter:
@@ -662,7 +668,7 @@ def _mean_dot(method: str, x: Interval, y: Interval, index: int) -> go.Scatter:
         error_y=_error(y),
         name=safe(method),
         mode="markers",
-        marker={"color": PALETTE[index % len(PALETTE)], "size": 13},
+        marker={**_mark(index), "size": 13},
         cliponaxis=False,
         legendgroup=safe(method),
     )

@@ -170,3 +170,12 @@ def test_the_map_has_what_share_of_its_layers_picks_each_expert_got(tmp_path: Pa
         assert sum(layer) == pytest.approx(1000, abs=len(layer))
         assert [expert for expert, share in enumerate(layer) if share] == sorted(ids)
         assert layer[max(ids)] == round(1000 * len(ids) / sum(range(1, len(ids) + 1)))
+
+
+def test_ten_methods_in_eight_colours_are_told_apart_by_their_marks_and_lines(tmp_path: Path):
+    run = read(write_run(tmp_path, rounds=4))
+    groups = {f"method {number}": [run] for number in range(10)}
+    means = [each for each in figures.tradeoff(groups, m.SENT).drawing.data if each.name in groups]
+    lines = [each for each in figures.compared(groups, None, "rounds").drawing.data if each.name in groups]
+    assert len(means) == len({(each.marker.color, each.marker.symbol) for each in means}) == 10
+    assert len(lines) == len({(each.line.color, each.line.dash) for each in lines}) == 10
