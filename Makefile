@@ -39,8 +39,8 @@ format: install ## mend the format
 docs: install ## the documentation as a site, in build/docs (to search it: python -m http.server -d build/docs); a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: install ## what federation, sub-models, a selective backward and the engines cost
-	for name in overhead submodel selective_backward; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: install ## what federation, sub-models, a selective backward, personal experts, messages and the engines cost
+	for name in overhead submodel selective_backward graft wire; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python -m benchmarks.engines
 
 ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
@@ -56,8 +56,12 @@ hfedmoe: install ## HFedMoE's experiment in full: two settings, three seeds, the
 	sh runs/hfedmoe/table.sh $(BIN)/fedexperts
 	sh runs/hfedmoe/ablations.sh $(BIN)/fedexperts
 
+flex: install ## FLEx's experiment in full: Super-NI and three divisions of Dolly, five seeds, then its ablations; hours; needs FEDEXPERTS_DATA
+	sh runs/flex/table.sh $(BIN)/fedexperts
+	sh runs/flex/ablations.sh $(BIN)/fedexperts
+
 clean: ## remove what was made, except .venv
 	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install quickstart test check lint types format docs bench ceilings fedmoe fedmoe-short hfedmoe clean
+.PHONY: help install quickstart test check lint types format docs bench ceilings fedmoe fedmoe-short hfedmoe flex clean
 .DEFAULT_GOAL := help
