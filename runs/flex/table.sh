@@ -14,7 +14,7 @@ methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer.nam
 methods="$methods,FedAdagrad=fedit:$optimizer.name=fedadagrad:$optimizer.lr=3e-2,FedYogi=fedit:$optimizer.name=fedyogi:$optimizer.lr=1e-2"
 methods="$methods,FedAdam=fedit:$optimizer.name=fedadam:$optimizer.lr=1e-2"
 methods="$methods,experts too=fedit:$experts,FedMoE=fedmoe:$experts"
-some="FLEx=flex,FedIT=fedit,local=local,FedPer=fedper:$router,Ditto=ditto,FedSA-LoRA=fedsa_lora"
+some="FLEx=flex,FedIT=fedit,local=local,FedSA-LoRA=fedsa_lora,FedPer=fedper:$router"
 for setting; do
   case $setting in
     dirichlet-*) file=dirichlet partition="--set data.partition.alpha=${setting#dirichlet-}" compared=$some ;;
