@@ -56,7 +56,10 @@ def plan(prepared: Prepared) -> dict[str, Any]:
 
 
 def round_flops(prepared: Prepared) -> float:
-    """Floating point operations of a participant's round on the whole model and full-length examples: the most it can be."""
+    """The most operations that a participant's steps in a round can be: on the whole model and full-length examples.
+
+    What a method does beside them is not counted, such as FLEx's selection in a client's first round.
+    """
     config, base, training = prepared.config, prepared.base, prepared.training
     model = as_trained(base.model, training.tuning, graft.number(prepared.method))
     lengths = [config.data.max_tokens] * training.batch_size

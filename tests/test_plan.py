@@ -90,6 +90,8 @@ def test_personal_experts_are_what_a_client_needs_beside_what_it_is_sent(tiny_tr
 
     three = prepared_with({**flex, "method": {"name": "flex", "num_grafted": 3}}).personal_bytes
     assert three > 2 * own
+    stepped = {**flex["federation"], "server_optimizer": {"name": "fedavgm"}}
+    assert prepared_with({**flex, "federation": stepped}).personal_bytes == own
     without = plan(prepared_with({**flex, "method": {"name": "fedit"}}))
     assert without["full_bytes"] == shared and without["personal_bytes"] == 0
     assert without["round_flops_estimated"] < planned["round_flops_estimated"]

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedexperts.methods.base import Positive, of
+from fedexperts.moe import graft
 from fedexperts.types import Assignment, Bench, Client, Job, Method, Server, Tensors, Update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -138,6 +139,10 @@ class Stepped:
     @property
     def pooled(self) -> bool:
         return self.method.pooled
+
+    @property
+    def num_grafted(self) -> int:
+        return graft.number(self.method)
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
         return self.method.assign(without_ours(server), client)

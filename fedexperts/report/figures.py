@@ -232,7 +232,11 @@ def memory_by_client(run: RunResults) -> Figure:
         drawing.add_vline(x=(run.plan.full_bytes + run.plan.personal_bytes) / m.MB, line={"dash": "dot", "color": PALETTE[5]})
     if peak:
         drawing.update_yaxes(range=[len(peak) - 0.5, -0.5], autorange=False)  # dots would make room above and below
-    note = " Dotted: what training with all experts was planned to take." if run.plan.full_bytes is not None else ""
+    note = (
+        " Dotted: what training with all experts, and personal ones, was planned to take."
+        if run.plan.full_bytes is not None
+        else ""
+    )
     return Figure(
         "Memory of each client",
         f"Of {_clients_drawn(every, 'each client')}. Bar: the largest measured peak. Mark: the memory it has.{note}",
