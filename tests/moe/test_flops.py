@@ -151,7 +151,7 @@ def test_activations_are_those_of_a_real_forward_and_backward(family, places):
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v2", "gpt_oss", "switch_transformers"])
 def test_of_personal_experts_the_footprint_is_that_of_a_real_step(family, train):
     tuning = Tuning(train, parts=("attention",), rank=4)
     plain, model = (prepare(shrink(tiny_model(family), {}), tuning, seed="0") for _ in "ab")
