@@ -1,6 +1,6 @@
 #!/bin/sh
 # FLEx's experiment: four settings, or those that are named (table.sh fedexperts superni), five seeds, all baselines at equal rounds
-# and steps (the Dirichlet ones, of ten clients, with those that matter most). Rates are those that tune.sh found best: 1e-2 for all clients but FFA-LoRA's.
+# and steps. Rates are those that tune.sh found best: 1e-2 for all clients but FFA-LoRA's.
 set -e
 command=${1:-fedexperts}
 [ $# -eq 0 ] || shift
@@ -14,12 +14,11 @@ methods="$methods,FedProx=fedprox,SCAFFOLD=scaffold,FedAvgM=fedit:$optimizer.nam
 methods="$methods,FedAdagrad=fedit:$optimizer.name=fedadagrad:$optimizer.lr=3e-2,FedYogi=fedit:$optimizer.name=fedyogi:$optimizer.lr=1e-2"
 methods="$methods,FedAdam=fedit:$optimizer.name=fedadam:$optimizer.lr=1e-2"
 methods="$methods,experts too=fedit:$experts,FedMoE=fedmoe:$experts"
-some="FLEx=flex,FedIT=fedit,local=local,FedSA-LoRA=fedsa_lora,FedPer=fedper:$router"
 for setting; do
   case $setting in
-    dirichlet-*) file=dirichlet partition="--set data.partition.alpha=${setting#dirichlet-}" compared=$some ;;
-    *) file=$setting partition= compared=$methods ;;
+    dirichlet-*) file=dirichlet partition="--set data.partition.alpha=${setting#dirichlet-}" ;;
+    *) file=$setting partition= ;;
   esac
   "$command" compare "runs/flex/$file.toml" --seeds "${SEEDS:-5}" --out "results/flex/$setting" $partition \
-    --set federation.workers="${WORKERS:-1}" --methods "$compared"
+    --set federation.workers="${WORKERS:-1}" --methods "$methods"
 done
