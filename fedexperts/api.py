@@ -40,7 +40,8 @@ def compare(
 ) -> Compared:
     """Several methods over the same data and clients, as `fedexperts compare` does; runs that are done already stay.
 
-    After `from fedexperts import report`, `report.table(compared.folders)` is what came out; `report.write([out], html=…)` makes the page.
+    After `from fedexperts import report`, `report.table(compared.folders)` is what came out, and `report.write([out], html=…)`
+    makes the page.
 
     Args:
         runs: a run, or several by name, each of which is a setting.

@@ -1,5 +1,6 @@
 """What a client can do: install what was sent, fit it to its examples, validate it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedexperts.errors import BadData
 from fedexperts.moe import factors, graft, rows
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.backward import SelectiveBackward
@@ -177,8 +179,8 @@ def heaviest(drawn: Sequence[Mapping[str, Tensor]]) -> int:
 
 
 def validate(model: nn.Module, bench: Bench, chosen: Sequence[Example] | None = None) -> Validation:
-    """Loss and routing on `chosen` (default: the client's validation examples, the first `validation_examples` of them)."""
-    chosen = bench.data.validation[: bench.training.validation_examples] if chosen is None else chosen
+    """Loss and routing on `chosen` (default: `validation_examples` of the client's validation examples, of_each_task)."""
+    chosen = of_each_task(bench.data.validation, bench.training.validation_examples) if chosen is None else chosen
     size = bench.training.batch_size
     total, count = 0.0, 0
     model.eval()
@@ -191,8 +193,25 @@ def validate(model: nn.Module, bench: Bench, chosen: Sequence[Example] | None = 
     return Validation(total / max(count, 1), recorder.routing())
 
 
+def of_each_task(given: Sequence[Example], number: int) -> list[Example]:
+    """At most `number` of `given`, in their order: of each task the first, and as many as its share of all."""
+    totals, seen = Counter(example.task for example in given), Counter[str]()
+    places = []
+    for example in given:
+        places.append((seen[example.task] + 0.5) / totals[example.task])
+        seen[example.task] += 1
+    chosen = sorted(range(len(given)), key=lambda index: (places[index], index))[:number]
+    return [given[index] for index in sorted(chosen)]
+
+
 def batches(chosen: Sequence[Example], size: int, steps: int, seed: str) -> Iterator[list[Example]]:
-    """`steps` batches: the examples in an order drawn from `seed`, drawn again whenever all were seen."""
+    """`steps` batches: the examples in an order drawn from `seed`, drawn again whenever all were seen.
+
+    Raises:
+        BadData: there are none.
+    """
+    if not chosen:
+        raise BadData("a client has no training examples; give it some, or leave it out")
     rng = Random(seed)
     waiting: list[Example] = []
     for _ in range(steps):

@@ -16,7 +16,7 @@ from fedexperts import config as configs
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun, BadValue, Busy, FedExpertsError, nearest
 from fedexperts.lanes import Died, side_by_side
-from fedexperts.methods import METHODS
+from fedexperts.methods import METHODS, enter_installed
 from fedexperts.progress import Progress, Shown
 from fedexperts.running import claim, require_same_inputs, run
 from fedexperts.settings import checked, with_settings
@@ -214,6 +214,7 @@ def read_variants(text: str) -> list[Variant]:
     Raises:
         BadValue: no method, one there is none of, two of one name, or a setting that all methods of a comparison share.
     """
+    enter_installed()
     found: dict[str, Variant] = {}
     for each in pieces(text, ","):
         if each.strip():

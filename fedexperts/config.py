@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.devices import UTILISATION, Profile, profiles
 from fedexperts.errors import BadValue, nearest
-from fedexperts.methods import METHODS
+from fedexperts.methods import METHODS, enter_installed
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, Stepped
 from fedexperts.moe.tuning import Part, Tuning
 from fedexperts.settings import Tree, checked, read_tree, sentence, without_none
@@ -188,8 +188,10 @@ class RunConfig(Settings):
         """The method with its hyperparameters, and the server's optimiser around it where there is one.
 
         Raises:
-            BadValue: no such method or optimiser, or a field that it does not have or allow.
+            BadValue: no such method or optimiser, a field that it does not have or allow, or an installed package whose methods
+                cannot be had.
         """
+        enter_installed()
         method, optimizer = built(METHODS, self.method, METHOD), self.federation.server_optimizer
         return method if optimizer is None else Stepped(method, built(SERVER_OPTIMIZERS, optimizer, OPTIMIZER))
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from fedexperts.client import batches, cross_entropy, fit, install, seen, validate
+from fedexperts.client import batches, cross_entropy, fit, install, of_each_task, seen, validate
 from fedexperts.config import RunConfig
+from fedexperts.errors import BadData
 from fedexperts.methods.base import patch_for, train_assigned
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
@@ -18,7 +19,7 @@ from fedexperts.running import engine_for
 from fedexperts.settings import checked
 from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_batch, tiny_model
-from fedexperts.types import Assignment, Bench, Job
+from fedexperts.types import Assignment, Bench, Example, Job
 
 ROUTER = "model.layers.0.mlp.gate.weight"
 EXPERTS = {"model.layers.0.mlp": (0, 5), "model.layers.1.mlp": (1, 2, 3), "model.layers.2.mlp": tuple(range(8))}
@@ -179,6 +180,25 @@ def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_t
     tokens = int(few.encoder.batch(few.data.validation[:1])["attention_mask"].sum())
     assert found.routing.tokens == dict.fromkeys(EXPERTS, tokens)
     assert {block: int(counts.sum()) for block, counts in found.routing.counts.items()} == dict.fromkeys(EXPERTS, 2 * tokens)
+
+
+@given(tasks=st.lists(st.sampled_from("abc"), max_size=30), number=st.integers(0, 40))
+def test_some_examples_are_of_each_task_the_first_and_as_many_as_its_share(tasks, number):
+    given = [Example(str(place), "", task) for place, task in enumerate(tasks)]
+    found = of_each_task(given, number)
+    assert len(found) == min(number, len(given))
+    assert found == [example for example in given if example in found]
+    for task in set(tasks):
+        of_task, chosen = ([each for each in some if each.task == task] for some in (given, found))
+        assert chosen == of_task[: len(chosen)]
+        assert abs(len(chosen) - len(found) * len(of_task) / len(given)) < 1.5
+    if len(set(tasks)) < 2:
+        assert found == given[:number]
+
+
+def test_a_client_without_examples_has_no_batches():
+    with pytest.raises(BadData, match="a client has no training examples"):
+        next(batches([], 4, 1, "s"))
 
 
 @given(number=st.integers(1, 9), size=st.integers(1, 12), steps=st.integers(1, 12), seed=st.text(max_size=3))

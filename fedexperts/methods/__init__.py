@@ -1,5 +1,10 @@
 """The federated methods, by the name that a run file calls them."""
 
+from dataclasses import is_dataclass
+from functools import cache
+from importlib.metadata import entry_points
+
+from fedexperts.errors import BadValue
 from fedexperts.methods.centralised import Centralised
 from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
@@ -49,3 +54,30 @@ METHODS: dict[str, type[Method]] = {
 
 REFERENCES = frozenset({"local", "centralised"})
 """What federated methods are held against, the floor and the ceiling: no method's target is theirs."""
+
+GROUP = "fedexperts.methods"
+"""The entry points by which an installed package brings methods: `median = "its_module:Median"`."""
+
+
+@cache
+def enter_installed() -> None:
+    """Enters the methods of installed packages into METHODS; the second time there is nothing to do.
+
+    Raises:
+        BadValue: one cannot be imported, is no method, or is called as one that is there.
+    """
+    methods: dict[str, type[Method]] = {}
+    for point in entry_points(group=GROUP):
+        where = f"the method {point.name!r} of the installed package {point.dist.name if point.dist else point.value}"
+        remedy = "mend that package or uninstall it"
+        if point.name in METHODS or point.name in methods:
+            raise BadValue(f"{where} has the name of another; {remedy}")
+        try:
+            found = point.load()
+        except Exception as error:  # whatever its module does
+            raise BadValue(f"{where} cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
+        lacking: list[str] = [name for name in ("before", "pooled", "assign", "train", "merge") if not hasattr(found, name)]
+        if lacking or not is_dataclass(found):
+            raise BadValue(f"{where} is no method: it {f'lacks {lacking[0]}' if lacking else 'is no dataclass'}; {remedy}")
+        methods[point.name] = found  # type: ignore[assignment]  # what lacks nothing is one
+    METHODS.update(methods)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from fedexperts.client import Fitted, install
 from fedexperts.methods.base import Positive, all_experts, by_examples, mean_rows, train_assigned
 from fedexperts.methods.fedprox import fit_near
@@ -34,9 +36,10 @@ class Ditto:
     def train(self, job: Job, bench: Bench) -> Update:
         """Both parts start from wᵗ and ask nothing of each other, so v_k goes first: then one model at a time is held (ours).
 
-        What is sent is trained as if nothing were kept.
+        What is sent is trained as if nothing were kept, with the same chances of dropout.
         """
-        personal = self.personalised(job, bench)
+        with torch.random.fork_rng():
+            personal = self.personalised(job, bench)
         update = train_assigned(job, replace(bench, kept={}))
         return replace(update, cost=one_after_the_other(personal.cost, update.cost))
 

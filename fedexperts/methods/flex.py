@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
 
-from fedexperts.client import fit, install
+from fedexperts.client import fit, install, of_each_task
 from fedexperts.errors import BadData, BadValue
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
 from fedexperts.methods.personal import keep
@@ -31,7 +31,8 @@ class FLEx:
     num_grafted: personal experts of each layer.
     select: which experts they start as: those that reconstruct the layer best on the client's own text ("reconstruction") or
     on `public_text`, so the same for all ("shared"); that the client's text uses most ("most_used"); or "random".
-    calibration_examples: of the client's training split, at most, to select by; of `public_text` as many windows.
+    calibration_examples: of the client's training split, at most, to select by, of each task as its share is (ours); of
+    `public_text` as many windows.
     """
 
     num_grafted: Count = 1
@@ -107,11 +108,10 @@ class FLEx:
             text = Path(self.public_text).read_text(encoding="utf-8")
             examples = pieces(text, self.calibration_examples, is_encoder_decoder(bench.model))
         else:
-            examples = bench.data.train[: self.calibration_examples]
+            examples = of_each_task(bench.data.train, self.calibration_examples)
         if not examples:
             raise BadData(
-                f"client {bench.client.name} has no training examples to select its experts by; give it some, or set "
-                'method.select = "random"'
+                f"client {bench.client.name} has no training examples to select its experts by; give it some, or leave it out"
             )
         size = bench.training.batch_size
         return [bench.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size)]

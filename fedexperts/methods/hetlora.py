@@ -61,23 +61,30 @@ class HetLoRA:
         return replace(update, patch=pruned, extra={"rank": torch.tensor(low)})
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """The mean of the padded A and that of the padded B; ranks that nobody sent stay (ours). All else by examples (ours)."""
+        """The mean of the padded A and that of the padded B; all else by examples (ours).
+
+        In each row (of stacked experts an expert) those ranks stay that nobody sent who weighs anything there (ours):
+        the zeros of a lower rank alone would end them for good.
+        """
         sent: list[Update] = []
         merged = mean_rows(server, set_aside(updates, sent), by_examples)
         axes, most = factors.rank_axes(server.weights), factors.rank_of(server.weights)
         means = {name: RowMean(server.weights[name]) for name in axes}
         ranks = {each.client: factors.rank_of(each.patch.tensors) for each in sent}
+        highest = {a: torch.zeros(len(server.weights[a]), dtype=torch.long) for a in factors.pairs(server.weights)}
         for each in sent:
-            tensors = each.patch.tensors
+            tensors, rank = each.patch.tensors, ranks[each.client]
             for a, b in factors.pairs(tensors).items():
                 weight = by_examples(each) if self.aggregate == "examples" else factors.norm(tensors[b], tensors[a])
                 means[a].add(factors.padded(tensors[a], 1, most), weight=weight)
                 means[b].add(factors.padded(tensors[b], 2, most), weight=weight)
+                highest[a] = torch.where(torch.as_tensor(weight) > 0, highest[a].clamp(min=rank), highest[a])
 
-        highest, found = max(ranks.values(), default=0), {name: mean.result() for name, mean in means.items()}
-        for name, axis in axes.items():
-            above = highest, most - highest
-            found[name].narrow(axis, *above).copy_(server.weights[name].narrow(axis, *above))
+        found = {name: mean.result() for name, mean in means.items()}
+        for a, b in factors.pairs(server.weights).items():
+            stays = torch.arange(most) >= highest[a][:, None]  # rows × ranks
+            found[a] = torch.where(stays[:, :, None], server.weights[a], found[a])
+            found[b] = torch.where(stays[:, None, :], server.weights[b], found[b])
         memory = {**server.memory, **{f"rank/{client}": torch.tensor(rank) for client, rank in ranks.items()}}
         return replace(merged, weights={**merged.weights, **found}, memory=memory)
 

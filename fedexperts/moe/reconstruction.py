@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedexperts.moe.anatomy import Block, Experts, blocks
 from fedexperts.moe.flops import flops_estimated
 from fedexperts.moe.graft import run
-from fedexperts.moe.logits import predictions
+from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.routing import Recorder, log_gates
 
 Batch = Mapping[str, Tensor]
@@ -118,10 +118,14 @@ def selection_flops_estimated(model: nn.Module, batches: Iterable[Batch], passes
     """Operations of `passes` passes of `by_reconstruction` over `batches`, padding left out; of `most_used` with 0 passes.
 
     Each is a forward pass, a third of a step that trains the whole model, and two operations for each weight of each expert
-    and each token that is looked at.
+    and each token that is looked at; those of a decoder that has an encoder look at the answers.
     """
     flops_of = flops_estimated(model)
-    experts = sum(weight.numel() for block in blocks(model).values() for weight in block.experts.parameters() if weight.ndim > 1)
     forward = sum(flops_of(batch) for batch in batches) / 3
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return max(passes, 1) * forward + passes * 2.0 * experts * tokens / stride
+    read = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    written = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    looked = 0
+    for name, block in blocks(model).items():
+        weights = sum(weight.numel() for weight in block.experts.parameters() if weight.ndim > 1)
+        looked += weights * (written if is_encoder_decoder(model) and not name.startswith("encoder.") else read)
+    return max(passes, 1) * forward + passes * 2.0 * looked / stride

@@ -110,18 +110,24 @@ def projections(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     """Paths of the attention's linear layers called `names`, or what this family calls the same.
 
     Raises:
-        BadValue: the model's attention has none of them.
+        BadValue: the model's attention has none of them, or has not one that is named by a name of its own.
     """
-    wanted = {alias for name in names for alias in PROJECTIONS.get(name.removesuffix("_proj"), (name,))}
+    wanted = {alias for name in names for alias in aliases(name)}
     linears = [f"{name}.{child}" for name in attentions(model) for child in linear_children(model.get_submodule(name))]
     found = [linear for linear in linears if linear.rpartition(".")[2] in wanted]
-    if not found:
-        there = ", ".join(sorted({linear.rpartition(".")[2] for linear in linears})) or "no projections"
+    there = sorted({linear.rpartition(".")[2] for linear in linears})
+    unknown = [name for name in names if aliases(name) == (name,) and name not in there]
+    if unknown or not found:
         raise BadValue(
-            f"training.attention_modules = {', '.join(names)}, but this model's attention has {there}"
-            "; name some of these, or leave 'attention' out of training.parts"
+            f"training.attention_modules = {', '.join(unknown or names)}, but this model's attention has "
+            f"{', '.join(there) or 'no projections'}; name some of these, or leave 'attention' out of training.parts"
         )
     return found
+
+
+def aliases(name: str) -> tuple[str, ...]:
+    """What the families call the projection `name`: `q_proj`, or `q`, is one of all; a name of its own is itself."""
+    return PROJECTIONS.get(name.removesuffix("_proj"), (name,))
 
 
 def linear_children(module: nn.Module) -> Iterator[str]:

@@ -31,8 +31,8 @@ def equal(one, other):
 class Alone:
     """A client that has wᵗ, and where it is asked for a v_k that is off from it everywhere."""
 
-    def __init__(self, training, family="olmoe", with_own=True):
-        self.model = tiny_model(family)
+    def __init__(self, training, family="olmoe", with_own=True, model=None):
+        self.model = model or tiny_model(family)
         self.server = replace(tiny_server(self.model, [CLIENT], training), round=3, task="train")
         (self.job,) = jobs_for(self.server, Ditto(), [CLIENT])
         self.w = self.job.patch.tensors
@@ -56,6 +56,17 @@ def test_what_goes_up_is_fedavgs_bit_for_bit_whatever_is_kept(family, tuning, wi
     assert equal(update.patch.tensors, plain.patch.tensors)
     assert equal(update.patch.rows, plain.patch.rows)
     assert not update.extra
+
+
+def test_what_goes_up_has_the_chances_of_fedavg_where_a_model_has_dropout():
+    alone = Alone(ADAMW, model=tiny_model("switch_transformers", dropout_rate=0.3))
+    torch.manual_seed(1)
+    update = Ditto().train(alone.job, alone.bench)
+    torch.manual_seed(1)
+    plain = alone.fedavg(alone.w, alone.job.seed)
+    assert equal(update.patch.tensors, plain.patch.tensors)
+    torch.manual_seed(2)
+    assert not equal(alone.fedavg(alone.w, alone.job.seed).patch.tensors, plain.patch.tensors)
     assert update.metrics == plain.metrics
     assert not equal(alone.bench.kept, alone.v)
 

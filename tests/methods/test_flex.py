@@ -149,6 +149,18 @@ def test_a_client_without_examples_to_select_by():
         FLEx().train(job, empty)
 
 
+def test_experts_are_selected_by_examples_of_each_task_of_the_client():
+    model = tiny_model("olmoe")
+    bench = tiny_bench(model, CLIENTS[1], TRAINING)
+    tasks = ["x"] * 9 + ["y"] * 3
+    train = [replace(example, task=task) for example, task in zip(bench.data.train, tasks, strict=True)]
+    bench = replace(bench, data=replace(bench.data, train=train))
+    found = FLEx(calibration_examples=4).calibration(bench)
+    expected = bench.encoder.batch([*train[:3], train[9]])
+    assert len(found) == 1 and found[0].keys() == expected.keys()
+    assert all(torch.equal(found[0][key], expected[key]) for key in expected)
+
+
 def test_pieces_are_spread_over_the_text():
     text = "".join(str(number % 10) * 2000 for number in range(10))
     assert [piece.response[0] for piece in pieces(text, 5)] == ["0", "2", "4", "6", "8"]

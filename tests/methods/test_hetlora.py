@@ -70,6 +70,19 @@ def test_every_expert_is_weighed_by_what_its_own_adapter_does():
     assert merged[a].flatten().tolist() == [(1 * 1 + 3 * 3) / 4, (6 * 6 + 2 * 2) / 8]
 
 
+def test_where_a_clients_adapter_does_nothing_the_zeros_of_a_lower_rank_do_not_end_its_higher_ranks():
+    """Expert 0 of the client of rank 2 saw no token: its B is 0 as it came. The other's rank 1 counts there, rank 2 stays."""
+    a, b = "0.experts.lora.up_proj.a", "0.experts.lora.up_proj.b"
+    weights = {a: torch.full((2, 2, 1), 9.0), b: torch.zeros(2, 1, 2)}
+    server = replace(bare(), weights=weights, layout=dict.fromkeys(weights, "0"))
+    low = Update("a", 1, "train", Patch({a: torch.tensor([[[4.0]], [[4.0]]]), b: torch.tensor([[[1.0]], [[1.0]]])}), 1)
+    high = Update("b", 1, "train", Patch({a: torch.full((2, 2, 1), 2.0), b: torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]])}), 1)
+    for order in ([low, high], [high, low]):
+        merged = HetLoRA().merge(server, iter(order)).weights
+        assert merged[a].tolist() == [[[4.0], [9.0]], [[3.0], [1.0]]]  # of expert 1 both have a norm of 4
+        assert merged[b].tolist() == [[[1.0, 0.0]], [[1.0, 0.5]]]
+
+
 def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_word():
     one, other = (HetLoRA().merge(bare(), iter(order)).weights for order in ([ONE, OTHER], [OTHER, ONE]))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -7,7 +7,13 @@ from fedexperts.moe import reconstruction
 from fedexperts.moe.anatomy import Block, blocks
 from fedexperts.moe.graft import run
 from fedexperts.moe.memory import MemoryMeter
-from fedexperts.moe.reconstruction import by_reconstruction, losses_of, most_used, reconstruction_losses
+from fedexperts.moe.reconstruction import (
+    by_reconstruction,
+    losses_of,
+    most_used,
+    reconstruction_losses,
+    selection_flops_estimated,
+)
 from fedexperts.moe.routing import Recorder
 from fedexperts.testing import FAMILIES, tiny_batch, tiny_model
 
@@ -155,3 +161,19 @@ def test_a_stride_looks_at_every_so_many_th_token_that_counts():
         reconstruction_losses(model, [batch], {}, stride=5)
     assert len(seen[0]) == 12
     assert torch.equal(seen[len(seen) // 2], seen[0][::5])
+
+
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_a_selection_costs_a_pass_and_each_expert_each_token_that_it_looks_at(family):
+    """Of an encoder-decoder the encoder's experts look at the question, the decoder's at the answer."""
+    model, batch = tiny_model(family), tiny_batch(family)
+    batch["labels"][:, 4:] = -100
+    looked = 0
+    for name, block in blocks(model).items():
+        decodes = family == "switch_transformers" and name.startswith("decoder.")
+        tokens = int((batch["labels"] != -100).sum()) if decodes else int(batch["attention_mask"].sum())
+        looked += tokens * sum(weight.numel() for weight in block.experts.parameters())
+    plain = selection_flops_estimated(model, [batch], passes=0)
+    assert plain > 0
+    assert selection_flops_estimated(model, [batch], passes=1) == plain + 2 * looked
+    assert selection_flops_estimated(model, [batch], passes=3, stride=2) == 3 * plain + 3 * looked

@@ -151,6 +151,10 @@ def test_attention_modules_are_found_under_the_names_of_the_family(family, found
             Tuning(train="lora", attention_modules=("query",)),
             r"^training\.attention_modules = query, but this model's attention has k_proj, o_proj, .*training\.parts$",
         ),
+        (
+            Tuning(train="lora", attention_modules=("q_proj", "k_porj", "v")),
+            r"^training\.attention_modules = k_porj, but this model's attention has k_proj, o_proj, ",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_sentence(tuning, sentence):
