@@ -18,15 +18,18 @@ from fedexperts.methods import METHODS  # noqa: E402
 from fedexperts.moe.anatomy import blocks  # noqa: E402
 from fedexperts.testing import tiny_model  # noqa: E402
 
+LONGEST = (
+    *("test_deployment.py", "test_resume.py", "test_export.py", "test_engines_agree.py", "test_every_method.py"),
+    *("test_comparison.py", "test_chaos.py", "test_examples.py", "test_browser.py", "test_flops.py", "test_cli.py"),
+)
+
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items):
-    """The files with the longest tests, whole runs killed and resumed or on every engine, first: else one worker is at one of
-    them when the other is done.
-    """
-    items.sort(key=lambda item: item.path.name not in ("test_deployment.py", "test_engines_agree.py", "test_resume.py"))
+    """The files that take longest first, in that order: else one worker is at one of them when the other is done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture

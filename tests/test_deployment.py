@@ -28,7 +28,8 @@ from fedexperts.start import Parts
 
 NAMES = ("north", "east", "west")
 DEPLOYED = [name for name, method in METHODS.items() if not method.pooled]  # in a deployment data stay where they are
-ROUNDS = 3
+ROUNDS = 2
+MORE = 3  # where something is killed after the first, and comes back
 
 
 class Deployment:
@@ -40,16 +41,15 @@ class Deployment:
         self.port = free_port()
         self.keys = folder / "keys"
 
-    def config(self, method):
-        return checked(RunConfig, self.trees[method])
-
-    def run(self, method, name=None):
+    def run(self, method, name=None, rounds=ROUNDS):
         """Both results folders."""
-        name = name or method
-        out, local = self.folder / "out" / name, self.folder / "local" / method
+        tree = self.trees[method]
+        timed = {"federation": {"rounds": rounds}, "evaluation": {**tree["evaluation"], "every": rounds}}
+        config = checked(RunConfig, {**tree, **timed})
+        out, local = self.folder / "out" / (name or method), self.folder / "local" / f"{method}-{rounds}"
         if not local.exists():
-            runs.run(self.config(method), local, parts=self.parts)
-        deploy.serve(self.config(method), out, self.federation, tell=self.said.append, parts=self.parts)
+            runs.run(config, local, parts=self.parts)
+        deploy.serve(config, out, self.federation, tell=self.said.append, parts=self.parts)
         return out, local
 
     def join(self, name, keys=None):
@@ -66,7 +66,7 @@ class Deployment:
 def deployment(method_trees, tiny_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deployment")
     data = {**{key: value for key, value in tiny_tree["data"].items() if key != "clients"}, "names": NAMES}
-    ours = {"federation": {"rounds": ROUNDS}, "evaluation": {"every": ROUNDS, "generate_tokens": 2}, "data": data}
+    ours = {"federation": {}, "evaluation": {"generate_tokens": 2}, "data": data}
     trees = {name: {**tree, **ours} for name, tree in method_trees.items()}
     (folder / "run.toml").write_text(tomli_w.dumps(trees["fedavg"]))  # a client trains as the server says
     make_keys(folder / "keys", ["localhost"], NAMES)
@@ -91,9 +91,9 @@ def kept(folder, client):
     return {path.name: tensors(path) for path in sorted(folder.glob(f"clients/{client}/*"))}
 
 
-def require_same(deployment, out, local):
+def require_same(deployment, out, local, rounds=ROUNDS):
     newest = checkpoint.latest(local).relative_to(local)
-    assert newest == checkpoint.latest(out).relative_to(out) == Path(f"checkpoint/{ROUNDS:06d}-train")
+    assert newest == checkpoint.latest(out).relative_to(out) == Path(f"checkpoint/{rounds:06d}-train")
     for name in ("weights", "memory"):
         assert tensors(out / newest / f"{name}.safetensors") == tensors(local / newest / f"{name}.safetensors")
     for name in ("ledger.jsonl", "rounds.jsonl", "evals.jsonl"):
@@ -129,7 +129,7 @@ def killing(deployment, out, word, round):
 
 def test_a_worker_that_is_killed_is_replaced_and_the_next_run_too_ends_with_the_same_bits(deployment):
     thread, killed = killing(deployment, deployment.folder / "out" / "worker", "fedexperts.resident", 1)
-    require_same(deployment, *deployment.run("fedmoe", "worker"))
+    require_same(deployment, *deployment.run("fedmoe", "worker", MORE), MORE)
     thread.join()
     assert len(killed) == 1 and gone(killed[0])
     assert [deployment.loads(name) for name in NAMES] == [2, 1, 1]
@@ -137,21 +137,22 @@ def test_a_worker_that_is_killed_is_replaced_and_the_next_run_too_ends_with_the_
 
 def test_the_runs_do_train_and_keep(deployment):
     local = deployment.folder / "local"
-    assert all(kept(local / "ditto", name) for name in NAMES)
-    ends = [tensors(checkpoint.latest(local / name) / "weights.safetensors") for name in ("local", "ditto", "fedmoe")]
+    assert all(kept(local / f"ditto-{ROUNDS}", name) for name in NAMES)
+    latest = [checkpoint.latest(local / f"{name}-{ROUNDS}") for name in ("local", "ditto", "fedmoe")]
+    ends = [tensors(folder / "weights.safetensors") for folder in latest]
     assert ends[0] != ends[1] != ends[2]
 
 
 def test_a_client_whose_superexec_is_killed_misses_a_round_and_comes_back_under_its_name_with_what_it_kept(deployment):
     """Its SuperNode ends with it, and the watcher starts both."""
     thread, killed = killing(deployment, deployment.folder / "out" / "superexec", "flower.superexec", 1)
-    out, _ = deployment.run("ditto", "superexec")
+    out, _ = deployment.run("ditto", "superexec", MORE)
     thread.join()
     assert killed and all(map(gone, killed))
     assert deployment.started.said("north").count("joining") == 2
     told = lines(out / "ledger.jsonl")
     assert {line["client"] for line in told if line["failed"]} <= {"north"}
-    assert {line["client"] for line in told if line["round"] == ROUNDS and line["task"] == "evaluate" and not line["failed"]} == {
+    assert {line["client"] for line in told if line["round"] == MORE and line["task"] == "evaluate" and not line["failed"]} == {
         *NAMES
     }
     accepted = flower.accepted(out)
@@ -210,5 +211,5 @@ def test_when_the_superlink_dies_the_run_stops_with_a_sentence(deployment):
     thread = Thread(target=kill)
     thread.start()
     with pytest.raises(BadRun, match=r"SuperLink has stopped.*--resume"):
-        deployment.run("ditto", "stopped")
+        deployment.run("ditto", "stopped", MORE)
     thread.join()

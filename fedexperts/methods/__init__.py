@@ -76,7 +76,7 @@ def enter_installed() -> None:
             found = point.load()
         except Exception as error:  # whatever its module does
             raise BadValue(f"{where} cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
-        lacking: list[str] = [name for name in ("before", "pooled", "assign", "train", "merge") if not hasattr(found, name)]
+        lacking = [name for name in ("before", "pooled", "assign", "train", "merge") if not hasattr(found, name)]
         if lacking or not is_dataclass(found):
             raise BadValue(f"{where} is no method: it {f'lacks {lacking[0]}' if lacking else 'is no dataclass'}; {remedy}")
         methods[point.name] = found  # type: ignore[assignment]  # what lacks nothing is one

@@ -89,9 +89,10 @@ def column(page: Page, table: str, number: int) -> list[str]:
     return [row.locator("th, td").nth(number).inner_text() for row in rows.all()]
 
 
-@pytest.mark.parametrize("which", ["one", "several"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", ["desk", "phone"])
+@pytest.mark.parametrize(
+    ("size", "scheme", "which"),
+    [("desk", "light", "one"), ("desk", "dark", "several"), ("phone", "light", "several"), ("phone", "dark", "one")],
+)  # each with each of another kind
 def test_a_page_draws_every_figure_and_is_readable_by_everybody(browser, pages, which, scheme, size):
     with Visit(browser, pages[which], size, scheme) as visit:
         page = visit.page
