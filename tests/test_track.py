@@ -122,7 +122,7 @@ def test_a_run_that_is_stopped_and_goes_on_has_every_number_of_its_logs_once(tin
 
 
 @every_tracker
-def test_a_run_that_is_done_is_handed_to_a_tracker_later_and_only_once(tiny_tree, tmp_path, tracker):
+def test_a_run_that_is_done_is_handed_to_a_tracker_later_and_only_once(tiny_tree, tmp_path, tracker, monkeypatch):
     name, read = tracker
     out = tmp_path / "out"
     run(checked(RunConfig, tiny_tree), out)
@@ -130,10 +130,11 @@ def test_a_run_that_is_done_is_handed_to_a_tracker_later_and_only_once(tiny_tree
     tracked = checked(RunConfig, {**tiny_tree, "track": {"to": name}})
     run(tracked, out, resume=True)
     assert_same_points(read(out), logged(out))
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if name in str(path.relative_to(out))}
-    assert before
+    monkeypatch.delitem(
+        track.TRACKERS, name
+    )  # who is asked again is not found; files' times tell nothing, W&B logs in its own time
     run(tracked, out, resume=True)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if name in str(path.relative_to(out))} == before
+    assert_same_points(read(out), logged(out))
 
 
 @pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
