@@ -40,6 +40,7 @@ class TrainingSettings(Settings):
     rank: int = Field(Tuning.rank, ge=1)
     alpha: float = Field(Tuning.alpha, gt=0)
     attention_modules: tuple[str, ...] = Tuning.attention_modules  # that get LoRA
+    dropout: float = Field(Tuning.dropout, ge=0, lt=1)  # of what LoRA's adapters read while they are trained
     lr: float = Field(Training.lr, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, over rounds; inside a round it is constant
     final_lr: float = Field(1e-6, gt=0)  # where the cosine ends
@@ -54,7 +55,7 @@ class TrainingSettings(Settings):
     threads: int = Field(Training.threads, ge=1)  # of each worker; the bits of a result depend on it
 
     def build(self) -> Training:
-        tuning = {"train", "parts", "rank", "alpha", "attention_modules"}
+        tuning = {"train", "parts", "rank", "alpha", "attention_modules", "dropout"}
         of_the_run = {"schedule", "final_lr"}
         return Training(tuning=Tuning(**self.model_dump(include=tuning)), **self.model_dump(exclude=tuning | of_the_run))
 

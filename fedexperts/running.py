@@ -41,6 +41,7 @@ MAY_DIFFER = (
 BEFORE = {
     "devices.out_of_memory": "train anyway",
     "devices.utilisation": UTILISATION,
+    "training.dropout": 0.0,
     "training.schedule": "constant",
     "training.final_lr": 1e-6,
     "evaluation.score": "after_aggregation",

@@ -128,9 +128,8 @@ def tiny_tree(tiny_folder):
 def method_trees(tiny_tree):
     """For each method the run file of such a run, with devices on which methods that cut the model have to."""
     adapters = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert", "flex")
-    training = {name: {"train": "lora", "rank": 8} for name in adapters} | {
-        "flex": {"train": "lora", "rank": 8, "parts": ["attention"]}
-    }
+    training = {name: {"train": "lora", "rank": 8, "dropout": 0.1} for name in adapters}
+    training["flex"]["parts"] = ["attention"]
     devices = {"memory_share": {"uniform": [1.0, 1.4]}, "profile": {"mix": {"phone": 1, "laptop_gpu": 1}}}
     return {
         name: {

@@ -79,6 +79,11 @@ def test_a_method_without_a_name_is_refused():
     assert "method.name" in refusal(tree={**TREE, "method": {"patience": 3}})
 
 
+def test_dropout_without_adapters_is_refused():
+    said = refusal("training.train=full", "training.dropout=0.05")
+    assert said.startswith("training.dropout = 0.05 is of what LoRA's adapters read, and training.train = 'full' has none; set")
+
+
 def test_a_field_that_the_method_does_not_have_is_refused_with_the_nearest():
     said = refusal("method.name=fedmoe", "method.patient=3")
     assert said.startswith("method.patient is not a setting of fedmoe, which has initial, adjust")
@@ -92,6 +97,8 @@ def test_a_field_that_the_method_does_not_have_is_refused_with_the_nearest():
         "method.patience=soon",
         "method.initial=best",
         "training.lr=0",
+        "training.dropout=1",
+        "training.dropout=-0.1",
         "training.lr=nan",
         "training.lr=inf",
         "training.batch_size=0",

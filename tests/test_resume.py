@@ -100,8 +100,8 @@ def test_fedmoe_killed_again_and_again_ends_with_the_same_bits(fedmoe_tree, undi
 
 @pytest.mark.parametrize("method", ["flora", "flex"])
 def test_clients_that_keep_something_to_themselves_are_resumed_with_the_same_bits(tiny_tree, tmp_path, method):
-    adapters = {"flora": {"train": "lora"}, "flex": {"train": "lora", "parts": ["attention"]}}
-    training = {**tiny_tree["training"], **adapters.get(method, {})}
+    parts = {"flex": {"parts": ["attention"]}}
+    training = {**tiny_tree["training"], "train": "lora", "dropout": 0.1, **parts.get(method, {})}
     run_file = write({**tiny_tree, "method": {"name": method}, "training": training}, tmp_path / "run.toml")
     running.run(config.read(run_file), tmp_path / "whole")
     said = driven(run_file, tmp_path / "killed", "c")

@@ -90,6 +90,7 @@ class _Stacked:
         self.anchor = torch.zeros((), requires_grad=True)
         self.expert = torch.empty(0, dtype=torch.int64)  # of each pair of the last forward
         self.first: Tensor | None = None  # what the first matrices gave for it; once experts are chosen, for theirs
+        self.chance = torch.empty(0)  # the state of torch's generator before the adapters' dropout drew from it
         # Each trained stack by its path below the experts, and its rows as parameters of their own: expert → row.
         self.stacks = dict(self._stacks())
         self.parameters = {
@@ -132,6 +133,7 @@ class _Stacked:
         """What the experts make of their rows; what their first matrices gave stays, for backward."""
         ends = ends_of(expert, self.number)
         self.expert = expert
+        self.chance = torch.get_rng_state()
         self.first = projected(self.experts, first_matrix(self.experts), rows, expert, ends)
         return projected(self.experts, "down_proj", activated(self.experts, self.first), expert, ends)
 
@@ -144,7 +146,7 @@ class _Stacked:
         met = expert.unique()
         if len(self.first) > len(rows):  # under gradient checkpointing forward came once more after experts were chosen
             self.first = self.first[torch.isin(self.expert, met)]
-        adapters = {name: _rows_of(adapter, met) for name, adapter in self.adapters()}
+        adapters = self.copies(met)
         with torch.enable_grad():
             first = self.known(first_matrix(self.experts), rows, expert, self.first, adapters)
             out = normed(self.experts, self.known("down_proj", activated(self.experts, first), expert, out, adapters))
@@ -154,6 +156,18 @@ class _Stacked:
                 if each.grad is not None:
                     self.add(f"lora.{name}.{path}", met[adapter.ids], each.grad)
         self.first = None
+
+    def copies(self, met: Tensor) -> dict[str, ExpertLoRA]:
+        """The adapters of the experts `met`, with gradients of their own and the dropout that they had in forward."""
+        adapters, reached = dict(self.adapters()), torch.isin(self.expert, met)
+        copies = {name: _rows_of(adapter, met) for name, adapter in adapters.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.chance)
+            for name in (first_matrix(self.experts), "down_proj"):  # in the order of `outputs`
+                if name in adapters and adapters[name].dropout.p:
+                    a = adapters[name].a
+                    copies[name].dropout = _Drawn(adapters[name].dropout(a.new_ones(len(self.expert), a.shape[2]))[reached])
+        return copies
 
     def known(self, name: str, rows: Tensor, expert: Tensor, value: Tensor, adapters: Mapping[str, ExpertLoRA]) -> Tensor:
         """`projected`, whose value is known, with a way back to `rows` and to what is trained of these experts."""
@@ -201,6 +215,17 @@ class _Known(torch.autograd.Function):
         back = weight.transpose(1, 2) if part.experts.is_transposed else weight
         for_rows = grouped(arriving, back, ends_of(expert, part.number)) if ctx.needs_input_grad[4] else None
         return None, None, None, None, for_rows, None
+
+
+class _Drawn(nn.Dropout):
+    """Dropout that was drawn before: `factors` of 0 or 1 / (1 - p)."""
+
+    def __init__(self, factors: Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * self.factors
 
 
 def _rows_of(adapter: ExpertLoRA, chosen: Tensor) -> ExpertLoRA:

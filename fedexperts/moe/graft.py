@@ -93,11 +93,11 @@ def adapt(model: nn.Module, tuning: Tuning, seed: str) -> None:
             known = [f"{seed}/{name}/{expert}" for expert in ids]
             personal.copies.lora = nn.ModuleDict(
                 {
-                    each: lora.expert_lora(copies, each, ids, tuning.rank, tuning.alpha, known)
+                    each: lora.expert_lora(copies, each, ids, tuning.rank, tuning.alpha, known, tuning.dropout)
                     for each in lora.matrices(personal.copies)
                 }
             )
-    lora.attach_linears(model, {path: path for path in linears}, tuning.rank, tuning.alpha, seed)
+    lora.attach_linears(model, {path: path for path in linears}, tuning.rank, tuning.alpha, seed, tuning.dropout)
 
 
 def copied(block: Block, ids: Sequence[int]) -> nn.Module:

@@ -36,12 +36,13 @@ class ExpertLoRA(nn.Module):
 
     ids: Tensor
 
-    def __init__(self, a: Tensor, b: Tensor, scale: float, ids: Iterable[int], num_experts: int):
+    def __init__(self, a: Tensor, b: Tensor, scale: float, ids: Iterable[int], num_experts: int, dropout: float = 0.0):
         super().__init__()
         self.a = nn.Parameter(a)  # [adapted, rank, in]
         self.b = nn.Parameter(b)  # [adapted, out, rank]
         self.scale = scale
         self.num_experts = num_experts
+        self.dropout = nn.Dropout(dropout)  # of the rows that the adapter reads, in training
         self.register_buffer("ids", torch.tensor(tuple(ids), device=a.device), persistent=False)
 
     def extra_repr(self) -> str:
@@ -50,6 +51,7 @@ class ExpertLoRA(nn.Module):
 
     def add(self, out: Tensor, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
         """`out` plus the adapters' share; `rows` are sorted by `expert`, those of expert e end before `ends[e]`."""
+        rows = self.dropout(rows)
         if len(self.ids) == self.num_experts:
             return out.add_(self.of(rows, ends))
         adapted = torch.isin(expert, self.ids)
@@ -153,7 +155,9 @@ def matrices(experts: nn.Module) -> list[str]:
     return [name for name, value in experts.named_parameters(recurse=False) if value.ndim == 3]
 
 
-def attach_experts(model: nn.Module, rank: int, alpha: float, seed: str, adapt: Experts | None = None) -> None:
+def attach_experts(
+    model: nn.Module, rank: int, alpha: float, seed: str, adapt: Experts | None = None, dropout: float = 0.0
+) -> None:
     """Puts an adapter on every stacked matrix of all experts, or of those in `adapt` (indices into the model's stacks).
 
     B starts at zero and A is drawn from `seed`, block, matrix and expert alone, so an expert's A is the same in the full
@@ -164,25 +168,32 @@ def attach_experts(model: nn.Module, rank: int, alpha: float, seed: str, adapt: 
     for name, block in stacked.items():
         chosen = tuple(range(len(held[name]))) if adapt is None else tuple(sorted(adapt.get(name, ())))
         known = [f"{seed}/{name}/{held[name][expert]}" for expert in chosen]
-        adapters = {each: expert_lora(block, each, chosen, rank, alpha, known) for each in matrices(block.experts) if chosen}
+        adapters = {
+            each: expert_lora(block, each, chosen, rank, alpha, known, dropout) for each in matrices(block.experts) if chosen
+        }
         block.experts.lora = nn.ModuleDict(adapters)
     if stacked:
         cast("Any", model).set_experts_implementation(IMPLEMENTATION)
 
 
-def expert_lora(block: Block, matrix: str, chosen: tuple[int, ...], rank: int, alpha: float, seeds: list[str]) -> ExpertLoRA:
+def expert_lora(
+    block: Block, matrix: str, chosen: tuple[int, ...], rank: int, alpha: float, seeds: list[str], dropout: float = 0.0
+) -> ExpertLoRA:
     """A new adapter of one stacked matrix, for the `chosen` experts."""
     weight = cast("Tensor", getattr(block.experts, matrix))
     check_rank(rank, weight.dtype)
     transposed = bool(cast("Any", block.experts).is_transposed)
     wide, narrow = (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
     a = torch.stack([uniform((rank, wide), f"{seed}/{matrix}", weight) for seed in seeds])
-    return ExpertLoRA(a, weight.new_zeros(len(chosen), narrow, rank), alpha / rank, chosen, block.shape.num_experts)
+    b = weight.new_zeros(len(chosen), narrow, rank)
+    return ExpertLoRA(a, b, alpha / rank, chosen, block.shape.num_experts, dropout)
 
 
-def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha: float, seed: str) -> None:
+def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha: float, seed: str, dropout: float = 0.0) -> None:
     """Puts peft's adapter on the named linear layers (path → the name that its A is drawn from); B starts at zero."""
-    config = peft.LoraConfig(r=rank, lora_alpha=cast("int", alpha), target_modules=sorted(names), lora_dropout=0.0, bias="none")
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=cast("int", alpha), target_modules=sorted(names), lora_dropout=dropout, bias="none"
+    )
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if hasattr(model, "peft_config"):  # of adapters put on before, which stay
         del model.peft_config

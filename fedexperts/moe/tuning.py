@@ -40,6 +40,7 @@ class Tuning:
     rank: int = 8
     alpha: float = 16.0
     attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # that get an adapter
+    dropout: float = 0.0  # of what adapters read in training, from torch's global generator
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -64,6 +65,13 @@ class Tuning:
             )
         if self.train == "lora" and (self.rank < 1 or self.alpha <= 0):
             raise BadValue(f"training.rank = {self.rank} and training.alpha = {self.alpha:g}, but both must be above zero")
+        if self.dropout and self.train != "lora":
+            raise BadValue(
+                f"training.dropout = {self.dropout:g} is of what LoRA's adapters read, and training.train = {self.train!r} has "
+                'none; set train = "lora", or leave dropout out'
+            )
+        if not 0 <= self.dropout < 1:
+            raise BadValue(f"training.dropout = {self.dropout:g}, but it is a share from 0 to below 1")
 
 
 def prepare(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None = None) -> nn.Module:
@@ -155,9 +163,9 @@ def adapt(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None) -> 
         linears |= {name: name for name in projections(model, tuning.attention_modules)}
     if "experts" in tuning.trained:
         linears |= single_experts(model, only)
-        lora.attach_experts(model, tuning.rank, tuning.alpha, seed, only)
+        lora.attach_experts(model, tuning.rank, tuning.alpha, seed, only, tuning.dropout)
     if linears:
-        lora.attach_linears(model, linears, tuning.rank, tuning.alpha, seed)
+        lora.attach_linears(model, linears, tuning.rank, tuning.alpha, seed, tuning.dropout)
 
 
 def single_experts(model: nn.Module, only: Experts | None) -> dict[str, str]:

@@ -183,25 +183,52 @@ def test_what_is_not_chosen_stays_bit_identical_and_has_no_state(family, tuning,
     assert {expert for _, expert in kept} >= {3, 4, 5, 6, 7}
 
 
-def test_dropout_is_the_same_when_switch_computes_again():
-    batch = tiny_batch("switch_transformers")
+@pytest.mark.parametrize(
+    ("family", "tuning", "settings"),
+    [
+        ("switch_transformers", Tuning(), {"dropout_rate": 0.3}),
+        *((family, Tuning(train="lora", rank=4, dropout=0.3), {}) for family in ("switch_transformers", "olmoe", "gpt_oss")),
+    ],
+)
+def test_dropout_is_the_same_when_experts_compute_again(family, tuning, settings):
+    batch = tiny_batch(family)
     found = []
     for selecting in (False, True):
-        model = trained("switch_transformers", Tuning(), dropout_rate=0.3).train()
+        model = trained(family, tuning, **settings).train()
         torch.manual_seed(5)
         if selecting:
             with SelectiveBackward(model) as selective:
                 loss = model(**batch).loss
                 selective.choose({name: tuple(range(8)) for name in blocks(model)})
                 loss.backward()
+            found.append((loss.detach(), gradients(model, selective)))
         else:
             loss = model(**batch).loss
             loss.backward()
-        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (loss, expected), (again, gradients) = found
-    assert torch.equal(loss, again)
-    assert expected.keys() == gradients.keys()
-    assert all(torch.allclose(expected[name], gradients[name], atol=1e-6) for name in expected)
+            found.append((loss.detach(), full_gradients(model)))
+    (loss, expected), (again, got) = found
+    assert torch.allclose(loss, again, atol=1e-6)
+    expected = {name: each for name, each in expected.items() if name in got or each.any()}  # of experts that met no token
+    assert expected.keys() == got.keys()
+    assert any("experts" in name and "lora" in name for name in got) == (tuning.train == "lora")
+    assert all(torch.allclose(expected[name], got[name], atol=1e-6) for name in expected)
+
+
+def test_dropout_of_experts_that_are_reached_is_theirs_when_others_are_not():
+    """In the last block: what lies below differs, since backward goes through the chosen experts alone."""
+    batch, found = tiny_batch("olmoe"), []
+    for chosen in (range(8), (1, 4, 6)):
+        model = trained("olmoe", Tuning(train="lora", rank=4, dropout=0.3)).train()
+        torch.manual_seed(5)
+        with SelectiveBackward(model) as selective:
+            loss = model(**batch).loss
+            selective.choose({name: tuple(chosen) for name in blocks(model)})
+            loss.backward()
+        last = list(blocks(model))[-1]
+        found.append({name: each for name, each in gradients(model, selective).items() if name.startswith(f"{last}.experts.")})
+    whole, some = found
+    assert some.keys() == {name for name in whole if expert_of(name)[1] in (1, 4, 6)} != set()
+    assert all(torch.allclose(whole[name], some[name], atol=1e-6) for name in some)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedexperts.errors import BadValue
-from fedexperts.moe import lora
+from fedexperts.moe import graft, lora
 from fedexperts.moe.anatomy import blocks
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.shrink import shrink
@@ -169,3 +169,39 @@ def test_a_step_never_holds_a_second_copy_of_a_stack():
         before = meter.bytes
         model(**batch).loss.backward()
     assert meter.peak_bytes - before < stack
+
+
+def test_dropout_lets_a_share_of_what_an_adapter_reads_pass_in_training_and_all_of_it_else():
+    one = torch.eye(4).unsqueeze(0)
+    adapter = lora.ExpertLoRA(one.clone(), one.clone(), scale=1.0, ids=[0], num_experts=1, dropout=0.5)
+    rows, expert, ends = torch.ones(1000, 4), torch.zeros(1000, dtype=torch.int64), torch.tensor([1000], dtype=torch.int32)
+    with torch.no_grad():
+        dropped = adapter.add(torch.zeros(1000, 4), rows, expert, ends)
+        assert set(dropped.flatten().tolist()) == {0.0, 2.0}
+        assert 0.4 < dropped.bool().float().mean() < 0.6
+        assert torch.equal(adapter.eval().add(torch.zeros(1000, 4), rows, expert, ends), rows)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "switch_transformers"])
+@pytest.mark.parametrize("grafted", [False, True])
+def test_every_adapter_has_the_dropout_that_is_asked_for(family, grafted):
+    tuning = Tuning("lora", ("attention",) if grafted else ("attention", "experts"), rank=4, dropout=0.25)
+    model = prepare(tiny_model(family), tuning, seed="0")
+    if grafted:
+        graft.attach(model, dict.fromkeys(blocks(model), (2,)), tuning, seed="0")
+    adapted = [layer.lora_dropout["default"].p for layer in model.modules() if isinstance(layer, lora.LinearLoRA)]
+    adapted += [layer.dropout.p for layer in model.modules() if isinstance(layer, lora.ExpertLoRA)]
+    assert len(adapted) > 2 * len(blocks(model))
+    assert set(adapted) == {0.25}
+    first, again, other, whole = (answers(stir(model), family, seed) for seed in (1, 1, 2, None))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(whole, logits(model, family))
+
+
+@torch.no_grad()
+def answers(model, family, seed):
+    """In training with the dropout of a seed; without one, in use."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed or 0)
+        return model.train(seed is not None)(**tiny_batch(family)).logits
