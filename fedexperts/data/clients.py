@@ -2,7 +2,8 @@
 
 No leak, by the normalised prompt (case and blanks aside; the response where there is no prompt): a training example that
 repeats another, or any test example of any source, is left out before anything is divided. So no client's training or validation
-holds a test prompt of any client, and no two clients share a prompt to train on.
+holds a test prompt of any client, and no two clients share a prompt to train on, unless they draw with replacement
+(`partition.draws`).
 """
 
 import json
@@ -406,6 +407,8 @@ def _one_level(groups: Sequence[Hashable], settings: PartitionSettings, clients:
         return divide_by.quantity(len(groups), clients, settings.alpha, seed, minimum)
     if settings.by == "pathological":
         return divide_by.pathological(groups, clients, settings.labels_per_client, seed, minimum)
+    if settings.draws is not None:
+        return divide_by.dirichlet_draws(groups, clients, settings.alpha, settings.draws, seed, minimum)
     return divide_by.dirichlet(groups, clients, settings.alpha, seed, minimum)
 
 
@@ -448,16 +451,18 @@ def _clients(pool: Pool, made: Partition, groups: Groups, settings: DataSettings
     tests = Tests(pool, groups, made.seed)
     shares = {}
     for name, part in zip(names, made.indices, strict=True):
-        if len(part) < 2:
+        different = list(dict.fromkeys(part))
+        if len(different) < 2:
             raise BadData(
-                f"client {name} has {len(part)} examples, but needs 1 to train and 1 to validate; ask for fewer clients"
+                f"client {name} has {len(different)} examples, but needs 1 to train and 1 to validate; ask for fewer clients"
             )
-        order = shuffled(part, f"{made.seed}/{name}/validation")
-        held = min(max(1, round(settings.validation * len(part))), len(part) - 1)
+        number = min(max(1, round(settings.validation * len(different))), len(different) - 1)
+        held = set(shuffled(different, f"{made.seed}/{name}/validation")[:number])
         test = tests.like(part, settings.test_examples)
         if not test:
             raise BadData(f"client {name} has no test example of its tasks; give its source a test split")
-        shares[name] = Shares(tuple(sorted(order[held:])), tuple(sorted(order[:held])), tuple(test))
+        train = tuple(sorted(index for index in part if index not in held))
+        shares[name] = Shares(train, tuple(sorted(held)), tuple(test))
     return Clients(pool, shares, made)
 
 

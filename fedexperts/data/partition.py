@@ -1,10 +1,11 @@
 """Who gets which examples: pure functions from labels and a seed to lists of indices, one list per client.
 
-Each index is given at most once. iid, dirichlet, clusters and quantity give every index away; by_task does if its `within`
-does; pathological leaves out what belongs to labels that nobody holds.
+Each index is given at most once, but by dirichlet_draws. iid, dirichlet, clusters and quantity give every index away, and so does
+by_task if its `within` does; pathological leaves out what belongs to labels that nobody holds.
 
 Dirichlet over labels: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
 Classification", 2019, https://arxiv.org/abs/1909.06335. Pathological: McMahan et al., 2017, https://arxiv.org/abs/1602.05629.
+Draws with replacement: as in the public code of FLEx, Liu et al., 2025, https://arxiv.org/abs/2506.00965.
 Dirichlet over clusters of texts: Lin et al., "FedNLP", 2022, https://arxiv.org/abs/2104.08815 (there sentence embeddings;
 here TF-IDF, which needs no model).
 """
@@ -95,6 +96,24 @@ def dirichlet(labels: Sequence[Hashable], clients: int, alpha: float, seed: str,
                 parts[client][place] = piece
     fill_up(parts, minimum)
     return [sorted(index for piece in part.values() for index in piece) for part in parts]
+
+
+def dirichlet_draws(labels: Sequence[Hashable], clients: int, alpha: float, draws: int, seed: str, minimum: int = 1) -> Indices:
+    """Each client draws `draws` examples with replacement, labels in shares of its own from Dirichlet(`alpha`).
+
+    So all have as many, several have the same, and in one client an example may come again.
+    """
+    enough(len(labels), 1, minimum)
+    if draws < minimum:
+        raise BadData(f"each client would draw {draws} examples, but needs {minimum}; raise draws")
+    members = list(by_value(labels).values())
+    parts = []
+    for client in range(clients):
+        rng = generator(f"{seed}/{client}")
+        counts = rng.multinomial(draws, rng.dirichlet([alpha] * len(members)))
+        drawn = (rng.choice(each, count) for each, count in zip(members, counts, strict=True))
+        parts.append(sorted(index for piece in drawn for index in piece.tolist()))
+    return parts
 
 
 def by_task(

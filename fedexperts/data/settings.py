@@ -17,8 +17,8 @@ KEYS_OF: Mapping[By, tuple[str, ...]] = {
     "task": ("within", "clients_per_task"),
     "iid": (),
     "pathological": ("labels_per_client", "clusters"),
-    "dirichlet": ("alpha", "clusters"),
-    "clusters": ("clusters", "alpha"),
+    "dirichlet": ("alpha", "clusters", "draws"),
+    "clusters": ("clusters", "alpha", "draws"),
     "quantity": ("alpha",),
 }
 
@@ -29,6 +29,7 @@ class PartitionSettings(BaseModel):
     by = task: each client has one task; `within` divides a task among its clients (iid unless told).
     by = dirichlet: each label's shares are drawn from Dirichlet(alpha); clusters of texts stand in where nothing has a label.
     by = clusters: the same over `clusters` K-means clusters of texts, labels or not.
+    `draws`, with either: each client draws so many with replacement instead, in shares of its own.
     by = pathological: each client has only `labels_per_client` labels.
     by = quantity: sizes are drawn from Dirichlet(alpha), contents at random.
 
@@ -42,6 +43,7 @@ class PartitionSettings(BaseModel):
     alpha: float = Field(default=0.5, gt=0)
     labels_per_client: int = Field(default=2, ge=1)
     clusters: int = Field(default=10, ge=1)
+    draws: PositiveInt | None = None  # with by = dirichlet or clusters
     clients_per_task: dict[str, PositiveInt] = {}  # with by = task; empty: as even as it goes
     within: "PartitionSettings | None" = None  # with by = task
 

@@ -116,6 +116,17 @@ def test_all_clients_together_are_one_with_the_examples_of_all_in_their_order():
     assert dict(alone.together()) == dict(alone)
 
 
+def test_what_is_drawn_with_replacement_repeats_in_training_and_not_in_validation_or_tests():
+    clients = make_clients(settings(partition={"dirichlet": 0.5, "draws": 300}, limit=60, test_examples=20), 0)
+    for name in clients:
+        share = clients.shares[name]
+        drawn = Counter(clients.partition.indices[list(clients).index(name)])
+        assert drawn.total() == 300 and len(drawn) < 120
+        assert len(share.validation) == len(set(share.validation)) == round(0.15 * len(drawn))
+        assert Counter(share.train) == {index: count for index, count in drawn.items() if index not in share.validation}
+        assert not {key(each) for each in clients[name].test} & {key(each) for each in clients[name].train}
+
+
 def test_validation_is_the_share_that_was_asked_for():
     split = make_clients(settings(clients=2, validation=0.25), 0)["c01"]
     assert len(split.validation) == round(0.25 * (len(split.train) + len(split.validation)))

@@ -72,6 +72,7 @@ TEXTS = [f"word{index % 9} and{index % 7}" for index in range(400)]
 MAKERS = {
     "iid": lambda seed: partition.iid(400, 7, seed),
     "dirichlet": lambda seed: partition.dirichlet(labels_of(400, 5), 7, 0.5, seed),
+    "draws": lambda seed: partition.dirichlet_draws(labels_of(400, 5), 7, 0.5, 50, seed),
     "quantity": lambda seed: partition.quantity(400, 7, 0.5, seed),
     "pathological": lambda seed: partition.pathological(labels_of(400, 5), 7, 2, seed),
     "task": lambda seed: partition.by_task(["sort"] * 250 + ["add"] * 150, 7, seed),
@@ -83,6 +84,18 @@ MAKERS = {
 def test_a_seed_gives_the_same_parts_again_and_another_seed_others(name):
     assert MAKERS[name]("0/a") == MAKERS[name]("0/a")
     assert MAKERS[name]("0/a") != MAKERS[name]("1/a")
+
+
+def test_draws_are_as_many_as_asked_for_with_replacement_and_labels_count_alike_however_rare():
+    labels = ["often"] * 900 + ["rare"] * 100
+    even = partition.dirichlet_draws(labels, 5, 1e6, 2000, "0")
+    assert {len(part) for part in even} == {2000}
+    assert all(850 < sum(index >= 900 for index in part) < 1150 for part in even)  # half; by size it were 200
+    assert all(len(set(part)) < 1000 and max(part) < 1000 and part == sorted(part) for part in even)
+    lopsided = partition.dirichlet_draws(labels, 40, 0.05, 100, "0")
+    assert sum(max(Counter(labels[index] for index in part).values()) > 95 for part in lopsided) > 25
+    with pytest.raises(BadData, match="each client would draw 3 examples, but needs 4; raise draws"):
+        partition.dirichlet_draws(labels, 2, 0.5, 3, "0", minimum=4)
 
 
 def test_small_alpha_is_more_lopsided_than_large():

@@ -271,6 +271,8 @@ def test_settings_survive_being_written_and_read():
         ({"sources": ["a"], "partition": {"by": "tsak"}}, "'task', 'iid'"),
         ({"sources": ["a"], "partition": {"alpha": 0.1}}, "alpha has no effect with by"),
         ({"sources": ["a"], "partition": {"by": "iid", "within": "iid"}}, "within has no effect"),
+        ({"sources": ["a"], "partition": {"quantity": 0.5, "draws": 9}}, "draws has no effect"),
+        ({"sources": ["a"], "partition": {"dirichlet": 0.5, "draws": 0}}, "greater than 0"),
         ({"sources": ["a"], "partition": {"by": "task", "within": "task"}}, "within divides one task"),
         ({"sources": ["a"], "partition": {"dirichlet": 0}}, "greater than 0"),
     ],
