@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedexperts.engines.kept import Keeper
+from fedexperts.errors import BadRun
 from fedexperts.files import write_tensors, write_text
 from fedexperts.types import Server
 
@@ -17,7 +19,7 @@ LOGS = ("rounds.jsonl", "evals.jsonl", "ledger.jsonl")
 
 
 def save(folder: Path, server: Server) -> None:
-    """The server after its last round, and how long the logs were then, below `folder`/checkpoint.
+    """The server after its last round, how long the logs were then and what clients here keep, below `folder`/checkpoint.
 
     Nothing random is saved because nothing is carried over: every draw is seeded by its round and its client.
     """
@@ -27,7 +29,9 @@ def save(folder: Path, server: Server) -> None:
     write_tensors(step / "weights.safetensors", server.weights)
     write_tensors(step / "memory.safetensors", server.memory)
     lengths = {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
-    state = {"round": server.round, "task": server.task, "logs": lengths}
+    keeper = Keeper(folder / "clients")
+    kept = {client: there[-1].stem for client in server.clients if (there := keeper.versions(client))}
+    state = {"round": server.round, "task": server.task, "logs": lengths, **({"kept": kept} if kept else {})}
     write_text(step / "state.json", json.dumps(state))  # last: with it the checkpoint counts
     for other in checkpoint.iterdir():
         if other != step:
@@ -50,6 +54,18 @@ def restored(saved: Path, server: Server) -> Server:
     state = json.loads((saved / "state.json").read_text())
     weights, memory = tensors(saved)
     return replace(server, weights=weights, memory=memory, round=state["round"], task=state["task"])
+
+
+def require_kept(folder: Path, name: str | None = None) -> None:
+    """Raises BadRun when what a client (`name`: this one) kept at the last checkpoint in `folder` is not there any more."""
+    saved = latest(folder)
+    kept = json.loads((saved / "state.json").read_text()).get("kept", {}) if saved else {}
+    for client, last in kept.items():
+        path = folder / "clients" / client / f"{last}.safetensors"
+        if name in (None, client) and not path.exists():
+            raise BadRun(
+                f"what {client} keeps to itself is gone: there is no {path}; bring it back, or run anew with another --out"
+            )
 
 
 def tensors(saved: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

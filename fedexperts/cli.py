@@ -181,6 +181,9 @@ def export(
     to: Annotated[Path, typer.Option(help="The folder to write: one that is not there yet, or is empty.", show_default=False)],
     client: Annotated[str | None, typer.Option(help="A client, whose own model is written in place of the global one.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapters, for peft, in place of a whole model.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a client: adapters merged into the weights, those of personal experts too.")
+    ] = False,
     kept: Annotated[
         Path | None, typer.Option(help="Where the client was on another machine: its own folder, the --out it had.")
     ] = None,
@@ -188,7 +191,7 @@ def export(
     """A model folder to take away: the run's global model, or a client's own, as of the last checkpoint."""
     from fedexperts import export as exports
 
-    kind = exports.export(folder, to, client, adapter, kept)
+    kind = exports.export(folder, to, client, adapter, kept, merge)
     how = (
         "peft reads it"
         if kind.adapter

@@ -80,7 +80,7 @@ def told(config: RunConfig, out: Path, federation: Federation, bounds: Mapping[s
     if noted.exists() and (out / "resolved.json").exists():
         return read_greetings(noted)
     names = dict.fromkeys(config.data.names)
-    run = flower.about(config, bases.base(config.model).hash, federation.home)
+    run = flower.about(config, bases.base(config.model).identity, federation.home)
     engine = FlowerEngine(federation.grid, run, names, check=federation.check, **bounds)
     engine.connect(seconds=float("inf"))
     found = [engine.greetings[name] for name in names]

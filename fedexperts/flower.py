@@ -59,7 +59,7 @@ def connected(
     federation = prepared.config.federation
     bounds = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **told}
     note = partial(note_dropped, out / "dropped.jsonl")
-    run = about(prepared.config, prepared.base.hash, out)
+    run = about(prepared.config, prepared.base.identity, out)
     engine = FlowerEngine(grid, run, everyone(prepared), accepted=accepted(out), check=check, note=note, **bounds)
     fewest = federation.min_clients if patience is not None else None
     del prepared  # it has the base, and this is here until the run ends
@@ -77,9 +77,9 @@ def note_dropped(path: Path, answer: Mapping[str, object]) -> None:
         file.write(json.dumps(answer) + "\n")
 
 
-def about(config: RunConfig, model_hash: str, out: Path) -> str:
-    """What clients need to know of the run in `out`, as JSON; `id` is what they call it."""
-    told = {"settings": config.resolved(), "folder": str(out.resolve()), "id": identity(out), "model_hash": model_hash}
+def about(config: RunConfig, base: str, out: Path) -> str:
+    """What clients need to know of the run in `out`, as JSON; `id` is what they call it, `base` the identity of its base."""
+    told = {"settings": config.resolved(), "folder": str(out.resolve()), "id": identity(out), "model_hash": base}
     return json.dumps(told)
 
 

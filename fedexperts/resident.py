@@ -114,7 +114,7 @@ class Resident:
             parts.base(model)
             self.say(f"loaded the base model {model.name} in {perf_counter() - started:.1f} s")
         prepared = prepare_run(agreed, parts=parts)
-        if prepared.base.hash != told["model_hash"]:
+        if prepared.base.identity != told["model_hash"]:
             raise BadLetter(f"its base model {model.name} is not the server's: their files differ; give both the same")
         own = asdict(counts(prepared.clients, self.name, parts.longest_response(agreed))) if self.data else None
         return site_for(prepared, self.folder / told["id"]), own

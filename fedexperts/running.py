@@ -25,7 +25,7 @@ from fedexperts.plan import plan
 from fedexperts.progress import Progress, Quiet
 from fedexperts.settings import different, flattened, to_toml
 from fedexperts.sites import clock_for, encoder_for, site_for, work_for
-from fedexperts.start import Parts, Prepared, prepare_run, versions, without_weights
+from fedexperts.start import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.types import Engine, Method, Server
 from fedexperts.work import falls_due
 
@@ -78,7 +78,8 @@ def run(
 
     Raises:
         BadValue: a setting, the data or the model does not allow the run; nothing was written then.
-        BadRun: `out` holds another run; or too few clients of a round answered, and the run can be resumed before it.
+        BadRun: `out` holds another run, or not all that its clients keep to themselves; or too few clients of a round answered,
+            and the run can be resumed before it.
         Busy: another process is at work in `out`.
     """
     torch.set_num_threads(config.training.threads)
@@ -94,6 +95,8 @@ def run(
             done(begun, prepared.method, config.federation.rounds),
             len(steps(prepared.method, config.federation.rounds)),
         )
+        if behind < total:
+            checkpoint.require_kept(out)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = track.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
         with track.tracking(config.track.to, about, done=behind == total) as tell:
@@ -316,7 +319,8 @@ def require_same_inputs(prepared: Prepared, out: Path) -> None:
     if (out / "versions.json").exists():
         begun = json.loads((out / "versions.json").read_text())
         now = versions(prepared)
-        changed = [f"{name} changed" for name in ("model_hash", "data_hashes") if begun[name] != now[name]]
+        inputs = [name for name in INPUTS if name in begun]  # runs from before noted fewer
+        changed = [f"{INPUTS[name]} changed" for name in inputs if begun[name] != now[name]]
         if changed:
             raise BadRun(
                 f"{out} holds a run that began with other files: {', '.join(changed)}; "

@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
@@ -277,14 +278,34 @@ def without_weights(prepared: Prepared) -> Prepared:
     return replace(prepared, base=base, server=replace(prepared.server, weights={}))
 
 
+INPUTS = {
+    "model_hash": "the model's weights",
+    "config_hash": "the model's configuration or tokenizer",
+    "data_hashes": "the data",
+}
+"""What `versions` tells of files that a run works with: it goes on, and is exported, only with the same."""
+
+
 def versions(prepared: Prepared) -> dict[str, Any]:
+    config = prepared.config
     packages = ("fedexperts", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
     return {
         **{package: version(package) for package in packages},
         "git_commit": git_commit(),
         "model_hash": prepared.base.hash,
-        "data_hashes": {**prepared.clients.hashes, **prepared.retained.hashes, **trace_hash(prepared.config.devices.profile)},
+        "config_hash": prepared.base.config_hash,
+        "data_hashes": {
+            **prepared.clients.hashes,
+            **prepared.retained.hashes,
+            **trace_hash(config.devices.profile),
+            **text_hash(config.method.get("public_text")),
+        },
     }
+
+
+def text_hash(path: str | None) -> dict[str, str]:
+    """The path and sha256 of the text that all clients have; empty where there is none."""
+    return {} if path is None else {path: sha256(Path(path).read_bytes()).hexdigest()}
 
 
 def git_commit() -> str | None:

@@ -7,9 +7,10 @@ import torch
 from safetensors import SafetensorError
 
 from fedexperts import checkpoint, files
+from fedexperts.errors import BadRun
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.types import Server
+from fedexperts.types import Client, Server
 
 START = Server({"w": torch.zeros(2, 3)}, {"w": "mlp"}, Anatomy({"mlp": BlockShape(2, 1)}), Footprint(0, {"mlp": 1}, 0), {})
 
@@ -48,6 +49,24 @@ def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
     checkpoint.load(tmp_path, START)
     assert (tmp_path / "rounds.jsonl").read_text() == "round 1\n"
     assert (tmp_path / "evals.jsonl").read_text() == ""
+
+
+def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
+    known = replace(server(2), clients={name: Client(name, 1, "t") for name in ("c01", "c02", "c03")})
+    for client, rounds in (("c01", (1, 2)), ("c02", (1,))):
+        for round in rounds:
+            files.write_tensors(tmp_path / "clients" / client / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
+    checkpoint.save(tmp_path, known)
+    assert json.loads((tmp_path / "checkpoint/000002-train/state.json").read_text())["kept"] == {
+        "c01": "000002-train",
+        "c02": "000001-train",
+    }
+    checkpoint.require_kept(tmp_path)
+    (tmp_path / "clients/c01/000002-train.safetensors").unlink()
+    checkpoint.require_kept(tmp_path, "c02")
+    for name in (None, "c01"):
+        with pytest.raises(BadRun, match=r"what c01 keeps to itself is gone: there is no .*000002-train\.safetensors; bring"):
+            checkpoint.require_kept(tmp_path, name)
 
 
 def test_only_the_newest_checkpoint_stays(tmp_path):

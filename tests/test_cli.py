@@ -129,7 +129,7 @@ def test_resuming_with_other_data_under_the_same_name_is_refused(fedexperts, run
     rows.write_text("\n".join(pairs))
     code, _, said = fedexperts(*command, "--resume")
     assert code == 2
-    assert "data_hashes changed" in said
+    assert "the data changed" in said
     assert "model_hash" not in said
 
 

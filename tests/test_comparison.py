@@ -308,5 +308,5 @@ def test_a_comparison_started_again_does_nothing_to_finished_runs_and_still_sees
     assert compare(chosen, read_variants("fedavg"), 1, out).failed == {}
     assert results(out / "fedavg/seed-0") == before
     source.write_text("\n".join(map(json.dumps, rows[:-1])))
-    with pytest.raises(BadRun, match="data_hashes changed"):
+    with pytest.raises(BadRun, match="the data changed"):
         compare(chosen, read_variants("fedavg"), 1, out)

@@ -178,6 +178,22 @@ def test_a_client_s_folder_gives_the_logits_it_was_scored_with_bit_for_bit(ended
         assert len(set(counts)) == len(counts)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+@pytest.mark.parametrize("case", ["lora", "cut lora", "grafted", "own b"])
+def test_a_client_s_adapters_are_merged_where_that_is_asked_for(ended, family, case, tmp_path):
+    run = ended(family, case)
+    kind = export(run.folder, tmp_path / "c02", "c02", merge=True)
+    assert kind.needs_code == (case in ("cut lora", "grafted"))
+    held = load_file(tmp_path / "c02" / "model.safetensors")
+    assert not any("lora" in name or "base_layer" in name for name in held)
+    assert any("grafted" in name for name in held) == (case == "grafted")
+    for model in (load(tmp_path / "c02"), by_transformers(tmp_path / "c02", family, trust_remote_code=kind.needs_code)):
+        assert (logits(model, family) - run.logits["c02"]).abs().max() <= 1e-4
+    told = (tmp_path / "c02" / "README.md").read_text()
+    assert "its adapters merged into its weights" in told
+    assert ("**Personal.**" in told) == (case in ("grafted", "own b"))
+
+
 @pytest.mark.parametrize("family", FOUR)
 def test_the_global_model_of_full_training_is_a_plain_folder_bit_for_bit(ended, family, tmp_path):
     run = ended(family, "full")
@@ -400,6 +416,9 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(ended, tmp_pat
     refused(BadRun, "it holds 1 runs: give one of them, such as", full.parent, to)
     refused(BadValue, "has no client 'c1', only c01, c02; did you mean c0", full, to, "c1")
     refused(BadValue, 'it trained whole weights (training.train = "full"); leave out --adapter', full, to, adapter=True)
+    refused(BadValue, 'it trained whole weights (training.train = "full"); leave out --merge', full, to, "c01", merge=True)
+    refused(BadValue, "the global one has its adapters merged anyway; leave it out", flex, to, merge=True)
+    refused(BadValue, "and --adapter writes them alone; leave one out", flex, to, "c01", adapter=True, merge=True)
     refused(BadValue, "has personal experts beside the base's", flex, to, "c01", adapter=True)
     refused(BadValue, "has fewer experts than the base", ended("olmoe", "cut lora").folder, to, "c01", adapter=True)
     refused(BadRun, "nothing has been merged into it (local)", ended("olmoe", "own").folder, to)
@@ -426,8 +445,11 @@ def test_a_run_without_a_checkpoint_or_with_another_base_is_refused(ended, tmp_p
     shutil.copytree(run, tmp_path / "run")
     told = json.loads((run / "versions.json").read_text())
     (tmp_path / "run" / "versions.json").write_text(json.dumps({**told, "model_hash": "another", "data_hashes": {}}))
-    refused(BadRun, "was made with other files: the model ", tmp_path / "run", tmp_path / "out")
+    refused(BadRun, "was made with other files: the model's weights changed since", tmp_path / "run", tmp_path / "out")
     refused(BadRun, "and the data changed since", tmp_path / "run", tmp_path / "out", "c01")
+    (tmp_path / "run" / "versions.json").write_text(json.dumps({**told, "config_hash": "another"}))
+    for client in (None, "c01"):
+        refused(BadRun, "the model's configuration or tokenizer changed since", tmp_path / "run", tmp_path / "out", client)
     shutil.rmtree(tmp_path / "run" / "checkpoint")
     refused(
         BadRun,
@@ -436,6 +458,19 @@ def test_a_run_without_a_checkpoint_or_with_another_base_is_refused(ended, tmp_p
         tmp_path / "out",
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_where_what_a_client_kept_is_gone_it_is_not_exported_and_its_run_does_not_go_on(ended, tmp_path):
+    run = shutil.copytree(ended("olmoe", "grafted").folder, tmp_path / "run")
+    shutil.rmtree(run / "clients" / "c01")
+    refused(BadRun, "what c01 keeps to itself is gone: there is no ", run, tmp_path / "out", "c01")
+    export(run, tmp_path / "c02", "c02")
+    resolved = json.loads((run / "resolved.json").read_text())
+    resolved["federation"]["rounds"] = 2
+    (run / "resolved.json").write_text(json.dumps(resolved))
+    with pytest.raises(BadRun, match="what c01 keeps to itself is gone"):
+        running.run(RunConfig.model_validate(resolved), run, resume=True)
+    assert len((run / "rounds.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_stopped_run_gives_its_last_checkpoint_and_says_so(ended, tmp_path):

@@ -1,6 +1,6 @@
 """A base model by name: one of ours, a folder, or one from the hub."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
@@ -21,6 +21,8 @@ from fedexperts.moe.kernel import choose_kernel
 OURS = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
 """`tiny` ships with the package; `small`, the base of the reported runs, lies in a checkout of the repository only."""
 WEIGHTS = ("*.safetensors", "*.bin")
+SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model")
+"""What else decides what a model does with a text: top-k and the rest of its shape, and how text becomes tokens."""
 
 T = TypeVar("T")
 
@@ -34,6 +36,12 @@ class Base:
     encoder_decoder: bool
     name: str
     hash: str  # of its weight files
+    config_hash: str = ""  # of its configuration and tokenizer
+
+    @property
+    def identity(self) -> str:
+        """What two machines that work with the same base have alike."""
+        return f"{self.hash}{self.config_hash}"
 
 
 def load(name: str, trust_remote_code: bool = False) -> Base:
@@ -58,7 +66,8 @@ def load(name: str, trust_remote_code: bool = False) -> Base:
         model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
     choose_kernel(model)
     align(model)
-    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, weights_hash(where))
+    hashes = files_hash(where, WEIGHTS), files_hash(where, SETTINGS)
+    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, *hashes)
 
 
 def align(model: nn.Module) -> None:
@@ -128,11 +137,11 @@ def without_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def weights_hash(where: str) -> str:
-    """sha256 over the names and bytes of all weight files."""
+def files_hash(where: str, patterns: Sequence[str]) -> str:
+    """sha256 over the names and bytes of all files of these names."""
     folder = Path(where) if Path(where).is_dir() else Path(snapshot_download(where, local_files_only=True))
     digest = sha256()
-    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(file_digest(stream, "sha256").digest())

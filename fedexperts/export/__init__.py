@@ -31,28 +31,47 @@ class Kind:
     needs_code: bool  # transformers reads it through the modelling file that travels with it
 
 
-def export(folder: Path, to: Path, client: str | None = None, adapter: bool = False, kept: Path | None = None) -> Kind:
+def export(
+    folder: Path,
+    to: Path,
+    client: str | None = None,
+    adapter: bool = False,
+    kept: Path | None = None,
+    merge: bool = False,
+) -> Kind:
     """Writes into `to` the global model of the run in `folder`, or that of `client`, as of the last checkpoint.
 
     The global model is a plain folder of transformers, adapters merged into the weights. A client's is what it is scored with, to
     the bit: plain where it is a whole model without adapters, else with a modelling file. `adapter`: only the adapters, as peft
     has them, with the routers where they were trained. `kept`: the client's own folder, where the run was over several machines.
+    `merge`: of a client's model too the adapters, those of personal experts included, are merged into the weights: faster, and
+    the same to rounding; plain where nothing but adapters differed from the base's class.
 
     Raises:
         BadRun: `folder` has no run with a checkpoint, another process is at it, or there is no such model.
-        BadValue: no such client, nothing that could be an adapter, `to` holds something, or `kept` without a client.
+        BadValue: no such client, nothing that could be an adapter, `to` holds something, `kept` or `merge` without a client, or
+            `merge` where adapters are asked for or there are none.
     """
     require_room(to)
     run = open_run(folder)
     if kept is not None and client is None:
         raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
-    if adapter and run.config.training.train == "full":
-        raise BadValue(f'{folder} has no adapters: it trained whole weights (training.train = "full"); leave out --adapter')
+    if merge and adapter:
+        raise BadValue("--merge puts adapters into the weights, and --adapter writes them alone; leave one out")
+    if merge and client is None:
+        raise BadValue("--merge is for a client's model, and the global one has its adapters merged anyway; leave it out")
+    if (adapter or merge) and run.config.training.train == "full":
+        raise BadValue(
+            f'{folder} has no adapters: it trained whole weights (training.train = "full"); '
+            f"leave out {'--adapter' if adapter else '--merge'}"
+        )
     try:
         with locked(folder):
             found = of_client(run, client, kept) if client is not None else of_server(run)
     except Busy:
         raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
+    if merge:
+        lora.merge(found.model)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))
     with whole_folder(to) as made, without_bars():
         if adapter:
@@ -67,7 +86,7 @@ def export(folder: Path, to: Path, client: str | None = None, adapter: bool = Fa
             even_start(file)
         found.base.tokenizer.save_pretrained(made)
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
-        (made / "README.md").write_text(card.text(run, found, client, adapter, kind.needs_code))
+        (made / "README.md").write_text(card.text(run, found, client, adapter, kind.needs_code, merge))
     return kind
 
 

@@ -10,17 +10,15 @@ from huggingface_hub import try_to_load_from_cache
 
 from fedexperts.base.load import OURS, place
 from fedexperts.evaluate import METRICS
-from fedexperts.export.models import Exported, Run
-from fedexperts.methods.personal import parts
-from fedexperts.moe import graft, rows
+from fedexperts.export.models import PERSONAL_EXPERTS, Exported, Run
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.shrink import kept_experts
 
 AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForSeq2SeqLM"}
 
 
-def text(run: Run, found: Exported, client: str | None, adapter: bool, needs_code: bool) -> str:
-    """The whole card."""
+def text(run: Run, found: Exported, client: str | None, adapter: bool, needs_code: bool, merged: bool = False) -> str:
+    """The whole card. `merged`: its adapters were added into its weights, which a client's else are not."""
     what = f"The model of client {client}" if client is not None else "The global model"
     licence = licence_of(run.config.model.name)
     head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [mixture-of-experts, federated-learning]"]
@@ -28,7 +26,8 @@ def text(run: Run, found: Exported, client: str | None, adapter: bool, needs_cod
     sections = [
         "\n".join([*head, "---"]),
         f"# {what} of a federated run",
-        f"As it was after round {run.round} of {run.config.federation.rounds}{', its adapters alone' if adapter else ''}; "
+        f"As it was after round {run.round} of {run.config.federation.rounds}"
+        f"{', its adapters alone' if adapter else ', its adapters merged into its weights' if merged else ''}; "
         "written by `fedexperts export`.",
         personal(run, found, client),
         "## Use",
@@ -57,10 +56,8 @@ def personal(run: Run, found: Exported, client: str | None) -> str:
     told = cut_told(found)
     if not found.personal:
         return f"Its weights are what the server would send this client; it kept no weight of this model to itself.{told}"
-    layout = rows.layout(found.model)
-    grafted = [name for name in found.personal if graft.is_personal(name)]
-    of = sorted({part for name, part in parts(layout).items() if name in set(found.personal) - set(grafted)})
-    what = [*(["personal experts and their gates"] if grafted else []), *of]
+    kept = set(found.personal.values())
+    what = [*({PERSONAL_EXPERTS} & kept), *sorted(kept - {PERSONAL_EXPERTS})]
     return (
         f"> **Personal.** This folder holds what client {client} kept to itself in the run and never sent: {', '.join(what)} "
         f"({len(found.personal)} tensors, trained on its own examples). It may tell of these examples: pass it on only if the "

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +19,16 @@ from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
+from fedexperts.methods.personal import parts
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
 from fedexperts.settings import checked
-from fedexperts.start import Parts, Prepared, prepare_run, told_by, versions
+from fedexperts.start import INPUTS, Parts, Prepared, prepare_run, told_by, versions
 from fedexperts.types import Bench, Server, Tensors
+
+PERSONAL_EXPERTS = "personal experts and their gates"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Exported:
 
     model: nn.Module
     base: Base
-    personal: tuple[str, ...] = ()  # weights in it that its client kept to itself
+    personal: Mapping[str, str] = field(default_factory=dict)  # weights that its client kept to itself → what they are a part of
     added: bool = False  # whether anything was added to the base's weights under the adapters
 
     @property
@@ -95,7 +98,7 @@ def of_server(run: Run) -> Exported:
     """
     config = run.config
     base = load(config.model.name, config.model.trust_remote_code)
-    require_same(run, {"model_hash": base.hash})
+    require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash})
     everything = anatomy(base.model).all_experts
     model = prepare(shrink(base.model, everything), config.training.build().tuning, seed=f"{config.seed}/start")
     start = rows.read(model)
@@ -132,15 +135,15 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     keeper = keeper_of(run, name, kept)
     prepared = prepare_run(run.config, parts=parts_of(run))
     now = versions(prepared)
-    require_same(run, {each: now[each] for each in ("model_hash", "data_hashes")})
+    require_same(run, {each: now[each] for each in INPUTS})
     server = checkpoint.restored(run.saved, prepared.server)
     job = next(jobs_for(replace(server, task="evaluate"), prepared.method, [server.clients[name]]), None)
     if job is None:
         raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
     held = keeper.load(job)
     model = install(job, bench_of(prepared, server, name, held)).eval()
-    own = rows.layout(model)
-    personal = tuple(each for each in held if each in own)
+    part = parts(rows.layout(model))
+    personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in held if each in part}
     return Exported(model, prepared.base, personal, added=bool(factors.base_change(job.extra, held)))
 
 
@@ -157,6 +160,7 @@ def keeper_of(run: Run, name: str, kept: Path | None) -> Keeper:
                 f"{run.folder} ran over several machines, and what {name} keeps to itself lies on its own; copy the folder there "
                 "and give --kept, or take the global model (leave out --client)"
             )
+        checkpoint.require_kept(run.folder, name)
         return Keeper(run.folder / "clients")
     named = run.folder / "id"
     found = kept / named.read_text() if named.exists() else None
@@ -204,8 +208,7 @@ def bench_of(prepared: Prepared, server: Server, name: str, kept: dict[str, Tens
 
 def require_same(run: Run, now: Mapping[str, Any]) -> None:
     """Raises BadRun when the run began with another model or other data under the same names."""
-    words = {"model_hash": f"the model {run.config.model.name}", "data_hashes": "the data"}
-    if changed := [words[key] for key in now if run.versions[key] != now[key]]:
+    if changed := [INPUTS[key] for key in now if run.versions.get(key, now[key]) != now[key]]:  # runs from before noted fewer
         raise BadRun(f"{run.folder} was made with other files: {' and '.join(changed)} changed since; bring back what it had")
 
 

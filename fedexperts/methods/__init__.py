@@ -55,6 +55,9 @@ METHODS: dict[str, type[Method]] = {
 REFERENCES = frozenset({"local", "centralised"})
 """What federated methods are held against, the floor and the ceiling: no method's target is theirs."""
 
+UNSTEPPED = frozenset({"local", "flora", "flexlora"})
+"""Whose merge gives no weights that a server's optimiser could go on from: none, or factors that are chosen anew each time."""
+
 GROUP = "fedexperts.methods"
 """The entry points by which an installed package brings methods: `median = "its_module:Median"`."""
 

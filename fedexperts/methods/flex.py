@@ -6,9 +6,13 @@ https://arxiv.org/abs/2506.00965. What it leaves open is marked (ours).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from fedexperts.client import fit, install, of_each_task
 from fedexperts.errors import BadData, BadValue
@@ -63,11 +67,9 @@ class FLEx:
             lora.check_rank(factors.rank_of(server.weights), server.weights[next(iter(adapters))].dtype)
         if (self.select == "shared") != (self.public_text is not None):
             raise BadValue('method.select = "shared" and method.public_text go together; give both, or neither')
-        if self.public_text is not None and not has_text(Path(self.public_text)):
-            raise BadValue(
-                f"method.public_text = {self.public_text!r} is no file with text in it; give a text file that every client has"
-            )
-        return all_experts(server)
+        if self.public_text is None:
+            return all_experts(server)
+        return replace(all_experts(server), extra={"public_text": fingerprint(public(self.public_text))})
 
     def train(self, job: Job, bench: Bench) -> Update:
         """The client's round: its personal experts and gates, which it keeps, together with what is shared, which it sends.
@@ -85,13 +87,19 @@ class FLEx:
         return answer(job, bench, model, replace(fitted, cost=cost))
 
     def selected(self, job: Job, bench: Bench) -> tuple[Experts, float]:
-        """The experts that the client's own start as, and the operations (estimated) that it took to find them."""
+        """The experts that the client's own start as, and the operations (estimated) that it took to find them.
+
+        Raises:
+            BadData: there is nothing to select by, or the public text is not the server's.
+        """
         blocks = anatomy(bench.model).blocks
         if self.select == "random":
             rng = Random(f"{job.seed}/graft")
             return {
                 name: tuple(sorted(rng.sample(range(each.num_experts), self.num_grafted))) for name, each in blocks.items()
             }, 0.0
+        if self.public_text is not None and not torch.equal(fingerprint(public(self.public_text)), job.extra["public_text"]):
+            raise BadData(f"method.public_text = {self.public_text!r} is another text here than the server's; give all the same")
         batches = self.calibration(bench)
         if self.select == "most_used":
             return most_used(bench.model, batches, self.num_grafted), selection_flops_estimated(bench.model, batches, passes=0)
@@ -105,8 +113,7 @@ class FLEx:
             BadData: there is nothing.
         """
         if self.public_text is not None:
-            text = Path(self.public_text).read_text(encoding="utf-8")
-            examples = pieces(text, self.calibration_examples, is_encoder_decoder(bench.model))
+            examples = pieces(public(self.public_text), self.calibration_examples, is_encoder_decoder(bench.model))
         else:
             examples = of_each_task(bench.data.train, self.calibration_examples)
         if not examples:
@@ -121,9 +128,26 @@ class FLEx:
         return mean_rows(server, updates, by_examples)
 
 
-def has_text(path: Path) -> bool:
-    """Whether there is a file that is not empty."""
-    return path.is_file() and path.stat().st_size > 0
+def public(name: str) -> str:
+    """The text in the file `name`.
+
+    Raises:
+        BadValue: no file, or none with text in it.
+    """
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if not text.strip():
+        raise BadValue(
+            f"method.public_text = {name!r} is no file with text (UTF-8) in it; give a text file that every client has"
+        )
+    return text
+
+
+def fingerprint(text: str) -> Tensor:
+    """sha256 of it, as a job carries it, so that all select by the same."""
+    return torch.tensor(list(sha256(text.encode()).digest()), dtype=torch.uint8)
 
 
 def pieces(text: str, number: int, read_and_written: bool = False) -> Sequence[Example]:

@@ -67,6 +67,18 @@ def test_the_hash_is_that_of_the_weights(tmp_path):
     assert one == same != other
 
 
+def test_another_top_k_or_tokenizer_is_another_base(tmp_path):
+    folder = Path(saved(tmp_path / "one", tiny_model("olmoe", seed=0)))
+    first = load(str(folder))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts_per_tok": 3}))
+    second = load(str(folder))
+    assert (second.hash, second.config_hash == first.config_hash) == (first.hash, False)
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+    assert len({each.identity for each in (first, second, load(str(folder)))}) == 3
+
+
 def test_an_encoder_decoder_loads_as_one(tmp_path):
     base = load(saved(tmp_path, tiny_model("switch_transformers")))
     assert base.encoder_decoder and type(base.model).__name__ == "SwitchTransformersForConditionalGeneration"

@@ -121,11 +121,25 @@ def test_what_cannot_be_is_said_before_the_run(method, training, said):
         method.assign(replace(server, task="train"), CLIENTS[0])
 
 
-def test_an_empty_public_text_is_not_taken_for_none(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    method = FLEx(select="shared", public_text=str(tmp_path / "empty.txt"))
-    with pytest.raises(BadValue, match=r"empty.txt' is no file with text in it"):
+@pytest.mark.parametrize("held", [b"", b" \n\t\n", b"\x80\x8c"])
+def test_a_public_text_without_text_in_it_is_not_taken_for_one(tmp_path, held):
+    (tmp_path / "text.txt").write_bytes(held)
+    method = FLEx(select="shared", public_text=str(tmp_path / "text.txt"))
+    with pytest.raises(BadValue, match=r"text.txt' is no file with text \(UTF-8\) in it"):
         method.assign(replace(tiny_server(tiny_model("olmoe"), CLIENTS, TRAINING), task="train"), CLIENTS[0])
+
+
+def test_a_client_with_another_public_text_than_the_servers_does_not_select_by_it(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("w3 w4")
+    method = FLEx(select="shared", public_text=str(text))
+    bench = tiny_bench(tiny_model("olmoe"), CLIENTS[0], TRAINING)
+    server = replace(tiny_server(bench.model, CLIENTS, TRAINING), task="train")
+    job, _ = jobs_for(server, method, CLIENTS)
+    text.write_text("w3 w5")
+    with pytest.raises(BadData, match="is another text here than the server's; give all the same"):
+        method.train(job, bench)
+    assert not bench.kept
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])

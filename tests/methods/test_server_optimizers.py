@@ -280,6 +280,12 @@ def test_the_methods_of_a_comparison_differ_by_it():
         yogi.of(run)  # the key takes the place of the name
 
 
+def test_a_method_that_gives_nothing_to_go_on_from_is_refused():
+    for method in ("flora", "flexlora", "local"):
+        with pytest.raises(BadValue, match=f"server_optimizer goes on from the weights .* {method} gives none"):
+            config(f"method.name={method}", server_optimizer="fedadam")
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

@@ -165,7 +165,7 @@ def refusals(engine):
 
 def engine(tree, with_clients, model_hash=None):
     config = checked(RunConfig, tree)
-    about = {"settings": config.resolved(), "id": "1", "model_hash": model_hash or Parts().base(config.model).hash}
+    about = {"settings": config.resolved(), "id": "1", "model_hash": model_hash or Parts().base(config.model).identity}
     told = {"in_flight": 2, "names": with_clients.names, "poll_seconds": 0}
     return FlowerEngine(with_clients.grid, json.dumps(about), dict.fromkeys(ROWS), **told)
 
