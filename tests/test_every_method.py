@@ -31,6 +31,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 CHOOSY = ("hfedmoe", "pfl_moe", "random_expert")  # of the experts that clients have, they send only some
 ADAPTERS = {"fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert"}  # work on LoRA alone
+MEANS_BY_EXAMPLES = ("fedavg", "fedprox", "fedit", "ffa_lora", "fedsa_lora", "random_expert", "flex", "fedper", "fedrep", "ditto")
 KEEPING = ("local", "scaffold", "fedper", "fedrep", "ditto", "fedsa_lora", "flex")  # their clients keep something to themselves
 
 
@@ -107,6 +108,27 @@ def test_each_update_answers_its_job_and_holds_rows_of_its_experts_only(name, fa
                 assert sent == list(job.experts[block]) or name in CHOOSY
             seen += 1
     assert seen > 30 or name in ("local", "flora")  # flora's adapters are no weights: the server's stay as they are
+
+
+@pytest.mark.parametrize("name", MEANS_BY_EXAMPLES)
+def test_what_is_merged_is_the_mean_of_each_row_by_the_examples_of_those_who_sent_it(name):
+    played_round = played(name, "olmoe")
+    sent = [update for update in played_round.updates if update.task == "train"]
+    assert {update.client: update.examples for update in sent} == {"a": 8, "b": 12, "c": 8}
+    moved = 0
+    for key, before in played_round.start.weights.items():
+        total, weights = torch.zeros(before.shape, dtype=torch.float64), torch.zeros(len(before), dtype=torch.float64)
+        for update in sent:
+            if key in update.patch.tensors:
+                ids = update.patch.rows.get(key, torch.arange(len(before)))
+                total.index_add_(0, ids, update.examples * update.patch.tensors[key].double())
+                weights.index_add_(0, ids, torch.full((len(ids),), float(update.examples), dtype=torch.float64))
+        some = weights > 0
+        expected = before.clone()
+        expected[some] = (total[some] / weights[some].view(-1, *[1] * (before.dim() - 1))).to(before.dtype)
+        assert torch.equal(played_round.server.weights[key], expected)
+        moved += not torch.equal(expected, before)
+    assert moved > 2  # A of an adapter stays in a first step, as B is zero
 
 
 @every_family

@@ -5,14 +5,29 @@ from dataclasses import replace
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator
 
 from fedexperts.errors import BadValue
 from fedexperts.methods.base import Count, all_experts, patch_for
 from fedexperts.moe import factors, lora
 from fedexperts.types import Assignment, Client, Patch, Server, Update
 
-Ranks = Count | Annotated[tuple[Count, ...], Field(min_length=1)]
+
+def ranks_like(given: object) -> object:
+    """`given`, where it is a rank or some.
+
+    Raises:
+        BadValue: it is none.
+    """
+    ranks = given if isinstance(given, list | tuple) else [given]
+    if not ranks or not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in ranks):
+        raise BadValue(
+            f"method.ranks = {given!r:.60} is no rank; give a whole number from 1, or a list of some, one for each client"
+        )
+    return given
+
+
+Ranks = Annotated[Count | tuple[Count, ...], BeforeValidator(ranks_like)]
 """A hyperparameter that gives each client's adapters their rank: one for all, or some that go in turn over clients by name."""
 
 

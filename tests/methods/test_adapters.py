@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedexperts.client import install
+from fedexperts.config import RunConfig
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.methods import METHODS
@@ -17,6 +18,7 @@ from fedexperts.methods.ffa_lora import FFALoRA
 from fedexperts.methods.random_expert import RandomExpert
 from fedexperts.moe import factors, rows
 from fedexperts.moe.tuning import Tuning
+from fedexperts.settings import checked
 from fedexperts.testing import tiny_batch, tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
@@ -217,3 +219,14 @@ def test_a_rank_that_cannot_be_is_refused():
     attention = replace(LORA, tuning=Tuning("lora", rank=8, parts=("attention",)))
     free = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, attention)
     assert rank_for(free, CLIENTS[0], 6, "flora") == 6
+
+
+@pytest.mark.parametrize("ranks", [0, [0], [], [4, "x"], 4.5, True, "x"])
+def test_what_is_no_rank_is_refused_in_one_sentence(ranks):
+    tree = {"method": {"name": "hetlora", "ranks": ranks}, "data": {"sources": ["synthetic/sort"]}}
+    with pytest.raises(
+        BadValue, match=r"^method\.ranks = .* is no rank; give a whole number from 1, or a list of some"
+    ) as caught:
+        checked(RunConfig, tree)
+    assert "\n" not in str(caught.value)
+    assert checked(RunConfig, {**tree, "method": {"name": "hetlora", "ranks": [4, 8]}}).build_method().ranks == (4, 8)
