@@ -474,7 +474,7 @@ def letters(model: str, repeat: int) -> tuple[list[float], list[float], float]:
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         out = Path(folder)
         job = next(jobs_for(replace(prepared.server, round=1, task="train"), prepared.method, prepared.server.clients.values()))
-        letter = order(job, flower.about(config, prepared.base.hash, out), "")
+        letter = order(job, flower.about(config, prepared.base.identity, out), "")
         command, again = (worker_command(config, job.client, out / each) for each in ("old", "new"))  # one folder, one process
         with worker(command, out) as (path, pid):
             seconds(path, letter)  # the first job loads the base

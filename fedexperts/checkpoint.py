@@ -5,12 +5,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedexperts.engines.kept import Keeper
+from fedexperts.engines.kept import key
 from fedexperts.errors import BadRun
 from fedexperts.files import write_tensors, write_text
 from fedexperts.types import Server
@@ -18,8 +19,10 @@ from fedexperts.types import Server
 LOGS = ("rounds.jsonl", "evals.jsonl", "ledger.jsonl")
 
 
-def save(folder: Path, server: Server) -> None:
+def save(folder: Path, server: Server, answered: Mapping[str, str] | None = None) -> None:
     """The server after its last round, how long the logs were then and what clients here keep, below `folder`/checkpoint.
+
+    answered: client → the key of its last job whose answer counted, as `accepted` gives it.
 
     Nothing random is saved because nothing is carried over: every draw is seeded by its round and its client.
     """
@@ -29,8 +32,7 @@ def save(folder: Path, server: Server) -> None:
     write_tensors(step / "weights.safetensors", server.weights)
     write_tensors(step / "memory.safetensors", server.memory)
     lengths = {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
-    keeper = Keeper(folder / "clients")
-    kept = {client: there[-1].stem for client in server.clients if (there := keeper.versions(client))}
+    kept = {client: last for client, last in (answered or {}).items() if kept_at(folder, client, last).exists()}
     state = {"round": server.round, "task": server.task, "logs": lengths, **({"kept": kept} if kept else {})}
     write_text(step / "state.json", json.dumps(state))  # last: with it the checkpoint counts
     for other in checkpoint.iterdir():
@@ -56,12 +58,30 @@ def restored(saved: Path, server: Server) -> Server:
     return replace(server, weights=weights, memory=memory, round=state["round"], task=state["task"])
 
 
+def accepted(folder: Path, round: float = inf) -> dict[str, str]:
+    """Client → the key of its last job, up to `round`, whose answer counted, of the run in `folder`."""
+    ledger = folder / "ledger.jsonl"
+    entries = map(json.loads, ledger.read_text().splitlines() if ledger.exists() else ())
+    counted = (entry for entry in entries if entry["round"] <= round and counts(entry["task"], entry["failed"]))
+    return {entry["client"]: key(entry["round"], entry["task"]) for entry in counted}
+
+
+def counts(task: str, failed: str | None) -> bool:
+    """Whether a client may have kept something of a job with this end, which others then count on."""
+    return task != "evaluate" and not failed
+
+
+def kept_at(folder: Path, client: str, last: str) -> Path:
+    """Where a client on this machine has what it kept in the job whose key is `last`."""
+    return folder / "clients" / client / f"{last}.safetensors"
+
+
 def require_kept(folder: Path, name: str | None = None) -> None:
     """Raises BadRun when what a client (`name`: this one) kept at the last checkpoint in `folder` is not there any more."""
     saved = latest(folder)
     kept = json.loads((saved / "state.json").read_text()).get("kept", {}) if saved else {}
     for client, last in kept.items():
-        path = folder / "clients" / client / f"{last}.safetensors"
+        path = kept_at(folder, client, last)
         if name in (None, client) and not path.exists():
             raise BadRun(
                 f"what {client} keeps to itself is gone: there is no {path}; bring it back, or run anew with another --out"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.devices import UTILISATION, Profile, profiles
 from fedexperts.errors import BadValue, nearest
-from fedexperts.methods import METHODS, UNSTEPPED, enter_installed
+from fedexperts.methods import METHODS, enter_installed
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, Stepped
 from fedexperts.moe.tuning import Part, Tuning
 from fedexperts.settings import Tree, checked, read_tree, sentence, without_none
@@ -194,11 +194,6 @@ class RunConfig(Settings):
         """
         enter_installed()
         method, optimizer = built(METHODS, self.method, METHOD), self.federation.server_optimizer
-        if optimizer is not None and (name := self.method["name"]) in UNSTEPPED:
-            raise BadValue(
-                f"{OPTIMIZER} goes on from the weights that a merge gives, and {name} gives none that it could go on from; "
-                "leave it out, or take another method, such as fedit"
-            )
         return method if optimizer is None else Stepped(method, built(SERVER_OPTIMIZERS, optimizer, OPTIMIZER))
 
     def resolved(self) -> Tree:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from fedexperts import checkpoint
 from fedexperts.config import RunConfig
 from fedexperts.engines import remote
 from fedexperts.engines.flower.engine import FlowerEngine, Grid
 from fedexperts.engines.flower.simulation import Simulation
-from fedexperts.engines.kept import key
 from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
 from fedexperts.errors import BadLetter
@@ -60,7 +60,7 @@ def connected(
     bounds = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **told}
     note = partial(note_dropped, out / "dropped.jsonl")
     run = about(prepared.config, prepared.base.identity, out)
-    engine = FlowerEngine(grid, run, everyone(prepared), accepted=accepted(out), check=check, note=note, **bounds)
+    engine = FlowerEngine(grid, run, everyone(prepared), accepted=checkpoint.accepted(out), check=check, note=note, **bounds)
     fewest = federation.min_clients if patience is not None else None
     del prepared  # it has the base, and this is here until the run ends
     engine.connect(patience, fewest)
@@ -81,14 +81,6 @@ def about(config: RunConfig, base: str, out: Path) -> str:
     """What clients need to know of the run in `out`, as JSON; `id` is what they call it, `base` the identity of its base."""
     told = {"settings": config.resolved(), "folder": str(out.resolve()), "id": identity(out), "model_hash": base}
     return json.dumps(told)
-
-
-def accepted(out: Path) -> dict[str, str]:
-    """Client → the key of its last job whose answer counted, of the run that is resumed in `out`."""
-    ledger = out / "ledger.jsonl"
-    lines = map(json.loads, ledger.read_text().splitlines() if ledger.exists() else ())
-    taken = [line for line in lines if line["task"] != "evaluate" and line["failed"] is None]
-    return {line["client"]: key(line["round"], line["task"]) for line in taken}
 
 
 def play(letter: Letter, node: Mapping[str, Any]) -> Letter:

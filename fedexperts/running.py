@@ -15,7 +15,7 @@ import torch
 from fedexperts import checkpoint, evaluate, track
 from fedexperts.config import RunConfig
 from fedexperts.devices import UTILISATION
-from fedexperts.engines.kept import Keeper
+from fedexperts.engines.kept import Keeper, key
 from fedexperts.engines.local import LocalEngine
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.federation import done, federate, jobs_for, steps
@@ -125,6 +125,7 @@ def rounds(
     by_task = federation.sampling == "by task"
     started, noted = perf_counter(), False
     server = replace(server, clients=prepared.participants)
+    answered = checkpoint.accepted(out)
     course = federate(server, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task)
     for server in course:
         progress.failed(server, failures(ledger))
@@ -133,10 +134,12 @@ def rounds(
             noted = True
         told = scores_told(ledger)
         require_answers(server, ledger, federation.min_clients if server.round else max(federation.min_clients, 1))
+        counted = [entry for entry in ledger.entries if checkpoint.counts(entry.task, entry.failed)]
+        answered |= {entry.client: key(entry.round, entry.task) for entry in counted}
         record(out, server, ledger, perf_counter() - started)
         if due(server, method, prepared.config):
             assess(prepared, server, engine, ledger, out, progress, told)
-        checkpoint.save(out, server)
+        checkpoint.save(out, server, answered)
         tell()  # after it: no line that a tracker has is cut off again
         progress.round(server)
         started = perf_counter()

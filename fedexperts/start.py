@@ -31,6 +31,7 @@ from fedexperts.devices import Profile, memories, trace_hash
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue
 from fedexperts.federation import steps
+from fedexperts.methods import UNSTEPPED
 from fedexperts.moe import graft, rows
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, footprint, on_meta
@@ -233,6 +234,7 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
         BadValue: the model, the data, the devices or the method do not allow the run.
     """
     method = config.build_method()
+    require_steps(config)
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
     profiles, cost = parts.profiles(config), parts.footprint(config)
@@ -246,6 +248,15 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     own = parts.footprint(config, grafts=graft.number(method)).of(anatomy(base.model).all_experts) - full
     prepared = Prepared(config, method, label, base, clients, server, profiles, training, known, clients, setting, retained, own)
     return pooled(prepared) if method.pooled else prepared
+
+
+def require_steps(config: RunConfig) -> None:
+    """Raises BadValue for a server optimiser around a method whose merge gives nothing that it could go on from."""
+    if config.federation.server_optimizer is not None and (name := config.method["name"]) in UNSTEPPED:
+        raise BadValue(
+            f"federation.server_optimizer goes on from the weights that a merge gives, and {name} gives none that it could go on "
+            f"from; leave it out (in a comparison {name}:federation.server_optimizer.name=none), or take another method"
+        )
 
 
 def pooled(prepared: Prepared) -> Prepared:
@@ -282,6 +293,7 @@ INPUTS = {
     "model_hash": "the model's weights",
     "config_hash": "the model's configuration or tokenizer",
     "data_hashes": "the data",
+    "text_hash": "the public text",
 }
 """What `versions` tells of files that a run works with: it goes on, and is exported, only with the same."""
 
@@ -298,14 +310,14 @@ def versions(prepared: Prepared) -> dict[str, Any]:
             **prepared.clients.hashes,
             **prepared.retained.hashes,
             **trace_hash(config.devices.profile),
-            **text_hash(config.method.get("public_text")),
         },
+        "text_hash": text_hash(config.method.get("public_text")),
     }
 
 
-def text_hash(path: str | None) -> dict[str, str]:
-    """The path and sha256 of the text that all clients have; empty where there is none."""
-    return {} if path is None else {path: sha256(Path(path).read_bytes()).hexdigest()}
+def text_hash(path: str | None) -> str | None:
+    """sha256 of the text that all clients have, if there is one."""
+    return None if path is None else sha256(Path(path).read_bytes()).hexdigest()
 
 
 def git_commit() -> str | None:

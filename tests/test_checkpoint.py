@@ -7,11 +7,13 @@ import torch
 from safetensors import SafetensorError
 
 from fedexperts import checkpoint, files
+from fedexperts.engines.kept import Keeper
 from fedexperts.errors import BadRun
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.types import Client, Server
+from fedexperts.types import Server
 
+LEDGER = [(1, "train", None), (1, "evaluate", None), (2, "train", "late"), (2, "evaluate", None)]
 START = Server({"w": torch.zeros(2, 3)}, {"w": "mlp"}, Anatomy({"mlp": BlockShape(2, 1)}), Footprint(0, {"mlp": 1}, 0), {})
 
 
@@ -52,11 +54,11 @@ def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
 
 
 def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
-    known = replace(server(2), clients={name: Client(name, 1, "t") for name in ("c01", "c02", "c03")})
     for client, rounds in (("c01", (1, 2)), ("c02", (1,))):
         for round in rounds:
             files.write_tensors(tmp_path / "clients" / client / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
-    checkpoint.save(tmp_path, known)
+    answered = {"c01": "000002-train", "c02": "000001-train", "c03": "000002-train"}  # c03 keeps nothing
+    checkpoint.save(tmp_path, server(2), answered)
     assert json.loads((tmp_path / "checkpoint/000002-train/state.json").read_text())["kept"] == {
         "c01": "000002-train",
         "c02": "000001-train",
@@ -67,6 +69,20 @@ def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
     for name in (None, "c01"):
         with pytest.raises(BadRun, match=r"what c01 keeps to itself is gone: there is no .*000002-train\.safetensors; bring"):
             checkpoint.require_kept(tmp_path, name)
+
+
+def test_what_a_client_kept_of_an_answer_that_did_not_count_may_go(tmp_path):
+    """It answered round 2 too late, and dropped what it had kept of it when it heard so in round 3."""
+    lines = [{"client": "c01", "round": round, "task": task, "failed": why} for round, task, why in LEDGER]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keeper = Keeper(tmp_path / "clients")
+    for round in (1, 2):
+        files.write_tensors(tmp_path / "clients/c01" / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
+    assert checkpoint.accepted(tmp_path) == {"c01": "000001-train"}
+    assert checkpoint.accepted(tmp_path, 0) == {}
+    checkpoint.save(tmp_path, server(2), checkpoint.accepted(tmp_path))
+    keeper.drop_newer("c01", "000001-train")
+    checkpoint.require_kept(tmp_path)
 
 
 def test_only_the_newest_checkpoint_stays(tmp_path):

@@ -14,7 +14,7 @@ import tomli_w
 from deployed import gone, processes, running, signalled, until
 from safetensors.torch import load_file
 
-from fedexperts import checkpoint, deploy, flower
+from fedexperts import checkpoint, deploy
 from fedexperts import running as runs
 from fedexperts.config import RunConfig
 from fedexperts.engines.flower.deployment import Federation
@@ -155,7 +155,7 @@ def test_a_client_whose_superexec_is_killed_misses_a_round_and_comes_back_under_
     assert {line["client"] for line in told if line["round"] == MORE and line["task"] == "evaluate" and not line["failed"]} == {
         *NAMES
     }
-    accepted = flower.accepted(out)
+    accepted = checkpoint.accepted(out)
     for name in NAMES:
         own = kept(deployment.folder / name / (out / "id").read_text(), name)
         assert max(own) == f"{accepted[name]}.safetensors"

@@ -225,6 +225,22 @@ def test_a_run_from_before_these_settings_goes_on_as_it_began_and_is_reported(ti
     assert write([out], html=tmp_path / "r.html").written
 
 
+def test_a_run_goes_on_with_the_public_text_it_began_with(tiny_tree, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a text that everybody has")
+    method = {"name": "flex", "select": "shared", "public_text": str(text)}
+    training = {**tiny_tree["training"], "train": "lora", "parts": ["attention"]}
+    asked = checked(RunConfig, {**tiny_tree, "method": method, "training": training, "federation": {"rounds": 1}})
+    out = run(asked, tmp_path / "out")
+    text.write_text("another text")
+    with pytest.raises(BadRun, match="began with other files: the public text changed"):
+        run(asked, out, resume=True)
+    told = json.loads((out / "versions.json").read_text())
+    before = {name: each for name, each in told.items() if name not in ("text_hash", "config_hash")}
+    (out / "versions.json").write_text(json.dumps(before))
+    assert run(asked, out, resume=True) == out, "a run from before these were noted"
+
+
 def test_a_finished_run_is_read_as_one_that_measured_nothing_where_these_lines_are_taken_out(measured, tmp_path):
     """What a reader that does not know the lines sees is what it saw before."""
     out = tmp_path / "out"

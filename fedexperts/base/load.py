@@ -21,7 +21,16 @@ from fedexperts.moe.kernel import choose_kernel
 OURS = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
 """`tiny` ships with the package; `small`, the base of the reported runs, lies in a checkout of the repository only."""
 WEIGHTS = ("*.safetensors", "*.bin")
-SETTINGS = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model")
+SETTINGS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 """What else decides what a model does with a text: top-k and the rest of its shape, and how text becomes tokens."""
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 No leak, by the normalised prompt (case and blanks aside; the response where there is no prompt): a training example that
 repeats another, or any test example of any source, is left out before anything is divided. So no client's training or validation
 holds a test prompt of any client, and no two clients share a prompt to train on, unless they draw with replacement
-(`partition.draws`).
+(`partition.draws`): then one may also validate on what another trains on.
 """
 
 import json

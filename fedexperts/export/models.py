@@ -14,7 +14,7 @@ from fedexperts.base.load import Base, load
 from fedexperts.client import install
 from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
-from fedexperts.engines.kept import Keeper, key
+from fedexperts.engines.kept import Keeper
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.export import modeling_fedexperts
@@ -166,7 +166,7 @@ def keeper_of(run: Run, name: str, kept: Path | None) -> Keeper:
     found = kept / named.read_text() if named.exists() else None
     if found is None or not found.is_dir():
         raise BadRun(f"{kept} holds nothing of the run in {run.folder}; give the --out that {name} had with fedexperts client")
-    keeper, last = Keeper(found / "clients"), last_answer(run, name)
+    keeper, last = Keeper(found / "clients"), checkpoint.accepted(run.folder, run.round).get(name, "")
     there = [path.stem for path in keeper.versions(name)]
     if there and last not in there:
         raise BadRun(
@@ -174,17 +174,6 @@ def keeper_of(run: Run, name: str, kept: Path | None) -> Keeper:
             f"{', '.join(there)}; copy the results folder anew"
         )
     return keeper
-
-
-def last_answer(run: Run, name: str) -> str:
-    """The key of the last job of client `name` whose answer counted before the checkpoint; empty where none did."""
-    entries = map(json.loads, (run.folder / "ledger.jsonl").read_text().splitlines())
-    keys = (
-        key(entry["round"], entry["task"])
-        for entry in entries
-        if entry["client"] == name and entry["task"] != "evaluate" and not entry["failed"] and entry["round"] <= run.round
-    )
-    return max(keys, default="")
 
 
 def parts_of(run: Run) -> Parts | None:

@@ -27,6 +27,7 @@ from fedexperts.methods.server_optimizers import (
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.settings import checked, with_settings
+from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 
@@ -282,8 +283,9 @@ def test_the_methods_of_a_comparison_differ_by_it():
 
 def test_a_method_that_gives_nothing_to_go_on_from_is_refused():
     for method in ("flora", "flexlora", "local"):
+        asked = config(f"method.name={method}", server_optimizer="fedadam")
         with pytest.raises(BadValue, match=f"server_optimizer goes on from the weights .* {method} gives none"):
-            config(f"method.name={method}", server_optimizer="fedadam")
+            prepare_run(asked)
 
 
 @pytest.mark.parametrize(
