@@ -178,7 +178,7 @@ def test_a_trace_that_changed_meanwhile_is_noticed(tiny_tree, tmp_path):
     asked = config(tiny_tree, rounds=1, profile={"csv": str(path)})
     out = run(asked, tmp_path / "out")
     path.write_text(path.read_text().replace("1e10", "2e10"))
-    with pytest.raises(BadRun, match=r"other files: data_hashes changed"):
+    with pytest.raises(BadRun, match=r"other files: the data changed"):
         run(asked, out, resume=True)
 
 
