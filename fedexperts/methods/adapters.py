@@ -22,7 +22,7 @@ def ranks_like(given: object) -> object:
     ranks = given if isinstance(given, list | tuple) else [given]
     if not ranks or not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in ranks):
         raise BadValue(
-            f"method.ranks = {given!r:.60} is no rank; give a whole number from 1, or a list of some, one for each client"
+            f"method.ranks = {given!r:.60} is no rank; give a whole number from 1, or a list of some, in turn over the clients"
         )
     return given
 
