@@ -31,14 +31,14 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from fedexperts import evaluate
-from fedexperts.base.load import Base, load, place
-from fedexperts.client import cross_entropy, optimizer_for
+from fedexperts.core import evaluation
+from fedexperts.core.training import cross_entropy, optimizer_for
 from fedexperts.data import sources
 from fedexperts.data.encode import Encoder
 from fedexperts.data.settings import DataSettings, SourceSettings
 from fedexperts.errors import BadRun, FedExpertsError
-from fedexperts.files import write_text
+from fedexperts.io.files import write_text
+from fedexperts.models.load import Base, load, place
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.moe.shrink import shrink
@@ -80,11 +80,11 @@ def ceiling(base: Base, name: str, asked: Asked) -> dict[str, Any]:
     room = answer_tokens(encoder, train[0].choices)
 
     started = perf_counter()
-    before = evaluate.score(base.model, test, encoder, room, asked.batch)
+    before = evaluation.score(base.model, test, encoder, room, asked.batch)
     scored = perf_counter()
     model = fine_tuned(base.model, train, encoder, asked, name)
     trained = perf_counter()
-    after = evaluate.score(model, test, encoder, room, asked.batch)
+    after = evaluation.score(model, test, encoder, room, asked.batch)
     ended = perf_counter()
     return {
         "set": name,

@@ -46,22 +46,23 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.idle import idle_site
-from fedexperts import deploy, flower, running
-from fedexperts.base.load import place
 from fedexperts.config import RunConfig
+from fedexperts.core.ledger import Ledger
+from fedexperts.deploy import server
+from fedexperts.deploy.deployment import Federation
+from fedexperts.deploy.keys import make_keys
+from fedexperts.deploy.processes import free_port, process, return_memory
+from fedexperts.deploy.socket_rpc import ask, listening
 from fedexperts.engines import local
-from fedexperts.engines.flower.deployment import Federation
-from fedexperts.engines.flower.keys import make_keys
-from fedexperts.engines.flower.processes import free_port, process, return_memory
 from fedexperts.engines.flower.simulation import Simulation
-from fedexperts.engines.flower.worker import ask, listening
-from fedexperts.engines.letter import Letter
+from fedexperts.engines.message import Letter
 from fedexperts.engines.remote import order
+from fedexperts.experiment import flower, runner
+from fedexperts.experiment.runtime import clock_for
+from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.federation import federate, jobs_for
-from fedexperts.ledger import Ledger
-from fedexperts.settings import checked, to_toml
-from fedexperts.sites import clock_for
-from fedexperts.start import Prepared, prepare_run
+from fedexperts.io.toml import checked, to_toml
+from fedexperts.models.load import place
 from fedexperts.types import Engine, Job
 
 ADAPTERS = {"train": "lora", "parts": ["attention"], "attention_modules": ["q_proj", "k_proj", "v_proj"], "rank": 32, "alpha": 64}
@@ -155,10 +156,10 @@ def on_deployment(prepared: Prepared, out: Path, join: Join, port_for: Callable[
         bounds: dict[str, Any] = {
             "names": federation.names,
             "since": lambda: {node.node_id: node.last_activated_at for node in federation.grid.get_nodes()},
-            "poll_seconds": deploy.POLL_SECONDS,
+            "poll_seconds": server.POLL_SECONDS,
             "in_flight": len(names),
         }
-        over = flower.over(federation.grid, federation.check, patience=deploy.PATIENCE_SECONDS, **bounds)
+        over = flower.over(federation.grid, federation.check, patience=server.PATIENCE_SECONDS, **bounds)
         with join(config, out, f"localhost:{port_for(port)}"), over(prepared, out) as engine:
             del prepared  # or the base would stay, which the server of a run lets go of
             yield engine
@@ -415,7 +416,7 @@ def peaks(engine: str, model: str) -> list[dict[str, Any]]:
     start = partial(on_deployment, join=played) if engine == "deployment" else STARTS[engine]
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
-        out = running.run(config, Path(folder) / "run", engine=partial(watched, start, found))
+        out = runner.run(config, Path(folder) / "run", engine=partial(watched, start, found))
         (weights,) = out.glob("checkpoint/*/weights.safetensors")
         lines = map(json.loads, (out / "rounds.jsonl").read_text().splitlines())
         assert not any(line["failed"] for line in lines), "an update that did not come would not count"
@@ -449,7 +450,7 @@ def status(pid: str, what: str) -> int:
 def superlinks() -> list[str]:
     """The SuperLink that this process started, where it did."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [pid for pid in children if "flower.superlink" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return [pid for pid in children if "deploy.superlink" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 # A worker that stays

@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedexperts.base.load import load
-from fedexperts.client import optimizer_for
+from fedexperts.core.training import optimizer_for
 from fedexperts.methods.flex import FLEx
+from fedexperts.models.load import load
 from fedexperts.moe import graft
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import next_token_loss

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fedexperts import resident
 from fedexperts.config import RunConfig
+from fedexperts.deploy import client
+from fedexperts.deploy.socket_rpc import end_with_parent
 from fedexperts.engines import remote
-from fedexperts.engines.flower.worker import end_with_parent
 from fedexperts.engines.local import Site
-from fedexperts.settings import checked
-from fedexperts.sites import site_for
-from fedexperts.start import Prepared, prepare_run
+from fedexperts.experiment.client_task import Work
+from fedexperts.experiment.runtime import site_for
+from fedexperts.experiment.setup import Prepared, prepare_run
+from fedexperts.io.toml import checked
 from fedexperts.types import Bench, Job, Patch, Update
-from fedexperts.work import Work
 
 
 def noise(work: Work, job: Job, bench: Bench) -> Update:
@@ -38,9 +38,9 @@ def idle_site(prepared: Prepared, out: Path) -> Site:
 
 
 def worker() -> None:
-    """A resident worker: its arguments are those of `fedexperts.resident`."""
-    resident.site_for = idle_site
-    resident.main()
+    """A resident worker: its arguments are those of `fedexperts.deploy.client`."""
+    client.site_for = idle_site
+    client.main()
 
 
 def nodes() -> None:

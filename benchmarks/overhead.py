@@ -23,18 +23,18 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from fedexperts import running
-from fedexperts.client import batches, cross_entropy, optimizer_for
 from fedexperts.config import RunConfig
+from fedexperts.core.evaluation import Scores
+from fedexperts.core.training import batches, cross_entropy, optimizer_for
 from fedexperts.data.encode import Encoder
-from fedexperts.evaluate import Scores
+from fedexperts.experiment import runner
+from fedexperts.experiment.progress import Quiet
+from fedexperts.experiment.setup import prepare_run
+from fedexperts.io.toml import checked
 from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.progress import Quiet
 from fedexperts.report.read import read
-from fedexperts.settings import checked
-from fedexperts.start import prepare_run
 from fedexperts.types import Server
 
 LORA = {"train": "lora", "parts": ["attention", "experts"], "rank": 8}
@@ -80,7 +80,7 @@ class Clock(Quiet):
 def federated(settings: RunConfig, out: Path) -> tuple[float, int]:
     """Seconds of the training rounds (with checkpoints and logs, without evaluation), and their tokens."""
     clock = Clock()
-    running.run(settings, out, progress=clock)
+    runner.run(settings, out, progress=clock)
     return clock.seconds, sum(row.tokens for row in read(out).ledger if row.task == "train")
 
 
@@ -154,7 +154,7 @@ def peak_kib(clients: int) -> int:
 def run_once(clients: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        running.run(config({"name": "fedmoe", "initial": "random"}, {}, clients=clients, rounds=3), Path(folder) / "run")
+        runner.run(config({"name": "fedmoe", "initial": "random"}, {}, clients=clients, rounds=3), Path(folder) / "run")
     print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 

@@ -32,8 +32,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedexperts.base.load import load
-from fedexperts.client import forget, optimizer_for, share_of
+from fedexperts.core.training import forget, optimizer_for, share_of
+from fedexperts.models.load import load
 from fedexperts.moe.anatomy import Experts, anatomy, blocks
 from fedexperts.moe.backward import SelectiveBackward
 from fedexperts.moe.flops import next_token_loss

@@ -17,16 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fedexperts import config, evaluate
+from fedexperts import config
+from fedexperts.core import evaluation
 from fedexperts.engines.local import Site
+from fedexperts.experiment.runtime import encoder_for, site_for
+from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.methods.flex import FLEx
 from fedexperts.moe import graft
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.reconstruction import by_reconstruction
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.sites import encoder_for, site_for
-from fedexperts.start import Prepared, prepare_run
 from fedexperts.types import Bench
 
 
@@ -62,7 +63,7 @@ def scores(prepared: Prepared, model: nn.Module) -> dict[str, float]:
     """Task → the run's metric on its retained examples."""
     asked = prepared.config.evaluation
     size = (asked.generate_tokens, asked.batch_size)
-    found = evaluate.by_example(model, prepared.retained.examples, encoder_for(prepared), *size)
+    found = evaluation.by_example(model, prepared.retained.examples, encoder_for(prepared), *size)
     return {task: each["value"] for task, each in found.items()}
 
 

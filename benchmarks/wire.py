@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fedexperts.config import RunConfig
-from fedexperts.engines.letter import from_bytes
+from fedexperts.core.ledger import Ledger
 from fedexperts.engines.local import Site
-from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.engines.message import from_bytes
+from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.experiment.runtime import clock_for, site_for
+from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.federation import federate
-from fedexperts.ledger import Ledger
-from fedexperts.settings import checked
-from fedexperts.sites import clock_for, site_for
-from fedexperts.start import Parts, prepare_run
+from fedexperts.io.toml import checked
 from fedexperts.types import Failure, Job, Update
 
 ATTENTION = {

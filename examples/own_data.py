@@ -16,7 +16,7 @@ from rich import print
 import fedexperts
 from fedexperts import report
 from fedexperts.config import RunConfig
-from fedexperts.start import prepare_run
+from fedexperts.experiment.setup import prepare_run
 
 DEPARTMENTS = {
     "kitchen": ("lemon", "soup", "bread", "sugar"),

@@ -18,7 +18,7 @@ import fedexperts
 from fedexperts import report
 from fedexperts.data import synthetic
 from fedexperts.export import export
-from fedexperts.inspect import inspect, render
+from fedexperts.models.summary import inspect, render
 
 TASKS = ("room", "feeling")
 

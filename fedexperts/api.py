@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedexperts import comparison, config, running
-from fedexperts.comparison import Compared
+from fedexperts import config
 from fedexperts.config import RunConfig
-from fedexperts.settings import checked, with_settings
+from fedexperts.experiment import runner, sweep
+from fedexperts.experiment.sweep import Compared
+from fedexperts.io.toml import checked, with_settings
 
 RunFile = Path | str | Mapping[str, Any] | RunConfig
 """A run: the path of its file, what such a file says, or the settings read from one."""
@@ -26,7 +27,7 @@ def run(run: RunFile, out: Path | str, *, set: Sequence[str] = (), resume: bool 
         BadValue: a setting, the data or the model does not allow the run.
         BadRun: `out` holds another run, or all clients of a round failed.
     """
-    return running.run(settings_of(run, set), Path(out), resume=resume)
+    return runner.run(settings_of(run, set), Path(out), resume=resume)
 
 
 def compare(
@@ -56,7 +57,7 @@ def compare(
         BadValue: a run that cannot be, before the first one starts.
     """
     settings = {name: settings_of(run, set) for name, run in by_name(runs).items()}
-    return comparison.compare(settings, comparison.read_variants(",".join(methods)), seeds, Path(out), jobs=jobs)
+    return sweep.compare(settings, sweep.read_variants(",".join(methods)), seeds, Path(out), jobs=jobs)
 
 
 def by_name(runs: RunFile | Mapping[str, RunFile]) -> Mapping[str, RunFile]:

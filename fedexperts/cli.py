@@ -19,7 +19,7 @@ from rich.text import Text
 from fedexperts.errors import BadValue, FedExpertsError
 
 if TYPE_CHECKING:
-    from fedexperts.progress import Progress
+    from fedexperts.experiment.progress import Progress
 
 app = typer.Typer(
     name="fedexperts",
@@ -56,10 +56,11 @@ def run_command(
     quiet: Hush = False,
 ) -> None:
     """Run it: progress, a table at the end, a report."""
-    from fedexperts import config, running
+    from fedexperts import config
+    from fedexperts.experiment import runner
 
     folder = out or Path("results") / run_file.stem
-    running.run(config.read(run_file, set or []), folder, resume=resume, progress=progress(quiet))
+    runner.run(config.read(run_file, set or []), folder, resume=resume, progress=progress(quiet))
     finish([folder], folder)
 
 
@@ -88,13 +89,13 @@ def compare(
 
     A run that is done already stays, one that was stopped goes on, one that another process is at is left to it.
     """
-    from fedexperts import comparison
+    from fedexperts.experiment import sweep
 
-    settings = comparison.read_settings(run_files, set or [], vary or [])
+    settings = sweep.read_settings(run_files, set or [], vary or [])
     if out is None and len(run_files) > 1:
         raise BadValue(f"{len(run_files)} run files have no results folder of their own; give one with --out")
     folder = out or Path("results") / run_files[0].stem
-    compared = comparison.compare(settings, comparison.read_variants(methods), seeds, folder, progress(quiet), jobs)
+    compared = sweep.compare(settings, sweep.read_variants(methods), seeds, folder, progress(quiet), jobs)
     if any(folder.rglob("plan.json")):
         begun = [each for each in compared.folders if (each / "plan.json").exists()]
         finish([*begun, folder], folder)  # what was named in its order, and all else that is there
@@ -112,8 +113,8 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
     from json import dumps
 
     from fedexperts import config
-    from fedexperts.plan import plan
-    from fedexperts.start import prepare_run
+    from fedexperts.experiment.plan import plan
+    from fedexperts.experiment.setup import prepare_run
 
     planned = plan(prepare_run(config.read(run_file, set or [])))
     if json:
@@ -136,7 +137,7 @@ def inspect_command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Layers, experts, parameters and bytes of a model, from its configuration alone, and what a sub-model of it costs."""
-    from fedexperts.inspect import inspect, lora_option, render
+    from fedexperts.models.summary import inspect, lora_option, render
 
     found = inspect(model, keep, keep_total, lora_option(lora, rank, lora_modules) if lora else None)
     if json:
@@ -170,7 +171,7 @@ def pretrain(
     run_file: RunFile, set: Set = None, out: Annotated[Path | None, typer.Option("--out", help="The model's folder.")] = None
 ) -> None:
     """Make a small MoE base from text, instructions and generated tasks; stopped, it goes on where it was; finished, it stays."""
-    from fedexperts.base import pretrain as pretraining
+    from fedexperts.models import pretrain as pretraining
 
     pretraining.run_file(run_file, set or [], out, console)
 
@@ -223,7 +224,7 @@ def keys(
 ) -> None:
     """Make the keys of a federation: the server's certificate, and a key for each client. What is there stays."""
     require_flower()
-    from fedexperts.engines.flower.keys import make_keys
+    from fedexperts.deploy.keys import make_keys
 
     written = make_keys(folder, host.split(","), clients.split(","))
     for path in written:
@@ -249,15 +250,16 @@ def server(
 ) -> None:
     """Run it with clients on other machines, which join with `fedexperts client`."""
     require_flower()
-    from fedexperts import config, deploy
-    from fedexperts.engines.flower.deployment import Federation
+    from fedexperts import config
+    from fedexperts.deploy import server
+    from fedexperts.deploy.deployment import Federation
 
     told = config.read(run_file, set or [])
-    deploy.deployed(told)
+    server.deployed(told)
     end_as_if_interrupted()
     home = out.with_name(f"{out.name}.flower")
     with Federation(home, host=host, port=port, keys=secured(keys, insecure)) as federation:
-        deploy.serve(told, out, federation, resume=resume, setting="", progress=progress(quiet), tell=say, patience=patience)
+        server.serve(told, out, federation, resume=resume, setting="", progress=progress(quiet), tell=say, patience=patience)
     finish([out], out)
 
 
@@ -280,12 +282,12 @@ def client(
     require_flower()
     from json import dumps
 
-    from fedexperts.engines.flower.member import Member
+    from fedexperts.deploy.supervisor import Member
 
     devices = {key: value for key, value in (("memory_gb", memory_gb), ("profile", profile)) if value is not None}
     folder = (out or Path("clients") / name).resolve()
     told = {"name": name, "run": str(run), "set": set or [], "folder": str(folder), "data": data or [], "devices": devices}
-    worker = [sys.executable, "-m", "fedexperts.resident", dumps(told)]
+    worker = [sys.executable, "-m", "fedexperts.deploy.client", dumps(told)]
     end_as_if_interrupted()
     Member(name, server, folder / "flower", secured(keys, insecure), worker, say).run()
 
@@ -319,7 +321,7 @@ def say(sentence: str) -> None:
 
 
 def progress(quiet: bool) -> "Progress":
-    from fedexperts.progress import Quiet, Shown
+    from fedexperts.experiment.progress import Quiet, Shown
 
     return Quiet() if quiet else Shown(console)
 

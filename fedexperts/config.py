@@ -8,13 +8,13 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from fedexperts.core.devices import UTILISATION, Profile, profiles
 from fedexperts.data.settings import DataSettings, Sources
-from fedexperts.devices import UTILISATION, Profile, profiles
 from fedexperts.errors import BadValue, nearest
+from fedexperts.io.toml import Tree, checked, read_tree, sentence, without_none
 from fedexperts.methods import METHODS, enter_installed
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, Stepped
 from fedexperts.moe.tuning import Part, Tuning
-from fedexperts.settings import Tree, checked, read_tree, sentence, without_none
 from fedexperts.types import Method, Training
 
 Kind = TypeVar("Kind")

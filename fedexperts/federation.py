@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from random import Random
 
+from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import in_order
-from fedexperts.ledger import Ledger
 from fedexperts.methods.base import patch_for
 from fedexperts.types import Assignment, Client, Engine, Job, Method, Server
 

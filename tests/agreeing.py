@@ -17,22 +17,22 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from fedexperts import flower, running, start
 from fedexperts.config import RunConfig
 from fedexperts.engines.flower.simulation import Simulation
-from fedexperts.engines.letter import Letter
+from fedexperts.engines.message import Letter
 from fedexperts.errors import FedExpertsError
-from fedexperts.settings import checked
-from fedexperts.start import Parts
+from fedexperts.experiment import flower, runner, setup
+from fedexperts.experiment.setup import Parts
+from fedexperts.io.toml import checked
 
 WORKERS = 2
-load = start.load
+load = setup.load
 
 
 def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
     """What `flower.play` does, with a note of who plays and who loads."""
     out = Path(json.loads(letter.head["run"])["folder"]).parents[1]
-    start.load = lambda *given: [load(*given), note(out / "loads")][0]
+    setup.load = lambda *given: [load(*given), note(out / "loads")][0]
     note(out / "played")
     if is_for(out / "kill", letter):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -73,9 +73,9 @@ def main(trees: Mapping[str, Any], out: Path) -> None:
                 if order in tree:
                     (out / order).write_text(tree.pop(order))
             try:
-                running.run(checked(RunConfig, tree), out / "local" / name, parts=parts)
+                runner.run(checked(RunConfig, tree), out / "local" / name, parts=parts)
                 config = checked(RunConfig, {**tree, "federation": federation})
-                running.run(config, out / "flower" / name, parts=parts, engine=over)
+                runner.run(config, out / "flower" / name, parts=parts, engine=over)
             except (FedExpertsError, KeyboardInterrupt) as error:
                 stopped[name] = str(error)
     said = {"stopped": stopped, "loads": pids(out / "loads"), "played": pids(out / "played")}

@@ -24,19 +24,20 @@ from typing import Any
 import tomli_w
 from deployed import PATIENCE, Processes, below, parent, processes, running, signalled
 
-from fedexperts import checkpoint, config
-from fedexperts import running as runs
-from fedexperts.base.tokenizer import make_tokenizer
-from fedexperts.engines.flower.keys import make_keys
-from fedexperts.engines.flower.processes import free_port
-from fedexperts.engines.kept import key
+from fedexperts import config
+from fedexperts.deploy.keys import make_keys
+from fedexperts.deploy.processes import free_port
+from fedexperts.engines.client_store import key
 from fedexperts.engines.local import LocalEngine
-from fedexperts.sites import site_for
-from fedexperts.start import Prepared
+from fedexperts.experiment import checkpoint
+from fedexperts.experiment import runner as runs
+from fedexperts.experiment.runtime import site_for
+from fedexperts.experiment.setup import Prepared
+from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.testing import tiny_model
 from fedexperts.types import Engine, Failure, Job, Update
 
-COMMANDS = {"worker": "fedexperts.resident", "superexec": "flower.superexec", "supernode": "flower.supernode"}
+COMMANDS = {"worker": "fedexperts.deploy.client", "superexec": "deploy.superexec", "supernode": "deploy.supernode"}
 KINDS = (*COMMANDS, "relay", "client", "machine", "superlink", "server")
 MOST_SECONDS_LATER = 8.0
 SERVER = "server"
@@ -122,7 +123,7 @@ def kill(started: Processes, folder: Path, kind: str, victim: str) -> bool:
         for pid in below(folder / victim) if kind == "machine" else []:
             signalled(pid)
         return True
-    there = running(folder, "flower.superlink") if kind == "superlink" else of_client(folder / victim, kind)
+    there = running(folder, "deploy.superlink") if kind == "superlink" else of_client(folder / victim, kind)
     for pid in there:
         signalled(pid)
     return bool(there)

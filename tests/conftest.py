@@ -13,8 +13,8 @@ import transformers  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from fedexperts import cli  # noqa: E402
-from fedexperts.base.tokenizer import make_tokenizer  # noqa: E402
 from fedexperts.methods import METHODS  # noqa: E402
+from fedexperts.models.tokenizer import make_tokenizer  # noqa: E402
 from fedexperts.moe.anatomy import blocks  # noqa: E402
 from fedexperts.testing import tiny_model  # noqa: E402
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedexperts.engines.flower.worker import PARENT
+from fedexperts.deploy.socket_rpc import PARENT
 
 ENDING_WITH_US = """
 from fedexperts.cli import main

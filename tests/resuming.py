@@ -16,7 +16,8 @@ from random import Random
 
 import torch
 
-from fedexperts import config, running
+from fedexperts import config
+from fedexperts.experiment import runner
 
 TOUCHES = ("open", "os.rename", "os.mkdir", "os.truncate", "os.remove", "os.rmdir", "shutil.rmtree")
 MOST_KILLS = 4
@@ -37,7 +38,7 @@ def attempt(run_file: Path, out: Path, last: int) -> tuple[bool, int]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(notice)
-        running.run(config.read(run_file), out, resume=True)
+        runner.run(config.read(run_file), out, resume=True)
         os._exit(0)
     os.close(sending)
     with os.fdopen(receiving, "rb") as pipe:

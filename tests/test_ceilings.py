@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from benchmarks import ceilings
-from fedexperts.base.load import load
 from fedexperts.data.encode import Encoder
 from fedexperts.errors import BadRun
+from fedexperts.models.load import load
 from fedexperts.types import Example
 
 ASKED = ceilings.Asked(epochs=4, lr=1e-2, batch=4, max_tokens=24, limit=None, validation=False)

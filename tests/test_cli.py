@@ -10,8 +10,9 @@ import tomli_w
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedexperts import checkpoint, cli, running
-from fedexperts.files import locked
+from fedexperts import cli
+from fedexperts.experiment import checkpoint, runner
+from fedexperts.io.files import locked
 from fedexperts.methods.fedavg import FedAvg
 
 ROW = '{"prompt": "a", "response": "b"}'
@@ -232,7 +233,7 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(fedexperts, run_file, 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "rounds", interrupted)
+    monkeypatch.setattr(runner, "rounds", interrupted)
     code, _, said = fedexperts("run", run_file, "--out", tmp_path / "out")
     assert code == 130
     assert said.strip().startswith("fedexperts: interrupted; ")

@@ -5,8 +5,8 @@ import pytest
 
 from fedexperts.config import RunConfig, read
 from fedexperts.errors import BadValue
+from fedexperts.io.toml import checked, different, keys, to_toml, with_settings
 from fedexperts.methods import METHODS
-from fedexperts.settings import checked, different, keys, to_toml, with_settings
 
 TREE = {"method": {"name": "fedmoe"}, "data": {"sources": ["synthetic/sort"]}}
 

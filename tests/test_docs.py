@@ -17,8 +17,8 @@ import yaml
 import fedexperts
 from fedexperts import api, testing, types
 from fedexperts.data import partition
+from fedexperts.io.toml import to_toml
 from fedexperts.methods import METHODS, REFERENCES
-from fedexperts.settings import to_toml
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fedexperts import checkpoint
+from fedexperts.experiment import checkpoint
 from fedexperts.methods import METHODS
 
 KILLED, INTERRUPTED = "a worker dies", "a client hangs"

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedexperts import checkpoint
 from fedexperts.config import RunConfig
-from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.experiment import checkpoint
 from fedexperts.federation import jobs_for, steps
+from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 from fedexperts.moe import shrink
 from fedexperts.moe.tuning import Tuning
-from fedexperts.settings import checked
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 

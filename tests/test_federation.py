@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import in_order
 from fedexperts.errors import Leak
 from fedexperts.federation import choose, done, federate, jobs_for, steps
-from fedexperts.ledger import Ledger
 from fedexperts.methods.base import mean_rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint

@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 from fedexperts.config import read
-from fedexperts.plan import plan
-from fedexperts.start import prepare_run
+from fedexperts.experiment.plan import plan
+from fedexperts.experiment.setup import prepare_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -13,7 +13,8 @@ import pytest
 import tomli_w
 from safetensors.torch import load_file
 
-from fedexperts import checkpoint, config, running
+from fedexperts import config
+from fedexperts.experiment import checkpoint, runner
 
 LOGS = {"rounds.jsonl": 4, "evals.jsonl": 1, "ledger.jsonl": 8}
 """With the fewest lines that each has."""
@@ -103,7 +104,7 @@ def test_clients_that_keep_something_to_themselves_are_resumed_with_the_same_bit
     parts = {"flex": {"parts": ["attention"]}}
     training = {**tiny_tree["training"], "train": "lora", "dropout": 0.1, **parts.get(method, {})}
     run_file = write({**tiny_tree, "method": {"name": method}, "training": training}, tmp_path / "run.toml")
-    running.run(config.read(run_file), tmp_path / "whole")
+    runner.run(config.read(run_file), tmp_path / "whole")
     said = driven(run_file, tmp_path / "killed", "c")
     assert said["kills"] >= 3
     whole = saved(tmp_path / "whole")
@@ -119,7 +120,7 @@ def test_a_server_optimizer_a_schedule_and_personal_models_are_resumed_with_the_
         "federation": {**tiny_tree["federation"], "server_optimizer": {"name": "fedadam"}},
     }
     run_file = write(tree, tmp_path / "run.toml")
-    running.run(config.read(run_file), tmp_path / "whole")
+    runner.run(config.read(run_file), tmp_path / "whole")
     said = driven(run_file, tmp_path / "killed", "d")
     assert said["kills"] >= 3
     whole = saved(tmp_path / "whole")
@@ -131,7 +132,7 @@ def test_a_server_optimizer_a_schedule_and_personal_models_are_resumed_with_the_
 def test_hfedmoe_killed_and_resumed_or_with_two_workers_ends_with_the_same_bits(tiny_tree, tmp_path):
     tree = {**tiny_tree, "method": {"name": "hfedmoe", "budget": 0.5, "usage_floor": 0.5}}
     run_file = write(tree, tmp_path / "run.toml")
-    running.run(config.read(run_file), tmp_path / "whole")
+    runner.run(config.read(run_file), tmp_path / "whole")
     whole = saved(tmp_path / "whole")
     told = [line["metrics"] for line in whole["logs"]["ledger.jsonl"] if line["task"] == "train"]
     assert len(told) == 6 and all(each["sent"] > 0 and sum(each["reached"]) <= 12 for each in told)
@@ -141,7 +142,7 @@ def test_hfedmoe_killed_and_resumed_or_with_two_workers_ends_with_the_same_bits(
     assert_same(saved(tmp_path / "killed"), whole)
 
     two_workers = write({**tree, "federation": {**tree["federation"], "workers": 2}}, tmp_path / "two.toml")
-    running.run(config.read(two_workers), tmp_path / "two")
+    runner.run(config.read(two_workers), tmp_path / "two")
     two = saved(tmp_path / "two")
     two["start"]["resolved.json"]["federation"]["workers"] = 1
     assert_same(two, whole)

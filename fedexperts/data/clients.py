@@ -19,7 +19,7 @@ from fedexperts.data.settings import DataSettings, PartitionSettings, SourceSett
 from fedexperts.data.sources import Placed, Source, drawn, examples_from, load
 from fedexperts.data.templates import Frame, Row, rows_of
 from fedexperts.errors import BadData, BadValue, nearest
-from fedexperts.files import write_text
+from fedexperts.io.files import write_text
 from fedexperts.types import METRIC_NAMES, Client, Example, Split
 
 IID = PartitionSettings(by="iid")

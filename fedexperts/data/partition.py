@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 
 from fedexperts.data.templates import rows_of
 from fedexperts.errors import BadData, BadValue, nearest
-from fedexperts.files import write_text
+from fedexperts.io.files import write_text
 
 Indices = list[list[int]]
 Divide = Callable[[Sequence[int], int, str], Indices]

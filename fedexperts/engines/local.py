@@ -15,10 +15,10 @@ import torch
 import torch.multiprocessing as processes
 from torch import nn
 
+from fedexperts.core.ledger import Clock, answered, asked, not_finite
 from fedexperts.engines.base import held_against
-from fedexperts.engines.kept import Keeper
-from fedexperts.engines.wire import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.ledger import Clock, answered, asked, not_finite
+from fedexperts.engines.client_store import Keeper
+from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
 from fedexperts.types import Bench, Client, Encoder, Failure, Job, Split, Training, Update
 
 Work = Callable[[Job, Bench], Update]

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from fedexperts.devices import MOST, Profile
-from fedexperts.engines.letter import Letter
+from fedexperts.core.devices import MOST, Profile
 from fedexperts.engines.local import Site
-from fedexperts.engines.wire import answer_letter, job_letter, read_job, reading
+from fedexperts.engines.message import Letter
+from fedexperts.engines.serialization import answer_letter, job_letter, read_job, reading
 from fedexperts.errors import BadLetter
-from fedexperts.files import write_text
+from fedexperts.io.files import write_text
 from fedexperts.types import Client, Job
 
 PACKAGES = ("fedexperts", "torch", "transformers", "peft")

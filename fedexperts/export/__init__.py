@@ -9,11 +9,11 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from fedexperts.base.load import align, place, without_bars
 from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
-from fedexperts.files import even_start, locked, require_room, whole_folder
+from fedexperts.io.files import even_start, locked, require_room, whole_folder
+from fedexperts.models.load import align, place, without_bars
 from fedexperts.moe import lora
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.shrink import shrink

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from huggingface_hub import try_to_load_from_cache
 
-from fedexperts.base.load import OURS, place
-from fedexperts.evaluate import METRICS
+from fedexperts.core.evaluation import METRICS
 from fedexperts.export.models import PERSONAL_EXPERTS, Exported, Run
+from fedexperts.models.load import OURS, place
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.shrink import kept_experts
 

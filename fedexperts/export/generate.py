@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from fedexperts.core.evaluation import answer
 from fedexperts.data.encode import Encoder
 from fedexperts.errors import BadValue, nearest
-from fedexperts.evaluate import answer
 from fedexperts.export import ABOUT, load
 from fedexperts.types import Example
 

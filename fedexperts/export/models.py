@@ -9,23 +9,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedexperts import checkpoint
-from fedexperts.base.load import Base, load
-from fedexperts.client import install
 from fedexperts.config import RunConfig
+from fedexperts.core.training import install
 from fedexperts.data.encode import Encoder
-from fedexperts.engines.kept import Keeper
+from fedexperts.engines.client_store import Keeper
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
+from fedexperts.experiment import checkpoint
+from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, told_by, versions
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
+from fedexperts.io.toml import checked
 from fedexperts.methods.personal import parts
+from fedexperts.models.load import Base, load
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.settings import checked
-from fedexperts.start import INPUTS, Parts, Prepared, prepare_run, told_by, versions
 from fedexperts.types import Bench, Server, Tensors
 
 PERSONAL_EXPERTS = "personal experts and their gates"

@@ -8,7 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from fedexperts.client import Fitted, examples, fit, install
+from fedexperts.core.training import Fitted, examples, fit, install
 from fedexperts.errors import BadValue
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from fedexperts.client import Fitted, install
+from fedexperts.core.training import Fitted, install
 from fedexperts.methods.base import Positive, all_experts, by_examples, mean_rows, train_assigned
 from fedexperts.methods.fedprox import fit_near
 from fedexperts.methods.personal import one_after_the_other

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedexperts.client import examples, fit, install, validate
+from fedexperts.core.training import examples, fit, install, validate
 from fedexperts.errors import TooSmall
 from fedexperts.methods.base import Count, Share, all_experts, by_examples, heard, mean_rows, of
 from fedexperts.methods.recommend import recommend

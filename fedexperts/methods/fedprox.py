@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedexperts.client import Fitted, fit, install
+from fedexperts.core.training import Fitted, fit, install
 from fedexperts.methods.base import Count, Positive, add_gradient, answer, by_examples, mean_rows
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe.tuning import trainable

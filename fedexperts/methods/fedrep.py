@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import nn
 
-from fedexperts.client import Fitted, fit, install
+from fedexperts.core.training import Fitted, fit, install
 from fedexperts.methods.base import answer, by_examples, mean_rows
 from fedexperts.methods.personal import Personal, keep, one_after_the_other, shared_names
 from fedexperts.moe import rows

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from fedexperts.client import fit, install
+from fedexperts.core.training import fit, install
 from fedexperts.methods.adapters import adapters_of
 from fedexperts.methods.base import answer, by_examples, mean_rows
 from fedexperts.moe import factors

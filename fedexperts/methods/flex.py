@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedexperts.client import fit, install, of_each_task
+from fedexperts.core.training import fit, install, of_each_task
 from fedexperts.errors import BadData, BadValue
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
 from fedexperts.methods.personal import keep

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from fedexperts.client import fit, install
+from fedexperts.core.training import fit, install
 from fedexperts.methods.adapters import Ranks, rank_for
 from fedexperts.methods.base import answer, by_examples, heard, mean_rows, of
 from fedexperts.moe import factors, rows

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedexperts.client import fit, install
+from fedexperts.core.training import fit, install
 from fedexperts.methods.adapters import Ranks, at_rank, rank_for, set_aside
 from fedexperts.methods.base import Share, Weight, answer, by_examples, mean_rows, train_assigned
 from fedexperts.moe import factors

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedexperts.client import fit, install
+from fedexperts.core.training import fit, install
 from fedexperts.methods.base import Budget, Share, Weight, answer, budget_for, by_examples, mean_rows
 from fedexperts.methods.submodel import by_block, unmask
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy

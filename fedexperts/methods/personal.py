@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from fedexperts.client import fit, install
+from fedexperts.core.training import fit, install
 from fedexperts.errors import BadValue
 from fedexperts.methods.base import answer
 from fedexperts.moe import rows

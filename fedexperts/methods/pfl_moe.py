@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from fedexperts.client import fit, install
+from fedexperts.core.training import fit, install
 from fedexperts.methods.base import Budget, answer, budget_for, by_examples, mean_rows
 from fedexperts.methods.submodel import unmask
 from fedexperts.moe.anatomy import anatomy

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedexperts.client import fit, install
+from fedexperts.core.training import fit, install
 from fedexperts.methods.base import Count, add_gradient, answer, by_examples, mean_rows, of
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe import rows

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedexperts.client import cross_entropy, examples, fit, install, seen
+from fedexperts.core.training import cross_entropy, examples, fit, install, seen
 from fedexperts.errors import TooSmall
 from fedexperts.methods.base import Weight, all_experts, answer, by_examples, mean_rows
 from fedexperts.methods.submodel import by_block, require_minimum, search

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table as RichTable
 
-from fedexperts.files import write_text
+from fedexperts.io.files import write_text
 from fedexperts.report import across, figures, page, png, tables
 from fedexperts.report import measures as m
 from fedexperts.report.figures import Figure

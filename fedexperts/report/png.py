@@ -8,7 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from fedexperts.errors import BadValue
-from fedexperts.files import write_bytes
+from fedexperts.io.files import write_bytes
 from fedexperts.report.figures import INK, Figure, safe
 
 WIDTH, SCALE = 760, 2  # pixels of the layout, and of the file for each of them

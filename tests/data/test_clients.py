@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedexperts import evaluate
+from fedexperts.core import evaluation
 from fedexperts.data.clients import (
     Retained,
     clients_from,
@@ -377,7 +377,7 @@ def test_a_source_judged_by_likelihood_needs_choices():
 
 
 def test_the_names_of_metrics_are_those_of_evaluation():
-    assert tuple(evaluate.METRICS) == METRIC_NAMES
+    assert tuple(evaluation.METRICS) == METRIC_NAMES
 
 
 def test_a_generated_task_takes_the_name_and_metric_it_is_told():

@@ -2,10 +2,10 @@
 
 import pytest
 
+from fedexperts.core.evaluation import judge
 from fedexperts.data import templates
 from fedexperts.data.templates import TEMPLATES, Hints, frame, kind_of, names_of
 from fedexperts.errors import BadData
-from fedexperts.evaluate import judge
 from fedexperts.types import Example
 
 NEWS = Hints("ag_news", question="What is this news about?", names=("World", "Sports"))

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import held_against, in_order, outline
 from fedexperts.errors import Leak
-from fedexperts.ledger import Ledger
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.testing import bare_server
 from fedexperts.types import Client, Failure, Job, Patch, Update

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from fedexperts.config import RunConfig
+from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import require_shared
-from fedexperts.engines.kept import Keeper
+from fedexperts.engines.client_store import Keeper
 from fedexperts.engines.local import LocalEngine, Site
 from fedexperts.errors import Leak
+from fedexperts.experiment.runner import engine_for
+from fedexperts.experiment.setup import prepare_run
 from fedexperts.federation import federate
-from fedexperts.ledger import Ledger
+from fedexperts.io.toml import checked
 from fedexperts.methods.base import all_experts, mean_rows, train_assigned
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe import rows
-from fedexperts.running import engine_for
-from fedexperts.settings import checked
-from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_batch, tiny_model
 from fedexperts.types import Client, Example, Failure, Job, Patch, Split, Training, Update
 

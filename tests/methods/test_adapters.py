@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.client import install
 from fedexperts.config import RunConfig
+from fedexperts.core.training import install
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
+from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 from fedexperts.methods.adapters import at_rank, rank_for
 from fedexperts.methods.fedavg import FedAvg
@@ -18,7 +19,6 @@ from fedexperts.methods.ffa_lora import FFALoRA
 from fedexperts.methods.random_expert import RandomExpert
 from fedexperts.moe import factors, rows
 from fedexperts.moe.tuning import Tuning
-from fedexperts.settings import checked
 from fedexperts.testing import tiny_batch, tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 

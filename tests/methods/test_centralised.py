@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedexperts import checkpoint
 from fedexperts.config import RunConfig
+from fedexperts.experiment import checkpoint
+from fedexperts.experiment.plan import plan
+from fedexperts.experiment.runner import engine_for, run
+from fedexperts.experiment.setup import prepare_run
+from fedexperts.io.toml import checked
 from fedexperts.methods.base import patch_for, train_assigned
 from fedexperts.methods.centralised import Centralised
-from fedexperts.plan import plan
-from fedexperts.running import engine_for, run
-from fedexperts.settings import checked
-from fedexperts.start import prepare_run
 from fedexperts.types import Assignment, Bench, Job
 
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.client import install
 from fedexperts.config import RunConfig
+from fedexperts.core.training import install
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
+from fedexperts.io.toml import checked
 from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
-from fedexperts.settings import checked
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 

@@ -6,11 +6,11 @@ from itertools import permutations
 import pytest
 import torch
 
-from fedexperts import checkpoint
-from fedexperts.client import fit
+from fedexperts.core.ledger import Ledger
+from fedexperts.core.training import fit
 from fedexperts.errors import TooSmall
+from fedexperts.experiment import checkpoint
 from fedexperts.federation import federate, job_for, jobs_for
-from fedexperts.ledger import Ledger
 from fedexperts.methods import fedmoe
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE, of

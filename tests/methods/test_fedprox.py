@@ -9,10 +9,10 @@ from torch import nn
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
+from fedexperts.io.toml import checked
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedprox import FedProx, sum_of_squares
 from fedexperts.moe.tuning import Tuning, trainable
-from fedexperts.settings import checked
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.client import fit
 from fedexperts.config import RunConfig
+from fedexperts.core.training import fit
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
+from fedexperts.io.toml import checked
 from fedexperts.methods.fedper import FedPer
 from fedexperts.methods.fedrep import FedRep
 from fedexperts.methods.personal import parts
@@ -17,7 +18,6 @@ from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.settings import checked
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 

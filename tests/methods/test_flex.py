@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.client import install
+from fedexperts.core.training import install
 from fedexperts.errors import BadData, BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.methods.flex import FLEx, pieces

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts import checkpoint
-from fedexperts.client import install
+from fedexperts.core.training import install
+from fedexperts.experiment import checkpoint
+from fedexperts.experiment.client_task import laid_over
 from fedexperts.federation import jobs_for
 from fedexperts.methods.base import of
 from fedexperts.methods.flora import FLoRA
@@ -17,7 +18,6 @@ from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.testing import tiny_batch, tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update, size
-from fedexperts.work import laid_over
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
 CLIENTS = [Client("a", 8), Client("b", 12), Client("c", 4)]

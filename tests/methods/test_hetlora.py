@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.client import install
+from fedexperts.core.training import install
+from fedexperts.experiment.client_task import laid_over
 from fedexperts.federation import jobs_for
 from fedexperts.methods.fedit import FedIT
 from fedexperts.methods.hetlora import HetLoRA
@@ -15,7 +16,6 @@ from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
-from fedexperts.work import laid_over
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
 CLIENTS = [Client("a", 8), Client("b", 12)]

@@ -7,10 +7,13 @@ from itertools import permutations
 import pytest
 import torch
 
-from fedexperts.client import Fitted, install
 from fedexperts.config import RunConfig
+from fedexperts.core.training import Fitted, install
 from fedexperts.errors import BadValue
+from fedexperts.experiment.progress import Quiet
+from fedexperts.experiment.runner import run
 from fedexperts.federation import jobs_for
+from fedexperts.io.toml import checked
 from fedexperts.methods import hfedmoe
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.hfedmoe import HFedMoE
@@ -19,9 +22,6 @@ from fedexperts.moe.anatomy import BlockShape, blocks
 from fedexperts.moe.flops import Footprint, footprint
 from fedexperts.moe.routing import Recorder
 from fedexperts.moe.tuning import Tuning
-from fedexperts.progress import Quiet
-from fedexperts.running import run
-from fedexperts.settings import checked
 from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Cost, Training
 

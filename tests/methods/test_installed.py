@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from fedexperts import methods
-from fedexperts.settings import to_toml
+from fedexperts.io.toml import to_toml
 
 MINE = """
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedexperts.client import install
+from fedexperts.core.training import install
 from fedexperts.federation import jobs_for
 from fedexperts.methods.local import Local
 from fedexperts.moe import rows

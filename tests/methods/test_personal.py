@@ -6,11 +6,11 @@ import pytest
 
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadValue
+from fedexperts.io.toml import checked
 from fedexperts.methods.personal import one_after_the_other, parts, shared_names
 from fedexperts.moe import rows, tuning
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import PARTS, Tuning, prepare
-from fedexperts.settings import checked
 from fedexperts.testing import FAMILIES, tiny_model, tiny_server
 from fedexperts.types import Cost, Training
 

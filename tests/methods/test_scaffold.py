@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fedexperts.client import install
 from fedexperts.config import RunConfig
+from fedexperts.core.ledger import Ledger
+from fedexperts.core.training import install
+from fedexperts.experiment.runner import engine_for
+from fedexperts.experiment.setup import prepare_run
 from fedexperts.federation import federate, jobs_for
-from fedexperts.ledger import Ledger
+from fedexperts.io.toml import checked
 from fedexperts.methods.base import of
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.scaffold import Scaffold, controls
@@ -16,9 +19,6 @@ from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning
-from fedexperts.running import engine_for
-from fedexperts.settings import checked
-from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 

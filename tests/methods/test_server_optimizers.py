@@ -7,27 +7,20 @@ from random import Random
 import pytest
 import torch
 
-from fedexperts import checkpoint
-from fedexperts.comparison import read_variants
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadValue
+from fedexperts.experiment import checkpoint
+from fedexperts.experiment.setup import prepare_run
+from fedexperts.experiment.sweep import read_variants
 from fedexperts.federation import jobs_for
+from fedexperts.io.toml import checked, with_settings
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE
 from fedexperts.methods.local import Local
-from fedexperts.methods.server_optimizers import (
-    SERVER_OPTIMIZERS,
-    FedAdagrad,
-    FedAdam,
-    FedAvgM,
-    FedYogi,
-    Stepped,
-)
+from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, FedAdagrad, FedAdam, FedAvgM, FedYogi, Stepped
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.settings import checked, with_settings
-from fedexperts.start import prepare_run
 from fedexperts.testing import tiny_bench, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fedexperts import report
-from fedexperts.comparison import compare, read_variants
 from fedexperts.config import RunConfig
-from fedexperts.settings import checked
+from fedexperts.experiment.sweep import compare, read_variants
+from fedexperts.io.toml import checked
 
 pytest.importorskip("playwright", reason="playwright, which drives the browser, is not installed: pip install 'fedexperts[dev]'")
 

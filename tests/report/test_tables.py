@@ -9,17 +9,7 @@ from rich.console import Console
 from fedexperts.errors import BadValue
 from fedexperts.report import measures as m
 from fedexperts.report import tables
-from fedexperts.report.read import (
-    BlockPlan,
-    ClientPlan,
-    Evaluation,
-    LedgerRow,
-    ModelPlan,
-    OnRetained,
-    Plan,
-    Round,
-    RunResults,
-)
+from fedexperts.report.read import BlockPlan, ClientPlan, Evaluation, LedgerRow, ModelPlan, OnRetained, Plan, Round, RunResults
 from fedexperts.report.stats import Interval
 
 

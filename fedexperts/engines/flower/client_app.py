@@ -7,7 +7,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedexperts.engines.flower.codec import from_records, to_records
-from fedexperts.engines.letter import Letter
+from fedexperts.engines.message import Letter
 from fedexperts.errors import FedExpertsError
 
 Answer = Callable[[Letter, Mapping[str, Any]], Letter]

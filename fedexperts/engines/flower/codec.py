@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedexperts.engines.letter import PROTOCOL, VERSION, Letter, digest, require_protocol
+from fedexperts.engines.message import PROTOCOL, VERSION, Letter, digest, require_protocol
 from fedexperts.errors import BadLetter
 
 ABOUT, PARTS = "letter", "parts"  # what the two records are called

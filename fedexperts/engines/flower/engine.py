@@ -12,12 +12,12 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid as Grid
 
 from fedexperts.engines.base import held_against, outline
+from fedexperts.engines.client_store import own
 from fedexperts.engines.flower.client_app import REFUSED
 from fedexperts.engines.flower.codec import from_records, to_records
-from fedexperts.engines.kept import own
-from fedexperts.engines.letter import Letter
+from fedexperts.engines.message import Letter
 from fedexperts.engines.remote import Greeting, hello, order, read_greeting
-from fedexperts.engines.wire import read_answer
+from fedexperts.engines.serialization import read_answer
 from fedexperts.errors import BadLetter, BadRun, Leak
 from fedexperts.types import Client, Failure, Job, Update
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from fedexperts.engines import wire
+from fedexperts.engines import serialization
 from fedexperts.engines.flower import codec
 from fedexperts.engines.flower.codec import ABOUT, PARTS, compressed, expanded, from_records, to_records
-from fedexperts.engines.letter import PROTOCOL, Letter, digest
-from fedexperts.engines.wire import answer_letter, job_letter, read_answer, read_job
+from fedexperts.engines.message import PROTOCOL, Letter, digest
+from fedexperts.engines.serialization import answer_letter, job_letter, read_answer, read_job
 from fedexperts.errors import BadLetter
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
@@ -98,7 +98,7 @@ def test_safetensors_reads_what_lies_in_an_array(dtype):
     letter = answer_letter(Update("c01", 1, "train", Patch({"w": torch.ones(2, 3).to(dtype)}), 5))
     array = to_records(letter)[PARTS]["0"]
     assert array.stype == "safetensors"
-    assert bits(load(array.data)[wire.TENSOR]) == bits(torch.ones(2, 3).to(dtype))
+    assert bits(load(array.data)[serialization.TENSOR]) == bits(torch.ones(2, 3).to(dtype))
     assert bits(read_answer(over_flower(letter)).patch.tensors["w"]) == bits(torch.ones(2, 3).to(dtype))
 
 
@@ -118,7 +118,7 @@ def test_an_update_with_its_cost_and_metrics_arrives_and_so_does_a_failure():
 
 @pytest.mark.parametrize("most", [1, 4, 100, 1000])
 def test_a_tensor_above_the_limit_goes_in_pieces_none_above_it_and_arrives_whole(monkeypatch, most):
-    monkeypatch.setattr(wire, "MOST_BYTES", most)
+    monkeypatch.setattr(serialization, "MOST_BYTES", most)
     held = {"dense": torch.arange(100.0).view(1, 10, 10), "few": torch.ones(1, dtype=torch.uint8), "rows": torch.randn(7, 5).T}
     letter = answer_letter(Update("c01", 1, "train", Patch(held), 5))
     sizes = [len(part) - 8 - int.from_bytes(part[:8], "little") for part in letter.parts.values()]

@@ -13,22 +13,22 @@ from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedexperts import checkpoint, flower, running
 from fedexperts.config import RunConfig
-from fedexperts.engines import kept, remote
+from fedexperts.core.ledger import Ledger
+from fedexperts.engines import client_store, remote
 from fedexperts.engines.base import in_order
+from fedexperts.engines.client_store import Keeper, own
 from fedexperts.engines.flower.client_app import client_app
 from fedexperts.engines.flower.codec import ABOUT, PARTS, from_records
 from fedexperts.engines.flower.engine import FlowerEngine
-from fedexperts.engines.kept import Keeper, own
-from fedexperts.engines.letter import Letter
 from fedexperts.engines.local import Site
+from fedexperts.engines.message import Letter
 from fedexperts.engines.remote import Greeting, greeting_letter
-from fedexperts.engines.wire import answer_letter
+from fedexperts.engines.serialization import answer_letter
 from fedexperts.errors import BadRun, BadValue
-from fedexperts.ledger import Ledger
+from fedexperts.experiment import checkpoint, flower, runner
+from fedexperts.io.toml import checked
 from fedexperts.methods.base import mean_rows
-from fedexperts.settings import checked
 from fedexperts.testing import bare_server
 from fedexperts.types import Client, Failure, Job, Patch, Split, Training, Update
 
@@ -256,7 +256,7 @@ def test_what_a_client_kept_in_a_job_that_did_not_count_is_gone_in_the_next(benc
 def test_a_client_whose_disk_is_full_fails_with_that_reason_and_goes_on_from_what_it_had_kept(bench, engine, monkeypatch):
     assert answers(engine)["c02"].metrics["before"] == 0
     with monkeypatch.context() as full:
-        full.setattr(kept, "write_tensors", no_room)
+        full.setattr(client_store, "write_tensors", no_room)
         reason = answers(engine, "c02", round=2)["c02"].reason
     assert reason == "OSError: [Errno 28] No space left on device"
     assert answers(engine, round=3)["c02"].metrics["before"] == 1
@@ -502,7 +502,7 @@ def saved(out):
 def test_below_the_quorum_a_run_stops_and_resumed_it_ends_with_the_bits_of_one_that_never_did(tiny_tree, tmp_path):
     grid, two = FakeGrid(play, CLIENTS), config(tiny_tree, min_clients=2)
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
-    running.run(two, undisturbed, engine=flower.over(grid))
+    runner.run(two, undisturbed, engine=flower.over(grid))
 
     grid.pushed = []
     lost = 4 + 2 + 2 + 4 + 1  # the answer to this job: evaluations before the first and after the second round ask all four
@@ -512,11 +512,11 @@ def test_below_the_quorum_a_run_stops_and_resumed_it_ends_with_the_bits_of_one_t
         BadRun,
         match=r"^round 3: 1 of 2 clients failed, .*round_seconds = 0\.2, and federation\.min_clients = 2 must answer; .*--resume",
     ):
-        running.run(late, out, engine=flower.over(grid))
+        runner.run(late, out, engine=flower.over(grid))
     assert checkpoint.latest(out).name == "000002-train"
 
     grid.change = {}
-    running.run(two, out, resume=True, engine=flower.over(grid))
+    runner.run(two, out, resume=True, engine=flower.over(grid))
     assert saved(out) == saved(undisturbed)
     assert saved(out)[0] == "000003-train"
 
@@ -524,7 +524,7 @@ def test_below_the_quorum_a_run_stops_and_resumed_it_ends_with_the_bits_of_one_t
 def test_above_the_quorum_a_run_goes_on_without_those_that_failed(tiny_tree, tmp_path):
     grid = FakeGrid(play, CLIENTS)
     grid.change = {1: lambda reply: [Message(Error(1, "no"), reply_to=reply_to(reply))]}
-    out = running.run(config(tiny_tree, clients_per_round=4, min_clients=3), tmp_path / "out", engine=flower.over(grid))
+    out = runner.run(config(tiny_tree, clients_per_round=4, min_clients=3), tmp_path / "out", engine=flower.over(grid))
     assert checkpoint.latest(out).name == "000003-train"
     assert '"failed": {"c01": "no"}' in (out / "rounds.jsonl").read_text()
 
@@ -533,7 +533,7 @@ def test_what_comes_twice_and_who_fails_stand_in_the_results_folder(tiny_tree, t
     grid = FakeGrid(play, CLIENTS)
     grid.change = {1: lambda reply: [reply, reply], 2: lambda reply: [KeyError("Strange")]}
     everyone = config(tiny_tree, rounds=1, clients_per_round=4)
-    out = running.run(everyone, tmp_path / "out", engine=flower.over(grid))
+    out = runner.run(everyone, tmp_path / "out", engine=flower.over(grid))
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
     assert {"client": "c01", "round": 1, "task": "train"} in dropped
     assert {line["client"] for line in dropped} == {"c01"}
@@ -555,13 +555,13 @@ def test_settings_that_go_together_with_no_other_are_refused(tiny_tree, federati
 
 
 def test_who_has_no_flower_is_told_how_to_get_it(tiny_tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "find_spec", lambda name: None)
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
     with pytest.raises(BadValue, match=r'^federation\.engine = "flower" needs Flower.*pip install "fedexperts\[flower\]"'):
-        running.run(config(tiny_tree), tmp_path / "out")
+        runner.run(config(tiny_tree), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_more_graphics_cards_than_there_are_cannot_be_asked_for(tiny_tree, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(BadValue, match=r"federation\.gpus_per_worker = 0\.25, but this machine has 0; lower it"):
-        running.run(config(tiny_tree, gpus_per_worker=0.25), tmp_path / "out")
+        runner.run(config(tiny_tree, gpus_per_worker=0.25), tmp_path / "out")

@@ -1,0 +1,65 @@
+"""What Flower calls an app and sends to every node: here two lines that name what is installed there already."""
+
+from hashlib import sha256
+from io import BytesIO
+from warnings import catch_warnings, simplefilter
+from zipfile import BadZipFile, ZipFile
+
+from flwr.cli.build import build_fab_from_files
+from flwr.supercore.fab import Fab
+
+from fedexperts.errors import BadLetter
+
+FILES = {
+    "pyproject.toml": """\
+[project]
+name = "fedexperts-app"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = []
+
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "fedexperts"
+
+[tool.flwr.app.components]
+serverapp = "fedexperts_app.server:app"
+clientapp = "fedexperts_app.client:app"
+""",
+    "fedexperts_app/__init__.py": "",
+    "fedexperts_app/server.py": "from fedexperts.deploy.lender import app as app\n",
+    "fedexperts_app/client.py": "from fedexperts.deploy.relay import app as app\n",
+}
+
+
+def bundle() -> Fab:
+    """The app as Flower carries it."""
+    with catch_warnings():
+        simplefilter("ignore", DeprecationWarning)  # of a package that Flower calls by an old name
+        content, _ = build_fab_from_files({name: text.encode() for name, text in FILES.items()})
+    return Fab(sha256(content).hexdigest(), content, {})
+
+
+def require_ours(content: bytes) -> None:
+    """Raises BadLetter unless `content` is the app as it is here: a node runs no code that comes over the network."""
+    try:
+        same = contents(content) == contents(bundle().content)
+    except BadZipFile:
+        same = False
+    if not same:
+        raise BadLetter(
+            "the server sent an app that is not the one of this version of FedExperts, and it will not be run; "
+            "install the same version on both sides"
+        )
+
+
+def contents(content: bytes) -> list[tuple[str, bytes]]:
+    """The files of an app; how they are compressed may differ from machine to machine."""
+    with ZipFile(BytesIO(content)) as files:
+        return [(info.filename, files.read(info)) for info in files.infolist()]

@@ -1,0 +1,197 @@
+"""Keys of a federation: an authority, the server's certificate from it, and a key pair for each client.
+
+FOLDER/ca.pem  ca.key            the authority; its key signs, and is needed nowhere else
+FOLDER/server/                   for the server: ca.pem, server.pem, server.key, and clients/NAME.pub of who may join
+FOLDER/NAME/                     for client NAME: ca.pem, node.key, node.pub
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedexperts.errors import BadValue
+from fedexperts.io.files import write_bytes
+
+DAYS = 3650
+ALWAYS = ("localhost", "127.0.0.1", "::1")  # the server's own processes reach it there
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+OURS = ("server", "ca.pem", "ca.key")
+CURVE = ec.SECP384R1()
+PRIVATE, PUBLIC = 0o600, 0o644
+"""A file that only its owner reads, and one that anyone may read."""
+
+
+def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
+    """All keys and certificates in `folder` that are not there yet; what is there stays as it is. Gives the files it wrote.
+
+    Killed at any moment, it makes the rest when it is called again.
+
+    hosts: names and addresses by which clients reach the server.
+
+    Raises:
+        BadValue: a client's name that no folder can have; a server's certificate that is there for other hosts; a client whose
+            public key is there, and whose private key is not; or an authority without its key, which would have to sign.
+    """
+    for name in clients:
+        if not NAME.fullmatch(name) or name in OURS:
+            taken = ", ".join(OURS)
+            raise BadValue(
+                f"no client can be called {name!r}; give letters, digits, dots, dashes and underscores, and none of {taken}"
+            )
+    server = folder / "server"
+    known = {name: server / "clients" / f"{name}.pub" for name in clients}
+    if gone := [name for name, path in known.items() if path.exists() and not (folder / name / "node.key").exists()]:
+        raise BadValue(
+            f"{known[gone[0]]} is there, and {folder / gone[0] / 'node.key'} is not; leave {gone[0]} out if it has its folder "
+            "already, or remove the one to have both made anew"
+        )
+    ca, made = folder / "ca.pem", Made([])
+    if (server / "server.pem").exists():
+        require_hosts(server / "server.pem", hosts)
+        if not ca.exists():  # nor need its key be there: nothing has to be signed
+            made.file(ca, (server / "ca.pem").read_bytes)
+    else:
+        if ca.exists() and not (folder / "ca.key").exists():
+            signed = f"{folder / 'ca.key'}, which has to sign {server / 'server.pem'},"
+            raise BadValue(f"{signed} is not there; bring it back, or give another folder")
+        made.file(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        made.file(ca, lambda: in_pem(authority_of(key_at(folder / "ca.key"))))
+        made.file(server / "server.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        names = [*dict.fromkeys([*hosts, *ALWAYS])]
+        made.file(server / "server.pem", lambda: in_pem(certificate(folder, key_at(server / "server.key"), names)))
+    made.file(server / "ca.pem", ca.read_bytes)
+    (server / "clients").mkdir(exist_ok=True)
+    for name, registered in known.items():
+        own = folder / name
+        if (own / "ca.pem").exists():  # the last of it: if its public key is not there, somebody has shut it out
+            continue
+        made.file(own / "node.key", lambda: node_pem(ec.generate_private_key(CURVE)), PRIVATE)
+        made.file(own / "node.pub", partial(public_of, own / "node.key"))
+        made.file(registered, (own / "node.pub").read_bytes)
+        made.file(own / "ca.pem", ca.read_bytes)
+    return made.files
+
+
+@dataclass(frozen=True)
+class Made:
+    """The files that were made."""
+
+    files: list[Path]
+
+    def file(self, path: Path, make: Callable[[], bytes], mode: int = PUBLIC) -> None:
+        """Has `path` hold what `make` gives, unless it is there."""
+        if not path.exists():
+            write_bytes(path, make(), mode)
+            self.files.append(path)
+
+
+def key_at(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = load_pem_private_key(path.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key
+
+
+def public_of(path: Path) -> bytes:
+    """The public key of the private one at `path`, as OpenSSH writes it."""
+    key = load_ssh_private_key(path.read_bytes(), None)
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+
+
+def node_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+
+
+def authority_of(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """The certificate of an authority, signed by itself."""
+    name = named("FedExperts federation")
+    usage = x509.KeyUsage(
+        False, False, False, False, False, True, True, False, False
+    )  # it signs certificates and their revocation
+    return (
+        begun(name, name, key.public_key(), key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Iterable[str]) -> x509.Certificate:
+    """The server's, for `hosts`, signed by the authority in `folder`."""
+    authority = key_at(folder / "ca.key")
+    issuer = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()).subject
+    usage = x509.KeyUsage(
+        True, False, False, False, False, False, False, False, False
+    )  # it signs what proves that it has the key
+    return (
+        begun(named("FedExperts server"), issuer, key.public_key(), authority.public_key())
+        .add_extension(x509.SubjectAlternativeName(list(map(general_name, hosts))), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(authority, hashes.SHA384())
+    )
+
+
+def begun(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePublicKey
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))  # clocks of machines differ
+        .not_valid_after(now + timedelta(days=DAYS))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
+    )
+
+
+def named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def require_hosts(path: Path, hosts: Iterable[str]) -> None:
+    """Raises BadValue when the certificate at `path` is not for all of `hosts`."""
+    found = x509.load_pem_x509_certificate(path.read_bytes())
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if missing := [host for host in hosts if general_name(host) not in names]:
+        known = ", ".join(str(name.value) for name in names)
+        raise BadValue(
+            f"{path} is there already, for {known}, and not for {', '.join(missing)}; keys are never overwritten: "
+            f"remove it and {path.with_name('server.key')} to have another made"
+        )
+
+
+def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def in_pem(made: x509.Certificate) -> bytes:
+    return made.public_bytes(Encoding.PEM)

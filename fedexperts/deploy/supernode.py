@@ -1,0 +1,69 @@
+"""The process of Flower's SuperNode: as its own command starts it, but it runs no app other than ours, looks more often whether
+there is a message, and ends with its SuperExec, without which it would take messages and answer none.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from threading import Thread
+from time import sleep
+from types import SimpleNamespace
+from typing import Any
+
+from flwr.supercore.fab import Fab
+from flwr.supernode.cli import flower_supernode
+from flwr.supernode.fleet_http_connection import http_request_response
+
+from fedexperts.deploy.bundle import require_ours
+from fedexperts.deploy.processes import module
+from fedexperts.deploy.socket_rpc import end_with_parent
+
+POLL_SECONDS = 0.5
+GET_FAB = 4
+"""Which of the functions of a connection fetches an app."""
+
+
+@contextmanager
+def careful(*given: Any) -> Iterator[tuple[Any, ...]]:
+    """Flower's connection to the server, that takes no other app than ours."""
+    with http_request_response(*given) as functions:
+        get_fab: Any = functions[GET_FAB]
+        yield (*functions[:GET_FAB], only_ours(get_fab), *functions[GET_FAB + 1 :])
+
+
+def only_ours(get_fab: Callable[[str, int], Fab]) -> Callable[[str, int], Fab]:
+    def get(hash: str, run: int) -> Fab:
+        fab = get_fab(hash, run)
+        require_ours(fab.content)
+        return fab
+
+    return get
+
+
+def superexec(command: Sequence[str]) -> None:
+    """Ours, with the options that Flower's would get. When it ends so does this process, and its watcher starts both again."""
+
+    def watch() -> None:
+        child.wait()
+        os._exit(1)
+
+    child = subprocess.Popen([*module("superexec"), *command[1:]])
+    Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    end_with_parent()
+    theirs: Any = import_module("flwr.supernode.start_client_internal")  # of the one version that we pin
+    theirs.http_request_response = careful
+    theirs.subprocess = SimpleNamespace(Popen=superexec)
+    theirs.time = SimpleNamespace(sleep=lambda seconds: sleep(min(seconds, POLL_SECONDS)))
+    try:
+        flower_supernode()
+    finally:
+        os._exit(1)  # its own web server would keep it alive
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What a run will work with, before anything runs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from fedexperts.experiment.setup import Prepared
+from fedexperts.federation import job_for, steps
+from fedexperts.methods import REFERENCES
+from fedexperts.methods.submodel import even_number, evenly
+from fedexperts.moe import graft
+from fedexperts.moe.flops import as_trained, per_step
+from fedexperts.types import Client, Example, Server
+
+WHAT_THEN = {
+    "train anyway": "it trains there all the same, and the report marks them",
+    "fail": 'their jobs fail where the measured peak is above it, unless devices.out_of_memory = "train anyway"',
+}
+"""What becomes of a client that has too little memory, by `devices.out_of_memory`."""
+
+
+def plan(prepared: Prepared) -> dict[str, Any]:
+    """What a run will work with, as plan.json says it: the model, and each client's data, memory and what fits it."""
+    server = prepared.server
+    full = server.footprint.of(server.anatomy.all_experts)
+    clients = [client_plan(prepared, client, full) for client in server.clients.values()]
+    return {
+        "method": prepared.label,
+        "setting": prepared.setting,
+        "reference": prepared.config.method["name"] in REFERENCES,
+        "seed": prepared.config.seed,
+        "model": {
+            "name": prepared.base.name,
+            "parameters": sum(parameter.numel() for parameter in prepared.base.model.parameters()),
+            "blocks": {
+                name: {"num_experts": block.num_experts, "top_k": block.top_k} for name, block in server.anatomy.blocks.items()
+            },
+        },
+        "clients": clients,
+        "devices": {name: asdict(profile) for name, profile in prepared.profiles.items()},
+        "partition": prepared.config.data.partition.model_dump(mode="json", exclude_none=True),
+        "full_bytes": full,
+        "fixed_bytes": server.footprint.fixed_bytes,
+        "reached_bytes": server.footprint.reached_bytes,
+        "personal_bytes": prepared.personal_bytes,
+        "full_patch_bytes": sum(tensor.nbytes for tensor in server.weights.values()),
+        "patch": patch_bytes(server),
+        "memory": {
+            "dense_bytes": server.footprint.dense_bytes,
+            "expert_bytes": dict(server.footprint.expert_bytes),
+            "activation_bytes": server.footprint.activation_bytes,
+        },
+        "round_flops_estimated": round_flops(prepared),
+        "warnings": warnings(prepared, clients),
+    }
+
+
+def round_flops(prepared: Prepared) -> float:
+    """The most operations that a participant's steps in a round can be: on the whole model and full-length examples.
+
+    What a method does beside them is not counted, such as FLEx's selection in a client's first round.
+    """
+    config, base, training = prepared.config, prepared.base, prepared.training
+    model = as_trained(base.model, training.tuning, graft.number(prepared.method))
+    lengths = [config.data.max_tokens] * training.batch_size
+    return per_step(model)(lengths, lengths) * training.local_steps
+
+
+def patch_bytes(server: Server) -> dict[str, Any]:
+    """What the weights that travel weigh: those of no expert, and of each MoE block those of one expert."""
+    experts = dict.fromkeys(server.anatomy.blocks, 0)
+    for name, tensor in server.weights.items():
+        if (block := server.layout[name]) is not None:
+            experts[block] += tensor[0].nbytes
+    dense = sum(tensor.nbytes for name, tensor in server.weights.items() if server.layout[name] is None)
+    return {"dense_bytes": dense, "expert_bytes": experts}
+
+
+def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What will not fit, as sentences."""
+    over = [client["name"] for client in clients if client["first_experts"] and not client["first_fits"]]
+    too_little_memory = (
+        f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
+        + WHAT_THEN[prepared.config.devices.out_of_memory]
+    )
+    return [*([too_little_memory] if over else []), *too_long_labels(prepared)]
+
+
+def too_long_labels(prepared: Prepared) -> Iterator[str]:
+    """A sentence for each task with labels that no answer can reach."""
+    most = prepared.config.evaluation.generate_tokens
+    sets = {example.task: example.choices for example in prepared.clients.pool.test if generated(example)}
+    for task, choices in sets.items():
+        lengths = [len(ids) for ids in prepared.base.tokenizer(list(choices), add_special_tokens=False)["input_ids"]]
+        if max(lengths) > most:
+            yield (
+                f"{sum(length > most for length in lengths)} of the {len(choices)} labels of {task} are longer than "
+                f"evaluation.generate_tokens = {most} and will never be answered right; set it to {max(lengths) + 1}"
+            )
+
+
+def generated(example: Example) -> bool:
+    """Whether one of given labels must be said, token by token."""
+    return bool(example.choices) and example.metric != "likelihood"
+
+
+def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]:
+    """`first_…` and `budget`, how many experts backward may reach: of the client's first job; no experts where it has no part."""
+    split, server, method = prepared.clients[client.name], prepared.server, prepared.method
+    first = replace(server, task=steps(method, 1)[0][1])
+    assignment = method.assign(first, client) if client.name in prepared.participants else None
+    held = assignment.experts if assignment else {}
+    budget = int(assignment.extra["budget"]) if assignment and "budget" in assignment.extra else None
+    shared = server.footprint.of(held) if budget is None else server.footprint.reaching(budget)
+    needed = shared + prepared.personal_bytes
+    return {
+        "name": client.name,
+        "task": client.task,
+        "examples": len(split.train),
+        "validation": len(split.validation),
+        "test": len(split.test),
+        "memory_bytes": client.memory_bytes,
+        "experts_fit": experts_fit(server, client),
+        "full_fits": client.memory_bytes is None or full + prepared.personal_bytes <= client.memory_bytes,
+        "tasks": prepared.clients.tasks(client.name),
+        "first_task": first.task,
+        "first_experts": sum(len(ids) for ids in held.values()),
+        "budget": budget,
+        "first_bytes_down": job_for(first, client, assignment).nbytes if assignment else 0,
+        "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
+    }
+
+
+def experts_fit(server: Server, client: Client) -> int:
+    """The most experts, spread evenly over the layers, that the client can train within its memory."""
+    number = even_number(server, client)
+    return sum(evenly(server.anatomy, number).values()) if number else 0

@@ -1,0 +1,159 @@
+"""What a run shows while it works: two lines that change on a terminal, a line an evaluation elsewhere, or nothing."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, Self
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+from fedexperts.core.evaluation import Scores
+from fedexperts.types import Engine, Failure, Job, Server, Update
+
+
+class Progress(Protocol):
+    """Told of everything that happens in a run."""
+
+    shows: bool  # anything at all
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def watch(self, engine: Engine) -> Engine: ...
+    def start(self, label: str, seed: int, done: int, total: int) -> None: ...
+    def evaluating(self, clients: int) -> None: ...
+    def scored(self, server: Server, scores: Scores) -> None: ...
+    def failed(self, server: Server, reasons: Mapping[str, str]) -> None: ...
+    def noted(self, server: Server, sentence: str) -> None: ...
+    def round(self, server: Server) -> None: ...
+
+
+class Quiet:
+    """Nothing is shown."""
+
+    shows = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def watch(self, engine: Engine) -> Engine:
+        return engine
+
+    def start(self, label: str, seed: int, done: int, total: int) -> None:
+        pass
+
+    def evaluating(self, clients: int) -> None:
+        pass
+
+    def scored(self, server: Server, scores: Scores) -> None:
+        pass
+
+    def failed(self, server: Server, reasons: Mapping[str, str]) -> None:
+        pass
+
+    def noted(self, server: Server, sentence: str) -> None:
+        pass
+
+    def round(self, server: Server) -> None:
+        pass
+
+
+class Bar(RichProgress):
+    """The run, its rounds that are done with the time that is left, and what came last; no line is wider than the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
+            MofNCompleteColumn(),
+            TextColumn("rounds"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.fields["label"], no_wrap=True, overflow="ellipsis")
+            yield self.make_tasks_table([task])
+            yield Text(task.fields["now"], no_wrap=True, overflow="ellipsis")
+
+
+class Shown:
+    """The bar with the client that answered last; a line for each evaluation and each failed client."""
+
+    shows = True
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Bar(console)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, sentence: str) -> None:
+        """A line that stays; where there is no terminal it is not broken."""
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def watch(self, engine: Engine) -> Engine:
+        return Watched(engine, self)
+
+    def start(self, label: str, seed: int, done: int, total: int) -> None:
+        for task in self.bar.task_ids:
+            self.bar.remove_task(task)
+        self.label = f"{label}, seed {seed}"
+        self.answers = 0  # of the round, or the evaluation, under way
+        self.task = self.bar.add_task("", total=total, completed=done, label=self.label, now="")
+        if done:
+            self.say(f"{self.label}: {done} of {total} rounds are done already")
+
+    def evaluating(self, clients: int) -> None:
+        self.answers = 0
+        self.bar.update(self.task, now=f"evaluating {clients} clients")
+
+    def scored(self, server: Server, scores: Scores) -> None:
+        by_task = ", ".join(f"{task} {scores.main(task):.3f}" for task in scores.tasks)
+        self.say(f"{self.label}, round {server.round}: {by_task}")
+
+    def failed(self, server: Server, reasons: Mapping[str, str]) -> None:
+        for client, reason in reasons.items():
+            self.say(f"round {server.round}: {client} failed in {server.task} and is left out: {reason}")
+
+    def noted(self, server: Server, sentence: str) -> None:
+        self.say(f"{self.label}, round {server.round}: {sentence}")
+
+    def round(self, server: Server) -> None:
+        self.answers = 0
+        self.bar.advance(self.task)
+
+    def answered(self, answer: Update | Failure) -> None:
+        self.answers += 1
+        told = [f"round {answer.round}, {answer.task}: {answer.client}, {self.answers} answered"]
+        if isinstance(answer, Failure):
+            told.append("failed")
+        else:
+            cost = answer.cost
+            told += [f"loss {answer.metrics['loss']:.3f}"] if answer.metrics.get("loss") is not None else []
+            told += [f"{cost.tokens / cost.seconds:,.0f} tokens/s"] if cost.tokens and cost.seconds else []
+        self.bar.update(self.task, now=", ".join(told))
+
+
+class Watched:
+    """An engine whose answers are shown as they pass."""
+
+    def __init__(self, engine: Engine, shown: Shown) -> None:
+        self.engine, self.shown = engine, shown
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        for answer in self.engine.run(jobs):
+            self.shown.answered(answer)
+            yield answer
+            del answer  # or it would be held until the next one has come

@@ -1,0 +1,182 @@
+"""What a base we made can do: answers to generated tasks, bits per byte of held-out text, how evenly its experts are used."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fedexperts.core import evaluation
+from fedexperts.core.training import cross_entropy
+from fedexperts.data import sources
+from fedexperts.data.encode import Encoder
+from fedexperts.data.synthetic import examples
+from fedexperts.models.load import Base
+from fedexperts.models.settings import PretrainSettings, Stream, Texts
+from fedexperts.models.stream import Windows, as_example, texts_of, token_ids
+from fedexperts.moe.routing import Recorder, Routing
+from fedexperts.types import Example
+
+WINDOWS = 16  # of held-out text, measured at a time
+BATCHES = 8  # in which the load of the experts is counted
+
+Measured = dict[str, dict[str, Any]]
+"""Group → what was measured → value: a number, or a list of one for each expert."""
+
+
+def measure(base: Base, settings: PretrainSettings, tokens: Path) -> Measured:
+    """All that the recipe tells; `tokens` is the file with the stream's tokens, from which the n-gram models are made."""
+    encoder = Encoder(base.tokenizer, settings.model.max_positions)
+    answers = {group: verbatim(base.model, encoder, chosen) for group, chosen in questions(settings).items() if chosen}
+    if settings.stream is None:
+        return answers
+    parts = load_file(tokens)
+    pair = Bigram(parts["texts"], len(base.tokenizer))
+    bits = held_out_bits(base, pair, settings.stream, settings.measured)
+    return {**bits, **loads(routing(base.model, Windows(parts, settings, settings.stream), settings)), **answers}
+
+
+def questions(settings: PretrainSettings) -> dict[str, list[Example]]:
+    """Test examples of the generated tasks trained on and, of a mixture, those only exposed, by group."""
+    mixture, stream = settings.mixture, settings.stream
+    groups = {"tasks": stream.generated} if stream else {"tasks": mixture.tasks, "exposed": mixture.exposed}
+    return {
+        group: [example for task in tasks for example in examples(task, settings.measured, settings.seed, "test")]
+        for group, tasks in groups.items()
+    }
+
+
+def verbatim(model: nn.Module, encoder: Encoder, chosen: Sequence[Example]) -> dict[str, float]:
+    """Share of prompts answered letter by letter, by task."""
+    scores = evaluation.score(model, chosen, encoder, generate_tokens=16, batch_size=100).by_task()
+    found = {task: round(values["verbatim"], 3) for task, values in scores.items()}
+    return {**found, "mean": round(sum(found.values()) / len(found), 3)}
+
+
+def held_out_bits(base: Base, pair: "Bigram", stream: Stream, number: int) -> Measured:
+    """Bits per byte of `number` held-out texts of each file, taken from all over it."""
+    files = {file: texts for texts in stream.texts if (file := held_out(texts.name)) is not None}
+    chosen = {file.name.partition(".")[0]: held_out_texts(file, texts, number) for file, texts in files.items()}
+    return {f"bits per byte, {name}": bits_per_byte(base, pair, some, stream.window) for name, some in chosen.items() if some}
+
+
+def held_out(name: str) -> Path | None:
+    """The test rows beside a file, or those of a stem of the data pack, if there are any."""
+    path = Path(name)
+    if path.is_file():
+        beside = path.with_name(path.name.replace(".train.", ".test."))
+        return beside if beside != path and beside.is_file() else None
+    stem = next((pack.test for pack in sources.PACKS.values() if name in pack.train and pack.test), name)
+    beside = sources.data_folder() / f"{stem}.test.jsonl.gz"
+    return beside if beside.is_file() else None
+
+
+def held_out_texts(file: Path, texts: Texts, number: int) -> list[str]:
+    """At most `number`, as far apart as there are others between them."""
+    found = texts_of(sources.read(file), texts)
+    return found[:: math.ceil(len(found) / number)] if found and number else []
+
+
+def bits_per_byte(base: Base, pair: "Bigram", texts: Sequence[str], window: int) -> dict[str, float]:
+    """Of the model, the bigram and the unigram model, on the same tokens: windows of `window`, one after the other.
+
+    Bits of every token but the first of each window, which nobody predicts, over the bytes that these tokens stand for. The
+    marks between texts cost bits and stand for no byte.
+    """
+    ids = torch.tensor(list(token_ids(base.tokenizer, [as_example(text) for text in texts])))
+    windows = ids[: len(ids) // window * window].view(-1, window) if len(ids) >= window else ids[None]
+    size = int(token_bytes(base.tokenizer)[windows[:, 1:]].sum())
+    nats = {
+        "model": sum(model_nats(base.model, some) for some in windows.split(WINDOWS)),
+        "bigram": float(pair.nats(windows).sum()),
+        "unigram": float(pair.unigram_nats(windows).sum()),
+    }
+    return {**{name: round(each / size / math.log(2), 4) for name, each in nats.items()}, "bytes": size}
+
+
+@torch.inference_mode()
+def model_nats(model: nn.Module, windows: Int[Tensor, "windows tokens"]) -> float:
+    """-log p of all tokens but the first of each window, given those before."""
+    batch = {"input_ids": windows, "attention_mask": torch.ones_like(windows), "labels": windows}
+    return float(cross_entropy(model, batch)) * windows[:, 1:].numel()
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " vocabulary"]:
+    """How many bytes of text each token of our tokenizers stands for: they write a byte as one letter, marks as none."""
+    letters = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return torch.tensor([0 if letter in tokenizer.all_special_tokens else len(letter) for letter in letters])
+
+
+@torch.inference_mode()
+def routing(model: nn.Module, windows: Windows, settings: PretrainSettings) -> Routing:
+    """What the routers pick in the batches that would have come next, mixed as those the model was trained on."""
+    with Recorder(model) as recorder:
+        for step in range(settings.steps, settings.steps + BATCHES):
+            for rank in range(settings.workers):
+                batch = windows.batch(step, rank)
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return recorder.routing()
+
+
+def loads(routing: Routing) -> Measured:
+    """The tokens that each expert got, in parts of a fair share: the smallest, the largest and all, by MoE block."""
+    fair = {name: counts.double() / counts.sum() * len(counts) for name, counts in routing.counts.items()}
+    rounded = {name: [round(share, 3) for share in shares.tolist()] for name, shares in fair.items()}
+    return {
+        "least used expert, of a fair share": {name: min(shares) for name, shares in rounded.items()},
+        "most used expert, of a fair share": {name: max(shares) for name, shares in rounded.items()},
+        "each expert, of a fair share": dict(rounded),
+    }
+
+
+class Bigram:
+    """Counts of tokens and of pairs, to tell what a language model has to beat.
+
+    A pair falls back on the token by the interpolation of Witten and Bell ("The zero-frequency problem", IEEE Transactions
+    on Information Theory 37(4), 1991; their method C): p(b | a) = (n(ab) + t(a) p(b)) / (n(a) + t(a)), with t(a) the number
+    of different tokens seen after a. A token's own count has one added, so none is impossible.
+    """
+
+    def __init__(self, tokens: Int[Tensor, " tokens"], vocabulary: int) -> None:
+        tokens = tokens.long()
+        counts = torch.bincount(tokens, minlength=vocabulary).double() + 1
+        self.single = counts / counts.sum()
+        self.pairs = torch.bincount(tokens[:-1] * vocabulary + tokens[1:], minlength=vocabulary**2).view(vocabulary, vocabulary)
+        self.seen = self.pairs.sum(1)
+        self.kinds = (self.pairs > 0).sum(1).clamp(min=1)  # after a token that nothing followed, p(b) alone
+
+    def nats(self, windows: Int[Tensor, "windows tokens"]) -> Float[Tensor, "windows tokens-1"]:
+        """-log p of each token but the first, given the one before."""
+        before, after = windows[:, :-1], windows[:, 1:]
+        kinds = self.kinds[before]
+        likely = (self.pairs[before, after] + kinds * self.single[after]) / (self.seen[before] + kinds)
+        return -likely.log()
+
+    def unigram_nats(self, windows: Int[Tensor, "windows tokens"]) -> Float[Tensor, "windows tokens-1"]:
+        """-log p of each token but the first."""
+        return -self.single[windows[:, 1:]].log()
+
+
+def card(recipe: Mapping[str, Any], settings: PretrainSettings) -> str:
+    """The model card."""
+    titles = {"tasks": "unseen test prompts answered letter by letter", "exposed": "the same, of tasks hardly seen"}
+    made_of = "generated tasks and text" if settings.stream is None else "plain text, instructions and generated tasks"
+    lines = [
+        "# A small Mixture-of-Experts language model",
+        "",
+        f"{recipe['parameters']:,} parameters, OLMoE classes, made by `fedexperts pretrain` from {made_of}",
+        f"with seed {settings.seed} in {settings.steps} steps ({recipe['seconds']} s). All settings: `recipe.json`.",
+    ]
+    if recipe["data"]:
+        lines += ["", "| read | sha256 |", "|---|---|", *(f"| {name} | `{hash}` |" for name, hash in recipe["data"].items())]
+    for group, values in recipe["measured"].items():
+        lines += ["", f"| {titles.get(group, group)} | |", "|---|---|"]
+        lines += [
+            f"| {name} | {' '.join(map(str, value)) if isinstance(value, list) else value} |" for name, value in values.items()
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,195 @@
+"""What a pretraining run is, read from TOML."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, SYNTHETIC
+from fedexperts.errors import nearest
+from fedexperts.io.toml import checked, read_tree
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Width = Annotated[int, Field(gt=0, multiple_of=8)]  # grouped_mm wants rows of whole 16 bytes, in bf16 too
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Raises ValueError for the first that is no generated task."""
+    for task in tasks:
+        if task not in SYNTHETIC:
+            raise ValueError(f"{task!r} is not one of {', '.join(SYNTHETIC)}{nearest(task, SYNTHETIC)}")
+
+
+class Shape(Settings):
+    """The model: OLMoE's classes in small."""
+
+    hidden: Width = 96
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    experts: PositiveInt = 16
+    top_k: PositiveInt = 2
+    expert_width: Width = 160
+    max_positions: PositiveInt = 1024
+    tied: bool = False  # one matrix for reading and writing tokens
+
+    @model_validator(mode="after")
+    def fits(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k = {self.top_k} of {self.experts} experts cannot be chosen; lower top_k")
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden = {self.hidden} is no even multiple of heads = {self.heads}; change one of them")
+        return self
+
+
+class Mixture(Settings):
+    """Batches of generated examples, padded, with the loss on their answers: what `tiny` is made of.
+
+    A batch is of tasks or of text, since padding both to one width would cost more.
+    """
+
+    tasks: tuple[str, ...] = BASE_TASKS
+    exposed: tuple[str, ...] = NEW_TASKS  # tasks whose instructions the model shall have met, no more
+    exposed_share: Share = 0.02  # of the examples in batches of tasks
+    exposed_from: Share = 0.8  # part of the run after which they come in
+    text_share: Share = 0.03  # of the batches
+
+    @model_validator(mode="after")
+    def exists(self) -> Self:
+        check_tasks((*self.tasks, *self.exposed))
+        if not self.tasks:
+            raise ValueError(f"mixture.tasks is empty; name some of {', '.join(SYNTHETIC)}")
+        if self.exposed_share and not self.exposed:
+            raise ValueError("mixture.exposed is empty; name a task, or set mixture.exposed_share = 0")
+        return self
+
+
+class Texts(Settings):
+    """Rows of plain text: a file, or a stem in the data pack such as text/stories."""
+
+    name: str = Field(min_length=1)
+    without: tuple[str, ...] = ()  # rows whose `source` begins with one of these are left out
+
+
+class Stream(Settings):
+    """Batches of windows over long rows of tokens, with the loss on every token: what `small` is made of.
+
+    There are up to three rows, of texts, instructions and generated examples. Each is read at its own pace, in a new order
+    whenever it was read through.
+    """
+
+    window: int = Field(default=256, ge=2)  # tokens
+    merges: PositiveInt = 3837  # byte pairs that the tokenizer learns from the texts and instructions
+    texts: tuple[Texts, ...] = Field(min_length=1)
+    instructions: tuple[str, ...] = ()  # sources as a run file's data table names them
+    generated: tuple[str, ...] = ()  # generated tasks
+    generated_examples: PositiveInt = 10_000  # of each
+    instruction_share: Share = 0.0  # of the windows of a batch, rounded
+    generated_share: Share = 0.0  # likewise
+
+    @field_validator("texts", mode="before")
+    @classmethod
+    def names_are_tables(cls, given: object) -> object:
+        if isinstance(given, list | tuple):
+            return tuple({"name": text} if isinstance(text, str) else text for text in given)
+        return given
+
+    @model_validator(mode="after")
+    def shares_are_of_something(self) -> Self:
+        check_tasks(self.generated)
+        if bool(self.instructions) != bool(self.instruction_share):
+            raise ValueError("stream.instructions and stream.instruction_share go together; set both or neither")
+        if bool(self.generated) != bool(self.generated_share):
+            raise ValueError("stream.generated and stream.generated_share go together; set both or neither")
+        if self.instruction_share + self.generated_share >= 1:
+            raise ValueError("stream.instruction_share and generated_share leave nothing for the texts; lower one of them")
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Which of the three rows there are."""
+        named = {"texts": self.texts, "instructions": self.instructions, "generated": self.generated}
+        return tuple(part for part, its in named.items() if its)
+
+    def counts(self, windows: int) -> dict[str, int]:
+        """How many windows of each part are in a batch of so many.
+
+        Raises:
+            ValueError: there is no room for one of each.
+        """
+        shares = {"instructions": self.instruction_share, "generated": self.generated_share}
+        others = {part: round(shares[part] * windows) for part in self.parts if part in shares}
+        found = {"texts": windows - sum(others.values()), **others}
+        for part, count in found.items():
+            if not count:
+                raise ValueError(
+                    f"a worker's batch of {windows} windows has no room for stream.{part}; raise batch_size or change the shares"
+                )
+        return found
+
+
+class PretrainSettings(Settings):
+    """A pretraining run; the same settings give the same bits on the same kind of machine."""
+
+    seed: int = 0
+    out: Path
+    model: Shape = Shape()
+    mixture: Mixture = Mixture()
+    stream: Stream | None = None  # instead of the mixture
+    steps: PositiveInt = 3000
+    batch_size: PositiveInt = 128  # of all workers together
+    lr: PositiveFloat = 2e-3
+    warmup: Share = 0.03  # part of the steps
+    decay: Share = 1.0  # part of the steps, the last ones, in which the rate falls along a cosine; before, it stays
+    final_lr: Share = 0.05  # part of lr, at the end of the cosine
+    weight_decay: NonNegativeFloat = 0.01
+    clip: PositiveFloat = 1.0
+    balance: NonNegativeFloat = 0.01  # weight of the load-balance loss
+    workers: PositiveInt = 1  # processes, each with its part of every batch
+    threads: PositiveInt = 1  # of each
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the products; weights and optimiser stay fp32
+    save_every: PositiveInt = 200  # steps, or a twentieth of all where that is less; a run that was stopped goes on from there
+    measured: NonNegativeInt = 200  # test examples of each task, or held-out texts of each file, for the recipe
+
+    @model_validator(mode="after")
+    def divides(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size = {self.batch_size} does not divide by workers = {self.workers}; change one of them")
+        return self
+
+    @model_validator(mode="after")
+    def stream_fits(self) -> Self:
+        if self.stream is None:
+            return self
+        if "mixture" in self.model_fields_set:
+            raise ValueError("mixture has no effect beside stream; leave one of them out")
+        if self.stream.window > self.model.max_positions:
+            raise ValueError(
+                f"stream.window = {self.stream.window} is longer than model.max_positions = {self.model.max_positions}; "
+                "lower the one or raise the other"
+            )
+        self.stream.counts(self.batch_size // self.workers)
+        return self
+
+
+def read_settings(path: Path, changes: Sequence[str] = ()) -> PretrainSettings:
+    """The pretraining run in a TOML file, with each `a.b=c` of `changes` in place of what the file says.
+
+    Raises:
+        BadValue: it cannot be read, or a name or value is not allowed.
+    """
+    return checked(PretrainSettings, read_tree(path, "runs/pretrain-tiny.toml", changes))

@@ -1,0 +1,279 @@
+"""What a model costs, from its config alone: built on the meta device and counted on its real module tree."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from fedexperts.errors import BadValue, nearest
+from fedexperts.models.load import OURS, own_folder
+from fedexperts.moe.anatomy import Anatomy, Experts, anatomy, blocks
+from fedexperts.moe.flops import COPIES, on_meta, parameters
+from fedexperts.moe.lora import ExpertLoRA
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import Tuning, prepare, trainable
+
+FP32 = 4
+TRAINED = FP32 * COPIES["adamw"]  # weight, gradient, two moments
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer."""
+
+    name: str
+    router: str  # its class
+    num_experts: int
+    top_k: int
+    groups: int
+    expert_parameters: int  # of one expert
+    router_row_parameters: int  # what the router holds for one expert
+    kept: int  # experts in the sub-model
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, or a sub-model of it. Tied weights count once; router rows count, with their experts."""
+
+    experts: int
+    parameters: int
+    active_parameters: int  # that one token meets
+    send_bytes: int  # of all parameters in fp32, one way
+    training_bytes: int  # without activations: 16 a parameter; under LoRA 4, and 16 for each of an adapter
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What LoRA adds to the full model.
+
+    Our adapters of stacked experts treat the gate and up projections as the one matrix they are stored as, with a common A.
+    The papers count them as two matrices with an A each: `parameters_by_matrix`.
+    """
+
+    parts: tuple[str, ...]
+    rank: int
+    attention_modules: tuple[str, ...]
+    parameters: int
+    parameters_by_matrix: int
+    send_bytes: int  # of the adapters alone in fp32
+    with_model_bytes: int  # of the model and the adapters, as when a client gets both
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` finds."""
+
+    model: str
+    model_type: str
+    layers: tuple[Layer, ...]  # those with experts
+    dense_parameters: int  # all that is no routed expert and no router row
+    grafted_parameters: int  # of one copied expert in every MoE layer
+    full: Size
+    kept: Size | None = None
+    adapters: Adapters | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def inspect(model: str | Path, keep: int | None = None, keep_total: int | None = None, lora: Tuning | None = None) -> Inspection:
+    """What the model of a config file, a folder or a hub name costs, also with `keep` experts a layer or `keep_total` in all.
+
+    No weights are read. `keep_total` is spread evenly over the layers, the first ones get what is left over. With `lora`, also
+    what these adapters add, and what training the model then takes.
+
+    Raises:
+        BadValue: no config there, no experts in it, a sub-model that cannot run, or adapters that do not fit.
+    """
+    full = skeleton(read_config(str(model)))
+    counted, shape = parameters(full), anatomy(full)
+    experts = chosen(shape, keep, keep_total)
+    small = shrink(full, experts) if experts else None
+    adapters = adapters_of(full, lora) if lora else None
+    small_adapters = adapters_of(small, lora) if small and lora else None
+    router = {name: type(block.router).__name__ for name, block in blocks(full).items()}
+    return Inspection(
+        model=str(model),
+        model_type=cast("Any", full).config.model_type,
+        layers=tuple(
+            Layer(
+                name=name,
+                router=router[name],
+                num_experts=block.num_experts,
+                top_k=block.top_k,
+                groups=block.groups,
+                expert_parameters=counted.expert[name],
+                router_row_parameters=counted.router_row[name],
+                kept=len(experts[name]) if experts else block.num_experts,
+            )
+            for name, block in shape.blocks.items()
+        ),
+        dense_parameters=counted.dense,
+        grafted_parameters=sum(counted.expert.values()),
+        full=size_of(full, adapters),
+        kept=size_of(small, small_adapters) if small else None,
+        adapters=adapters,
+    )
+
+
+def lora_option(parts: str, rank: int, modules: str | None = None) -> Tuning:
+    """The Tuning of `--lora attention+experts --rank 8 --lora-modules q,k,v`."""
+    names = tuple(modules.split(",")) if modules else Tuning().attention_modules
+    tuning = Tuning("lora", tuple(parts.split("+")), rank, attention_modules=names)
+    tuning.check()
+    return tuning
+
+
+def read_config(model: str) -> Any:
+    """The transformers config at `model`: a JSON file, a folder, a base of ours or a hub name."""
+    path = Path(model)
+    if path.suffix == ".json":
+        return AutoConfig.for_model(**config_file(path))
+    folder = own_folder(model) if model in OURS else path
+    try:
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise BadValue(
+            f"no model config could be read from {model!r} ({first}); "
+            f"give {', '.join(OURS)}, a config file, a folder or a hub name{nearest(model, OURS)}"
+        ) from error
+
+
+def config_file(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadValue(f"{path} could not be read as JSON ({error}); give the config.json of a model") from error
+    if not isinstance(content, dict) or content.get("model_type") not in CONFIG_MAPPING:
+        raise BadValue(f"{path} names no model_type that transformers knows; give the config.json of a model")
+    return content
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The model of `config` without weights."""
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        try:
+            return cast("nn.Module", kind.from_config(config, dtype=torch.float32))
+        except ValueError as error:
+            raise BadValue(f"{config.model_type} is no language model that transformers can build; give one that is") from error
+
+
+def chosen(shape: Anatomy, keep: int | None, keep_total: int | None) -> Experts | None:
+    """The first so many experts of each layer; which ones makes no difference to the costs."""
+    if keep is not None and keep_total is not None:
+        raise BadValue(f"both keep = {keep} a layer and keep_total = {keep_total} were given; give one of them")
+    if keep is None and keep_total is None:
+        return None
+    layers = len(shape.blocks)
+    share, rest = (keep, 0) if keep is not None else divmod(cast("int", keep_total), layers)
+    counts = {name: share + (index < rest) for index, name in enumerate(shape.blocks)}
+    for name, block in shape.blocks.items():
+        if not block.fewest <= counts[name] <= block.num_experts:
+            raise BadValue(
+                f"{name} would keep {counts[name]} of its {block.num_experts} experts; keep {block.fewest} to "
+                f"{block.num_experts} a layer ({layers * block.fewest} to {shape.num_experts} in all)"
+            )
+    return {name: tuple(range(count)) for name, count in counts.items()}
+
+
+def size_of(model: nn.Module, adapters: Adapters | None) -> Size:
+    """The cost of a model, trained whole or by its `adapters`."""
+    counted = parameters(model)
+    training = counted.total * FP32 + adapters.parameters * TRAINED if adapters else counted.total * TRAINED
+    return Size(
+        experts=sum(block.num_experts for block in counted.blocks.values()),
+        parameters=counted.total,
+        active_parameters=counted.active,
+        send_bytes=counted.total * FP32,
+        training_bytes=training,
+    )
+
+
+def adapters_of(model: nn.Module, lora: Tuning) -> Adapters:
+    adapted = prepare(on_meta(model), lora, seed="")
+    number = sum(parameter.numel() for parameter in trainable(adapted))
+    fused = [module for name, module in adapted.named_modules() if name.endswith("gate_up_proj")]
+    second_a = sum(module.a.numel() for module in fused if isinstance(module, ExpertLoRA))
+    return Adapters(
+        parts=lora.trained,
+        rank=lora.rank,
+        attention_modules=lora.attention_modules,
+        parameters=number,
+        parameters_by_matrix=number + second_a,
+        send_bytes=number * FP32,
+        with_model_bytes=(parameters(model).total + number) * FP32,
+    )
+
+
+def render(found: Inspection) -> RenderableType:
+    """`found` for a terminal: its layers (like ones together), its parameters, its costs."""
+    parts = [layers_table(found), parameters_table(found), costs_table(found)]
+    return Group(*parts, *([adapters_table(found.adapters)] if found.adapters else []))
+
+
+def layers_table(found: Inspection) -> Table:
+    """The layers with experts; like ones stand together, `*` for their numbers."""
+    routers = ", ".join(sorted({each.router for each in found.layers}))
+    table = Table(title=f"{found.model} ({found.model_type}), router {routers}", title_justify="left")
+    for column in ("layers", "experts", "kept", "top k", "one expert", "router row"):
+        table.add_column(column, justify="left" if column == "layers" else "right", overflow="fold")
+    for row, number in Counter(row_of(each) for each in found.layers).items():
+        table.add_row(f"{number} × {row[0]}", *row[1:])
+    return table
+
+
+def row_of(layer: Layer) -> tuple[str, ...]:
+    """`layer` as cells, without its number."""
+    counts = (str(layer.num_experts), str(layer.kept), str(layer.top_k))
+    return re.sub(r"\d+", "*", layer.name, count=1), *counts, million(layer.expert_parameters), f"{layer.router_row_parameters:,}"
+
+
+def parameters_table(found: Inspection) -> Table:
+    table = Table(title="Parameters", title_justify="left")
+    table.add_column("kind")
+    table.add_column("number", justify="right")
+    table.add_row("dense (no expert, no router row)", million(found.dense_parameters))
+    table.add_row("one expert in every layer (a graft)", million(found.grafted_parameters))
+    table.add_row("total", million(found.full.parameters))
+    table.add_row("active per token", million(found.full.active_parameters))
+    return table
+
+
+def costs_table(found: Inspection) -> Table:
+    table = Table(title="Costs (fp32; training without activations)", title_justify="left")
+    for column in ("model", "experts", "parameters", "send one way", "training"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, size in (("full", found.full), ("sub-model", found.kept)):
+        if size:
+            table.add_row(name, str(size.experts), million(size.parameters), gib(size.send_bytes), gib(size.training_bytes))
+    return table
+
+
+def adapters_table(found: Adapters) -> Table:
+    table = Table(title=f"LoRA on {' and '.join(found.parts)}, rank {found.rank}", title_justify="left")
+    table.add_column("what")
+    table.add_column("amount", justify="right")
+    table.add_row("parameters (gate and up as one, as here)", million(found.parameters))
+    table.add_row("parameters (gate and up apart, as in papers)", million(found.parameters_by_matrix))
+    table.add_row("send adapters one way", gib(found.send_bytes))
+    table.add_row("send full model and adapters one way", gib(found.with_model_bytes))
+    return table
+
+
+def million(number: int) -> str:
+    return f"{number / 1e6:,.2f} M"
+
+
+def gib(number: int) -> str:
+    return f"{number / 2**30:.3f} GiB"

@@ -1,0 +1,291 @@
+"""A client's work, on the tiny model that runs are tested with."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from fedexperts.config import RunConfig
+from fedexperts.core.training import batches, cross_entropy, fit, install, of_each_task, seen, validate
+from fedexperts.errors import BadData
+from fedexperts.experiment.runner import engine_for
+from fedexperts.experiment.setup import prepare_run
+from fedexperts.io.toml import checked
+from fedexperts.methods.base import patch_for, train_assigned
+from fedexperts.moe import rows
+from fedexperts.moe.tuning import Tuning
+from fedexperts.testing import tiny_batch, tiny_model
+from fedexperts.types import Assignment, Bench, Example, Job
+
+ROUTER = "model.layers.0.mlp.gate.weight"
+EXPERTS = {"model.layers.0.mlp": (0, 5), "model.layers.1.mlp": (1, 2, 3), "model.layers.2.mlp": tuple(range(8))}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_tree):
+    return prepare_run(checked(RunConfig, tiny_tree))
+
+
+@pytest.fixture
+def bench(prepared, tmp_path):
+    site = engine_for(prepared, tmp_path).site
+    return Bench(site.clients["c01"], site.model, site.data["c01"], site.encoder, site.training, {})
+
+
+def job(prepared, experts=EXPERTS, seed="s"):
+    return Job("c01", 1, "train", seed, experts, patch_for(prepared.server, Assignment(experts)))
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_installed_model_holds_what_was_sent(prepared, bench):
+    sent = job(prepared)
+    doubled = replace(sent, patch=replace(sent.patch, tensors={name: 2 * t for name, t in sent.patch.tensors.items()}))
+    assert equal(rows.read(install(doubled, bench)), doubled.patch.tensors)
+
+
+def test_what_the_client_kept_takes_the_place_of_what_was_sent(prepared, bench):
+    kept = {ROUTER: torch.full((2, 32), 7.0), "of another method": torch.ones(1)}
+    held = rows.read(install(job(prepared), replace(bench, kept=kept)))
+    assert torch.equal(held[ROUTER], kept[ROUTER])
+    assert kept.keys() == {ROUTER, "of another method"}
+
+
+def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepared, bench):
+    tuned = replace(bench, training=replace(bench.training, tuning=Tuning(parts=("router",))))
+    whole = prepared.server.anatomy.all_experts
+    sent = Job("c01", 1, "train", "s", whole, patch_for(prepared.server, Assignment(whole, frozenset({ROUTER}))))
+    model = install(sent, tuned)
+    base = dict(bench.model.named_parameters())
+    shared = {name: p.data_ptr() == base[name].data_ptr() for name, p in model.named_parameters()}
+    assert shared == {name: not name.endswith("gate.weight") for name in base}
+    assert sum(not each for each in shared.values()) == 3
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
+def test_training_never_writes_the_base(prepared, bench, tuning):
+    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
+    tuned = replace(bench, training=replace(bench.training, tuning=tuning))
+    model = install(replace(job(prepared), patch=replace(job(prepared).patch, tensors={}, rows={})), tuned)
+    started = rows.read(model)
+    fit(model, tuned, seed="s")
+    assert not equal(rows.read(model), started)
+    assert equal(dict(bench.model.named_parameters()), before)
+
+
+def test_the_same_job_gives_the_same_bits_and_another_seed_gives_others(prepared, bench):
+    one, again, other = (train_assigned(job(prepared, seed=seed), bench) for seed in ("a", "a", "b"))
+    assert equal(one.patch.tensors, again.patch.tensors)
+    assert one.metrics == again.metrics
+    assert not equal(one.patch.tensors, other.patch.tensors)
+
+
+def test_fit_counts_what_it_did(prepared, bench):
+    fitted = fit(install(job(prepared), bench), bench, seed="s", steps=3)
+    chosen = [bench.encoder.batch(batch) for batch in batches(bench.data.train, 2, 3, "s")]
+    assert fitted.cost.tokens == sum(int(batch["attention_mask"].sum()) for batch in chosen)
+    assert fitted.cost.flops_estimated > 0
+    trained = sum(tensor.nbytes for tensor in job(prepared).patch.tensors.values())
+    assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides
+
+
+def test_fit_counts_whom_each_token_was_routed_to_where_routers_are_looked_at(prepared, bench):
+    fitted = fit(install(job(prepared), bench), bench, seed="s", steps=3)
+    held, top_k = job(prepared).experts, {block: shape.top_k for block, shape in prepared.server.anatomy.blocks.items()}
+    assert {block: len(counts) for block, counts in fitted.routed.items()} == {block: len(ids) for block, ids in held.items()}
+    assert all(sum(fitted.routed[block]) == fitted.cost.tokens * min(top_k[block], len(ids)) for block, ids in held.items())
+    unseen = replace(bench, training=replace(bench.training, balance=0.0))
+    assert fit(install(job(prepared), bench), unseen, seed="s", steps=1).metrics.keys() == {"loss"}
+    watched = fit(install(job(prepared), bench), unseen, seed="s", steps=1, watch=lambda recorder: None)
+    assert watched.metrics.keys() == {"loss", "routed"}
+
+
+def test_the_peak_counts_what_a_method_holds_beside_the_model(prepared, bench):
+    held = [torch.zeros(1000), torch.zeros(10, 100)]
+    plain, more = (fit(install(job(prepared), bench), bench, seed="s", steps=2, beside=each) for each in ([], held))
+    assert more.cost.peak_bytes == plain.cost.peak_bytes + 8000
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, bench, place):
+    short = fit(install(job(prepared), bench), bench, seed="s", steps=4).cost.peak_bytes
+    long = replace(bench.data.train[0], prompt="a rather long prompt " * 3)
+    one_at_a_time = replace(bench, training=replace(bench.training, batch_size=1))
+    order = [example for (example,) in batches(bench.data.train, 1, 4, "s")]
+    train = [long if example is order[place + 1] else example for example in bench.data.train]
+    peak = fit(install(job(prepared), bench), replace(one_at_a_time, data=replace(bench.data, train=train)), seed="s", steps=4)
+    plain = fit(install(job(prepared), bench), one_at_a_time, seed="s", steps=4)
+    assert peak.cost.peak_bytes > plain.cost.peak_bytes
+    assert short > plain.cost.peak_bytes  # two at a time take more than one
+
+
+def test_the_first_loss_is_that_of_the_model_that_was_sent(prepared, bench):
+    plain = replace(bench, training=replace(bench.training, label_smoothing=0.0, balance=0.0))
+    model = install(job(prepared), plain)
+    (first,) = batches(plain.data.train, 2, 1, "s")
+    expected = float(cross_entropy(model, plain.encoder.batch(first)).detach())
+    assert fit(model, plain, seed="s", steps=1).loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_clipped(prepared, bench):
+    norms = []
+
+    def look(model):
+        norms.append(max(float(p.grad.norm()) for p in model.parameters() if p.requires_grad))
+
+    clipped = replace(bench, training=replace(bench.training, clip=1e-6))
+    plain = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, after_backward=look)
+    fined = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, penalty=lambda model: torch.tensor(5.0))
+    assert fined.loss == pytest.approx(plain.loss + 5.0, abs=1e-5)
+    assert len(norms) == 1
+    assert norms[0] > 1e-3
+
+
+def test_fit_learns_what_it_sees(prepared, bench):
+    data = replace(bench.data, train=bench.data.train[:1], validation=bench.data.train[:1])
+    one = replace(bench, data=data, training=replace(bench.training, lr=1e-2))
+    model = install(job(prepared), one)
+    before = validate(model, one).loss
+    fit(model, one, seed="s", steps=15)
+    assert validate(model, one).loss < before / 2
+
+
+def test_the_validation_loss_is_the_mean_over_the_tokens_of_all_responses(prepared, bench):
+    """By hand: each example alone, no padding, the sum of -log p of its response tokens."""
+    chosen = bench.data.train[:5]  # batches of 2, 2 and 1, of unequal lengths
+    assert len({len(example.response) for example in chosen}) > 1
+    model = install(job(prepared), bench)
+    total, count = 0.0, 0
+    for example in chosen:
+        batch = bench.encoder.batch([example])
+        logits = model(input_ids=batch["input_ids"]).logits[0].detach().double()
+        for place in range(1, batch["labels"].shape[1]):
+            if batch["labels"][0, place] != -100:
+                total -= float(functional.log_softmax(logits[place - 1], -1)[batch["input_ids"][0, place]])
+                count += 1
+    assert count == sum(len(example.response) + 1 for example in chosen)  # a token a letter, and the end
+    assert validate(model, bench, chosen).loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_token_once(prepared, bench):
+    few = replace(bench, training=replace(bench.training, validation_examples=1))
+    model = install(job(prepared), few)
+    found = validate(model, few)
+    tokens = int(few.encoder.batch(few.data.validation[:1])["attention_mask"].sum())
+    assert found.routing.tokens == dict.fromkeys(EXPERTS, tokens)
+    assert {block: int(counts.sum()) for block, counts in found.routing.counts.items()} == dict.fromkeys(EXPERTS, 2 * tokens)
+
+
+@given(tasks=st.lists(st.sampled_from("abc"), max_size=30), number=st.integers(0, 40))
+def test_some_examples_are_of_each_task_the_first_and_as_many_as_its_share(tasks, number):
+    given = [Example(str(place), "", task) for place, task in enumerate(tasks)]
+    found = of_each_task(given, number)
+    assert len(found) == min(number, len(given))
+    assert found == [example for example in given if example in found]
+    for task in set(tasks):
+        of_task, chosen = ([each for each in some if each.task == task] for some in (given, found))
+        assert chosen == of_task[: len(chosen)]
+        assert abs(len(chosen) - len(found) * len(of_task) / len(given)) < 1.5
+    if len(set(tasks)) < 2:
+        assert found == given[:number]
+
+
+def test_a_client_without_examples_has_no_batches():
+    with pytest.raises(BadData, match="a client has no training examples"):
+        next(batches([], 4, 1, "s"))
+
+
+@given(number=st.integers(1, 9), size=st.integers(1, 12), steps=st.integers(1, 12), seed=st.text(max_size=3))
+def test_batches_show_every_example_once_before_any_comes_again(number, size, steps, seed):
+    shown = list(batches(range(number), size, steps, seed))
+    assert [len(batch) for batch in shown] == [size] * steps
+    flat = [example for batch in shown for example in batch]
+    for start in range(0, len(flat) - number + 1, number):
+        assert sorted(flat[start : start + number]) == list(range(number))
+    assert max(Counter(flat).values()) - min(Counter({n: flat.count(n) for n in range(number)}).values()) <= 1
+    assert shown == list(batches(range(number), size, steps, seed))
+
+
+def test_tokens_of_an_encoder_decoder_are_those_of_question_and_answer():
+    batch = tiny_batch("switch_transformers", batch_size=2, tokens=12, padding=3)
+    assert seen(tiny_model("switch_transformers"), batch) == (12 + 9) + (9 + 12)
+    assert seen(tiny_model("olmoe"), tiny_batch("olmoe", batch_size=2, tokens=12, padding=3)) == 12 + 9
+
+
+def test_the_loss_of_an_encoder_decoder_is_over_its_labels_as_they_stand():
+    model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers")
+    expected = model(**batch, output_router_logits=False).loss
+    assert float(cross_entropy(model, batch).detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def whole_job(prepared):
+    return job(prepared, prepared.server.anatomy.all_experts)
+
+
+def few(recorder):
+    """The most used expert of each block."""
+    return {block: (int(counts.argmax()),) for block, counts in recorder.routing().counts.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, bench, optimizer):
+    bench = replace(bench, training=replace(bench.training, optimizer=optimizer, weight_decay=0.1))
+    model = install(whole_job(prepared), bench)
+    before, chosen = rows.read(model), {}
+
+    def reach(recorder):
+        for block, ids in few(recorder).items():
+            chosen.setdefault(block, set()).update(ids)
+        return few(recorder)
+
+    fit(model, bench, seed="s", reach=reach)
+    after, layout = rows.read(model), rows.layout(model)
+    moved = {name: {i for i, row in enumerate(after[name]) if not torch.equal(row, before[name][i])} for name in after}
+    experts = {name: block for name, block in layout.items() if block and "experts" in name}
+    assert {name: moved[name] for name in experts} == {name: chosen[block] for name, block in experts.items()}
+    assert all(moved[name] for name in after.keys() - experts.keys()), "routers and all that is dense move"
+
+
+def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches(prepared, bench):
+    model, other = install(whole_job(prepared), bench), install(whole_job(prepared), bench)
+    sgd = replace(bench, training=replace(bench.training, optimizer="sgd", lr=0.1))
+    plain = fit(model, sgd, seed="s")
+    reached = fit(other, sgd, seed="s", reach=lambda recorder: prepared.server.anatomy.all_experts)
+    assert reached.loss == pytest.approx(plain.loss, abs=1e-5)
+    ours, theirs = rows.read(other), rows.read(model)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+
+
+def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, bench):
+    costs = []
+    for reach in (None, lambda recorder: prepared.server.anatomy.all_experts, few):
+        costs.append(fit(install(whole_job(prepared), bench), bench, seed="s", reach=reach).cost)
+    full, whole, one = costs
+    assert one.peak_bytes < min(whole.peak_bytes, full.peak_bytes)
+    assert one.flops_estimated < full.flops_estimated == whole.flops_estimated
+
+
+def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, bench):
+    bench = replace(bench, training=replace(bench.training, balance=0.0))
+    tokens = []
+
+    def watch(recorder):
+        routing = recorder.routing()
+        tokens.append(next(iter(routing.tokens.values())))
+        assert all(sum(len(each) for each in passes) == tokens[-1] for passes in recorder.logits.values())
+        return 100.0 + 0.0 * next(iter(recorder.logits.values()))[0].sum()
+
+    model = install(whole_job(prepared), bench)
+    fitted = fit(model, bench, seed="s", watch=watch)
+    assert len(tokens) == bench.training.local_steps
+    assert sum(tokens) == fitted.cost.tokens
+    other = install(whole_job(prepared), bench)
+    plain = fit(other, bench, seed="s", watch=lambda recorder: None)
+    assert fitted.loss == pytest.approx(plain.loss + 100.0, rel=1e-4)
+    assert equal(rows.read(model), rows.read(other))

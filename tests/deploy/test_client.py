@@ -1,0 +1,106 @@
+"""What a client's worker takes from a server, and how it knows that what it keeps is what it kept."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fedexperts.config import RunConfig
+from fedexperts.deploy import client
+from fedexperts.deploy.client import Resident, alone
+from fedexperts.engines.client_store import Keeper
+from fedexperts.engines.message import Letter
+from fedexperts.engines.remote import order
+from fedexperts.engines.serialization import answer_letter, read_answer
+from fedexperts.errors import BadLetter, Busy
+from fedexperts.io.files import locked
+from fedexperts.io.toml import checked
+from fedexperts.types import Failure, Job, Patch, Update
+
+
+class Machine(Resident):
+    """A client whose work is to count its jobs; `keeps`: in what it keeps to itself."""
+
+    keeps = True
+
+    def site(self, run):
+        return SimpleNamespace(keeper=Keeper(self.folder / "1" / "clients")), None
+
+
+@pytest.fixture
+def machine(tiny_tree, tmp_path, monkeypatch):
+    """Machines by the name of their folder, all for the client c01."""
+
+    def answer(site, name, letter, told):
+        job = Job(**{**letter.head["job"], "patch": Patch({})})
+        site.keeper.drop_newer(name, letter.head["accepted"])
+        before = site.keeper.load(job).get("jobs", torch.tensor(0))
+        if Machine.keeps and job.task != "evaluate":
+            site.keeper.save(job, {"jobs": before + 1})
+        return answer_letter(Update(name, job.round, job.task, Patch({}), 1, metrics={"before": int(before)}))
+
+    monkeypatch.setattr(client.remote, "answer", answer)
+    monkeypatch.setattr(Machine, "keeps", True)
+    config = checked(RunConfig, tiny_tree)
+    return lambda folder: Machine("c01", config, tmp_path / folder)
+
+
+def ask(machine, round, accepted="", task="train"):
+    """What it went on from; or its failure."""
+    found = read_answer(machine.answer(order(Job("c01", round, task, "0", {}, Patch({})), "{}", accepted)))
+    return found if isinstance(found, Failure) else found.metrics["before"]
+
+
+def test_a_client_goes_on_from_what_it_kept_also_when_the_server_did_not_take_its_last_answer(machine):
+    assert ask(machine("a"), 1) == 0
+    assert ask(machine("a"), 2, "000001-train") == 1
+    assert ask(machine("a"), 3, "000001-train") == 1
+    assert ask(machine("a"), 3, "000003-train", "evaluate") == 2
+
+
+def test_a_second_machine_under_the_same_name_fails_and_so_does_the_first_when_that_was_taken(machine):
+    assert ask(machine("a"), 1) == 0
+    other = ask(machine("b"), 2, "000001-train")
+    assert other.reason.startswith("it did not give the answer that the server took last (000001-train)")
+    assert ask(machine("a"), 3, "000001-train") == 1
+    assert ask(machine("b"), 4, "000003-train").reason.startswith("it did not give")
+
+
+def test_a_client_that_lost_what_it_kept_says_so_once_and_then_goes_on_without(machine):
+    assert ask(machine("a"), 1) == 0
+    assert isinstance(ask(machine("anew"), 2, "000001-train"), Failure)
+    assert ask(machine("anew"), 3, "000001-train") == 0
+    assert ask(machine("anew"), 4, "000003-train") == 1
+
+
+def test_who_keeps_nothing_has_nothing_to_lose(machine):
+    Machine.keeps = False
+    assert ask(machine("a"), 1) == 0
+    assert ask(machine("anew"), 2, "000001-train") == 0
+
+
+@pytest.mark.parametrize("id", ["../../home", "/etc", "a/b", "..", "", {}])
+def test_a_run_whose_name_would_lead_elsewhere_is_refused(tiny_tree, tmp_path, id):
+    client = Resident("c01", checked(RunConfig, tiny_tree), tmp_path)
+    with pytest.raises(BadLetter, match="a run cannot be called"):
+        client.answer(Letter({"run": json.dumps({"id": id})}, {}))
+
+
+def test_which_text_a_client_reads_is_not_the_servers_to_say(tiny_tree, tmp_path):
+    def shared(path):
+        method = {"name": "flex", "select": "shared", "public_text": path}
+        return checked(RunConfig, {**tiny_tree, "method": method})
+
+    client = Resident("c01", shared("mine.txt"), tmp_path)
+    assert client.agreed(shared("/etc/passwd").resolved())["method"]["public_text"] == "mine.txt"
+    without = Resident("c01", checked(RunConfig, tiny_tree), tmp_path)
+    assert without.agreed(shared("/etc/passwd").resolved())["method"]["public_text"] is None
+
+
+def test_two_workers_over_one_folder_are_one_too_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "HOLD_SECONDS", 0.0)
+    with locked(tmp_path), pytest.raises(Busy, match="another process is running"), alone(tmp_path):
+        pass
+    with alone(tmp_path):
+        pass

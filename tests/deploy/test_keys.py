@@ -1,0 +1,186 @@
+"""Keys and certificates: who may read them, whom they vouch for, and that none is ever replaced."""
+
+import socket
+import ssl
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+
+from fedexperts.deploy import keys as keys_module
+from fedexperts.deploy.keys import make_keys
+from fedexperts.deploy.processes import require_files
+from fedexperts.errors import BadValue
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("federation") / "keys"
+    make_keys(folder, ["localhost", "10.0.0.1", "fed.example"], ["north", "east"])
+    return folder
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def greet(keys, host, ca):
+    """Shakes hands with a server that has the keys, as a client does that trusts `ca` and asks for `host`; who answered."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys / "server" / "server.pem", keys / "server" / "server.key")
+
+    def answer(listener):
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                context.wrap_socket(connection, server_side=True).close()
+            except (ssl.SSLError, ConnectionError):
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=answer, args=(listener,))
+        thread.start()
+        try:
+            with socket.create_connection(listener.getsockname()) as connection:
+                trusting = ssl.create_default_context(cafile=str(ca))
+                trusting.verify_flags |= ssl.VERIFY_X509_STRICT
+                with trusting.wrap_socket(connection, server_hostname=host) as trusted:
+                    return trusted.getpeercert()["subject"]
+        finally:
+            thread.join()
+
+
+def test_there_is_a_folder_for_each_machine_with_what_it_needs_and_private_keys_are_their_owners_only(keys):
+    assert set(files(keys)) == {
+        *("ca.key", "ca.pem"),
+        *(f"server/{name}" for name in ("ca.pem", "server.pem", "server.key", "clients/north.pub", "clients/east.pub")),
+        *(f"{client}/{name}" for client in ("north", "east") for name in ("ca.pem", "node.key", "node.pub")),
+    }
+    private = list(keys.rglob("*.key"))
+    assert len(private) == 4
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+
+
+def test_each_clients_public_key_that_the_server_has_is_of_its_private_key_and_no_two_are_the_same(keys):
+    of = {}
+    for client in ("north", "east"):
+        private = load_ssh_private_key((keys / client / "node.key").read_bytes(), None)
+        assert private.curve.name == "secp384r1"
+        registered = load_ssh_public_key((keys / "server" / "clients" / f"{client}.pub").read_bytes())
+        assert registered.public_numbers() == private.public_key().public_numbers()
+        of[client] = registered.public_numbers()
+    assert of["north"] != of["east"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "10.0.0.1", "fed.example"])
+def test_a_client_trusts_the_server_under_every_name_it_was_made_for_and_on_its_own_machine(keys, host):
+    assert greet(keys, host, keys / "north" / "ca.pem")
+
+
+def test_a_client_does_not_trust_it_under_another_name_or_when_it_has_another_authority(keys, tmp_path):
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greet(keys, "other.example", keys / "north" / "ca.pem")
+    make_keys(tmp_path / "others", ["localhost"], ["north"])
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greet(keys, "localhost", tmp_path / "others" / "north" / "ca.pem")
+
+
+def test_made_again_keys_stay_and_only_what_is_missing_is_added(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    before = files(tmp_path)
+    assert make_keys(tmp_path, ["localhost"], ["north"]) == []
+    added = make_keys(tmp_path, ["localhost"], ["north", "west"])
+    assert {path.parent.name for path in added} == {"west", "clients"}
+    after = files(tmp_path)
+    assert {name: data for name, data in after.items() if name in before} == before
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_before_any_file_it_makes_the_rest_when_it_is_called_again(tmp_path, monkeypatch):
+    write, hosts, names = keys_module.write_bytes, ["localhost"], ["north", "east"]
+    whole = len(make_keys(tmp_path / "whole", hosts, names))
+    for number in range(whole):
+        folder, left = tmp_path / str(number), iter(range(number))
+
+        def killed(*given, left=left):
+            if next(left, None) is None:
+                raise Killed
+            write(*given)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(keys_module, "write_bytes", killed)
+            make_keys(folder, hosts, names)
+        before = files(folder)
+        assert len(make_keys(folder, hosts, names)) == whole - number
+        after = files(folder)
+        assert after.keys() == files(tmp_path / "whole").keys()
+        assert {name: after[name] for name in before} == before
+        assert greet(folder, "localhost", folder / "north" / "ca.pem")
+        for name in names:
+            assert (
+                after[f"{name}/node.pub"]
+                == after[f"server/clients/{name}.pub"]
+                == keys_module.public_of(folder / name / "node.key")
+            )
+
+
+def test_an_authority_whose_key_was_put_away_is_needed_only_to_sign(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    (tmp_path / "ca.key").unlink()
+    assert make_keys(tmp_path, ["localhost"], ["west"])
+    assert not (tmp_path / "ca.key").exists()
+    (tmp_path / "server" / "server.pem").unlink()
+    with pytest.raises(BadValue, match=r"ca\.key, which has to sign .*server\.pem, is not there; bring it back"):
+        make_keys(tmp_path, ["localhost"], ["west"])
+
+
+def test_a_client_that_was_shut_out_stays_out(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north", "east"])
+    (tmp_path / "server" / "clients" / "north.pub").unlink()
+    make_keys(tmp_path, ["localhost"], ["north", "east", "west"])
+    assert {path.stem for path in (tmp_path / "server" / "clients").iterdir()} == {"east", "west"}
+
+
+def test_where_only_the_servers_folder_was_brought_along_a_new_client_trusts_the_same_authority(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    known = (tmp_path / "ca.pem").read_bytes()
+    (tmp_path / "ca.pem").unlink()
+    (tmp_path / "ca.key").unlink()
+    make_keys(tmp_path, ["localhost"], ["west"])
+    assert (tmp_path / "west" / "ca.pem").read_bytes() == known
+    assert not (tmp_path / "ca.key").exists()
+
+
+def test_a_client_whose_folder_was_moved_away_is_said_before_anything_is_written(tmp_path):
+    make_keys(tmp_path / "keys", ["localhost"], ["north"])
+    (tmp_path / "keys" / "north").rename(tmp_path / "north")
+    before = files(tmp_path)
+    with pytest.raises(BadValue, match=r"clients/north\.pub is there, and .*north/node\.key is not; leave north out"):
+        make_keys(tmp_path / "keys", ["localhost"], ["west", "north"])
+    assert files(tmp_path) == before
+    assert make_keys(tmp_path / "keys", ["localhost"], ["west"])
+
+
+def test_a_certificate_that_is_there_for_another_host_is_said(tmp_path):
+    make_keys(tmp_path, ["10.0.0.1"], ["north"])
+    with pytest.raises(BadValue, match=r"for 10\.0\.0\.1, localhost, 127\.0\.0\.1, ::1, and not for 10\.0\.0\.2"):
+        make_keys(tmp_path, ["10.0.0.2"], ["north"])
+
+
+@pytest.mark.parametrize("name", ["server", "ca.pem", "ca.key", "../north", "", "a b", ".north"])
+def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(BadValue, match="no client can be called"):
+        make_keys(tmp_path / "keys", ["localhost"], ["north", name])
+    assert not Path(tmp_path / "keys").exists()
+
+
+def test_a_private_key_that_others_may_read_is_refused(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    require_files(tmp_path / "north", ("ca.pem", "node.key"), "north")
+    (tmp_path / "north" / "node.key").chmod(0o644)
+    with pytest.raises(BadValue, match="chmod 600"):
+        require_files(tmp_path / "north", ("ca.pem", "node.key"), "north")

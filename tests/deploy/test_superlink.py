@@ -1,0 +1,215 @@
+"""What a SuperLink serves to other machines, and which app a SuperNode runs."""
+
+import asyncio
+import socket
+import sys
+import zipfile
+from io import BytesIO
+from threading import Thread
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import uvicorn
+from flwr.app import ArrayRecord, RecordDict
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.superlink.federation import NoOpFederationManager
+
+from fedexperts.deploy import superlink
+from fedexperts.deploy.bundle import bundle, contents, require_ours
+from fedexperts.deploy.deployment import Federation, Lent
+from fedexperts.deploy.keys import make_keys
+from fedexperts.deploy.superlink import OnDisk, OthersAreNodes, Places
+from fedexperts.deploy.supervisor import Member
+from fedexperts.errors import BadLetter, BadRun, BadValue
+
+
+def status(client, path, host="10.0.0.1"):
+    """What a request from `client` gets of 10.0.0.1, which listens at `host`; 200 where the app beneath answers."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "client": client and (client, 1), "server": ("10.0.0.1", 9092)}
+    asyncio.run(OthersAreNodes(app, host)(scope, None, send))
+    return sent[0]["status"]
+
+
+CONTROL = ("/v1/control/start-run", "/v1/runtime/push-messages", "/docs", "/", "/v1/fleet", "/v1/control/v1/fleet/")
+
+
+@pytest.mark.parametrize("path", CONTROL)
+@pytest.mark.parametrize("client", ["10.0.0.2", "::ffff:10.0.0.2", "2001:db8::1", None])
+def test_other_machines_reach_nothing_but_the_fleets_paths(client, path):
+    assert status(client, path) == 403
+    assert status(client, "/v1/fleet/activate-node") == 200
+
+
+@pytest.mark.parametrize("path", CONTROL)
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1", "::ffff:127.0.0.1", "10.0.0.1"])
+def test_the_servers_own_machine_reaches_everything(client, path):
+    assert status(client, path) == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_where_it_listens_anywhere_its_own_address_is_not_believed(host):
+    """In some containers every request seems to come from there."""
+    assert status("10.0.0.1", "/v1/control/start-run", host) == 403
+    assert status("127.0.0.1", "/v1/control/start-run", host) == 200
+
+
+def test_nobody_else_is_believed_on_where_a_request_comes_from(monkeypatch, tmp_path):
+    for owner, name in ((superlink.extensions, "get_middleware"), (superlink.linkstate_factory, "InMemoryLinkState")):
+        monkeypatch.setattr(owner, name, None)
+    monkeypatch.setattr(superlink.object_store_factory, "InMemoryObjectStore", None)
+    monkeypatch.setattr(superlink, "end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["superlink", "--host", "0.0.0.0"])
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    monkeypatch.setenv(superlink.OBJECTS, str(tmp_path))
+    believed = []
+    monkeypatch.setattr(superlink, "flower_superlink", lambda: believed.append(uvicorn.Config(None).forwarded_allow_ips))
+    superlink.main()
+    assert believed == ["127.0.0.1"]
+
+
+def test_a_node_that_is_still_taken_for_connected_connects_again_at_once_and_an_unknown_one_never():
+    places = Places(NoOpFederationManager(), ObjectStoreFactory().store())
+    node = places.create_node("owner", "name", b"key", 30)
+    assert places.activate_node(node, 30)
+    assert places.activate_node(node, 30)
+    assert not places.activate_node(node + 1, 30)
+    assert [each.status for each in places.get_node_info(node_ids=[node])] == [NodeStatus.ONLINE]
+
+
+def test_messages_wait_on_disk_and_leave_nothing_there(tmp_path):
+    store, ours, theirs = OnDisk(tmp_path), made_of(0, 1), made_of(1, 2)
+    for each in (ours, theirs):  # they share one array
+        store.preregister(1, get_object_tree(each))
+    contents = {id: part.deflate() for each in (ours, theirs) for id, part in get_all_nested_objects(each).items()}
+    assert [store.get(id) for id in contents] == [b""] * len(contents)
+    for id, content in contents.items():
+        store.put(id, content)
+        store.put(id, content)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    assert {id: store.get(id) for id in contents} == contents
+    assert sum(len(entry.content) for entry in store.store.values()) == 0
+
+    store.delete(ours.object_id)
+    left = {id: part.deflate() for id, part in get_all_nested_objects(theirs).items()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {id: store.get(id) for id in left} == left
+    assert store.get(ours.object_id) is None
+    store.delete_objects_in_run(1)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_was_not_announced_or_has_another_hash_is_not_kept(tmp_path):
+    store, each = OnDisk(tmp_path), made_of(0, 1)
+    with pytest.raises(NoObjectInStoreError):
+        store.put(each.object_id, each.deflate())
+    store.preregister(1, get_object_tree(each))
+    with pytest.raises(ValueError, match="hash"):
+        store.put(each.object_id, b"something else")
+    assert store.get(each.object_id) == b""
+
+
+def made_of(*numbers):
+    """Records of an array for each number."""
+    return RecordDict({"parts": ArrayRecord([np.full(4, float(number)) for number in numbers])})
+
+
+def test_a_superlink_that_answers_no_more_ends_the_run_with_a_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing, as a process that is stopped
+        grid = Lent(f"127.0.0.1:{silent.getsockname()[1]}", True, token="any")
+        grid.set_run(Run.create_empty(1))
+        grid._retry_invoker.max_time = 0
+        grid._runtime_client._client.timeout = 0.2
+        for ask in (grid.get_node_ids, lambda: grid.push_messages([]) or grid.pull_messages(["any"])):
+            with pytest.raises(BadRun, match=r"answers no more \(ReadTimeout\); go on with --resume"):
+                ask()
+        grid.close()
+
+
+def test_the_app_is_ours_however_it_is_packed():
+    files = contents(bundle().content)
+    assert {"pyproject.toml", "fedexperts_app/client.py", "fedexperts_app/server.py"} <= {name for name, _ in files}
+    require_ours(bundle().content)
+    require_ours(packed(files))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("change", ["a line more", "a file more", "a file twice", "no file of that kind"])
+def test_an_app_that_is_not_ours_is_refused(change):
+    files = contents(bundle().content)
+    changed = {
+        "a line more": packed([(name, data + b"\nimport os") for name, data in files]),
+        "a file more": packed([*files, ("sitecustomize.py", b"import os")]),
+        "a file twice": packed([*files, files[0]]),
+        "no file of that kind": b"import os",
+    }[change]
+    with pytest.raises(BadLetter, match="will not be run"):
+        require_ours(changed)
+
+
+def packed(files):
+    made = BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as file:
+        for name, data in files:
+            file.writestr(name, data)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "fed.example"])
+def test_without_keys_nothing_but_this_machine_is_served_or_joined(tmp_path, host):
+    with pytest.raises(BadValue, match="--insecure"):
+        Federation(tmp_path, host=host, port=9092, keys=None)
+    with pytest.raises(BadValue, match="--insecure"):
+        Member("north", f"{host}:9092", tmp_path, None, [], print)
+
+
+def test_what_is_missing_of_keys_or_an_address_is_said(tmp_path):
+    with pytest.raises(BadValue, match=r"has no ca\.pem"):
+        Federation(tmp_path, port=9092, keys=tmp_path)
+    with pytest.raises(BadValue, match=r"has no ca\.pem"):
+        Member("north", "10.0.0.1:9092", tmp_path, tmp_path, [], print)
+    with pytest.raises(BadValue, match="host:port"):
+        Member("north", "10.0.0.1", tmp_path, tmp_path, [], print)
+
+
+@pytest.fixture
+def server():
+    """Answers one connection by `says`, which a test sets."""
+    listener, says = socket.create_server(("127.0.0.1", 0)), []
+
+    def answer():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(100)
+            connection.sendall(says[0])
+
+    thread = Thread(target=answer)
+    with listener:
+        thread.start()
+        yield SimpleNamespace(says=says, address=f"localhost:{listener.getsockname()[1]}")
+        thread.join()
+
+
+def test_a_server_that_ends_while_a_client_asks_is_asked_again(server, tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    member = Member("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    server.says.append(b"")
+    assert not member.knocks()
+
+
+def test_a_server_without_tls_is_refused(server, tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    member = Member("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    server.says.append(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with pytest.raises(BadRun, match="does not speak TLS"):
+        member.knocks()

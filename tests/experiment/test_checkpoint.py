@@ -1,0 +1,140 @@
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from fedexperts.engines.client_store import Keeper
+from fedexperts.errors import BadRun
+from fedexperts.experiment import checkpoint
+from fedexperts.io import files
+from fedexperts.moe.anatomy import Anatomy, BlockShape
+from fedexperts.moe.flops import Footprint
+from fedexperts.types import Server
+
+LEDGER = [(1, "train", None), (1, "evaluate", None), (2, "train", "late"), (2, "evaluate", None)]
+START = Server({"w": torch.zeros(2, 3)}, {"w": "mlp"}, Anatomy({"mlp": BlockShape(2, 1)}), Footprint(0, {"mlp": 1}, 0), {})
+
+
+def server(round, task="train"):
+    weights = {"w": torch.full((2, 3), float(round)), "half": torch.ones(1, 2, dtype=torch.bfloat16)}
+    return replace(START, weights=weights, memory={"held/c01": torch.tensor([True, False])}, round=round, task=task)
+
+
+def log(folder, text):
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write(text)
+
+
+def test_a_server_comes_back_as_it_was_saved(tmp_path):
+    checkpoint.save(tmp_path, server(3))
+    back = checkpoint.load(tmp_path, START)
+    assert (back.round, back.task) == (3, "train")
+    assert back.weights["w"].tolist() == [[3.0] * 3] * 2
+    assert back.weights["half"].dtype == torch.bfloat16
+    assert back.memory["held/c01"].tolist() == [True, False]
+    assert back.layout == START.layout
+
+
+def test_a_server_that_was_never_saved_starts_anew_and_with_empty_logs(tmp_path):
+    log(tmp_path, "of a round that was cut off\n")
+    assert checkpoint.load(tmp_path, START) is START
+    assert (tmp_path / "rounds.jsonl").read_text() == ""
+
+
+def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
+    log(tmp_path, "round 1\n")
+    checkpoint.save(tmp_path, server(1))
+    log(tmp_path, "round 2\nhalf a li")
+    (tmp_path / "evals.jsonl").write_text("of round 2\n")
+    checkpoint.load(tmp_path, START)
+    assert (tmp_path / "rounds.jsonl").read_text() == "round 1\n"
+    assert (tmp_path / "evals.jsonl").read_text() == ""
+
+
+def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
+    for client, rounds in (("c01", (1, 2)), ("c02", (1,))):
+        for round in rounds:
+            files.write_tensors(tmp_path / "clients" / client / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
+    answered = {"c01": "000002-train", "c02": "000001-train", "c03": "000002-train"}  # c03 keeps nothing
+    checkpoint.save(tmp_path, server(2), answered)
+    assert json.loads((tmp_path / "checkpoint/000002-train/state.json").read_text())["kept"] == {
+        "c01": "000002-train",
+        "c02": "000001-train",
+    }
+    checkpoint.require_kept(tmp_path)
+    (tmp_path / "clients/c01/000002-train.safetensors").unlink()
+    checkpoint.require_kept(tmp_path, "c02")
+    for name in (None, "c01"):
+        with pytest.raises(BadRun, match=r"what c01 keeps to itself is gone: there is no .*000002-train\.safetensors; bring"):
+            checkpoint.require_kept(tmp_path, name)
+
+
+def test_what_a_client_kept_of_an_answer_that_did_not_count_may_go(tmp_path):
+    """It answered round 2 too late, and dropped what it had kept of it when it heard so in round 3."""
+    lines = [{"client": "c01", "round": round, "task": task, "failed": why} for round, task, why in LEDGER]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keeper = Keeper(tmp_path / "clients")
+    for round in (1, 2):
+        files.write_tensors(tmp_path / "clients/c01" / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
+    assert checkpoint.accepted(tmp_path) == {"c01": "000001-train"}
+    assert checkpoint.accepted(tmp_path, 0) == {}
+    checkpoint.save(tmp_path, server(2), checkpoint.accepted(tmp_path))
+    keeper.drop_newer("c01", "000001-train")
+    checkpoint.require_kept(tmp_path)
+
+
+def test_only_the_newest_checkpoint_stays(tmp_path):
+    for number in (1, 2, 10):
+        checkpoint.save(tmp_path, server(number))
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["000010-train"]
+
+
+def test_stages_before_the_first_round_follow_each_other(tmp_path):
+    for number, task in ((0, "vote"), (0, "profile"), (1, "train")):
+        checkpoint.save(tmp_path, server(number, task))
+        assert (checkpoint.load(tmp_path, START).round, checkpoint.load(tmp_path, START).task) == (number, task)
+
+
+@pytest.mark.parametrize("left", [(), ("weights.safetensors",), ("weights.safetensors", "memory.safetensors", ".state.json.x")])
+def test_a_checkpoint_that_was_killed_half_way_does_not_count_and_is_written_again(tmp_path, left):
+    checkpoint.save(tmp_path, server(3))
+    partial = tmp_path / "checkpoint" / "000004-train"
+    partial.mkdir()
+    for name in left:
+        (partial / name).write_bytes(b"half")
+    assert checkpoint.load(tmp_path, START).round == 3
+    checkpoint.save(tmp_path, server(4))
+    assert checkpoint.load(tmp_path, START).round == 4
+    names = sorted(path.name for path in partial.iterdir())
+    assert names == ["memory.safetensors", "state.json", "weights.safetensors"]
+
+
+def test_an_older_checkpoint_that_was_removed_half_way_does_not_count(tmp_path):
+    checkpoint.save(tmp_path, server(3))
+    older = tmp_path / "checkpoint" / "000002-train"
+    older.mkdir()
+    (older / "state.json").write_text(json.dumps({"round": 2, "task": "train", "logs": {}}))
+    assert checkpoint.load(tmp_path, START).round == 3
+
+
+def test_tensors_of_one_memory_are_saved_as_two(tmp_path):
+    even = torch.ones(4)
+    checkpoint.save(tmp_path, replace(server(1), memory={"p/c01": even, "p/c02": even, "p/c03": even[1:]}))
+    assert [tensor.tolist() for tensor in checkpoint.load(tmp_path, START).memory.values()] == [[1.0] * 4, [1.0] * 4, [1.0] * 3]
+
+
+def test_a_full_disk_is_an_error_of_the_disk_and_what_was_there_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # as it says it
+
+    path = tmp_path / "w.safetensors"
+    files.write_tensors(path, {"w": torch.ones(2)})
+    before = path.read_bytes()
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as told:
+        files.write_tensors(path, {"w": torch.zeros(2)})
+    assert (told.value.errno, told.value.filename) == (errno.ENOSPC, str(path))
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [before]

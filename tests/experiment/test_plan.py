@@ -1,0 +1,98 @@
+"""What is planned for clients of whose experts backward reaches only some."""
+
+from dataclasses import replace
+from io import StringIO
+
+from rich.console import Console
+
+from fedexperts.cli import plan_tables
+from fedexperts.config import RunConfig
+from fedexperts.experiment.plan import plan
+from fedexperts.experiment.setup import prepare_run
+from fedexperts.io.toml import checked
+from fedexperts.methods.hfedmoe import HFedMoE
+
+
+def prepared_with(tiny_tree, **devices):
+    return prepare_run(checked(RunConfig, {**tiny_tree, "devices": devices}))
+
+
+def printed(planned):
+    out = StringIO()
+    console = Console(file=out, width=200)
+    for table in plan_tables(planned):
+        console.print(table)
+    return out.getvalue()
+
+
+def test_a_client_with_a_budget_needs_what_reaching_as_many_experts_takes(tiny_tree):
+    cost = prepared_with(tiny_tree).server.footprint
+    memory = [cost.reaching(5), cost.reaching(24), cost.reaching(3), cost.reaching(3) - 1]
+    prepared = prepared_with(tiny_tree, memory_gb=[each / 1e9 for each in memory])
+    usual, told = plan(prepared), plan(replace(prepared, method=HFedMoE()))
+    assert [(client["budget"], client["first_fits"]) for client in usual["clients"]] == [
+        (None, False),
+        (None, True),
+        (None, False),
+        (None, False),
+    ]
+    assert [(client["budget"], client["first_fits"]) for client in told["clients"]] == [
+        (5, True),
+        (24, True),
+        (3, True),
+        (3, False),
+    ], "one expert of each of the three layers, even where that is too much"
+    assert (told["fixed_bytes"], told["reached_bytes"]) == (cost.reaching(0), cost.reaching(1) - cost.reaching(0))
+    assert ["c04" in warning and "c01" not in warning for warning in told["warnings"]] == [True]
+
+
+def test_budgets_are_printed_where_there_are_some(tiny_tree):
+    cost = prepared_with(tiny_tree).server.footprint
+    prepared = prepared_with(tiny_tree, memory_gb=cost.reaching(17) / 1e9)
+    shown = printed(plan(replace(prepared, method=HFedMoE())))
+    assert shown.count(" 17 ") == 4
+    assert f"{cost.fixed_bytes / 1e6:.1f} MB" in shown
+    assert f"{cost.reached_bytes / 1e6:.3f} MB" in shown
+    without = printed(plan(prepared))
+    assert "budget" in shown and "backward" in shown
+    assert "budget" not in without and "backward" not in without
+
+
+def test_what_a_part_of_the_model_weighs_adds_up_to_what_the_whole_does(tiny_tree):
+    prepared = prepared_with(tiny_tree)
+    planned, server = plan(prepared), prepared.server
+    every = {block: shape.num_experts for block, shape in server.anatomy.blocks.items()}
+    patch, memory = planned["patch"], planned["memory"]
+    assert all(patch["expert_bytes"].values())
+    assert (
+        patch["dense_bytes"] + sum(patch["expert_bytes"][block] * number for block, number in every.items())
+        == (planned["full_patch_bytes"])
+    )
+    experts = sum(memory["expert_bytes"][block] * number for block, number in every.items())
+    assert memory["dense_bytes"] + experts + memory["activation_bytes"] == planned["full_bytes"]
+
+
+def test_personal_experts_are_what_a_client_needs_beside_what_it_is_sent(tiny_tree):
+    flex = {
+        **tiny_tree,
+        "training": {**tiny_tree["training"], "train": "lora", "parts": ["attention"]},
+        "method": {"name": "flex"},
+    }
+    prepared = prepared_with(flex)
+    shared, own = prepared.server.footprint.of(prepared.server.anatomy.all_experts), prepared.personal_bytes
+    memory = [shared + own, shared + own - 1, shared, shared + own]
+
+    planned = plan(prepared_with(flex, memory_gb=[each / 1e9 for each in memory]))
+    assert (planned["full_bytes"], planned["personal_bytes"]) == (shared, own)
+    assert [client["first_fits"] for client in planned["clients"]] == [True, False, False, True]
+    assert [client["full_fits"] for client in planned["clients"]] == [True, False, False, True]
+    assert "beside it, personal experts (estimated)" in printed(planned)
+
+    three = prepared_with({**flex, "method": {"name": "flex", "num_grafted": 3}}).personal_bytes
+    assert three > 2 * own
+    stepped = {**flex["federation"], "server_optimizer": {"name": "fedavgm"}}
+    assert prepared_with({**flex, "federation": stepped}).personal_bytes == own
+    without = plan(prepared_with({**flex, "method": {"name": "fedit"}}))
+    assert without["full_bytes"] == shared and without["personal_bytes"] == 0
+    assert without["round_flops_estimated"] < planned["round_flops_estimated"]
+    assert "personal" not in printed(without)

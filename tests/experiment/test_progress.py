@@ -1,0 +1,70 @@
+"""What a run shows: on a terminal, also a narrow one; elsewhere; under --quiet."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from fedexperts.experiment.progress import Shown
+from fedexperts.types import Cost, Failure, Patch, Server, Update
+
+
+def server(round):
+    return Server(weights={}, layout={}, anatomy=None, footprint=None, clients={}, round=round, task="train")
+
+
+def update(client):
+    return Update(client, 2, "train", Patch({}), 5, metrics={"loss": 1.25}, cost=Cost(seconds=0.5, tokens=2000))
+
+
+class Three:
+    """An engine whose third client fails."""
+
+    def run(self, jobs):
+        yield from (update("c01"), update("c02"), Failure("c03", 2, "train", "out of memory"))
+
+
+def shown_after(answers, width, label="fedmoe"):
+    """The lines that change on a terminal, after one round of twenty and `answers` of the next."""
+    console = Console(file=StringIO(), width=width, force_terminal=True)
+    with Shown(console) as shown:
+        shown.start(label, 3, 1, 20)
+        running = iter(shown.watch(Three()).run([]))
+        for _ in range(answers):
+            next(running)
+        plain = Console(file=StringIO(), width=width, color_system=None)
+        plain.print(shown.bar.get_renderable())
+    return plain.file.getvalue().splitlines()
+
+
+def test_a_terminal_shows_rounds_time_left_client_loss_and_speed():
+    label, bar, now = shown_after(2, width=100)
+    assert label.rstrip() == "fedmoe, seed 3"
+    assert bar.split()[1:] == ["1/20", "rounds", "-:--:--", "left"]
+    assert now.rstrip() == "round 2, train: c02, 2 answered, loss 1.250, 4,000 tokens/s"
+
+
+def test_a_client_that_fails_is_shown_without_a_loss():
+    *_, now = shown_after(3, width=100)
+    assert now.rstrip() == "round 2, train: c03, 3 answered, failed"
+
+
+@pytest.mark.parametrize("width", [60, 40])
+def test_a_narrow_terminal_cuts_what_is_too_long_and_never_the_rounds(width):
+    label, bar, now = shown_after(2, width, label="four: fedmoe:adjust=false:patience=5:profile_rounds=2:neighbours=3")
+    assert all(len(line) <= width for line in (label, bar, now))
+    assert label.endswith("…") and label.startswith("four: fedmoe")
+    assert bar.split()[1:] == ["1/20", "rounds", "-:--:--", "left"]
+    assert now.startswith("round 2, train: c02")
+
+
+def test_without_a_terminal_only_lines_that_stay_are_written_and_none_is_broken():
+    console = Console(file=StringIO(), width=40, force_terminal=False)
+    with Shown(console) as shown:
+        shown.start("fedmoe", 3, 0, 2)
+        list(shown.watch(Three()).run([]))
+        shown.failed(server(2), {"c03": "out of memory: it needs 12.0 MB and has 10.0 MB"})
+        shown.round(server(2))
+    assert console.file.getvalue() == (
+        "round 2: c03 failed in train and is left out: out of memory: it needs 12.0 MB and has 10.0 MB\n"
+    )

@@ -1,0 +1,125 @@
+"""The learning rate over rounds."""
+
+import json
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from fedexperts.config import EvaluationSettings, RunConfig, TrainingSettings
+from fedexperts.errors import BadRun, BadValue
+from fedexperts.experiment import checkpoint
+from fedexperts.experiment.client_task import Work
+from fedexperts.experiment.runner import claim, engine_for, run, work_for
+from fedexperts.experiment.setup import prepare_run
+from fedexperts.io.toml import checked, with_settings
+from fedexperts.testing import tiny_bench, tiny_model
+from fedexperts.types import Client, Job, Patch, Training
+
+
+def test_the_cosine_by_hand():
+    """Five rounds, 0.5 → 0.1: halfway down in the third; (1 ± √½) / 2 of the way in between."""
+    settings = TrainingSettings(lr=0.5, schedule="cosine", final_lr=0.1)
+    half = 0.5**0.5
+    expected = [0.5, 0.1 + 0.4 * (1 + half) / 2, 0.3, 0.1 + 0.4 * (1 - half) / 2, 0.1]
+    assert [settings.lr_in(round, 5) for round in (1, 2, 3, 4, 5)] == pytest.approx(expected)
+    assert settings.lr_in(0, 5) == settings.lr_in(1, 5) == settings.lr_in(1, 1) == 0.5
+
+
+@given(st.integers(2, 300), st.floats(1e-6, 1.0))
+def test_the_cosine_falls_from_lr_to_final_lr(rounds, lr):
+    settings = TrainingSettings(lr=lr, schedule="cosine")
+    rates = [settings.lr_in(round, rounds) for round in range(1, rounds + 1)]
+    assert rates[0] == lr
+    assert rates[-1] == pytest.approx(1e-6)
+    assert all(later <= sooner for sooner, later in pairwise(rates))
+
+
+def test_without_a_schedule_the_rate_stays_to_the_bit():
+    settings = TrainingSettings(lr=0.3)
+    assert {settings.lr_in(round, 7) for round in range(8)} == {0.3}
+
+
+@dataclass(frozen=True)
+class Notes:
+    """A method that notes what its clients train with."""
+
+    seen: list = field(default_factory=list)
+    before: tuple[str, ...] = ("profile",)
+    pooled: bool = False
+
+    def train(self, job, bench):
+        self.seen.append((job.task, bench.training))
+        bench.kept["seen"] = len(self.seen)
+
+
+def test_every_job_of_a_round_trains_at_its_rate_and_nothing_else_of_the_bench_changes():
+    method, training = Notes(), Training(batch_size=3, local_steps=8, lr=0.5)
+    work = Work(method, EvaluationSettings(), 3, training=TrainingSettings(lr=0.5, schedule="cosine", final_lr=0.1))
+    bench = tiny_bench(tiny_model("olmoe", num_hidden_layers=1), Client("a", 4), training)
+    for task, number in (("profile", 0), ("train", 1), ("train", 2), ("train", 3)):
+        work(Job("a", number, task, "seed", {}, Patch({})), bench)
+    assert [(task, round(seen.lr, 6)) for task, seen in method.seen] == [
+        ("profile", 0.5),
+        ("train", 0.5),
+        ("train", 0.3),
+        ("train", 0.1),
+    ]
+    assert all((seen.batch_size, seen.local_steps) == (3, 8) for _, seen in method.seen)
+    assert bench.kept["seen"] == 4, "what is kept is the client's own, not a copy"
+
+
+def asked(tree, *settings):
+    return checked(RunConfig, with_settings(tree, settings))
+
+
+def test_the_work_of_a_run_has_its_schedule_and_a_pooled_one_all_its_steps(tiny_tree, tmp_path):
+    prepared = prepare_run(asked(tiny_tree, "method.name=centralised", "training.schedule=cosine", "training.lr=0.5"))
+    work = work_for(prepared)
+    assert [work.training.lr_in(round, work.rounds) for round in (1, 2, 3)] == pytest.approx([0.5, 0.25, 1e-6], abs=1e-6)
+    assert engine_for(prepared, tmp_path).site.training.local_steps == 2 * 2
+
+
+def weights(out):
+    return load_file(checkpoint.latest(out) / "weights.safetensors")
+
+
+def test_in_its_last_round_hardly_anything_moves(tiny_tree, tmp_path):
+    """The third of three rounds has a rate of 1e-12: its clients end where they began."""
+    cosine = ("training.schedule=cosine", "training.final_lr=1e-12", "training.lr=1e-2")
+    three = weights(run(asked(tiny_tree, *cosine), tmp_path / "three"))
+    constant = weights(run(asked(tiny_tree, "training.lr=1e-2"), tmp_path / "constant"))
+    # with one round there is no way down: the first round's rate, so the same bits as without a schedule
+    one = weights(run(asked(tiny_tree, *cosine, "federation.rounds=1"), tmp_path / "one"))
+    alone = weights(run(asked(tiny_tree, "training.lr=1e-2", "federation.rounds=1"), tmp_path / "alone"))
+    assert all((one[name] == alone[name]).all() for name in alone)
+    far, near = (sum(float((end[name] - one[name]).square().sum()) for name in one) ** 0.5 for end in (constant, three))
+    assert 0 < near < 0.6 * far
+
+
+def test_a_cosine_that_would_rise_is_refused():
+    with pytest.raises(BadValue, match=r"^training\.final_lr = 0\.1 is above training\.lr = 0\.01, but the cosine falls"):
+        asked({"data": {"sources": ["synthetic/sort"]}}, "training.schedule=cosine", "training.lr=0.01", "training.final_lr=0.1")
+    asked({"data": {"sources": ["synthetic/sort"]}}, "training.lr=1e-9")  # no schedule, so it is no matter
+
+
+@pytest.mark.parametrize("setting", ["training.schedule=linear", "training.final_lr=0"])
+def test_what_is_no_schedule_is_refused(setting):
+    with pytest.raises(BadValue, match=f"^{setting.partition('=')[0]} = "):
+        asked({"data": {"sources": ["synthetic/sort"]}}, setting)
+
+
+def test_a_run_from_before_there_were_schedules_goes_on_as_it_began(tiny_tree, tmp_path):
+    config = asked(tiny_tree)
+    resolved = config.resolved()
+    for key in ("schedule", "final_lr"):
+        del resolved["training"][key]
+    (tmp_path / "resolved.json").write_text(json.dumps(resolved))
+    claim(config, tmp_path, resume=True)
+    with pytest.raises(BadRun, match=r"other settings: training\.schedule changed"):
+        claim(asked(tiny_tree, "training.schedule=cosine"), tmp_path, resume=True)
+    with pytest.raises(BadRun, match=r"other settings: federation\.server_optimizer\.beta1, .*name.* changed"):
+        claim(asked(tiny_tree, "federation.server_optimizer=fedavgm"), tmp_path, resume=True)

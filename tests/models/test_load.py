@@ -1,0 +1,142 @@
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedexperts.core import evaluation
+from fedexperts.data.encode import Encoder
+from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
+from fedexperts.errors import BadValue, NoExperts
+from fedexperts.models import summary
+from fedexperts.models.load import OURS, load
+from fedexperts.models.tokenizer import make_tokenizer
+from fedexperts.moe.anatomy import anatomy
+from fedexperts.testing import tiny_model
+
+
+def saved(folder: Path, model: object) -> str:
+    model.save_pretrained(folder)
+    make_tokenizer(128).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_shipped_base_is_a_small_moe_in_fp32_and_eval_mode():
+    base = load("tiny")
+    shapes = anatomy(base.model).blocks.values()
+    assert [(shape.num_experts, shape.top_k) for shape in shapes] == [(16, 2)] * 4
+    assert 3_000_000 < sum(parameter.numel() for parameter in base.model.parameters()) < 5_000_000
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
+    assert not base.model.training and not base.encoder_decoder
+    assert base.model.config._experts_implementation == "grouped_mm"
+
+
+def test_the_shipped_base_knows_its_tasks_and_has_new_ones_to_learn():
+    base = load("tiny")
+    encoder = Encoder(base.tokenizer, 128)
+    asked = [example for task in (*BASE_TASKS, *NEW_TASKS) for example in examples(task, 20, "shipped", "test")]
+    found = evaluation.score(base.model, asked, encoder, generate_tokens=16, batch_size=60).by_task()
+    assert len(found) == len(BASE_TASKS) + len(NEW_TASKS)
+    assert mean(found[task]["verbatim"] for task in BASE_TASKS) > 0.85
+    assert mean(found[task]["verbatim"] for task in NEW_TASKS) < 0.35
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def test_the_base_of_the_reported_runs_lies_in_the_checkout_and_how_to_get_it_is_told_where_it_does_not(tmp_path, monkeypatch):
+    assert OURS["small"] == Path(__file__).parents[2] / "assets" / "small"
+    monkeypatch.setitem(OURS, "small", tmp_path / "small")
+    for read in (load, summary.read_config):
+        with pytest.raises(BadValue, match=r"fedexperts pretrain runs/pretrain-small\.toml") as raised:
+            read("small")
+        assert "\n" not in str(raised.value) and str(tmp_path / "small") in str(raised.value)
+    saved(tmp_path / "small", tiny_model("olmoe", tie_word_embeddings=True))
+    base = load("small")
+    assert base.name == "small" and base.model.lm_head.weight is base.model.model.embed_tokens.weight
+    assert summary.read_config("small").tie_word_embeddings
+
+
+def test_the_hash_is_that_of_the_weights(tmp_path):
+    one = load(saved(tmp_path / "one", tiny_model("olmoe", seed=0))).hash
+    same = load(saved(tmp_path / "same", tiny_model("olmoe", seed=0))).hash
+    other = load(saved(tmp_path / "other", tiny_model("olmoe", seed=1))).hash
+    assert one == same != other
+
+
+def test_another_top_k_or_tokenizer_is_another_base(tmp_path):
+    folder = Path(saved(tmp_path / "one", tiny_model("olmoe", seed=0)))
+    first = load(str(folder))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts_per_tok": 3}))
+    second = load(str(folder))
+    assert (second.hash, second.config_hash == first.config_hash) == (first.hash, False)
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text() + "\n")
+    assert len({each.identity for each in (first, second, load(str(folder)))}) == 3
+
+
+def test_an_encoder_decoder_loads_as_one(tmp_path):
+    base = load(saved(tmp_path, tiny_model("switch_transformers")))
+    assert base.encoder_decoder and type(base.model).__name__ == "SwitchTransformersForConditionalGeneration"
+
+
+def test_experts_of_odd_width_fall_back_to_the_kernel_that_can(tmp_path):
+    base = load(saved(tmp_path, tiny_model("olmoe", intermediate_size=10)))
+    assert base.model.config._experts_implementation == "eager"
+    assert base.model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_a_model_without_experts_is_refused_for_that_whatever_else_it_lacks(tmp_path):
+    config = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    dense = LlamaForCausalLM(config)
+    dense.save_pretrained(tmp_path / "bare")
+    for folder in (saved(tmp_path / "whole", dense), str(tmp_path / "bare")):
+        with pytest.raises(NoExperts, match="no Mixture-of-Experts layers"):
+            load(folder)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_a_model_with_experts_but_no_tokenizer_is_told_so(tmp_path, family):
+    tiny_model(family).save_pretrained(tmp_path)
+    with pytest.raises(BadValue, match="tokenizer"):
+        load(str(tmp_path))
+
+
+def test_a_missing_folder_is_told_by_its_name():
+    with pytest.raises(BadValue, match=r"'\./nowhere' is a folder that does not exist"):
+        load("./nowhere")
+    with pytest.raises(BadValue, match=r"'\./small' is a folder that does not exist.*; did you mean small\?$"):
+        load("./small")
+
+
+def test_a_folder_without_a_model_is_told_by_its_name(tmp_path):
+    with pytest.raises(BadValue, match="cannot be loaded"):
+        load(str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BadValue, match="'nobody/no-such-model' cannot be loaded") as raised:
+        load("nobody/no-such-model")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("read", [load, summary.read_config])
+@pytest.mark.parametrize(("given", "meant"), [("smal", "small"), ("tinny", "tiny")])
+def test_a_misspelt_base_of_ours_is_told_with_the_one_meant(monkeypatch, read, given, meant):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BadValue, match=rf"'{given}' .*give tiny, small, .*; did you mean {meant}\?$") as raised:
+        read(given)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_with_code_of_its_own_runs_only_on_trust(tmp_path):
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    with pytest.raises(BadValue, match=r"set model\.trust_remote_code = true if you trust them"):
+        load(str(tmp_path))
