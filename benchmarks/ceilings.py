@@ -128,8 +128,8 @@ def fine_tuned(base: nn.Module, train: Sequence[Example], encoder: Encoder, aske
                 group["lr"] = asked.lr * rate(step, steps)
             with Recorder(model, keep_logits=True) as recorder:
                 loss = cross_entropy(model, encoder.batch([train[place] for place in places]), training.label_smoothing)
-            (loss + training.balance * balance_loss(recorder)).backward()
-            nn.utils.clip_grad_norm_(trainable(model), training.clip)
+            (loss + training.router_aux_loss_coef * balance_loss(recorder)).backward()
+            nn.utils.clip_grad_norm_(trainable(model), training.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())

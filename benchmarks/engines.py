@@ -15,7 +15,7 @@ memory     ten clients × 200 MB, a whole run of two rounds, from loading the ba
            that runs the rounds over what it held after its imports, and that of the SuperLink over what it held before the
            first job, in model sizes. In the deployment one process plays the nodes, and the first client answers last, so that
            nine answers wait. On the local engine the process of the rounds holds the base for its workers.
-resident   a letter with a job to a worker that stays, and to a new one for each: seconds, and seconds of processor time.
+resident   a message with a job to a worker that stays, and to a new one for each: seconds, and seconds of processor time.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from fedexperts.deploy.processes import free_port, process, return_memory
 from fedexperts.deploy.socket_rpc import ask, listening
 from fedexperts.engines import local
 from fedexperts.engines.flower.simulation import Simulation
-from fedexperts.engines.message import Letter
+from fedexperts.engines.message import Message
 from fedexperts.engines.remote import order
 from fedexperts.experiment import flower, runner
 from fedexperts.experiment.runtime import clock_for
@@ -138,9 +138,9 @@ def on_simulation(prepared: Prepared, out: Path, carried: Callable[[Any], Any] =
         yield engine
 
 
-def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
-    flower.site_for = idle_site  # in the process that plays clients
-    return flower.play(letter, node)
+def play(message: Message, node: Mapping[str, Any]) -> Message:
+    flower.runtime_for = idle_site  # in the process that plays clients
+    return flower.play(message, node)
 
 
 Join = Callable[[RunConfig, Path, str], AbstractContextManager[None]]
@@ -460,13 +460,13 @@ def stays(repeat: int) -> Table:
     table = Table("base", "to one that stays: s, processor s", "to a new one", "over", "of that loading the base s")
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         for label, model in (("small, 43 MB", "small"), ("random, 200 MB", str(wide_model(Path(folder) / "model")))):
-            old, new, loading = in_process("letters", model, repeat)
+            old, new, loading = in_process("messages", model, repeat)
             over = " and ".join(f"{b / a:.0f}" for a, b in zip(old, new, strict=True))
             table.add_row(label, *("{:.3f}, {:.3f}".format(*each) for each in (old, new)), over, f"{loading:.2f}")
     return table
 
 
-def letters(model: str, repeat: int) -> tuple[list[float], list[float], float]:
+def messages(model: str, repeat: int) -> tuple[list[float], list[float], float]:
     """Medians: seconds and processor seconds of a job to a worker that stays, the same to a new one, seconds to load the base."""
     config = settings("adapters", model)
     prepared = prepare_run(config)
@@ -475,17 +475,17 @@ def letters(model: str, repeat: int) -> tuple[list[float], list[float], float]:
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         out = Path(folder)
         job = next(jobs_for(replace(prepared.server, round=1, task="train"), prepared.method, prepared.server.clients.values()))
-        letter = order(job, flower.about(config, prepared.base.identity, out), "")
+        message = order(job, flower.about(config, prepared.base.identity, out), "")
         command, again = (worker_command(config, job.client, out / each) for each in ("old", "new"))  # one folder, one process
         with worker(command, out) as (path, pid):
-            seconds(path, letter)  # the first job loads the base
+            seconds(path, message)  # the first job loads the base
             for _ in range(repeat):
                 before = processor(pid)
-                each = statistics.median(seconds(path, letter) for _ in range(JOBS))
+                each = statistics.median(seconds(path, message) for _ in range(JOBS))
                 old.append((each, (processor(pid) - before) / JOBS))
                 started, ended = perf_counter(), of_children()
                 with worker(again, out) as (other, _):
-                    seconds(other, letter)
+                    seconds(other, message)
                     whole = perf_counter() - started
                 new.append((whole, of_children() - ended))
         loads = re.findall(r"loaded the base model .* in ([\d.]+) s", (out / "worker.log").read_text())
@@ -503,9 +503,9 @@ def worker(command: list[str], out: Path) -> Iterator[tuple[str, int]]:
             yield str(Path(folder) / "worker"), child.pid
 
 
-def seconds(path: str, letter: Letter) -> float:
+def seconds(path: str, message: Message) -> float:
     started = perf_counter()
-    answer = ask(path, letter)
+    answer = ask(path, message)
     assert "update" in answer.head, answer.head
     return perf_counter() - started
 

@@ -16,30 +16,30 @@ from fedexperts.config import RunConfig
 from fedexperts.deploy import client
 from fedexperts.deploy.socket_rpc import end_with_parent
 from fedexperts.engines import remote
-from fedexperts.engines.local import Site
-from fedexperts.experiment.client_task import Work
-from fedexperts.experiment.runtime import site_for
+from fedexperts.engines.local import ClientRuntime
+from fedexperts.experiment.client_task import ClientTask
+from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.io.toml import checked
-from fedexperts.types import Bench, Job, Patch, Update
+from fedexperts.types import ClientContext, Job, Patch, Update
 
 
-def noise(work: Work, job: Job, bench: Bench) -> Update:
+def noise(work: ClientTask, job: Job, context: ClientContext) -> Update:
     """In place of training. Noise, since Flower carries equal arrays only once; the engine has seeded it for the job."""
     if job.task == "evaluate":
-        return work(job, bench)
+        return work(job, context)
     patch = Patch({name: torch.randn_like(tensor) for name, tensor in job.patch.tensors.items()}, job.patch.rows)
-    return Update(job.client, job.round, job.task, patch, bench.client.examples)
+    return Update(job.client, job.round, job.task, patch, context.client.examples)
 
 
-def idle_site(prepared: Prepared, out: Path) -> Site:
-    site = site_for(prepared, out)
-    return replace(site, work=partial(noise, site.work))
+def idle_site(prepared: Prepared, out: Path) -> ClientRuntime:
+    runtime = runtime_for(prepared, out)
+    return replace(runtime, work=partial(noise, runtime.work))
 
 
 def worker() -> None:
     """A resident worker: its arguments are those of `fedexperts.deploy.client`."""
-    client.site_for = idle_site
+    client.runtime_for = idle_site
     client.main()
 
 
@@ -50,7 +50,7 @@ def nodes() -> None:
     told = json.loads(sys.argv[1])
     end_with_parent()
     prepared = prepare_run(checked(RunConfig, told["settings"]))
-    site, keys = idle_site(prepared, Path(told["out"])), Path(told["keys"])
+    runtime, keys = idle_site(prepared, Path(told["out"])), Path(told["keys"])
     with ExitStack() as stack:
         there: dict[str, Any] = {}
         for name in prepared.config.data.names:
@@ -58,11 +58,11 @@ def nodes() -> None:
             known = (keys / name / "ca.pem").read_bytes(), (key, key.public_key())
             there[name] = stack.enter_context(http_request_response(told["server"], False, *known, None, 30))
         for name, node in there.items():
-            reply(site, name, node, waited(node))  # who it is
+            reply(runtime, name, node, waited(node))  # who it is
         while True:
             jobs = [(name, node, waited(node)) for name, node in there.items()]
             for name, node, given in sorted(jobs, key=lambda job: -job[2][0].metadata.created_at):
-                reply(site, name, node, given)
+                reply(runtime, name, node, given)
 
 
 def waited(node: Any) -> Any:
@@ -73,7 +73,7 @@ def waited(node: Any) -> Any:
     return given
 
 
-def reply(site: Site, name: str, node: Any, given: Any) -> None:
+def reply(runtime: ClientRuntime, name: str, node: Any, given: Any) -> None:
     """What a SuperNode and its ClientApp do with a message."""
     from flwr.app import Message
     from flwr.supercore.inflatable import inflatable_object as objects
@@ -86,7 +86,7 @@ def reply(site: Site, name: str, node: Any, given: Any) -> None:
     run = told.metadata.run_id
     asked = parcels.pull_and_inflate_object_from_tree(tree, partial(pull, run), partial(confirm, run), return_type=Message)
     asked.metadata.__dict__["_message_id"] = told.metadata.message_id
-    answer = Message(to_records(remote.answer(site, name, from_records(asked.content))), reply_to=asked)
+    answer = Message(to_records(remote.answer(runtime, name, from_records(asked.content))), reply_to=asked)
     del asked
     with objects.no_object_id_recompute():
         answer.metadata.__dict__["_message_id"] = answer.object_id

@@ -109,13 +109,13 @@ def plain_loop(model: nn.Module, encoder: Encoder, chosen: list, training: objec
     model.train()
     for examples in chosen:
         batch = encoder.batch(examples)
-        if training.balance:
+        if training.router_aux_loss_coef:
             with Recorder(model, keep_logits=True) as recorder:
                 loss = cross_entropy(model, batch, training.label_smoothing)
-            (loss + training.balance * balance_loss(recorder)).backward()
+            (loss + training.router_aux_loss_coef * balance_loss(recorder)).backward()
         else:
             cross_entropy(model, batch, training.label_smoothing).backward()
-        nn.utils.clip_grad_norm_(trained, training.clip)
+        nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += int(batch["attention_mask"].sum())
@@ -173,9 +173,9 @@ def main() -> None:
     repeat = parser.parse_args().repeat
     torch.set_num_threads(1)
     shown("tokens/s, FedAvg with LoRA over a bare loop", overhead({"name": "fedavg"}, LORA, repeat), 0.90)
-    shown("the same without balance", overhead({"name": "fedavg"}, {**LORA, "balance": 0}, repeat), 0.90)
+    shown("the same without balance", overhead({"name": "fedavg"}, {**LORA, "router_aux_loss_coef": 0}, repeat), 0.90)
     shown("tokens/s, FedMoE sub-models over a bare loop", overhead({"name": "fedmoe"}, {}, repeat), 0.85)
-    shown("the same without balance", overhead({"name": "fedmoe"}, {"balance": 0}, repeat), 0.85)
+    shown("the same without balance", overhead({"name": "fedmoe"}, {"router_aux_loss_coef": 0}, repeat), 0.85)
     shown("speed of two workers over one", speedup(repeat), 1.7)
     shown("peak memory of 100 clients over 10", [peak_kib(100) / peak_kib(10) for _ in range(min(repeat, 3))], 1.2, least=False)
 

@@ -3,10 +3,10 @@
     python benchmarks/same_bits.py OUT.json [method …]
     python benchmarks/same_bits.py --compare BEFORE.json AFTER.json
 
-Each method makes three rounds over four clients on `tiny`, with full weights or LoRA, as it needs; and some of them under a server
-optimizer, scored before aggregation, with retained examples and drift. It asks the library for nothing but `fedexperts.run`, so
-that it runs on older versions, too (PYTHONPATH names another checkout). Seconds are left out; so are the names of clients' and
-methods' state, which may be renamed, but not their bits.
+Each method makes three rounds over four clients on `tiny`, with full weights or LoRA, as it needs; some of them also under a
+server optimizer, scored before aggregation, with retained examples and drift. It uses nothing of the library but
+`fedexperts.run`, so that it runs on older versions, too (PYTHONPATH names another checkout). Seconds are left out, and so are
+the names of clients' and methods' state, which may be renamed, but not their bits.
 """
 
 import json

@@ -19,8 +19,8 @@ from torch import nn
 
 from fedexperts import config
 from fedexperts.core import evaluation
-from fedexperts.engines.local import Site
-from fedexperts.experiment.runtime import encoder_for, site_for
+from fedexperts.engines.local import ClientRuntime
+from fedexperts.experiment.runtime import encoder_for, runtime_for
 from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.methods.flex import FLEx
 from fedexperts.moe import graft
@@ -28,7 +28,7 @@ from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.reconstruction import by_reconstruction
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.types import Bench
+from fedexperts.types import ClientContext
 
 
 def main() -> None:
@@ -39,23 +39,23 @@ def main() -> None:
     run = config.read(given.run, ["method.name=flex"])
     torch.set_num_threads(run.training.threads)
     prepared = prepare_run(run)
-    site = site_for(prepared, Path(gettempdir()))  # where clients would keep what is theirs; nothing is written
+    runtime = runtime_for(prepared, Path(gettempdir()))  # where clients would keep what is theirs; nothing is written
     base = scores(prepared, prepared.base.model)
-    table = Table("", *base, title=f"{prepared.base.name}, {len(site.clients)} clients of {given.run.name}, nothing trained")
+    table = Table("", *base, title=f"{prepared.base.name}, {len(runtime.clients)} clients of {given.run.name}, nothing trained")
     table.add_row("the base", *(f"{100 * value:.0f}" for value in base.values()))
     for number in map(int, given.grafts.split(",")):
-        found = [scores(prepared, grafted(prepared, site, client, number)) for client in site.clients]
+        found = [scores(prepared, grafted(prepared, runtime, client, number)) for client in runtime.clients]
         table.add_row(f"{number} grafted", *(f"{100 * fmean(each[task] for each in found):.0f}" for task in base))
     Console(width=140).print(table)
 
 
-def grafted(prepared: Prepared, site: Site, client: str, number: int) -> nn.Module:
+def grafted(prepared: Prepared, runtime: ClientRuntime, client: str, number: int) -> nn.Module:
     """The base with the personal experts that the client starts from."""
     method = FLEx(num_grafted=number)
-    bench = Bench(site.clients[client], site.model, site.data[client], site.encoder, site.training, {})
-    ids = by_reconstruction(bench.model, method.calibration(bench), number, method.calibration_stride)
-    model = prepare(shrink(bench.model, anatomy(bench.model).all_experts), site.training.tuning, seed="0")
-    graft.attach(model, ids, site.training.tuning, seed="0")
+    context = ClientContext(runtime.clients[client], runtime.model, runtime.data[client], runtime.encoder, runtime.training, {})
+    ids = by_reconstruction(context.model, method.calibration(context), number, method.calibration_stride)
+    model = prepare(shrink(context.model, anatomy(context.model).all_experts), runtime.training.tuning, seed="0")
+    graft.attach(model, ids, runtime.training.tuning, seed="0")
     return model.eval()
 
 

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.local import Site
+from fedexperts.engines.local import ClientRuntime
 from fedexperts.engines.message import from_bytes
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.experiment.runtime import clock_for, site_for
+from fedexperts.experiment.runtime import clock_for, runtime_for
 from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.federation import federate
 from fedexperts.io.toml import checked
@@ -51,14 +51,14 @@ RUNS = {
 class Weighed:
     """Packs whatever goes either way, and keeps count."""
 
-    site: Site
+    runtime: ClientRuntime
     messages: int = 0
     tensors: int = 0
     metrics: int = 0  # of an answer: the ledger counts their JSON, which stands in the manifest
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
         for job in jobs:
-            answer = self.site.answer(unpack_job(self.weigh(pack_job(job))))
+            answer = self.runtime.answer(unpack_job(self.weigh(pack_job(job))))
             if isinstance(answer, Failure):
                 raise RuntimeError(f"{answer.client} failed: {answer.reason}")
             self.metrics += len(json.dumps(dict(answer.metrics)))
@@ -82,7 +82,7 @@ def main() -> None:
         config = settings(method, training, rounds)
         prepared = prepare_run(config, label, parts=parts)
         with tempfile.TemporaryDirectory() as folder:
-            weighed = Weighed(site_for(prepared, Path(folder)))
+            weighed = Weighed(runtime_for(prepared, Path(folder)))
             ledger = Ledger(clock_for(prepared))
             counted = 0
             for _ in federate(prepared.server, prepared.method, weighed, ledger, rounds=rounds, clients_per_round=2):

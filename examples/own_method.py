@@ -17,7 +17,7 @@ from rich import print
 import fedexperts
 from fedexperts import report
 from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Rotating:
     """Its fields are settings: a run file says method.share = 0.5, a comparison rotating:share=0.5."""
 
     share: float = 0.5  # of each layer's experts
-    before: ClassVar[tuple[str, ...]] = ()  # no stage before the rounds
-    pooled: ClassVar[bool] = False  # the data stay where they are
+    setup_tasks: ClassVar[tuple[str, ...]] = ()  # no stage before the rounds
+    centralized: ClassVar[bool] = False  # the data stay where they are
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """What the client works with: some experts of each layer. It is scored with all of them."""
@@ -39,9 +39,9 @@ class Rotating:
             chosen[name] = tuple(sorted(rng.sample(range(layer.num_experts), number)))
         return Assignment(chosen)
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """On the client: the run's local steps on what was sent, all of which goes back."""
-        return train_assigned(job, bench)
+        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """On the server: each expert becomes the mean over those who trained it, by their numbers of examples."""

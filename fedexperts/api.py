@@ -8,7 +8,7 @@ from fedexperts import config
 from fedexperts.config import RunConfig
 from fedexperts.experiment import runner, sweep
 from fedexperts.experiment.sweep import Compared
-from fedexperts.io.toml import checked, with_settings
+from fedexperts.io.toml import with_settings
 
 RunFile = Path | str | Mapping[str, Any] | RunConfig
 """A run: the path of its file, what such a file says, or the settings read from one."""
@@ -72,4 +72,4 @@ def settings_of(run: RunFile, set: Sequence[str]) -> RunConfig:
     if isinstance(run, Path | str):
         return config.read(Path(run), set)
     tree = run.model_dump(mode="json", exclude_none=True) if isinstance(run, RunConfig) else dict(run)
-    return checked(RunConfig, with_settings(tree, set))
+    return config.from_tree(with_settings(tree, set))

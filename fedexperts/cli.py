@@ -282,14 +282,14 @@ def client(
     require_flower()
     from json import dumps
 
-    from fedexperts.deploy.supervisor import Member
+    from fedexperts.deploy.supervisor import SuperNodeSupervisor
 
     devices = {key: value for key, value in (("memory_gb", memory_gb), ("profile", profile)) if value is not None}
     folder = (out or Path("clients") / name).resolve()
     told = {"name": name, "run": str(run), "set": set or [], "folder": str(folder), "data": data or [], "devices": devices}
     worker = [sys.executable, "-m", "fedexperts.deploy.client", dumps(told)]
     end_as_if_interrupted()
-    Member(name, server, folder / "flower", secured(keys, insecure), worker, say).run()
+    SuperNodeSupervisor(name, server, folder / "flower", secured(keys, insecure), worker, say).run()
 
 
 def end_as_if_interrupted() -> None:

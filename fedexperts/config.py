@@ -11,13 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from fedexperts.core.devices import UTILISATION, Profile, profiles
 from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.errors import BadValue, nearest
-from fedexperts.io.toml import Tree, checked, read_tree, sentence, without_none
+from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, without_none
 from fedexperts.methods import METHODS, enter_installed
-from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, Stepped
+from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
 from fedexperts.moe.tuning import Part, Tuning
 from fedexperts.types import Method, Training
 
 Kind = TypeVar("Kind")
+RENAMED = {"training.balance": "training.router_aux_loss_coef", "training.clip": "training.max_grad_norm"}
+"""Former name of a setting → its name now."""
+
 METHOD, OPTIMIZER = "method", "federation.server_optimizer"
 
 
@@ -48,9 +51,9 @@ class TrainingSettings(Settings):
     local_steps: int = Field(Training.local_steps, ge=1)
     optimizer: Literal["adamw", "sgd"] = Training.optimizer
     weight_decay: float = Field(Training.weight_decay, ge=0)
-    clip: float = Field(Training.clip, ge=0)  # largest norm of the gradient; 0: no clipping
+    max_grad_norm: float = Field(Training.max_grad_norm, ge=0)  # largest norm of the gradient; 0: no clipping
     label_smoothing: float = Field(Training.label_smoothing, ge=0, lt=1)
-    balance: float = Field(Training.balance, ge=0)  # weight of the load-balance loss
+    router_aux_loss_coef: float = Field(Training.router_aux_loss_coef, ge=0)  # weight of the load-balance loss
     validation_examples: int = Field(Training.validation_examples, ge=1)
     threads: int = Field(Training.threads, ge=1)  # of each worker; the bits of a result depend on it
 
@@ -180,6 +183,17 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     track: TrackSettings = TrackSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def former_names(cls, tree: Any) -> Any:
+        """Results of older versions and older run files call some settings and methods otherwise."""
+        if not isinstance(tree, dict):
+            return tree
+        method = tree.get("method")
+        if isinstance(method, dict) and method.get("name") == "centralised":
+            tree = {**tree, "method": {**method, "name": "centralized"}}
+        return with_new_names(tree, RENAMED)
+
     @model_validator(mode="after")
     def method_can_be_built(self) -> Self:
         self.build_method()
@@ -194,7 +208,7 @@ class RunConfig(Settings):
         """
         enter_installed()
         method, optimizer = built(METHODS, self.method, METHOD), self.federation.server_optimizer
-        return method if optimizer is None else Stepped(method, built(SERVER_OPTIMIZERS, optimizer, OPTIMIZER))
+        return method if optimizer is None else WithServerOptimizer(method, built(SERVER_OPTIMIZERS, optimizer, OPTIMIZER))
 
     def resolved(self) -> Tree:
         """All settings, defaults included, the method's and the server optimiser's too; as TOML can hold them."""
@@ -238,4 +252,13 @@ def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
     Raises:
         BadValue: no such file, no TOML, an unknown key (names the nearest), or a value that is not allowed.
     """
-    return checked(RunConfig, read_tree(path, "runs/quickstart.toml", settings))
+    return from_tree(read_tree(path, "runs/quickstart.toml", settings))
+
+
+def from_tree(tree: Tree) -> RunConfig:
+    """The run that a run file's content says; former names of settings are warned of, once each.
+
+    Raises:
+        BadValue: an unknown key (names the nearest), or a value that is not allowed.
+    """
+    return checked(RunConfig, with_new_names(tree, RENAMED, warn=True))

@@ -28,7 +28,7 @@ class Leak(FedExpertsError):
     """What a client keeps to itself was about to leave it."""
 
 
-class BadLetter(FedExpertsError):
+class BadMessage(FedExpertsError):
     """What came from the other side, and cannot be read: cut off, changed on the way, or of another protocol."""
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from random import Random
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import in_order
+from fedexperts.engines.base import reorder_and_validate
 from fedexperts.methods.base import patch_for
 from fedexperts.types import Assignment, Client, Engine, Job, Method, Server
 
@@ -15,14 +15,14 @@ def federate(
 ) -> Iterator[Server]:
     """The server after each stage and round; picks up after the round that `server` has behind it.
 
-    Stages (`method.before`) are round 0 and ask every client once; a round asks `clients_per_round` of them.
+    Stages (`method.setup_tasks`) are round 0 and ask every client once; a round asks `clients_per_round` of them.
     """
     for round, task in steps(method, rounds)[done(server, method, rounds) :]:
         server = replace(server, round=round, task=task)
         clients = list(server.clients.values())
         chosen = choose(clients, clients_per_round, Random(f"{server.seed}/{round}"), by_task) if round else clients
         jobs = jobs_for(server, method, chosen)
-        updates = in_order(engine.run, ledger.sent(jobs))
+        updates = reorder_and_validate(engine.run, ledger.sent(jobs))
         merged = method.merge(server, ledger.received(updates))
         if not ledger.lost:  # a round of which nothing can be used changes nothing
             server = merged
@@ -31,7 +31,7 @@ def federate(
 
 def steps(method: Method, rounds: int) -> list[tuple[int, str]]:
     """(round, task) of all that a run does, in order."""
-    return [(0, task) for task in method.before] + [(round, "train") for round in range(1, rounds + 1)]
+    return [(0, task) for task in method.setup_tasks] + [(round, "train") for round in range(1, rounds + 1)]
 
 
 def done(server: Server, method: Method, rounds: int) -> int:

@@ -15,7 +15,7 @@ from fedexperts.moe.anatomy import Anatomy, BlockShape, Experts, anatomy, blocks
 from fedexperts.moe.flops import Footprint, footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.types import Bench, Client, Example, Server, Split, Training
+from fedexperts.types import Client, ClientContext, Example, Server, Split, Training
 
 VOCABULARY = 64
 _PAD, _FIRST_WORD = 0, 3  # 1 and 2 begin and end a sequence
@@ -168,12 +168,12 @@ def tiny_examples(number: int, task: str = "echo", seed: int = 0) -> list[Exampl
     return [Example(" ".join(words), " ".join(words[-2:]), task) for words in texts]
 
 
-def tiny_bench(model: nn.Module, client: Client, training: Training, seed: int = 0) -> Bench:
+def tiny_context(model: nn.Module, client: Client, training: Training, seed: int = 0) -> ClientContext:
     """The bench of `client`: as many training examples as it says, 6 to validate, 4 to test."""
     made = tiny_examples(client.examples + 10, client.task or "echo", seed)
     data = Split(train=made[:-10], validation=made[-10:-4], test=made[-4:])
     two_sided = bool(cast("Any", model).config.is_encoder_decoder)
-    return Bench(client, model, data, Encoder(tiny_tokenizer(), 16, two_sided), training, kept={})
+    return ClientContext(client, model, data, Encoder(tiny_tokenizer(), 16, two_sided), training, client_state={})
 
 
 def tiny_server(model: nn.Module, clients: Iterable[Client], training: Training, seed: str = "0") -> Server:

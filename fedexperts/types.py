@@ -81,9 +81,9 @@ class Server:
     footprint: Footprint
     clients: Mapping[str, Client]
     seed: str = "0"
-    memory: Tensors = field(default_factory=dict)  # what the method must remember
+    method_state: Tensors = field(default_factory=dict)  # what the method must remember
     round: int = 0
-    task: str = "start"  # of the round under way, or of the last one: one of method.before, or "train"
+    task: str = "start"  # of the round under way, or of the last one: one of method.setup_tasks, or "train"
 
 
 @dataclass(frozen=True)
@@ -173,15 +173,15 @@ class Training:
     local_steps: int = 20
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of the gradient; 0 for none
+    max_grad_norm: float = 1.0  # largest norm of the gradient; 0 for none
     label_smoothing: float = 0.1
-    balance: float = 0.01  # weight of the load-balance loss, c_lb of FedMoE
+    router_aux_loss_coef: float = 0.01  # weight of the load-balance loss, c_lb of FedMoE
     validation_examples: int = 64  # at most, in each round
     threads: int = 1
 
 
 @dataclass(frozen=True)
-class Bench:
+class ClientContext:
     """What lies before a client at work; all but the update stays there."""
 
     client: Client
@@ -189,19 +189,19 @@ class Bench:
     data: Split
     encoder: Encoder
     training: Training
-    kept: MutableMapping[str, Tensor]  # what this client keeps to itself, from round to round
+    client_state: MutableMapping[str, Tensor]  # what this client keeps to itself, from round to round
 
 
 class Method(Protocol):
     """A federated method: three functions and its hyperparameters, no state."""
 
     @property
-    def before(self) -> tuple[str, ...]:
+    def setup_tasks(self) -> tuple[str, ...]:
         """Tasks that every client does once, before the first round."""
         ...
 
     @property
-    def pooled(self) -> bool:
+    def centralized(self) -> bool:
         """Whether all clients' training data lie in one place, which then is the only participant of a round."""
         ...
 
@@ -209,7 +209,7 @@ class Method(Protocol):
         """What `client` works with for `server.task`; None when it has no part in it."""
         ...
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """The client's side."""
         ...
 

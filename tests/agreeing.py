@@ -19,7 +19,7 @@ from typing import Any
 
 from fedexperts.config import RunConfig
 from fedexperts.engines.flower.simulation import Simulation
-from fedexperts.engines.message import Letter
+from fedexperts.engines.message import Message
 from fedexperts.errors import FedExpertsError
 from fedexperts.experiment import flower, runner, setup
 from fedexperts.experiment.setup import Parts
@@ -29,22 +29,22 @@ WORKERS = 2
 load = setup.load
 
 
-def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
+def play(message: Message, node: Mapping[str, Any]) -> Message:
     """What `flower.play` does, with a note of who plays and who loads."""
-    out = Path(json.loads(letter.head["run"])["folder"]).parents[1]
+    out = Path(json.loads(message.head["run"])["folder"]).parents[1]
     setup.load = lambda *given: [load(*given), note(out / "loads")][0]
     note(out / "played")
-    if is_for(out / "kill", letter):
+    if is_for(out / "kill", message):
         os.kill(os.getpid(), signal.SIGKILL)
-    if is_for(out / "hang", letter):
+    if is_for(out / "hang", message):
         os.kill(int((out / "driver").read_text()), signal.SIGINT)
         sleep(100_000)
-    return flower.play(letter, node)
+    return flower.play(message, node)
 
 
-def is_for(path: Path, letter: Letter) -> bool:
+def is_for(path: Path, message: Message) -> bool:
     """Whether the file names the client that is to train; it then goes."""
-    job = letter.head.get("job", {"task": None})
+    job = message.head.get("job", {"task": None})
     found = job["task"] == "train" and path.exists() and path.read_text() == job["client"]
     if found:
         path.unlink()

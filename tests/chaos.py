@@ -2,7 +2,7 @@
 
     python tests/chaos.py OUT [--seeds 5] [--first-seed 0] [--rounds 12] [--clients 4] [--kills 8]
 
-Killed with SIGKILL are a client's worker, the process that hands it a letter (relay) and the one that starts such (superexec),
+Killed with SIGKILL are a client's worker, the process that hands it a message (relay) and the one that starts such (superexec),
 its SuperNode, the command that watches them, and all of these at once (machine); the server's SuperLink, and its command.
 Commands are started again as systemd would.
 What and when is drawn from the seed; what Flower is at by then is not.
@@ -31,7 +31,7 @@ from fedexperts.engines.client_store import key
 from fedexperts.engines.local import LocalEngine
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment import runner as runs
-from fedexperts.experiment.runtime import site_for
+from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Prepared
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.testing import tiny_model
@@ -174,7 +174,7 @@ def found(folder: Path, names: list[str]) -> dict[str, Any]:
 @contextmanager
 def without(missing: Mapping[tuple[str, int, str], str], prepared: Prepared, out: Path) -> Iterator[Engine]:
     """A local engine on which answers are `missing`: client, round and task → why."""
-    with LocalEngine(site_for(prepared, out)) as engine:
+    with LocalEngine(runtime_for(prepared, out)) as engine:
         yield Forgetful(engine, missing)
 
 

@@ -243,8 +243,8 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(fedexperts, run_file, 
 def poisoned(names, round=2):
     """FedAvg's train, but the named clients send NaN in `round`."""
 
-    def train(self, job, bench):
-        update = FedAvg.honest(self, job, bench)
+    def train(self, job, context):
+        update = FedAvg.honest(self, job, context)
         if job.client in names and job.round == round:
             next(iter(update.patch.tensors.values())).fill_(float("nan"))
         return update

@@ -88,7 +88,7 @@ def test_a_field_that_the_method_does_not_have_is_refused_with_the_nearest():
     said = refusal("method.name=fedmoe", "method.patient=3")
     assert said.startswith("method.patient is not a setting of fedmoe, which has initial, adjust")
     assert said.endswith("; did you mean patience?")
-    assert "centralised, which has none" in refusal("method.name=centralised", "method.patience=3")
+    assert "centralized, which has none" in refusal("method.name=centralized", "method.patience=3")
 
 
 @pytest.mark.parametrize(

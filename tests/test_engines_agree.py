@@ -84,7 +84,7 @@ def test_local_and_simulation_tell_the_same_ledger_but_for_measured_seconds(runs
     for name in ("ledger.jsonl", "rounds.jsonl", "evals.jsonl"):
         assert lines(local / name) == lines(flower / name)
     trained = [line for line in lines(local / "ledger.jsonl") if line["task"] == "train"]
-    assert len(trained) == (2 if method == "centralised" else 4)
+    assert len(trained) == (2 if method == "centralized" else 4)
     assert any(line["failed"] is None and line["tokens"] > 0 for line in trained)
 
 

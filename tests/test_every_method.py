@@ -19,7 +19,7 @@ from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 from fedexperts.moe import shrink
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 
 FAMILIES = ("olmoe", "switch_transformers")
@@ -37,7 +37,7 @@ KEEPING = ("local", "scaffold", "fedper", "fedrep", "ditto", "fedsa_lora", "flex
 
 def test_the_methods_that_there_are():
     ours, personal = {"fedmoe", "random_moe", "hfedmoe", "pfl_moe", "seer_moe", "flex"}, {"fedper", "fedrep", "ditto"}
-    assert METHODS.keys() == ours | personal | ADAPTERS | {"fedavg", "fedprox", "scaffold", "local", "centralised"}
+    assert METHODS.keys() == ours | personal | ADAPTERS | {"fedavg", "fedprox", "scaffold", "local", "centralized"}
     assert len(set(METHODS.values())) == len(METHODS)
 
 
@@ -60,13 +60,13 @@ class Round:
         memory = round(0.9 * whole.footprint.of(whole.anatomy.all_experts))
         clients = [Client("a", 8, "x"), Client("b", 12, "y"), Client("c", 8, "x", memory_bytes=memory)]
         self.start = self.server = replace(whole, clients={client.name: client for client in clients})
-        self.benches = {client.name: tiny_bench(model, client, training) for client in clients}
+        self.contexts = {client.name: tiny_context(model, client, training) for client in clients}
         self.jobs, self.updates = [], []
         before = torch.get_rng_state()
         for round_, task in steps(self.method, 1):
             asked = replace(self.server, round=round_, task=task)
             jobs = list(jobs_for(asked, self.method, clients))
-            updates = [self.method.train(job, self.benches[job.client]) for job in jobs]
+            updates = [self.method.train(job, self.contexts[job.client]) for job in jobs]
             self.server = self.method.merge(asked, iter(updates))
             self.jobs += jobs
             self.updates += updates
@@ -147,7 +147,7 @@ def test_merging_leaves_the_server_before_it_as_it_was(name, family):
     played_round = played(name, family)
     again = tiny_server(tiny_model(family), [], training_of(name))
     assert all(torch.equal(played_round.start.weights[key], tensor) for key, tensor in again.weights.items())
-    assert not played_round.start.memory
+    assert not played_round.start.method_state
 
 
 @every_method
@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_bits_and_no_global_generator_is_drawn_from
     for mine, theirs in zip(one.updates, other.updates, strict=True):
         assert equal(mine.patch.tensors, theirs.patch.tensors) and equal(mine.extra, theirs.extra)
         assert mine.metrics == theirs.metrics
-    assert equal(one.server.weights, other.server.weights) and equal(one.server.memory, other.server.memory)
+    assert equal(one.server.weights, other.server.weights) and equal(one.server.method_state, other.server.method_state)
 
 
 def equal(one, other):
@@ -170,9 +170,9 @@ def test_what_the_server_remembers_and_clients_keep_are_named_tensors_that_can_b
     played_round = played(name, family)
     checkpoint.save(tmp_path, played_round.server)
     again = checkpoint.load(tmp_path, played_round.start)
-    assert equal(dict(again.memory), dict(played_round.server.memory))
+    assert equal(dict(again.method_state), dict(played_round.server.method_state))
     assert equal(dict(again.weights), dict(played_round.server.weights))
-    kept = [tensor for bench in played_round.benches.values() for tensor in bench.kept.values()]
+    kept = [tensor for context in played_round.contexts.values() for tensor in context.client_state.values()]
     assert all(type(tensor) is Tensor and not tensor.requires_grad for tensor in kept)
     assert bool(kept) == (name in KEEPING)
 
@@ -186,7 +186,7 @@ def test_nothing_that_a_client_keeps_to_itself_leaves_it(name, family):
     for job, update in zip(played_round.jobs, played_round.updates, strict=True):
         assert update.patch.tensors.keys() <= job.patch.tensors.keys()
         come = [*played_round.base.values(), *played_round.start.weights.values(), *job.patch.tensors.values()]
-        kept = played_round.benches[update.client].kept.values()
+        kept = played_round.contexts[update.client].client_state.values()
         own = [tensor for tensor in kept if tensor.is_floating_point() and not any(alike(tensor, other) for other in come)]
         assert bool(own) == (name in KEEPING)
         for sent in (*update.patch.tensors.values(), *update.extra.values()):

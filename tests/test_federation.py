@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import in_order
+from fedexperts.engines.base import reorder_and_validate
 from fedexperts.errors import Leak
 from fedexperts.federation import choose, done, federate, jobs_for, steps
 from fedexperts.methods.base import mean_rows
@@ -36,13 +36,13 @@ def first_server(number=6):
 class AddsOne:
     """Each client sends what it got plus one, weighed alike."""
 
-    before: tuple[str, ...] = ()
+    setup_tasks: tuple[str, ...] = ()
     sits_out: tuple[str, ...] = ()
 
     def assign(self, server, client):
         return None if client.name in self.sits_out else Assignment({"mlp": (0, 2)})
 
-    def train(self, job, bench):
+    def train(self, job, context):
         patch = Patch({name: tensor + 1 for name, tensor in job.patch.tensors.items()}, job.patch.rows)
         return Update(job.client, job.round, job.task, patch, examples=1)
 
@@ -77,7 +77,7 @@ def run(method, engine=None, server=None, rounds=2, clients_per_round=2, **setti
 
 
 def test_stages_ask_every_client_once_before_the_first_round():
-    engine, servers = run(AddsOne(before=("profile", "vote")))
+    engine, servers = run(AddsOne(setup_tasks=("profile", "vote")))
     assert [(server.round, server.task) for server in servers] == [(0, "profile"), (0, "vote"), (1, "train"), (2, "train")]
     asked = [(job.round, job.task) for job in engine.jobs]
     assert asked == [(0, "profile")] * 6 + [(0, "vote")] * 6 + [(1, "train")] * 2 + [(2, "train")] * 2
@@ -85,7 +85,7 @@ def test_stages_ask_every_client_once_before_the_first_round():
 
 
 def test_every_job_has_a_seed_of_its_own_that_says_what_it_is_for():
-    engine, _ = run(AddsOne(before=("profile",)), rounds=4)
+    engine, _ = run(AddsOne(setup_tasks=("profile",)), rounds=4)
     seeds = [job.seed for job in engine.jobs]
     assert len(set(seeds)) == len(seeds) == 6 + 4 * 2
     assert seeds[0] == "5/0/profile/c00"
@@ -119,7 +119,7 @@ def test_who_takes_part_depends_on_the_seed_and_the_round_alone():
 
 
 def test_a_run_that_is_picked_up_goes_on_as_if_it_had_never_stopped():
-    method = AddsOne(before=("profile", "vote"))
+    method = AddsOne(setup_tasks=("profile", "vote"))
     whole_engine, whole = run(method, rounds=3)
     for stopped in range(len(whole)):
         engine, rest = run(method, server=whole[stopped], rounds=3)
@@ -132,7 +132,7 @@ def test_a_run_that_is_picked_up_goes_on_as_if_it_had_never_stopped():
 
 
 def test_done_counts_the_steps_behind_a_server():
-    method = AddsOne(before=("profile",))
+    method = AddsOne(setup_tasks=("profile",))
     start = first_server()
     assert done(start, method, 2) == 0
     places = [done(replace(start, round=round, task=task), method, 2) for round, task in steps(method, 2)]
@@ -195,22 +195,22 @@ def test_answers_come_in_the_order_of_their_jobs_however_the_engine_shuffles_the
                 yield method.train(taken.pop(0), None)
         yield from (method.train(job, None) for job in sorted(taken, key=lambda job: order[int(job.client[1:])]))
 
-    assert [answer.client for answer in in_order(engine, jobs)] == [job.client for job in jobs]
+    assert [answer.client for answer in reorder_and_validate(engine, jobs)] == [job.client for job in jobs]
 
 
 def test_an_answer_goes_on_as_soon_as_all_before_it_are_there():
     jobs = [Job(name, 1, "train", "0", {}, Patch({})) for name in ("a", "b", "c")]
-    heard = []
+    tee_without_weights = []
 
     def engine(asked):
         a, b, c = asked
         for job in (b, a, c):
-            heard.append(f"answered {job.client}")
+            tee_without_weights.append(f"answered {job.client}")
             yield Update(job.client, 1, "train", Patch({}), 1)
 
-    for answer in in_order(engine, jobs):
-        heard.append(f"got {answer.client}")
-    assert heard == ["answered b", "answered a", "got a", "got b", "answered c", "got c"]
+    for answer in reorder_and_validate(engine, jobs):
+        tee_without_weights.append(f"got {answer.client}")
+    assert tee_without_weights == ["answered b", "answered a", "got a", "got b", "answered c", "got c"]
 
 
 def test_the_order_of_arrival_does_not_show_in_the_weights():
@@ -224,4 +224,4 @@ def test_an_engine_that_brings_a_weight_the_server_never_sent_is_stopped():
     job = Job("a", 1, "train", "0", {}, Patch({"shared": torch.zeros(1)}))
     update = Update("a", 1, "train", Patch({"shared": torch.zeros(1), "own": torch.zeros(1)}), 1)
     with pytest.raises(Leak, match="client a would send own, which is not among the weights that it got"):
-        list(in_order(lambda jobs: [update for _ in jobs], [job]))
+        list(reorder_and_validate(lambda jobs: [update for _ in jobs], [job]))

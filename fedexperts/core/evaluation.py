@@ -135,7 +135,7 @@ def score(
     Raises:
         BadValue: an example's metric does not exist, or it is judged by likelihood and has no choices.
     """
-    return in_order(merge(one_by_one(model, examples, encoder, generate_tokens, batch_size)), examples)
+    return in_task_order(merge(one_by_one(model, examples, encoder, generate_tokens, batch_size)), examples)
 
 
 def by_example(
@@ -146,7 +146,7 @@ def by_example(
     The values of two models on the same examples are in the same order. A metric that is no mean over examples has none.
     """
     parts = one_by_one(model, examples, encoder, generate_tokens, batch_size)
-    merged = in_order(merge(parts), examples)
+    merged = in_task_order(merge(parts), examples)
     return {
         task: {
             "metric": scores.metric,
@@ -160,7 +160,7 @@ def by_example(
     }
 
 
-def in_order(scores: Scores, examples: Sequence[Example]) -> Scores:
+def in_task_order(scores: Scores, examples: Sequence[Example]) -> Scores:
     """`scores` with tasks in the order in which `examples` has them."""
     return Scores({task: scores.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
 

@@ -22,7 +22,7 @@ from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.routing import Recorder, Routing, balance_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.types import Bench, Cost, Example, Job, Training
+from fedexperts.types import ClientContext, Cost, Example, Job, Training
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Validation:
     routing: Routing
 
 
-def install(job: Job, bench: Bench) -> nn.Module:
+def install(job: Job, context: ClientContext) -> nn.Module:
     """The sub-model of `job`, ready to train: the bench's base holding the job's experts, weights and what the client kept.
 
     What is trained is the model's own; everything frozen is shared with the base. Where clients' adapters differ in rank, the
@@ -55,17 +55,17 @@ def install(job: Job, bench: Bench) -> nn.Module:
     (`factors.base_change`) makes them the model's own, too. Personal experts that the client keeps are grafted
     on.
     """
-    tuning = bench.training.tuning
+    tuning = context.training.tuning
     if "rank" in job.extra:
         rank = int(job.extra["rank"])
         tuning = replace(tuning, rank=rank, alpha=tuning.alpha * rank / tuning.rank)
-    model = prepare(shrink(bench.model, job.experts), tuning, seed=start_of(job), only=adapted(job))
-    factors.add_to_base(model, factors.base_change(job.extra, bench.kept))
-    if grafts := graft.chosen(bench.kept):
+    model = prepare(shrink(context.model, job.experts), tuning, seed=start_of(job), only=adapted(job))
+    factors.add_to_base(model, factors.base_change(job.extra, context.client_state))
+    if grafts := graft.chosen(context.client_state):
         graft.attach(model, grafts, tuning, seed=job.seed)
     own = rows.layout(model)
     rows.write(model, job.patch.tensors)
-    rows.write(model, {name: tensor for name, tensor in bench.kept.items() if name in own})
+    rows.write(model, {name: tensor for name, tensor in context.client_state.items() if name in own})
     return model
 
 
@@ -81,14 +81,14 @@ def adapted(job: Job) -> Experts | None:
     return {block: (expert,) for block, expert in zip(job.experts, job.extra["adapted"].tolist(), strict=True)}
 
 
-def examples(bench: Bench) -> int:
+def examples(context: ClientContext) -> int:
     """Training examples of the client: its weight in a mean."""
-    return len(bench.data.train)
+    return len(context.data.train)
 
 
 def fit(
     model: nn.Module,
-    bench: Bench,
+    context: ClientContext,
     *,
     seed: str,
     steps: int | None = None,
@@ -96,7 +96,7 @@ def fit(
     after_backward: Callable[[nn.Module], None] | None = None,
     beside: Iterable[Tensor] = (),
     watch: Callable[[Recorder], Tensor | None] | None = None,
-    reach: Callable[[Recorder], Experts] | None = None,
+    select_experts: Callable[[Recorder], Experts] | None = None,
 ) -> Fitted:
     """`steps` (default: the run's local_steps) optimiser steps on the client's training examples.
 
@@ -104,22 +104,23 @@ def fit(
     `penalty` of the model. `after_backward` sees the gradients before they are clipped. The optimiser starts afresh. `beside` is
     what the method holds through all steps: it counts in the peak.
 
-    `watch` sees what the routers did with each batch; what it returns is added to the loss. `reach` then says which experts
-    backward reaches (HFedMoE, equation 15): only they get gradients and move, and the optimiser forgets what it knew of others.
+    `watch` sees what the routers did with each batch; what it returns is added to the loss. `select_experts` then says which
+    experts backward reaches (HFedMoE, equation 15): only they get gradients and move; the optimizer drops its state of the others.
 
-    With a load balance, a `watch` or a `reach` routers are looked at; then `routed` counts the tokens that they gave each expert.
+    With a load-balance loss, a `watch` or a `select_experts`, the routers are recorded; `routed` then counts the tokens that they
+    gave each expert.
     """
-    training = bench.training
+    training = context.training
     losses, tokens, flops, peak = [], 0, 0.0, 0
     routed: dict[str, Tensor] = {}
     flops_of = flops_estimated(model)
     steps = training.local_steps if steps is None else steps
-    looked_at = bool(training.balance or watch or reach)
+    looked_at = bool(training.router_aux_loss_coef or watch or select_experts)
     model.train()
 
-    drawn = [bench.encoder.batch(chosen) for chosen in batches(bench.data.train, training.batch_size, steps, seed)]
+    drawn = [context.encoder.batch(chosen) for chosen in batches(context.data.train, training.batch_size, steps, seed)]
     metered = heaviest(drawn)
-    with SelectiveBackward(model) if reach else nullcontext() as selective:
+    with SelectiveBackward(model) if select_experts else nullcontext() as selective:
         trained = selective.parameters if selective else [each for each in model.parameters() if each.requires_grad]
         optimizer = optimizer_for(trained, training)
         for step, batch in enumerate(drawn):
@@ -127,23 +128,23 @@ def fit(
             with meter or nullcontext():
                 with Recorder(model, keep_logits=True) if looked_at else nullcontext() as recorder:
                     loss = cross_entropy(model, batch, training.label_smoothing)
-                if recorder is not None and training.balance:
-                    loss = loss + training.balance * balance_loss(recorder)
+                if recorder is not None and training.router_aux_loss_coef:
+                    loss = loss + training.router_aux_loss_coef * balance_loss(recorder)
                 if penalty is not None:
                     loss = loss + penalty(model)
                 if recorder is not None and watch is not None and (added := watch(recorder)) is not None:
                     loss = loss + added
                 reached = None
-                if recorder is not None and selective is not None and reach is not None:
-                    chosen = reach(recorder)
+                if recorder is not None and selective is not None and select_experts is not None:
+                    chosen = select_experts(recorder)
                     selective.choose(chosen)
                     forget(optimizer, selective.left_out())
                     reached = share_of(recorder.routing(), chosen)
                 loss.backward()
                 if after_backward is not None:
                     after_backward(model)
-                if training.clip:
-                    nn.utils.clip_grad_norm_(trained, training.clip)
+                if training.max_grad_norm:
+                    nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if recorder is not None:
@@ -178,22 +179,22 @@ def heaviest(drawn: Sequence[Mapping[str, Tensor]]) -> int:
     return max(later, key=lambda step: drawn[step]["input_ids"].numel() + drawn[step]["labels"].numel())
 
 
-def validate(model: nn.Module, bench: Bench, chosen: Sequence[Example] | None = None) -> Validation:
+def validate(model: nn.Module, context: ClientContext, chosen: Sequence[Example] | None = None) -> Validation:
     """Loss and routing on `chosen` (default: `validation_examples` of the client's validation examples, of_each_task)."""
-    chosen = of_each_task(bench.data.validation, bench.training.validation_examples) if chosen is None else chosen
-    size = bench.training.batch_size
+    chosen = stratified_first_n(context.data.validation, context.training.validation_examples) if chosen is None else chosen
+    size = context.training.batch_size
     total, count = 0.0, 0
     model.eval()
     with torch.no_grad(), Recorder(model) as recorder:
         for start in range(0, len(chosen), size):
-            batch = bench.encoder.batch(chosen[start : start + size])
+            batch = context.encoder.batch(chosen[start : start + size])
             answered = int((batch["labels"] != IGNORED).sum())
             total += float(cross_entropy(model, batch)) * answered
             count += answered
     return Validation(total / max(count, 1), recorder.routing())
 
 
-def of_each_task(given: Sequence[Example], number: int) -> list[Example]:
+def stratified_first_n(given: Sequence[Example], number: int) -> list[Example]:
     """At most `number` of `given`, in their order: of each task the first, and as many as its share of all."""
     totals, seen = Counter(example.task for example in given), Counter[str]()
     places = []

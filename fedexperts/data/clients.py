@@ -177,7 +177,7 @@ def clients_from(
 
     Repeats are left out here too: of two clients with the same example the first keeps it.
     """
-    pool = pooled(train, test, hashes)
+    pool = centralized(train, test, hashes)
     places = {key(example): place for place, example in enumerate(pool.train)}
     kept = [places.pop(key(example), None) for example in train]
     indices = tuple(tuple(place for index in part if (place := kept[index]) is not None) for part in made.indices)
@@ -242,7 +242,7 @@ def load_pool(settings: DataSettings) -> Pool:
     _tasks_agree(sources)
     train = [example for source in sources for example in source.train]
     test = [example for source in sources for example in source.test]
-    pool = replace(pooled(train, test, {source.name: source.hash for source in sources}), frames=_frames(sources))
+    pool = replace(centralized(train, test, {source.name: source.hash for source in sources}), frames=_frames(sources))
     left = {id(example) for example in pool.train}
     for source in sources:
         rows = [*source.train, *source.test]
@@ -278,7 +278,7 @@ def load_retained(sources: Sequence[SourceSettings], settings: DataSettings) -> 
         check_metric(told)
     found = [_retained(told, load(told, settings)) for told in sources]
     _tasks_agree(found)
-    examples = pooled([], [example for source in found for example in source.test]).test
+    examples = centralized([], [example for source in found for example in source.test]).test
     return Retained(examples, {f"retained/{source.name}": source.hash for source in found})
 
 
@@ -359,7 +359,7 @@ def tasks_of(source: Source) -> list[str]:
     return list(dict.fromkeys(example.task for example in (*source.train, *source.test)))
 
 
-def pooled(train: Sequence[Example], test: Sequence[Example], hashes: Mapping[str, str] | None = None) -> Pool:
+def centralized(train: Sequence[Example], test: Sequence[Example], hashes: Mapping[str, str] | None = None) -> Pool:
     """`train` and `test` without repeats; of a pair across the two, the test example stays."""
     tests = {key(example): example for example in reversed(test)}
     trains = {key(example): example for example in reversed(train) if key(example) not in tests}

@@ -8,7 +8,7 @@ from zipfile import BadZipFile, ZipFile
 from flwr.cli.build import build_fab_from_files
 from flwr.supercore.fab import Fab
 
-from fedexperts.errors import BadLetter
+from fedexperts.errors import BadMessage
 
 FILES = {
     "pyproject.toml": """\
@@ -47,13 +47,13 @@ def bundle() -> Fab:
 
 
 def require_ours(content: bytes) -> None:
-    """Raises BadLetter unless `content` is the app as it is here: a node runs no code that comes over the network."""
+    """Raises BadMessage unless `content` is the app as it is here: a node runs no code that comes over the network."""
     try:
         same = contents(content) == contents(bundle().content)
     except BadZipFile:
         same = False
     if not same:
-        raise BadLetter(
+        raise BadMessage(
             "the server sent an app that is not the one of this version of FedExperts, and it will not be run; "
             "install the same version on both sides"
         )

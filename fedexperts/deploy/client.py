@@ -1,4 +1,4 @@
-"""The process of a client that stays: it holds the base model and the client's data, and answers whatever letter comes.
+"""The process of a client that stays: it holds the base model and the client's data, and answers whatever message comes.
 
 python -m fedexperts.deploy.client SETTINGS SOCKET      (`fedexperts client` starts it; SETTINGS: its options as JSON)
 """
@@ -29,11 +29,11 @@ from fedexperts.deploy.socket_rpc import WATCH_SECONDS, end_with_parent, serve
 from fedexperts.deploy.supervisor import MISTAKE
 from fedexperts.engines import remote
 from fedexperts.engines.client_store import key
-from fedexperts.engines.local import Site
-from fedexperts.engines.message import Letter
-from fedexperts.engines.serialization import answer_letter
-from fedexperts.errors import BadLetter, BadValue, Busy, FedExpertsError
-from fedexperts.experiment.runtime import site_for
+from fedexperts.engines.local import ClientRuntime
+from fedexperts.engines.message import Message
+from fedexperts.engines.serialization import answer_message
+from fedexperts.errors import BadMessage, BadValue, Busy, FedExpertsError
+from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Own, Parts, prepare_run
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked, different
@@ -44,7 +44,7 @@ HOLD_SECONDS = 30.0
 
 
 @dataclass(frozen=True, eq=False)
-class Resident:
+class ClientWorker:
     """A client: what is its own, whatever run the server has under way.
 
     config: of its own run file. What stands there about files and devices counts, and not what the server says of them: the
@@ -75,38 +75,38 @@ class Resident:
         if self.data:
             self.parts.clients(self.config)  # what is wrong with the data is said before anybody asks
 
-    def answer(self, letter: Letter) -> Letter:
+    def answer(self, message: Message) -> Message:
         """What it answers; a failure where it kept something to itself, and not on from the answer that the server took last.
 
         Then another machine has answered in its name, or what it had is lost. It goes on from what there is in its next job.
 
         Raises:
-            BadLetter: or whatever is wrong with the client's own settings and data.
+            BadMessage: or whatever is wrong with the client's own settings and data.
         """
-        site, told = self.site(str(letter.head.get("run")))
-        reply = remote.answer(site, self.name, letter, told)
+        runtime, told = self.runtime(str(message.head.get("run")))
+        reply = remote.answer(runtime, self.name, message, told)
         if "update" not in reply.head:
             return reply
-        job, accepted, notes = letter.head["job"], letter.head["accepted"], site.keeper.folder.with_name("answered")
-        if accepted and accepted not in noted(notes) and site.keeper.versions(self.name):
-            site.keeper.drop_newer(self.name, accepted)
+        job, accepted, notes = message.head["job"], message.head["accepted"], runtime.client_store.folder.with_name("answered")
+        if accepted and accepted not in noted(notes) and runtime.client_store.versions(self.name):
+            runtime.client_store.drop_newer(self.name, accepted)
             note(notes, accepted)
             reason = (
                 f"it did not give the answer that the server took last ({accepted}), or has not kept that it did; bring back "
                 f"{self.folder}, stop who else answers as {self.name}, or let it go on without from its next job"
             )
             self.say(reason)
-            return answer_letter(Failure(self.name, job["round"], job["task"], reason))
+            return answer_message(Failure(self.name, job["round"], job["task"], reason))
         if job["task"] != "evaluate":
             note(notes, key(job["round"], job["task"]))
         return reply
 
     @lru_cache(maxsize=1)  # noqa: B019  # there is one Resident in a process
-    def site(self, run: str) -> tuple[Site, Mapping[str, Any] | None]:
-        """What it works with in the run that letters tell of, and what it tells of its own data."""
+    def runtime(self, run: str) -> tuple[ClientRuntime, Mapping[str, Any] | None]:
+        """What it works with in the run that messages tell of, and what it tells of its own data."""
         told = json.loads(run)
         if not str(told["id"]).isalnum():  # it becomes a folder's name
-            raise BadLetter(f"a run cannot be called {told['id']!r}")
+            raise BadMessage(f"a run cannot be called {told['id']!r}")
         agreed = checked(RunConfig, self.agreed(told["settings"]))
         parts, model = self.parts, agreed.model
         if model not in parts.bases:
@@ -115,9 +115,9 @@ class Resident:
             self.say(f"loaded the base model {model.name} in {perf_counter() - started:.1f} s")
         prepared = prepare_run(agreed, parts=parts)
         if prepared.base.identity != told["model_hash"]:
-            raise BadLetter(f"its base model {model.name} is not the server's: their files differ; give both the same")
+            raise BadMessage(f"its base model {model.name} is not the server's: their files differ; give both the same")
         own = asdict(counts(prepared.clients, self.name, parts.longest_response(agreed))) if self.data else None
-        return site_for(prepared, self.folder / told["id"]), own
+        return runtime_for(prepared, self.folder / told["id"]), own
 
     @property
     def parts(self) -> Parts:
@@ -128,11 +128,11 @@ class Resident:
         """The server's settings with what is this client's to say.
 
         Raises:
-            BadLetter: the two disagree on how data are read.
+            BadMessage: the two disagree on how data are read.
         """
         mine = self.config.resolved()
         if apart := different(without_files(mine["data"]), without_files(theirs["data"])):
-            raise BadLetter(f"its run file has another data.{apart[0]} than the server's; give both sides the same run file")
+            raise BadMessage(f"its run file has another data.{apart[0]} than the server's; give both sides the same run file")
         own = {"model": mine["model"], "data": mine["data"], "devices": {**mine["devices"], **self.devices}}
         if "public_text" in theirs["method"]:  # a file of this machine
             own["method"] = {**theirs["method"], "public_text": mine["method"].get("public_text")}
@@ -195,26 +195,26 @@ def main() -> int:
     try:
         with alone(Path(told["folder"])):
             run = config.read(Path(told["run"]), told["set"])
-            work(Resident(told["name"], run, Path(told["folder"]), tuple(told["data"]), told["devices"]), int(sys.argv[2]))
+            work(ClientWorker(told["name"], run, Path(told["folder"]), tuple(told["data"]), told["devices"]), int(sys.argv[2]))
     except FedExpertsError as error:
         print(f"{told['name']}: {error}", file=sys.stderr, flush=True)
     return MISTAKE
 
 
-def work(resident: Resident, listener: int) -> None:
-    """Answers letters that come to the socket with the file descriptor `listener`, for ever."""
+def work(resident: ClientWorker, listener: int) -> None:
+    """Answers messages that come to the socket with the file descriptor `listener`, for ever."""
 
-    def answer(letter: Letter) -> Letter:
+    def answer(message: Message) -> Message:
         try:
-            site, _ = resident.site(str(letter.head.get("run")))
-            torch.set_num_threads(site.training.threads)
-            return resident.answer(letter)
+            runtime, _ = resident.runtime(str(message.head.get("run")))
+            torch.set_num_threads(runtime.training.threads)
+            return resident.answer(message)
         except FedExpertsError as error:
             resident.say(str(error))
             raise
-        except Exception as error:  # the next letter may be one that it can answer
+        except Exception as error:  # the next message may be one that it can answer
             traceback.print_exc()
-            raise BadLetter(f"{type(error).__name__}: {error}") from None
+            raise BadMessage(f"{type(error).__name__}: {error}") from None
 
     serve(socket.socket(fileno=listener), answer)
 

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import cast
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message as FlowerMessage
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
@@ -51,14 +51,14 @@ class Lent(HttpGrid):
         with answering(self._addr):
             return super().get_nodes()
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+    def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
         with answering(self._addr):
             return super().push_messages(messages)
 
-    def _try_push_messages(self, run_id: int, messages: Iterable[Message]) -> list[str]:
+    def _try_push_messages(self, run_id: int, messages: Iterable[FlowerMessage]) -> list[str]:
         return [name for message in messages for name in self.push(run_id, message)]
 
-    def push(self, run: int, message: Message) -> list[str]:
+    def push(self, run: int, message: FlowerMessage) -> list[str]:
         """The id of `message`, which has been sent."""
         head, client = message_to_proto(remove_content_from_message(message)), self._runtime_client
         objects = get_all_nested_objects(message)
@@ -72,17 +72,17 @@ class Lent(HttpGrid):
             drop_responses()
         return list(asked.message_ids)
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
         with answering(self._addr):
             client, run = self._runtime_client, cast(Run, self._run).run_id
             found = client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
             pull = make_pull_object_fn_protobuf(client.PullObject, self.node, run)
-            messages: list[Message] = []
+            messages: list[FlowerMessage] = []
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 name = head.metadata.message_id
                 received = ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=name)
                 try:
-                    message = cast(Message, inflated(tree, pull))
+                    message = cast(FlowerMessage, inflated(tree, pull))
                 except ObjectPullError:
                     raise
                 except Exception:  # it has come and is none: nobody will ask for it again

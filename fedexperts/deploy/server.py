@@ -65,7 +65,7 @@ def deployed(config: RunConfig) -> RunConfig:
         BadValue: its method pools data.
     """
     method = config.build_method()
-    if method.pooled:
+    if method.centralized:
         raise BadValue(
             f"method.name = {config.method['name']!r} trains on all clients' data in one place, and here they stay apart; "
             "choose another method, or run it with `fedexperts run` where the data may lie together"

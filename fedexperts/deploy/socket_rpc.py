@@ -1,4 +1,4 @@
-"""Letters over a socket of this machine: to a process that stays, from one that Flower starts for each message.
+"""Messages over a socket of this machine: to a process that stays, from one that Flower starts for each message.
 
 Needs neither torch nor transformers.
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 from threading import Thread
 from time import sleep
 
-from fedexperts.engines.message import Letter, from_bytes, to_bytes
-from fedexperts.errors import BadLetter, BadValue, FedExpertsError
+from fedexperts.engines.message import Message, from_bytes, to_bytes
+from fedexperts.errors import BadMessage, BadValue, FedExpertsError
 
 TRIES = 2
-"""A letter that has ended so many processes is not handed to another."""
+"""A message that has ended so many processes is not handed to another."""
 PIECE = 2**20  # bytes at a time
 WATCH_SECONDS = 0.5
 LONGEST = 103  # bytes of a socket's path, where the least is allowed
@@ -41,37 +41,37 @@ def listening(path: Path) -> socket.socket:
     return listener
 
 
-def serve(listener: socket.socket, answer: Callable[[Letter], Letter]) -> None:
-    """Answers letters that come to `listener`, one after the other, for ever; refusals go back as their sentence."""
+def serve(listener: socket.socket, answer: Callable[[Message], Message]) -> None:
+    """Answers messages that come to `listener`, one after the other, for ever; refusals go back as their sentence."""
     while True:
         connection, _ = listener.accept()
         with connection, suppress(ConnectionError, EOFError):  # whoever asked has gone
             send(connection, to_bytes(answered(receive(connection), answer)))
 
 
-def answered(data: bytes, answer: Callable[[Letter], Letter]) -> Letter:
+def answered(data: bytes, answer: Callable[[Message], Message]) -> Message:
     try:
         return answer(from_bytes(data))
     except FedExpertsError as error:
-        return Letter({"refused": str(error)}, {})
+        return Message({"refused": str(error)}, {})
 
 
-def ask(path: str, letter: Letter) -> Letter:
-    """What the process that listens at `path` answers; when it dies of the letter, the one that takes its place is asked.
+def ask(path: str, message: Message) -> Message:
+    """What the process that listens at `path` answers; when it dies of the message, the one that takes its place is asked.
 
     Raises:
-        BadLetter: it refuses it; or it died each time.
+        BadMessage: it refuses it; or it died each time.
     """
-    data = to_bytes(letter)
+    data = to_bytes(message)
     for _ in range(TRIES):
         with socket.socket(socket.AF_UNIX) as connection, suppress(ConnectionError, EOFError):
             connection.connect(path)
             send(connection, data)
             reply = from_bytes(receive(connection))
             if "refused" in reply.head:
-                raise BadLetter(reply.head["refused"])
+                raise BadMessage(reply.head["refused"])
             return reply
-    raise BadLetter(f"its worker process died {TRIES} times of one job; its log says why")
+    raise BadMessage(f"its worker process died {TRIES} times of one job; its log says why")
 
 
 def send(connection: socket.socket, data: bytes) -> None:

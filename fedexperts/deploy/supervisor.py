@@ -31,10 +31,10 @@ MISTAKE = 2
 
 
 @dataclass
-class Member:
+class SuperNodeSupervisor:
     """A client's SuperNode and its worker, each started again when it ends.
 
-    worker: the command of a process that answers letters on the listening socket whose file descriptor comes as its last
+    worker: the command of a process that answers messages on the listening socket whose file descriptor comes as its last
     argument. The socket stays when the worker dies, so whoever asks meanwhile waits for the next one.
     tell: gets a sentence when something happens that a person should know.
     """

@@ -28,7 +28,7 @@ def require_shared(sent: Set[str], update: Update) -> None:
         )
 
 
-def unfit(job: Job, update: Update) -> str | None:
+def update_error(job: Job, update: Update) -> str | None:
     """Why `update`, which names no other weights than `job`, does not fit them; None where it does.
 
     Each weight has the dtype that it has in the job, and the shape, but for rows that are left out, and for ranks, where the job
@@ -79,7 +79,9 @@ def shapes(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
-def in_order(run: Callable[[Iterable[Job]], Iterable[Update | Failure]], jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+def reorder_and_validate(
+    run: Callable[[Iterable[Job]], Iterable[Update | Failure]], jobs: Iterable[Job]
+) -> Iterator[Update | Failure]:
     """The answers of `run` in the order of their jobs; an update that does not fit its job is a failure.
 
     A sum in float64 shows the order of its terms once in some 10⁸ elements, and a large model has more than that; so one
@@ -92,14 +94,14 @@ def in_order(run: Callable[[Iterable[Job]], Iterable[Update | Failure]], jobs: I
     sent: dict[str, Job] = {}
     early: dict[str, Update | Failure] = {}
     for answer in run(noted(jobs, waiting, sent)):
-        early[answer.client] = held_against(sent.pop(answer.client), answer)
+        early[answer.client] = validate_update(sent.pop(answer.client), answer)
         del answer  # or it would be held until the next one has come
         while waiting and waiting[0] in early:
             yield early.pop(waiting.pop(0))
     assert not early and not waiting, f"an engine answered for {sorted(early)} and not for {waiting}"
 
 
-def held_against(job: Job, answer: Update | Failure) -> Update | Failure:
+def validate_update(job: Job, answer: Update | Failure) -> Update | Failure:
     """`answer`, or a failure where it does not fit `job`.
 
     Raises:
@@ -108,7 +110,7 @@ def held_against(job: Job, answer: Update | Failure) -> Update | Failure:
     if isinstance(answer, Failure):
         return answer
     require_shared(job.patch.tensors.keys(), answer)
-    why = unfit(job, answer)
+    why = update_error(job, answer)
     return Failure(job.client, job.round, job.task, why) if why else answer
 
 

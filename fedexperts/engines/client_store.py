@@ -12,7 +12,7 @@ from fedexperts.types import Job
 
 
 @dataclass(frozen=True)
-class Keeper:
+class ClientStateStore:
     """A folder for each client.
 
     A job reads the newest version that an earlier one wrote. So a round that is done again after a kill starts from the

@@ -16,16 +16,16 @@ import torch.multiprocessing as processes
 from torch import nn
 
 from fedexperts.core.ledger import Clock, answered, asked, not_finite
-from fedexperts.engines.base import held_against
-from fedexperts.engines.client_store import Keeper
+from fedexperts.engines.base import validate_update
+from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.types import Bench, Client, Encoder, Failure, Job, Split, Training, Update
+from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Training, Update
 
-Work = Callable[[Job, Bench], Update]
+JobHandler = Callable[[Job, ClientContext], Update]
 
 
 @dataclass(frozen=True)
-class Site:
+class ClientRuntime:
     """All that the clients of one process share: the base model, their data, and what they do with a job."""
 
     model: nn.Module
@@ -33,8 +33,8 @@ class Site:
     training: Training
     clients: Mapping[str, Client]
     data: Mapping[str, Split]
-    work: Work
-    keeper: Keeper
+    work: JobHandler
+    client_store: ClientStateStore
     clock: Clock = Clock()
     limits: Mapping[str, int] = field(default_factory=dict)  # client → bytes of memory; a job that takes more fails
 
@@ -42,11 +42,13 @@ class Site:
         """The client's update and the seconds it took. Whatever goes wrong on a client is its failure, with the reason."""
         started = perf_counter()
         try:
-            kept = self.keeper.load(job)
-            bench = Bench(self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept)
+            kept = self.client_store.load(job)
+            context = ClientContext(
+                self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept
+            )
             with own_chance(job.seed):
-                update = self.work(job, bench)
-            answer = held_against(job, update)
+                update = self.work(job, context)
+            answer = validate_update(job, update)
             if isinstance(answer, Failure):
                 return answer
             if broken := not_finite(kept):
@@ -57,7 +59,7 @@ class Site:
                 return Failure(job.client, job.round, job.task, reason)
             usable = not answered(asked(job), update, self.clock).failed
             if kept and job.task != "evaluate" and usable:  # or server and client would remember different rounds
-                self.keeper.save(job, kept)
+                self.client_store.save(job, kept)
         except Exception as error:  # a client's device may fail in any way, and the round goes on without it
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return Failure(job.client, job.round, job.task, reason)
@@ -71,12 +73,12 @@ class LocalEngine:
     another takes its place.
     """
 
-    def __init__(self, site: Site, workers: int = 1) -> None:
-        self.site = site
+    def __init__(self, runtime: ClientRuntime, workers: int = 1) -> None:
+        self.runtime = runtime
         self.workers: list[Worker] = []
         if workers > 1:
-            site.model.share_memory()
-            self.workers = [Worker(site) for _ in range(workers)]
+            runtime.model.share_memory()
+            self.workers = [Worker(runtime) for _ in range(workers)]
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +88,7 @@ class LocalEngine:
             worker.stop()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
-        return self.side_by_side(jobs) if self.workers else map(self.site.answer, jobs)
+        return self.side_by_side(jobs) if self.workers else map(self.runtime.answer, jobs)
 
     def side_by_side(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
         """Answers as they come; before one is handed on, whoever gave it has its next job.
@@ -117,14 +119,14 @@ class LocalEngine:
 class Worker:
     """A process that answers one job at a time."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, runtime: ClientRuntime) -> None:
+        self.runtime = runtime
         self.start()
 
     def start(self) -> None:
         context = processes.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(self.site, theirs), daemon=True)
+        self.process = context.Process(target=serve, args=(self.runtime, theirs), daemon=True)
         self.process.start()
         theirs.close()  # so that the end of the process ends the pipe
 
@@ -150,13 +152,13 @@ class Worker:
             self.process.join()
 
 
-def serve(site: Site, pipe: Connection) -> None:
+def serve(runtime: ClientRuntime, pipe: Connection) -> None:
     """A worker's life: it ends with the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(site.training.threads)
+    torch.set_num_threads(runtime.training.threads)
     with suppress(EOFError, BrokenPipeError):
         while True:
-            pipe.send_bytes(pack_answer(site.answer(unpack_job(pipe.recv_bytes()))))
+            pipe.send_bytes(pack_answer(runtime.answer(unpack_job(pipe.recv_bytes()))))
 
 
 @contextmanager

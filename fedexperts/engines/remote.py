@@ -1,4 +1,4 @@
-"""A client that is reached by letters: it says who it is, and answers jobs. Whoever brings them, and wherever it runs."""
+"""A client that is reached by messages: it says who it is, and answers jobs. Whoever brings them, and wherever it runs."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fedexperts.core.devices import MOST, Profile
-from fedexperts.engines.local import Site
-from fedexperts.engines.message import Letter
-from fedexperts.engines.serialization import answer_letter, job_letter, read_job, reading
-from fedexperts.errors import BadLetter
+from fedexperts.engines.local import ClientRuntime
+from fedexperts.engines.message import Message
+from fedexperts.engines.serialization import answer_message, job_message, read_job, reading
+from fedexperts.errors import BadMessage
 from fedexperts.io.files import write_text
 from fedexperts.types import Client, Job
 
@@ -35,45 +35,45 @@ GREETINGS = "greetings.json"
 """The file in which a server notes them."""
 
 
-def hello(run: str) -> Letter:
-    """Asks a client who it is. `run`: what clients need to know of the run; every letter has it, so none depends on another."""
-    return Letter({"hello": {}, "run": run}, {})
+def hello(run: str) -> Message:
+    """Asks a client who it is. `run`: what clients need to know of the run; every message has it, so none depends on another."""
+    return Message({"hello": {}, "run": run}, {})
 
 
-def order(job: Job, run: str, accepted: str) -> Letter:
+def order(job: Job, run: str, accepted: str) -> Message:
     """`job`, and the key of the client's last job whose answer the server took; empty before the first."""
-    letter = job_letter(job)
-    return replace(letter, head={**letter.head, "run": run, "accepted": accepted})
+    message = job_message(job)
+    return replace(message, head={**message.head, "run": run, "accepted": accepted})
 
 
-def answer(site: Site, name: str, letter: Letter, counts: Mapping[str, Any] | None = None) -> Letter:
-    """What the client `name` of `site` answers to a `hello` or an `order`.
+def answer(runtime: ClientRuntime, name: str, message: Message, counts: Mapping[str, Any] | None = None) -> Message:
+    """What the client `name` of `runtime` answers to a `hello` or an `order`.
 
     What it kept in a job whose answer the server did not take (it came too late, or never) is dropped first, or server and
     client would remember different rounds.
 
     Raises:
-        BadLetter: it is neither, or is meant for another client.
+        BadMessage: it is neither, or is meant for another client.
     """
-    if name not in site.clients:
-        raise BadLetter(f"no client of the run is called {name}; its clients are {', '.join(site.clients)}")
-    if "hello" in letter.head:
-        return greeting_letter(Greeting(site.clients[name], site.clock.profiles.get(name), versions(), counts))
-    job = read_job(letter)
+    if name not in runtime.clients:
+        raise BadMessage(f"no client of the run is called {name}; its clients are {', '.join(runtime.clients)}")
+    if "hello" in message.head:
+        return greeting_message(Greeting(runtime.clients[name], runtime.clock.profiles.get(name), versions(), counts))
+    job = read_job(message)
     if job.client != name:
-        raise BadLetter(f"a job of {job.client} came to {name}")
-    site.keeper.drop_newer(name, letter.head["accepted"])
-    return answer_letter(site.answer(job))
+        raise BadMessage(f"a job of {job.client} came to {name}")
+    runtime.client_store.drop_newer(name, message.head["accepted"])
+    return answer_message(runtime.answer(job))
 
 
-def greeting_letter(greeting: Greeting) -> Letter:
-    return Letter({"greeting": asdict(greeting)}, {})
+def greeting_message(greeting: Greeting) -> Message:
+    return Message({"greeting": asdict(greeting)}, {})
 
 
-def read_greeting(letter: Letter) -> Greeting:
-    """Raises BadLetter where there is none in it."""
+def read_greeting(message: Message) -> Greeting:
+    """Raises BadMessage where there is none in it."""
     with reading("greeting"):
-        greeting = GREETING.validate_python(letter.head["greeting"])
+        greeting = GREETING.validate_python(message.head["greeting"])
         device, client = greeting.profile, greeting.client
         numbers = [*astuple(device)] if device else []
         if client.examples < 0 or not all(0 < each < MOST for each in [*numbers, client.memory_bytes] if each is not None):
@@ -82,11 +82,11 @@ def read_greeting(letter: Letter) -> Greeting:
 
 
 def write_greetings(path: Path, greetings: Iterable[Greeting]) -> None:
-    write_text(path, json.dumps([dict(greeting_letter(each).head) for each in greetings]))
+    write_text(path, json.dumps([dict(greeting_message(each).head) for each in greetings]))
 
 
 def read_greetings(path: Path) -> list[Greeting]:
-    return [read_greeting(Letter(each, {})) for each in json.loads(path.read_text())]
+    return [read_greeting(Message(each, {})) for each in json.loads(path.read_text())]
 
 
 def versions() -> dict[str, str]:

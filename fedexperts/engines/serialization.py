@@ -1,4 +1,4 @@
-"""Jobs and answers as letters: each tensor as safetensors, everything else as JSON. Nothing is pickled."""
+"""Jobs and answers as messages: each tensor as safetensors, everything else as JSON. Nothing is pickled."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from pydantic import Field, TypeAdapter
 from safetensors.torch import load
 from torch import Tensor
 
-from fedexperts.engines.message import Letter, from_bytes, to_bytes
-from fedexperts.errors import BadLetter
+from fedexperts.engines.message import Message, from_bytes, to_bytes
+from fedexperts.errors import BadMessage
 from fedexperts.io.files import encoded
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
@@ -24,7 +24,7 @@ Name = Annotated[str, Field(pattern=r"^\w[\w ]*$")]
 
 @dataclass(frozen=True)
 class AboutJob:
-    """What a job's letter says beside its tensors."""
+    """What a job's message says beside its tensors."""
 
     client: str
     round: Annotated[int, Field(ge=0)]
@@ -35,7 +35,7 @@ class AboutJob:
 
 @dataclass(frozen=True)
 class AboutUpdate:
-    """What an update's letter says beside its tensors."""
+    """What an update's message says beside its tensors."""
 
     client: str
     round: int
@@ -50,7 +50,7 @@ TENSOR = "tensor"  # what a part's only tensor is called inside
 
 
 def pack_job(job: Job) -> bytes:
-    return to_bytes(job_letter(job))
+    return to_bytes(job_message(job))
 
 
 def unpack_job(data: bytes) -> Job:
@@ -58,29 +58,29 @@ def unpack_job(data: bytes) -> Job:
 
 
 def pack_answer(answer: Update | Failure) -> bytes:
-    return to_bytes(answer_letter(answer))
+    return to_bytes(answer_message(answer))
 
 
 def unpack_answer(data: bytes) -> Update | Failure:
     return read_answer(from_bytes(data))
 
 
-def job_letter(job: Job) -> Letter:
+def job_message(job: Job) -> Message:
     about = {"client": job.client, "round": job.round, "task": job.task, "seed": job.seed, "experts": dict(job.experts)}
     return written({"job": about}, job.patch, job.extra)
 
 
-def read_job(letter: Letter) -> Job:
-    """Raises BadLetter where there is none in it."""
+def read_job(message: Message) -> Job:
+    """Raises BadMessage where there is none in it."""
     with reading("job"):
-        about = JOB.validate_python(letter.head["job"])
-        patch, extra = tensors(letter)
+        about = JOB.validate_python(message.head["job"])
+        patch, extra = tensors(message)
         return Job(**vars(about), patch=patch, extra=extra)
 
 
-def answer_letter(answer: Update | Failure) -> Letter:
+def answer_message(answer: Update | Failure) -> Message:
     if isinstance(answer, Failure):
-        return Letter({"failure": asdict(answer)}, {})
+        return Message({"failure": asdict(answer)}, {})
     about = {
         "client": answer.client,
         "round": answer.round,
@@ -92,29 +92,29 @@ def answer_letter(answer: Update | Failure) -> Letter:
     return written({"update": about}, answer.patch, answer.extra)
 
 
-def read_answer(letter: Letter) -> Update | Failure:
-    """Raises BadLetter where there is none in it."""
+def read_answer(message: Message) -> Update | Failure:
+    """Raises BadMessage where there is none in it."""
     with reading("answer"):
-        if "failure" in letter.head:
-            return FAILURE.validate_python(letter.head["failure"])
-        about = UPDATE.validate_python(letter.head["update"])
+        if "failure" in message.head:
+            return FAILURE.validate_python(message.head["failure"])
+        about = UPDATE.validate_python(message.head["update"])
         loss, cost = about.metrics.get("loss", 0.0), about.cost
         if not all(isfinite(each) and each >= 0 for each in astuple(cost)) or not isinstance(loss, int | float):
             raise ValueError(f"{cost}, loss = {loss!r}")
-        patch, extra = tensors(letter)
+        patch, extra = tensors(message)
         return Update(**vars(about), patch=patch, extra=extra)
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a BadLetter."""
+    """Whatever goes wrong inside becomes a BadMessage."""
     try:
         yield
     except Exception as error:  # who wrote it may be anyone, and may have written anything
-        raise BadLetter(f"it holds no {what} that can be read ({type(error).__name__}: {error})") from None
+        raise BadMessage(f"it holds no {what} that can be read ({type(error).__name__}: {error})") from None
 
 
-def written(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) -> Letter:
+def written(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) -> Message:
     """`head` and the tensors, in their order; row ids that several names share go once."""
     ids = {id(rows): rows for rows in patch.rows.values()}
     numbers = {key: str(i) for i, key in enumerate(ids)}
@@ -125,7 +125,7 @@ def written(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) 
         shapes[name] = None if tensor.nbytes <= MOST_BYTES else list(tensor.shape)
         for number, piece in enumerate(pieces(tensor)):
             parts[place(name, number)] = encoded({TENSOR: piece})
-    return Letter({**head, "tensors": shapes, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}, parts)
+    return Message({**head, "tensors": shapes, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}, parts)
 
 
 def pieces(tensor: Tensor) -> Sequence[Tensor]:
@@ -142,13 +142,13 @@ def place(name: str, number: int) -> str:
     return f"{number}/{name}" if number else name
 
 
-def tensors(letter: Letter) -> tuple[Patch, dict[str, Tensor]]:
-    """What `written` wrote: the patch, the rest. Takes each part out of `letter`, so that no two copies of all are held."""
+def tensors(message: Message) -> tuple[Patch, dict[str, Tensor]]:
+    """What `written` wrote: the patch, the rest. Takes each part out of `message`, so that no two copies of all are held."""
     groups: dict[str, dict[str, Tensor]] = {"patch": {}, "rows": {}, "extra": {}}
-    for key, shape in letter.head["tensors"].items():
+    for key, shape in message.head["tensors"].items():
         group, _, name = key.partition("/")
-        groups[group][name] = piece(letter.parts.pop(key)) if shape is None else joined(letter.parts, key).view(shape)
-    rows = {name: groups["rows"][number] for name, number in letter.head["rows"].items()}
+        groups[group][name] = piece(message.parts.pop(key)) if shape is None else joined(message.parts, key).view(shape)
+    rows = {name: groups["rows"][number] for name, number in message.head["rows"].items()}
     return Patch(groups["patch"], rows), groups["extra"]
 
 

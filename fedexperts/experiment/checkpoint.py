@@ -30,7 +30,7 @@ def save(folder: Path, server: Server, answered: Mapping[str, str] | None = None
     step = checkpoint / f"{server.round:06d}-{server.task}"
     shutil.rmtree(step, ignore_errors=True)  # of an attempt that was killed before its state.json
     write_tensors(step / "weights.safetensors", server.weights)
-    write_tensors(step / "memory.safetensors", server.memory)
+    write_tensors(step / "memory.safetensors", server.method_state)
     lengths = {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
     kept = {client: last for client, last in (answered or {}).items() if kept_at(folder, client, last).exists()}
     state = {"round": server.round, "task": server.task, "logs": lengths, **({"kept": kept} if kept else {})}
@@ -55,7 +55,7 @@ def restored(saved: Path, server: Server) -> Server:
     """`server` as the checkpoint in `saved` has it."""
     state = json.loads((saved / "state.json").read_text())
     weights, memory = tensors(saved)
-    return replace(server, weights=weights, memory=memory, round=state["round"], task=state["task"])
+    return replace(server, weights=weights, method_state=memory, round=state["round"], task=state["task"])
 
 
 def accepted(folder: Path, round: float = inf) -> dict[str, str]:

@@ -13,11 +13,11 @@ from fedexperts.core import evaluation
 from fedexperts.core.training import install
 from fedexperts.moe.routing import router_drift
 from fedexperts.moe.shrink import shrink
-from fedexperts.types import Bench, Example, Job, Method, Patch, Update
+from fedexperts.types import ClientContext, Example, Job, Method, Patch, Update
 
 
 @dataclass(frozen=True)
-class Work:
+class ClientTask:
     """What every client of a run does.
 
     known: what was measured at the end of models that have been seen, by their bits: where all clients have one model, a
@@ -31,48 +31,48 @@ class Work:
     training: TrainingSettings = TrainingSettings()  # for its schedule; the rest is in the bench
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
-    def __call__(self, job: Job, bench: Bench) -> Update:
+    def __call__(self, job: Job, context: ClientContext) -> Update:
         if job.task == "evaluate":
-            return self.evaluate(job, bench)
+            return self.evaluate(job, context)
         lr = self.training.lr_in(job.round, self.rounds)
-        update = self.method.train(job, replace(bench, training=replace(bench.training, lr=lr)))
-        if not (job.task == "train" and self.scores_after_training and falls_due(job.round, self.evaluation, self.rounds)):
+        update = self.method.train(job, replace(context, training=replace(context.training, lr=lr)))
+        if not (job.task == "train" and self.scores_after_training and is_eval_round(job.round, self.evaluation, self.rounds)):
             return update
-        model = install(laid_over(job, update), bench)
-        return replace(update, metrics={**update.metrics, "scores": self.scores(model, bench)})
+        model = install(apply_update(job, update), context)
+        return replace(update, metrics={**update.metrics, "scores": self.scores(model, context)})
 
     @property
     def scores_after_training(self) -> bool:
         """Whether clients are scored before the server merges; one place with all data is scored as its clients ever are."""
-        return self.evaluation.score == "before_aggregation" and not self.method.pooled
+        return self.evaluation.score == "before_aggregation" and not self.method.centralized
 
     def evaluates(self, round: int) -> bool:
         """Whether clients are asked for anything in an evaluation after `round`."""
         measured = bool(self.retained) or self.evaluation.drift
         return not self.scores_after_training or round == 0 or (round == self.rounds and measured)
 
-    def evaluate(self, job: Job, bench: Bench) -> Update:
+    def evaluate(self, job: Job, context: ClientContext) -> Update:
         """The client's model, under what the server sent and what the client keeps, on its own examples; at the end also
         what it retained, and how far its routers drifted.
         """
-        model = install(job, bench)
+        model = install(job, context)
         metrics: dict[str, Any] = {}
         if job.round == 0 or not self.scores_after_training:
-            metrics["scores"] = self.scores(model, bench)
+            metrics["scores"] = self.scores(model, context)
         if job.round == self.rounds:
-            metrics |= self.against_base(model, job, bench)
-        return Update(job.client, job.round, job.task, Patch({}), len(bench.data.train), metrics=metrics)
+            metrics |= self.against_base(model, job, context)
+        return Update(job.client, job.round, job.task, Patch({}), len(context.data.train), metrics=metrics)
 
-    def scores(self, model: nn.Module, bench: Bench) -> dict[str, Any]:
+    def scores(self, model: nn.Module, context: ClientContext) -> dict[str, Any]:
         """On the client's own examples, as JSON."""
         asked = self.evaluation
-        return evaluation.score(model, self.own(bench), bench.encoder, asked.generate_tokens, asked.batch_size).to_json()
+        return evaluation.score(model, self.own(context), context.encoder, asked.generate_tokens, asked.batch_size).to_json()
 
-    def own(self, bench: Bench) -> Sequence[Example]:
+    def own(self, context: ClientContext) -> Sequence[Example]:
         """The client's examples that are scored."""
-        return bench.data.validation if self.evaluation.split == "validation" else bench.data.test
+        return context.data.validation if self.evaluation.split == "validation" else context.data.test
 
-    def against_base(self, model: nn.Module, job: Job, bench: Bench) -> Mapping[str, Any]:
+    def against_base(self, model: nn.Module, job: Job, context: ClientContext) -> Mapping[str, Any]:
         """`retained`: the scores on the retained examples; `drift`: of the routers, on their text, or where there are none
         on the client's own examples, answers included. Held against are the base's routers among the experts of the job.
         """
@@ -84,21 +84,21 @@ class Work:
             found: dict[str, Any] = {}
             if self.retained:
                 size = (asked.generate_tokens, asked.batch_size)
-                found["retained"] = evaluation.by_example(model, self.retained, bench.encoder, *size)
+                found["retained"] = evaluation.by_example(model, self.retained, context.encoder, *size)
             if asked.drift:
-                texts = self.retained or self.own(bench)
-                base = shrink(bench.model, job.experts)
-                found["drift"] = router_drift(base, model, batches(texts, bench, asked.batch_size))
+                texts = self.retained or self.own(context)
+                base = shrink(context.model, job.experts)
+                found["drift"] = router_drift(base, model, batches(texts, context, asked.batch_size))
             self.known[key] = found
         return self.known[key]
 
 
-def falls_due(round: int, evaluation: EvaluationSettings, rounds: int) -> bool:
+def is_eval_round(round: int, evaluation: EvaluationSettings, rounds: int) -> bool:
     """Whether models are scored after `round`, which is not 0."""
     return round % evaluation.every == 0 or round == rounds
 
 
-def laid_over(job: Job, update: Update) -> Job:
+def apply_update(job: Job, update: Update) -> Job:
     """An evaluation of what `update` would send, weights and else, laid over what `job` brought."""
     tensors = dict(job.patch.tensors)
     for name, sent in update.patch.tensors.items():
@@ -111,9 +111,9 @@ def laid_over(job: Job, update: Update) -> Job:
     return replace(job, task="evaluate", patch=Patch(tensors, job.patch.rows), extra={**job.extra, **update.extra})
 
 
-def batches(examples: Sequence[Example], bench: Bench, size: int) -> Iterator[Mapping[str, Tensor]]:
+def batches(examples: Sequence[Example], context: ClientContext, size: int) -> Iterator[Mapping[str, Tensor]]:
     """Prompts with their reference answers, `size` at a time."""
-    return (bench.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size))
+    return (context.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size))
 
 
 def bits(model: nn.Module) -> str:

@@ -14,11 +14,11 @@ from fedexperts.config import RunConfig
 from fedexperts.engines import remote
 from fedexperts.engines.flower.engine import FlowerEngine, Grid
 from fedexperts.engines.flower.simulation import Simulation
-from fedexperts.engines.local import Site
-from fedexperts.engines.message import Letter
-from fedexperts.errors import BadLetter
+from fedexperts.engines.local import ClientRuntime
+from fedexperts.engines.message import Message
+from fedexperts.errors import BadMessage
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.runtime import everyone, site_for
+from fedexperts.experiment.runtime import everyone, runtime_for
 from fedexperts.experiment.setup import Parts, Prepared, prepare_run
 from fedexperts.io.files import identity
 from fedexperts.io.toml import checked
@@ -83,18 +83,18 @@ def about(config: RunConfig, base: str, out: Path) -> str:
     return json.dumps(told)
 
 
-def play(letter: Letter, node: Mapping[str, Any]) -> Letter:
+def play(message: Message, node: Mapping[str, Any]) -> Message:
     """What the client answers that a node of Flower's simulation stands for."""
-    site = site_of(letter.head["run"])
-    torch.set_num_threads(site.training.threads)
-    names, number = list(site.clients), int(node["partition-id"])
+    runtime = runtime_of(message.head["run"])
+    torch.set_num_threads(runtime.training.threads)
+    names, number = list(runtime.clients), int(node["partition-id"])
     if number >= len(names):
-        raise BadLetter(f"the run has {len(names)} clients, and this is node {number + 1}")
-    return remote.answer(site, names[number], letter)
+        raise BadMessage(f"the run has {len(names)} clients, and this is node {number + 1}")
+    return remote.answer(runtime, names[number], message)
 
 
 @lru_cache(maxsize=1)
-def site_of(run: str) -> Site:
-    """The clients of a run as its letters tell of it."""
+def runtime_of(run: str) -> ClientRuntime:
+    """The clients of a run as its messages tell of it."""
     told = json.loads(run)
-    return site_for(prepare_run(checked(RunConfig, told["settings"]), parts=PARTS), Path(told["folder"]))
+    return runtime_for(prepare_run(checked(RunConfig, told["settings"]), parts=PARTS), Path(told["folder"]))

@@ -26,10 +26,10 @@ def side_by_side(work: Callable[[Task], Done], tasks: Sequence[Task], number: in
     waited for; when it is killed, they end too.
     """
     waiting = list(reversed(tasks))
-    lanes: list[Lane[Task, Done]] = []
+    lanes: list[WorkerProcess[Task, Done]] = []
     try:
-        lanes += [Lane(work) for _ in range(min(number, len(tasks)))]
-        busy: dict[Connection, tuple[Lane[Task, Done], Task]] = {}
+        lanes += [WorkerProcess(work) for _ in range(min(number, len(tasks)))]
+        busy: dict[Connection, tuple[WorkerProcess[Task, Done], Task]] = {}
         while waiting or busy:
             for lane in [lane for lane in lanes if lane.pipe not in busy][: len(waiting)]:
                 task = waiting.pop()
@@ -43,7 +43,7 @@ def side_by_side(work: Callable[[Task], Done], tasks: Sequence[Task], number: in
             lane.stop()
 
 
-class Lane(Generic[Task, Done]):
+class WorkerProcess(Generic[Task, Done]):
     """A process that does one task at a time; unlike a pool's, it may start processes of its own."""
 
     def __init__(self, work: Callable[[Task], Done]) -> None:

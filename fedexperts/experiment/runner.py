@@ -16,14 +16,14 @@ from fedexperts.config import RunConfig
 from fedexperts.core import evaluation
 from fedexperts.core.devices import UTILISATION
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.client_store import Keeper, key
+from fedexperts.engines.client_store import ClientStateStore, key
 from fedexperts.engines.local import LocalEngine
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import checkpoint, trackers
-from fedexperts.experiment.client_task import falls_due
+from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.progress import Progress, Quiet
-from fedexperts.experiment.runtime import clock_for, encoder_for, site_for, work_for
+from fedexperts.experiment.runtime import clock_for, encoder_for, runtime_for, task_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.federation import done, federate, jobs_for, steps
 from fedexperts.io.files import locked, write_text
@@ -102,7 +102,7 @@ def run(
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
         with trackers.tracking(config.track.to, about, done=behind == total) as tell:
             if behind < total:
-                Keeper(out / "clients").drop_after(begun.round)
+                ClientStateStore(out / "clients").drop_after(begun.round)
                 if begun.task == "start" and prepared.retained.examples:
                     assess_base(prepared, out)
                 with (engine or engine_for)(prepared, out) as running:
@@ -120,7 +120,7 @@ def rounds(
     """
     federation, method, server = prepared.config.federation, prepared.method, servers.pop()
     ledger = Ledger(clock_for(prepared))
-    if server.task == "start" and not method.before:
+    if server.task == "start" and not method.setup_tasks:
         assess(prepared, server, engine, ledger, out, progress)
     number = federation.clients_per_round or len(server.clients)
     by_task = federation.sampling == "by task"
@@ -149,8 +149,8 @@ def rounds(
 def due(server: Server, method: Method, config: RunConfig) -> bool:
     """Whether the server is evaluated now: after all stages, every few rounds, and at the end."""
     if server.round == 0:
-        return server.task == method.before[-1]
-    return falls_due(server.round, config.evaluation, config.federation.rounds)
+        return server.task == method.setup_tasks[-1]
+    return is_eval_round(server.round, config.evaluation, config.federation.rounds)
 
 
 def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
@@ -227,7 +227,7 @@ def assess(
     After the last round also how each client's model stands against the base. Where clients are scored before aggregation, their
     scores are `told` already, and of who took no part the last ones count.
     """
-    asked, work = replace(server, task="evaluate", clients=prepared.server.clients), work_for(prepared)
+    asked, work = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
     answers: dict[str, Mapping[str, Any]] = {}
     if work.evaluates(server.round):
         progress.evaluating(len(asked.clients))
@@ -284,7 +284,7 @@ def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
         from fedexperts.experiment.flower import simulated  # an extra
 
         return simulated(prepared, out)
-    return LocalEngine(site_for(prepared, out), prepared.config.federation.workers)
+    return LocalEngine(runtime_for(prepared, out), prepared.config.federation.workers)
 
 
 def require_flower(config: RunConfig) -> None:

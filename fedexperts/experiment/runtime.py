@@ -5,23 +5,23 @@ from pathlib import Path
 
 from fedexperts.core.ledger import Clock
 from fedexperts.data.encode import Encoder
-from fedexperts.engines.client_store import Keeper
-from fedexperts.engines.local import Site
-from fedexperts.experiment.client_task import Work
+from fedexperts.engines.client_store import ClientStateStore
+from fedexperts.engines.local import ClientRuntime
+from fedexperts.experiment.client_task import ClientTask
 from fedexperts.experiment.setup import Prepared
 from fedexperts.types import Client
 
 
-def site_for(prepared: Prepared, out: Path) -> Site:
+def runtime_for(prepared: Prepared, out: Path) -> ClientRuntime:
     """All clients of the run; below `out` they keep what they keep to themselves."""
-    return Site(
+    return ClientRuntime(
         model=prepared.base.model,
         encoder=encoder_for(prepared),
         training=prepared.training,
         clients=everyone(prepared),
         data=prepared.data,
-        work=work_for(prepared),
-        keeper=Keeper(out / "clients"),
+        work=task_for(prepared),
+        client_store=ClientStateStore(out / "clients"),
         clock=clock_for(prepared),
         limits=limits(prepared),
     )
@@ -32,9 +32,9 @@ def everyone(prepared: Prepared) -> dict[str, Client]:
     return {**prepared.server.clients, **prepared.participants}
 
 
-def work_for(prepared: Prepared) -> Work:
+def task_for(prepared: Prepared) -> ClientTask:
     config = prepared.config
-    return Work(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples, config.training)
+    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples, config.training)
 
 
 def encoder_for(prepared: Prepared) -> Encoder:
@@ -44,7 +44,7 @@ def encoder_for(prepared: Prepared) -> Encoder:
 
 def clock_for(prepared: Prepared) -> Clock:
     """The run's virtual clock. One place that has all data is no device, so a pooled method has none."""
-    profiles = {} if prepared.method.pooled else prepared.profiles
+    profiles = {} if prepared.method.centralized else prepared.profiles
     return Clock(profiles, prepared.config.devices.deadline_seconds or inf)
 
 

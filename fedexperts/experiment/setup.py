@@ -247,7 +247,7 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     known, retained = server.clients, parts.retained(config)
     own = parts.footprint(config, grafts=graft.number(method)).of(anatomy(base.model).all_experts) - full
     prepared = Prepared(config, method, label, base, clients, server, profiles, training, known, clients, setting, retained, own)
-    return pooled(prepared) if method.pooled else prepared
+    return centralized(prepared) if method.centralized else prepared
 
 
 def require_steps(config: RunConfig) -> None:
@@ -259,7 +259,7 @@ def require_steps(config: RunConfig) -> None:
         )
 
 
-def pooled(prepared: Prepared) -> Prepared:
+def centralized(prepared: Prepared) -> Prepared:
     """`prepared` with a single participant: it has all clients' data, and no limit of memory, and takes in a round as many
     steps as those who would be asked take together. Evaluated are the clients as ever.
     """

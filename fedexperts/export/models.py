@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedexperts.config import RunConfig
 from fedexperts.core.training import install
 from fedexperts.data.encode import Encoder
-from fedexperts.engines.client_store import Keeper
+from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
@@ -26,7 +26,7 @@ from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.types import Bench, Server, Tensors
+from fedexperts.types import ClientContext, Server, Tensors
 
 PERSONAL_EXPERTS = "personal experts and their gates"
 
@@ -132,7 +132,7 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     """
     if name not in run.clients:
         raise BadValue(f"{run.folder} has no client {name!r}, only {', '.join(run.clients)}{nearest(name, run.clients)}")
-    keeper = keeper_of(run, name, kept)
+    client_store = store_of(run, name, kept)
     prepared = prepare_run(run.config, parts=parts_of(run))
     now = versions(prepared)
     require_same(run, {each: now[each] for each in INPUTS})
@@ -140,14 +140,14 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     job = next(jobs_for(replace(server, task="evaluate"), prepared.method, [server.clients[name]]), None)
     if job is None:
         raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
-    held = keeper.load(job)
-    model = install(job, bench_of(prepared, server, name, held)).eval()
+    held = client_store.load(job)
+    model = install(job, context_of(prepared, server, name, held)).eval()
     part = parts(rows.layout(model))
     personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in held if each in part}
     return Exported(model, prepared.base, personal, added=bool(factors.base_change(job.extra, held)))
 
 
-def keeper_of(run: Run, name: str, kept: Path | None) -> Keeper:
+def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
     """What the clients of the run keep to themselves; `kept`: the folder of `name` on its own machine.
 
     Raises:
@@ -161,19 +161,19 @@ def keeper_of(run: Run, name: str, kept: Path | None) -> Keeper:
                 "and give --kept, or take the global model (leave out --client)"
             )
         checkpoint.require_kept(run.folder, name)
-        return Keeper(run.folder / "clients")
+        return ClientStateStore(run.folder / "clients")
     named = run.folder / "id"
     found = kept / named.read_text() if named.exists() else None
     if found is None or not found.is_dir():
         raise BadRun(f"{kept} holds nothing of the run in {run.folder}; give the --out that {name} had with fedexperts client")
-    keeper, last = Keeper(found / "clients"), checkpoint.accepted(run.folder, run.round).get(name, "")
-    there = [path.stem for path in keeper.versions(name)]
+    client_store, last = ClientStateStore(found / "clients"), checkpoint.accepted(run.folder, run.round).get(name, "")
+    there = [path.stem for path in client_store.versions(name)]
     if there and last not in there:
         raise BadRun(
             f"the checkpoint in {run.folder} goes with what {name} kept in {last or 'no job'}, and {kept} has that of "
             f"{', '.join(there)}; copy the results folder anew"
         )
-    return keeper
+    return client_store
 
 
 def parts_of(run: Run) -> Parts | None:
@@ -189,10 +189,10 @@ def parts_of(run: Run) -> Parts | None:
     return told_by(read_greetings(run.folder / GREETINGS), Parts())
 
 
-def bench_of(prepared: Prepared, server: Server, name: str, kept: dict[str, Tensor]) -> Bench:
+def context_of(prepared: Prepared, server: Server, name: str, kept: dict[str, Tensor]) -> ClientContext:
     base, config = prepared.base, prepared.config
     encoder = Encoder(base.tokenizer, config.data.max_tokens, base.encoder_decoder)
-    return Bench(server.clients[name], base.model, prepared.data[name], encoder, prepared.training, kept)
+    return ClientContext(server.clients[name], base.model, prepared.data[name], encoder, prepared.training, kept)
 
 
 def require_same(run: Run, now: Mapping[str, Any]) -> None:

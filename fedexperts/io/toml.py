@@ -1,6 +1,7 @@
 """Settings from TOML files: trees of values, checked against pydantic models, with one sentence for what is wrong."""
 
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -11,6 +12,12 @@ from pydantic import BaseModel, ValidationError
 from fedexperts.errors import BadValue, nearest
 
 Tree = dict[str, Any]
+
+
+class RenamedSetting(FutureWarning):
+    """Someone used a setting's former name."""
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -52,6 +59,29 @@ def with_settings(tree: Tree, settings: Sequence[str]) -> Tree:
         except tomllib.TOMLDecodeError:
             value = text
         tree = put(tree, key.strip().split("."), value)
+    return tree
+
+
+def with_new_names(tree: Tree, renamed: Mapping[str, str], *, warn: bool = False) -> Tree:
+    """`tree` with each setting that has its former name (a key of `renamed`: old → new, full names) under its new one.
+
+    Raises:
+        BadValue: both names are there.
+    """
+    for old, new in renamed.items():
+        *table, key = old.split(".")
+        held: Any = tree
+        for part in table:
+            held = held.get(part) if isinstance(held, Mapping) else None
+        if not isinstance(held, Mapping) or key not in held:
+            continue
+        last = new.rpartition(".")[2]
+        if last in held:
+            raise BadValue(f"{old} is the former name of {new}, and both are given; leave {old} out")
+        if warn:
+            warnings.warn(f"{old} is now called {new}; the former name still works", RenamedSetting, stacklevel=2)
+        moved: Tree = {(last if name == key else name): value for name, value in held.items()}
+        tree = put(tree, table, moved) if table else moved
     return tree
 
 

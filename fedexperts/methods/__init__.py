@@ -5,7 +5,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from fedexperts.errors import BadValue
-from fedexperts.methods.centralised import Centralised
+from fedexperts.methods.centralized import Centralized
 from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedit import FedIT
@@ -49,10 +49,10 @@ METHODS: dict[str, type[Method]] = {
     "fedrep": FedRep,
     "ditto": Ditto,
     "local": Local,
-    "centralised": Centralised,
+    "centralized": Centralized,
 }
 
-REFERENCES = frozenset({"local", "centralised"})
+REFERENCES = frozenset({"local", "centralized"})
 """What federated methods are held against, the floor and the ceiling: no method's target is theirs."""
 
 UNSTEPPED = frozenset({"local", "flora", "flexlora"})
@@ -79,7 +79,7 @@ def enter_installed() -> None:
             found = point.load()
         except Exception as error:  # whatever its module does
             raise BadValue(f"{where} cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
-        lacking = [name for name in ("before", "pooled", "assign", "train", "merge") if not hasattr(found, name)]
+        lacking = [name for name in ("setup_tasks", "centralized", "assign", "train", "merge") if not hasattr(found, name)]
         if lacking or not is_dataclass(found):
             raise BadValue(f"{where} is no method: it {f'lacks {lacking[0]}' if lacking else 'is no dataclass'}; {remedy}")
         methods[point.name] = found  # type: ignore[assignment]  # what lacks nothing is one

@@ -13,7 +13,7 @@ from fedexperts.errors import BadValue
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.importance import require_coverage
-from fedexperts.types import Assignment, Bench, Client, Job, Patch, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Tensors, Update
 
 Count = Annotated[int, Field(ge=1)]
 """A hyperparameter that counts something; a run file is held to it."""
@@ -58,21 +58,26 @@ def patch_for(server: Server, assignment: Assignment) -> Patch:
     return Patch(*rows.cut(weights, server.layout, assignment.experts))
 
 
-def train_assigned(job: Job, bench: Bench) -> Update:
+def train_assigned(job: Job, context: ClientContext) -> Update:
     """Train what was sent on the client's own examples, and send it all back."""
-    model = install(job, bench)
-    return answer(job, bench, model, fit(model, bench, seed=job.seed))
+    model = install(job, context)
+    return answer(job, context, model, fit(model, context, seed=job.seed))
 
 
 def answer(
-    job: Job, bench: Bench, model: nn.Module, fitted: Fitted, extra: Tensors | None = None, experts: Experts | None = None
+    job: Job,
+    context: ClientContext,
+    model: nn.Module,
+    fitted: Fitted,
+    extra: Tensors | None = None,
+    experts: Experts | None = None,
 ) -> Update:
     """What `model` trained of the weights of `job`, with what came of it; `experts`: of its experts only these.
 
     Whatever else it trained is the client's own.
     """
     patch = patch_of(model, job, experts) if experts is not None else Patch(shared(job, rows.read(model)), job.patch.rows)
-    return Update(job.client, job.round, job.task, patch, examples(bench), extra or {}, fitted.metrics, fitted.cost)
+    return Update(job.client, job.round, job.task, patch, examples(context), extra or {}, fitted.metrics, fitted.cost)
 
 
 def shared(job: Job, tensors: Tensors) -> dict[str, Tensor]:
@@ -147,13 +152,13 @@ def mean_rows(
     return replace(server, weights={**server.weights, **{name: mean.result() for name, mean in means.items()}})
 
 
-def heard(updates: Iterable[Update], notes: list[Update]) -> Iterator[Update]:
+def tee_without_weights(updates: Iterable[Update], notes: list[Update]) -> Iterator[Update]:
     """`updates`, leaving each in `notes` without its weights as it passes."""
     for update in updates:
         yield update
         notes.append(replace(update, patch=Patch({})))
 
 
-def of(kind: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `memory` that are called `kind`/…, by the rest of their names."""
-    return {key.removeprefix(f"{kind}/"): tensor for key, tensor in memory.items() if key.startswith(f"{kind}/")}
+def of(kind: str, method_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `method_state` that are called `kind`/…, by the rest of their names."""
+    return {key.removeprefix(f"{kind}/"): tensor for key, tensor in method_state.items() if key.startswith(f"{kind}/")}

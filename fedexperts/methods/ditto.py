@@ -15,7 +15,7 @@ from fedexperts.methods.base import Positive, all_experts, by_examples, mean_row
 from fedexperts.methods.fedprox import fit_near
 from fedexperts.methods.personal import one_after_the_other
 from fedexperts.moe import rows
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,27 @@ class Ditto:
     """
 
     hold: Positive = 1.0
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return all_experts(server)
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """Both parts start from wᵗ and ask nothing of each other, so v_k goes first: then one model at a time is held (ours).
 
         What is sent is trained as if nothing were kept, with the same chances of dropout.
         """
         with torch.random.fork_rng():
-            personal = self.personalised(job, bench)
-        update = train_assigned(job, replace(bench, kept={}))
+            personal = self.personalised(job, context)
+        update = train_assigned(job, replace(context, client_state={}))
         return replace(update, cost=one_after_the_other(personal.cost, update.cost))
 
-    def personalised(self, job: Job, bench: Bench) -> Fitted:
+    def personalised(self, job: Job, context: ClientContext) -> Fitted:
         """v_k ← v_k − η (∇F_k(v_k) + λ (v_k − wᵗ)), as many steps as wᵗ gets; v_k begins as the first wᵗ it sees (ours)."""
-        model = install(job, bench)
-        fitted = fit_near(model, bench, rows.paired(model, job.patch.tensors), self.hold, seed=f"{job.seed}/personal")
-        bench.kept.update(rows.read(model))
+        model = install(job, context)
+        fitted = fit_near(model, context, rows.paired(model, job.patch.tensors), self.hold, seed=f"{job.seed}/personal")
+        context.client_state.update(rows.read(model))
         return fitted
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:

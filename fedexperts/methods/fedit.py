@@ -10,15 +10,15 @@ from typing import ClassVar
 
 from fedexperts.methods.adapters import adapters_of
 from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
 class FedIT:
     """FedAvg that is sure to average adapters. The mean of A times the mean of B is not the mean of BA."""
 
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained.
@@ -29,8 +29,8 @@ class FedIT:
         adapters_of(server, "fedit")
         return all_experts(server)
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return train_assigned(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

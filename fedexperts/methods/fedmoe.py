@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fedexperts.core.training import examples, fit, install, validate
 from fedexperts.errors import TooSmall
-from fedexperts.methods.base import Count, Share, all_experts, by_examples, heard, mean_rows, of
+from fedexperts.methods.base import Count, Share, all_experts, by_examples, mean_rows, of, tee_without_weights
 from fedexperts.methods.recommend import recommend
 from fedexperts.methods.submodel import at_random, by_block, mask, predict, require_minimum, search, unmask
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.types import Assignment, Bench, Client, Job, Patch, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Tensors, Update
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class FedMoE:
     experts_per_layer: Count | None = None
     patience: Count = 3
     neighbours: Count = 3
-    pooled: ClassVar[bool] = False
+    centralized: ClassVar[bool] = False
 
     @property
-    def before(self) -> tuple[str, ...]:
+    def setup_tasks(self) -> tuple[str, ...]:
         return ("profile",) if self.initial == "profile" else ()
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
@@ -85,38 +85,38 @@ class FedMoE:
 
     def held(self, server: Server, client: Client) -> dict[str, tuple[int, ...]]:
         """S_k."""
-        if f"held/{client.name}" in server.memory:
-            return dict(unmask(server.anatomy, server.memory[f"held/{client.name}"]))
+        if f"held/{client.name}" in server.method_state:
+            return dict(unmask(server.anatomy, server.method_state[f"held/{client.name}"]))
         rng = Random(f"{server.seed}/{client.name}/experts")
         return dict(at_random(server, client, self.reserve, self.experts_per_layer, rng))
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """The client's round: train all of the sub-model, measure its routing and its loss on the validation split, send them."""
-        model = install(job, bench)
+        model = install(job, context)
         if job.task == "profile":
-            return self.profile(model, job, bench)
-        fitted = fit(model, bench, seed=job.seed)
-        validation = validate(model, bench)
+            return self.profile(model, job, context)
+        fitted = fit(model, context, seed=job.seed)
+        validation = validate(model, context)
         routing = torch.cat([p.float() for p in validation.routing.probabilities().values()])
         score = torch.tensor(-validation.loss, dtype=torch.float64)
         patch = Patch(rows.read(model), job.patch.rows)
         metrics = {**fitted.metrics, "validation_loss": validation.loss}
         return Update(
-            job.client, job.round, job.task, patch, examples(bench), {"p": routing, "score": score}, metrics, fitted.cost
+            job.client, job.round, job.task, patch, examples(context), {"p": routing, "score": score}, metrics, fitted.cost
         )
 
-    def profile(self, model: torch.nn.Module, job: Job, bench: Bench) -> Update:
+    def profile(self, model: torch.nn.Module, job: Job, context: ClientContext) -> Update:
         """Stage 1, step 1: adapt LoRA on every expert, then measure p, since routing drifts during fine-tuning."""
-        if bench.training.tuning.train == "full":
+        if context.training.tuning.train == "full":
             model = prepare(model, Tuning("lora", ("experts",), rank=self.profile_rank, alpha=2.0 * self.profile_rank), job.seed)
-        fitted = fit(model, bench, seed=job.seed, steps=self.profile_rounds * bench.training.local_steps)
-        routing = torch.cat([p.float() for p in validate(model, bench).routing.probabilities().values()])
-        return Update(job.client, job.round, job.task, Patch({}), examples(bench), {"p": routing}, fitted.metrics, fitted.cost)
+        fitted = fit(model, context, seed=job.seed, steps=self.profile_rounds * context.training.local_steps)
+        routing = torch.cat([p.float() for p in validate(model, context).routing.probabilities().values()])
+        return Update(job.client, job.round, job.task, Patch({}), examples(context), {"p": routing}, fitted.metrics, fitted.cost)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Modular aggregation: dense parameters over all participants, an expert and its router row over its holders."""
         answers: list[Update] = []
-        server = mean_rows(server, heard(updates, answers), by_examples)
+        server = mean_rows(server, tee_without_weights(updates, answers), by_examples)
         if server.task == "profile":
             return self.initialised(server, {update.client: update.extra["p"] for update in answers})
         return self.adjusted(server, answers)
@@ -125,41 +125,43 @@ class FedMoE:
         """Stage 1, steps 2 and 3: p of the clients that did not measure it, then each client's experts."""
         if not measured:  # all failed: the loop's caller ends the run with their reasons
             return server
-        memory: dict[str, Tensor] = {}
+        method_state: dict[str, Tensor] = {}
         for name, client in server.clients.items():
             p = measured[name] if name in measured else predict(client, measured, server.clients)
             held = search(server, client, by_block(server.anatomy, p), self.reserve)
-            memory |= {f"p/{name}": p, f"held/{name}": mask(server.anatomy, held)}
-        return replace(server, memory=memory)
+            method_state |= {f"p/{name}": p, f"held/{name}": mask(server.anatomy, held)}
+        return replace(server, method_state=method_state)
 
     def adjusted(self, server: Server, answers: Sequence[Update]) -> Server:
         """Stage 2, step 4, for each participant, from what all of them reported."""
-        memory = dict(server.memory)
+        method_state = dict(server.method_state)
         for update in answers:
             held = mask(server.anatomy, self.held(server, server.clients[update.client]))
-            memory[f"held/{update.client}"] = held
-            memory[f"p/{update.client}"] = torch.zeros(len(held)).masked_scatter(held, update.extra["p"])
+            method_state[f"held/{update.client}"] = held
+            method_state[f"p/{update.client}"] = torch.zeros(len(held)).masked_scatter(held, update.extra["p"])
         if self.adjust:
-            reported = dict(memory)
+            reported = dict(method_state)
             for update in answers:
-                memory = self.judged(server, server.clients[update.client], float(update.extra["score"]), reported, memory)
-        return replace(server, memory=memory)
+                method_state = self.judged(
+                    server, server.clients[update.client], float(update.extra["score"]), reported, method_state
+                )
+        return replace(server, method_state=method_state)
 
-    def judged(self, server: Server, client: Client, score: float, reported: Tensors, memory: Tensors) -> dict[str, Tensor]:
-        """`memory` after the client's score: better, so its experts stay; or stale for too long, so they change or go back."""
-        name, after = client.name, dict(memory)
-        best = float(memory.get(f"best/{name}", torch.tensor(-torch.inf)))
-        stale = int(memory.get(f"stale/{name}", torch.tensor(0))) + 1
+    def judged(self, server: Server, client: Client, score: float, reported: Tensors, method_state: Tensors) -> dict[str, Tensor]:
+        """`method_state` after the client's score: better: its experts stay; stale for too long: they change or go back."""
+        name, after = client.name, dict(method_state)
+        best = float(method_state.get(f"best/{name}", torch.tensor(-torch.inf)))
+        stale = int(method_state.get(f"stale/{name}", torch.tensor(0))) + 1
         if score > best:
             best, stale = score, 0
             after.pop(f"former/{name}", None)  # the change was for the better
-        elif stale >= self.patience and f"frozen/{name}" not in memory:
+        elif stale >= self.patience and f"frozen/{name}" not in method_state:
             stale = 0
-            if f"former/{name}" in memory:
+            if f"former/{name}" in method_state:
                 after[f"held/{name}"] = after.pop(f"former/{name}")
                 after[f"frozen/{name}"] = torch.tensor(True)
             else:
-                held = memory[f"held/{name}"]
+                held = method_state[f"held/{name}"]
                 wanted = recommend(server, client, of("p", reported), of("held", reported), self.neighbours)
                 if not torch.equal(held, wanted):
                     after |= {f"former/{name}": held, f"held/{name}": wanted}

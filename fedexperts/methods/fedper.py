@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.methods.personal import Personal, shared_names, train_and_keep
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class FedPer:
     """
 
     personal: Personal = ("router",)
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """W_B.
@@ -32,9 +32,9 @@ class FedPer:
         """
         return Assignment(server.anatomy.all_experts, names=shared_names(server, self.personal))
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """Algorithm 1. W_P starts as the base has it (ours; the paper's at random)."""
-        return train_and_keep(job, bench)
+        return train_and_keep(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Algorithm 2: W_B is the mean by examples, γ_j = n_j / Σ n_j."""

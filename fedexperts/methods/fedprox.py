@@ -16,7 +16,7 @@ from fedexperts.core.training import Fitted, fit, install
 from fedexperts.methods.base import Count, Positive, add_gradient, answer, by_examples, mean_rows
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe.tuning import trainable
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 Anchors = Sequence[tuple[nn.Parameter, Tensor]]
 """What is trained, each with the value that it is held near."""
@@ -33,22 +33,22 @@ class FedProx:
 
     mu: Positive = 0.01
     experts_per_layer: Count | None = None
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return Assignment(same_for_all(server, client, self.experts_per_layer))
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        model = install(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        model = install(job, context)
         received = [(parameter, parameter.detach().clone()) for parameter in trainable(model)]
-        return answer(job, bench, model, fit_near(model, bench, received, self.mu, seed=job.seed))
+        return answer(job, context, model, fit_near(model, context, received, self.mu, seed=job.seed))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)
 
 
-def fit_near(model: nn.Module, bench: Bench, anchors: Anchors, hold: float, *, seed: str) -> Fitted:
+def fit_near(model: nn.Module, context: ClientContext, anchors: Anchors, hold: float, *, seed: str) -> Fitted:
     """`fit`, with `hold`/2 · ‖w − anchors‖² in the loss.
 
     The penalty's gradient, `hold` (w − anchor), comes in after backward, tensor by tensor: autograd would hold all of it through
@@ -63,7 +63,7 @@ def fit_near(model: nn.Module, bench: Bench, anchors: Anchors, hold: float, *, s
             add_gradient(parameter, hold * (parameter.detach() - anchor))
 
     beside = [anchor for _, anchor in anchors]
-    return fit(model, bench, seed=seed, penalty=penalty, after_backward=draw_back, beside=beside)
+    return fit(model, context, seed=seed, penalty=penalty, after_backward=draw_back, beside=beside)
 
 
 @torch.no_grad()

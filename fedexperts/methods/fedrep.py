@@ -15,7 +15,7 @@ from fedexperts.core.training import Fitted, fit, install
 from fedexperts.methods.base import answer, by_examples, mean_rows
 from fedexperts.methods.personal import Personal, keep, one_after_the_other, shared_names
 from fedexperts.moe import rows
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class FedRep:
 
     personal: Personal = ("router",)
     head_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """φ.
@@ -39,21 +39,21 @@ class FedRep:
         """
         return Assignment(server.anatomy.all_experts, names=shared_names(server, self.personal))
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """τ steps of the head from where it was, with φ as it came; then steps of φ, with that head."""
-        model = install(job, bench)
-        steps, own = bench.training.local_steps, rows.layout(model).keys() - job.patch.tensors.keys()
+        model = install(job, context)
+        steps, own = context.training.local_steps, rows.layout(model).keys() - job.patch.tensors.keys()
         of_head = self.head_steps(steps)
-        head = fit_only(own, model, bench, f"{job.seed}/head", of_head) if of_head else None
-        body = fit_only(job.patch.tensors.keys(), model, bench, job.seed, steps - of_head)
-        keep(job, bench, model)
+        head = fit_only(own, model, context, f"{job.seed}/head", of_head) if of_head else None
+        body = fit_only(job.patch.tensors.keys(), model, context, job.seed, steps - of_head)
+        keep(job, context, model)
         if head is None:
-            return answer(job, bench, model, body)
+            return answer(job, context, model, body)
         loss = (of_head * head.loss + (steps - of_head) * body.loss) / steps
         routed = {
             block: [a + b for a, b in zip(head.routed[block], counts, strict=True)] for block, counts in body.routed.items()
         }
-        return answer(job, bench, model, Fitted(loss, one_after_the_other(head.cost, body.cost), routed))
+        return answer(job, context, model, Fitted(loss, one_after_the_other(head.cost, body.cost), routed))
 
     def head_steps(self, steps: int) -> int:
         """τ: rounded down, but one at least, and one less than all at most. A single step is the representation's."""
@@ -64,12 +64,12 @@ class FedRep:
         return mean_rows(server, updates, by_examples)
 
 
-def fit_only(names: Set[str], model: nn.Module, bench: Bench, seed: str, steps: int) -> Fitted:
+def fit_only(names: Set[str], model: nn.Module, context: ClientContext, seed: str, steps: int) -> Fitted:
     """`fit` of the weights called `names`; all others stand still meanwhile."""
     still = rows.parameters(model, rows.layout(model).keys() - names)
     for parameter in still:
         parameter.requires_grad_(False)
-    fitted = fit(model, bench, seed=seed, steps=steps)
+    fitted = fit(model, context, seed=seed, steps=steps)
     for parameter in still:
         parameter.requires_grad_(True)
     return fitted

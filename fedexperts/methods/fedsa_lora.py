@@ -11,15 +11,15 @@ from typing import ClassVar
 from fedexperts.methods.adapters import adapters_of
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.methods.personal import train_and_keep
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
 class FedSALoRA:
     """Clients train A and B and send A. A client that has not trained yet has B at zero: the base, with the shared routers."""
 
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained, without B.
@@ -30,8 +30,8 @@ class FedSALoRA:
         names = frozenset(server.weights) - {*adapters_of(server, "fedsa_lora").values()}
         return Assignment(server.anatomy.all_experts, names)
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return train_and_keep(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return train_and_keep(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

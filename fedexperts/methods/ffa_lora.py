@@ -13,15 +13,15 @@ from fedexperts.core.training import fit, install
 from fedexperts.methods.adapters import adapters_of
 from fedexperts.methods.base import answer, by_examples, mean_rows
 from fedexperts.moe import factors
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
 class FFALoRA:
     """Clients draw A themselves, from the seed that the server's own A comes from: its few bytes travel in place of A (ours)."""
 
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained, without A, and what A starts from.
@@ -33,11 +33,11 @@ class FFALoRA:
         seed = torch.tensor(list(f"{server.seed}/start".encode()), dtype=torch.uint8)
         return Assignment(server.anatomy.all_experts, names, extra={"seed": seed})
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        model = install(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        model = install(job, context)
         for name in factors.pairs(name for name, _ in model.named_parameters()):
             model.get_parameter(name).requires_grad_(False)
-        return answer(job, bench, model, fit(model, bench, seed=job.seed))
+        return answer(job, context, model, fit(model, context, seed=job.seed))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

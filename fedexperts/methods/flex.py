@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedexperts.core.training import fit, install, of_each_task
+from fedexperts.core.training import fit, install, stratified_first_n
 from fedexperts.errors import BadData, BadValue
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
 from fedexperts.methods.personal import keep
@@ -22,7 +22,7 @@ from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.logits import is_encoder_decoder
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
-from fedexperts.types import Assignment, Bench, Client, Example, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Update
 
 WINDOW = 2000
 """Characters of a piece of public text; the tokens that a client reads of it are the run's max_tokens at most."""
@@ -44,8 +44,8 @@ class FLEx:
     calibration_examples: Count = 128
     calibration_stride: Count = 2  # every so many-th token is looked at; 1: all, as in the paper (ours: half the time)
     public_text: str | None = None  # a text file that every client has, for "shared"
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The whole model; what the run trains of it travels.
@@ -71,28 +71,28 @@ class FLEx:
             return all_experts(server)
         return replace(all_experts(server), extra={"public_text": fingerprint(public(self.public_text))})
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """The client's round: its personal experts and gates, which it keeps, together with what is shared, which it sends.
 
         The first time it is asked it selects the experts to graft, by the base as it came.
         """
         flops = 0.0
-        if not graft.chosen(bench.kept):
-            ids, flops = self.selected(job, bench)
-            bench.kept.update(graft.kept(ids))
-        model = install(job, bench)
-        fitted = fit(model, bench, seed=job.seed)
-        keep(job, bench, model)
+        if not graft.chosen(context.client_state):
+            ids, flops = self.selected(job, context)
+            context.client_state.update(graft.kept(ids))
+        model = install(job, context)
+        fitted = fit(model, context, seed=job.seed)
+        keep(job, context, model)
         cost = replace(fitted.cost, flops_estimated=fitted.cost.flops_estimated + flops)
-        return answer(job, bench, model, replace(fitted, cost=cost))
+        return answer(job, context, model, replace(fitted, cost=cost))
 
-    def selected(self, job: Job, bench: Bench) -> tuple[Experts, float]:
+    def selected(self, job: Job, context: ClientContext) -> tuple[Experts, float]:
         """The experts that the client's own start as, and the operations (estimated) that it took to find them.
 
         Raises:
             BadData: there is nothing to select by, or the public text is not the server's.
         """
-        blocks = anatomy(bench.model).blocks
+        blocks = anatomy(context.model).blocks
         if self.select == "random":
             rng = Random(f"{job.seed}/graft")
             return {
@@ -100,28 +100,30 @@ class FLEx:
             }, 0.0
         if self.public_text is not None and not torch.equal(fingerprint(public(self.public_text)), job.extra["public_text"]):
             raise BadData(f"method.public_text = {self.public_text!r} is another text here than the server's; give all the same")
-        batches = self.calibration(bench)
+        batches = self.calibration(context)
         if self.select == "most_used":
-            return most_used(bench.model, batches, self.num_grafted), selection_flops_estimated(bench.model, batches, passes=0)
-        ids = by_reconstruction(bench.model, batches, self.num_grafted, self.calibration_stride)
-        return ids, selection_flops_estimated(bench.model, batches, self.num_grafted, self.calibration_stride)
+            return most_used(context.model, batches, self.num_grafted), selection_flops_estimated(
+                context.model, batches, passes=0
+            )
+        ids = by_reconstruction(context.model, batches, self.num_grafted, self.calibration_stride)
+        return ids, selection_flops_estimated(context.model, batches, self.num_grafted, self.calibration_stride)
 
-    def calibration(self, bench: Bench) -> list[Batch]:
+    def calibration(self, context: ClientContext) -> list[Batch]:
         """What is selected by, in batches of the run's size.
 
         Raises:
             BadData: there is nothing.
         """
         if self.public_text is not None:
-            examples = pieces(public(self.public_text), self.calibration_examples, is_encoder_decoder(bench.model))
+            examples = pieces(public(self.public_text), self.calibration_examples, is_encoder_decoder(context.model))
         else:
-            examples = of_each_task(bench.data.train, self.calibration_examples)
+            examples = stratified_first_n(context.data.train, self.calibration_examples)
         if not examples:
             raise BadData(
-                f"client {bench.client.name} has no training examples to select its experts by; give it some, or leave it out"
+                f"client {context.client.name} has no training examples to select its experts by; give it some, or leave it out"
             )
-        size = bench.training.batch_size
-        return [bench.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size)]
+        size = context.training.batch_size
+        return [context.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """What is shared: the mean by examples."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedexperts.methods.adapters import Ranks, at_rank, rank_for, set_aside
 from fedexperts.methods.base import by_examples, mean_rows, train_assigned
 from fedexperts.moe import factors
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class FlexLoRA:
     """
 
     ranks: Ranks | None = None
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """Raises:
@@ -36,8 +36,8 @@ class FlexLoRA:
         """
         return at_rank(server, rank_for(server, client, self.ranks, "flexlora"))
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return train_assigned(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """All that is no adapter is the mean by examples (ours)."""
@@ -50,5 +50,5 @@ class FlexLoRA:
         rank = factors.rank_of(server.weights)
         found: dict[str, Tensor] = {}
         for a, b in factors.pairs(server.weights).items():
-            found[b], found[a] = factors.best(stack[b], stack[a], rank)
+            found[b], found[a] = factors.truncated_svd(stack[b], stack[a], rank)
         return replace(merged, weights={**merged.weights, **found})

@@ -12,9 +12,9 @@ import torch
 
 from fedexperts.core.training import fit, install
 from fedexperts.methods.adapters import Ranks, rank_for
-from fedexperts.methods.base import answer, by_examples, heard, mean_rows, of
+from fedexperts.methods.base import answer, by_examples, mean_rows, of, tee_without_weights
 from fedexperts.moe import factors, rows
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Tensors, Update, size
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update, size
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class FLoRA:
     """
 
     ranks: Ranks | None = None
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """What is trained besides adapters; the client's rank; what its base lacks.
@@ -40,39 +40,41 @@ class FLoRA:
         """
         rank = torch.tensor(rank_for(server, client, self.ranks, "flora"))
         names = frozenset(server.weights) - factors.rank_axes(server.weights).keys()
-        return Assignment(server.anatomy.all_experts, names, extra={"rank": rank, **missed(server.memory, server.round, client)})
+        return Assignment(
+            server.anatomy.all_experts, names, extra={"rank": rank, **missed(server.method_state, server.round, client)}
+        )
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """Fresh adapters, A drawn from the job's seed, on the base as it now is; all of both goes up."""
-        model = install(job, bench)
-        bench.kept.update(factors.base_change(job.extra, bench.kept))
-        fitted = fit(model, bench, seed=job.seed)
+        model = install(job, context)
+        context.client_state.update(factors.base_change(job.extra, context.client_state))
+        fitted = fit(model, context, seed=job.seed)
         trained = rows.read(model)
-        return answer(job, bench, model, fitted, extra={f"stack/{name}": trained[name] for name in factors.rank_axes(trained)})
+        return answer(job, context, model, fitted, extra={f"stack/{name}": trained[name] for name in factors.rank_axes(trained)})
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """The round's stack, and what there is of it to add. All that is no adapter is the mean by examples (ours)."""
         notes: list[Update] = []
-        merged = mean_rows(server, heard(updates, notes), by_examples)
+        merged = mean_rows(server, tee_without_weights(updates, notes), by_examples)
         if not notes:
             return merged
         stack = factors.stacked([(by_examples(note), of("stack", note.extra)) for note in notes])
-        change = factors.base_change(named("stack", stack), server.memory)
+        change = factors.base_change(named("stack", stack), server.method_state)
         has = {f"has/{note.client}": torch.tensor(server.round - 1) for note in notes}
-        memory = {**server.memory, **change, **named(f"stack/{server.round}", stack), **has}
-        return replace(merged, memory=without_long_past(memory, server.round))
+        method_state = {**server.method_state, **change, **named(f"stack/{server.round}", stack), **has}
+        return replace(merged, method_state=without_long_past(method_state, server.round))
 
 
 def named(kind: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def missed(memory: Tensors, newest: int, client: Client) -> dict[str, torch.Tensor]:
+def missed(method_state: Tensors, newest: int, client: Client) -> dict[str, torch.Tensor]:
     """The stacks, joined to one, of the rounds that the base of `client` lacks; or the whole sum, where not all are there."""
-    has, forgotten = int(memory.get(f"has/{client.name}", 0)), int(memory.get("forgotten", 0))
+    has, forgotten = int(method_state.get(f"has/{client.name}", 0)), int(method_state.get("forgotten", 0))
     if has < forgotten:
-        return named("change", of("change", memory))
-    stacks = [stack for round in range(has + 1, newest + 1) if (stack := of(f"stack/{round}", memory))]
+        return named("change", of("change", method_state))
+    stacks = [stack for round in range(has + 1, newest + 1) if (stack := of(f"stack/{round}", method_state))]
     return named("stack", joined(stacks)) if stacks else {}
 
 
@@ -81,15 +83,15 @@ def joined(stacks: Sequence[Tensors]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([stack[name] for stack in stacks], axis) for name, axis in factors.rank_axes(stacks[0]).items()}
 
 
-def without_long_past(memory: Tensors, newest: int) -> dict[str, torch.Tensor]:
-    """`memory` without the stacks of rounds that, with all after them, take more bytes than the sum; the last is `forgotten`."""
-    most, bytes_since = size(of("change", memory)), 0
-    forgotten = int(memory.get("forgotten", 0))
+def without_long_past(method_state: Tensors, newest: int) -> dict[str, torch.Tensor]:
+    """`method_state` without the stacks of rounds that, with all after, take more bytes than the sum; the last is `forgotten`."""
+    most, bytes_since = size(of("change", method_state)), 0
+    forgotten = int(method_state.get("forgotten", 0))
     for round in range(newest, forgotten, -1):
-        bytes_since += size(of(f"stack/{round}", memory))
+        bytes_since += size(of(f"stack/{round}", method_state))
         if bytes_since > most:
             forgotten = round
             break
     past = tuple(f"stack/{round}/" for round in range(forgotten + 1))
-    kept = {key: tensor for key, tensor in memory.items() if not key.startswith(past)}
+    kept = {key: tensor for key, tensor in method_state.items() if not key.startswith(past)}
     return {**kept, "forgotten": torch.tensor(forgotten)}

@@ -17,7 +17,7 @@ from fedexperts.methods.adapters import Ranks, at_rank, rank_for, set_aside
 from fedexperts.methods.base import Share, Weight, answer, by_examples, mean_rows, train_assigned
 from fedexperts.moe import factors
 from fedexperts.moe.rows import RowMean
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class HetLoRA:
     aggregate: Literal["sparsity", "examples"] = "sparsity"
     prune: Weight = 0.005
     decay: Share = 0.99
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The adapters truncated to the client's rank: the one it last sent, else where it starts.
@@ -44,17 +44,17 @@ class HetLoRA:
             BadValue: no adapters, or a rank that cannot be.
         """
         start = rank_for(server, client, self.ranks, "hetlora")
-        return at_rank(server, int(server.memory.get(f"rank/{client.name}", start)))
+        return at_rank(server, int(server.method_state.get(f"rank/{client.name}", start)))
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """Local steps on F_k + λ ‖B[:, γr:]‖·‖A[γr:]‖; where that product is less than it was, these ranks are cut off."""
         low = lower(self.decay, job.patch.tensors)
         if not self.prune or low == int(job.extra["rank"]):
-            return train_assigned(job, bench)
-        model = install(job, bench)
+            return train_assigned(job, context)
+        model = install(job, context)
         before = tail(model, low).item()
-        fitted = fit(model, bench, seed=job.seed, penalty=lambda model: self.prune * tail(model, low))
-        update = answer(job, bench, model, fitted)
+        fitted = fit(model, context, seed=job.seed, penalty=lambda model: self.prune * tail(model, low))
+        update = answer(job, context, model, fitted)
         if tail(model, low).item() >= before:
             return update
         pruned = replace(update.patch, tensors=factors.cut(update.patch.tensors, low))
@@ -85,8 +85,8 @@ class HetLoRA:
             stays = torch.arange(most) >= highest[a][:, None]  # rows × ranks
             found[a] = torch.where(stays[:, :, None], server.weights[a], found[a])
             found[b] = torch.where(stays[:, None, :], server.weights[b], found[b])
-        memory = {**server.memory, **{f"rank/{client}": torch.tensor(rank) for client, rank in ranks.items()}}
-        return replace(merged, weights={**merged.weights, **found}, memory=memory)
+        method_state = {**server.method_state, **{f"rank/{client}": torch.tensor(rank) for client, rank in ranks.items()}}
+        return replace(merged, weights={**merged.weights, **found}, method_state=method_state)
 
 
 def lower(decay: float, tensors: Tensors) -> int:

@@ -17,7 +17,7 @@ from fedexperts.methods.submodel import by_block, unmask
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy
 from fedexperts.moe.importance import Importance, at_random, importance, select
 from fedexperts.moe.routing import Recorder
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class HFedMoE:
     absolute_floor: Weight | None = None  # τ itself, in place of usage_floor
     aggregate: Literal["selective+weighted router", "selective", "fedavg"] = "selective+weighted router"
     alpha: Literal["client", "layer"] = "client"
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The whole model, and C_k.
@@ -52,9 +52,9 @@ class HFedMoE:
         limit = {} if self.select == "none" else {"budget": torch.tensor(budget_for(server, client, self.budget))}
         return Assignment(server.anatomy.all_experts, extra=limit)
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """The client's round: (3) to (5), (14) and (15) on each batch; then S_k, and its preference for each layer."""
-        model = install(job, bench)
+        model = install(job, context)
         shape = anatomy(model)
         budget = int(job.extra.get("budget", shape.num_experts))
         batches: list[Importance] = []
@@ -64,11 +64,13 @@ class HFedMoE:
             batches.append(importance(recorder, self.mean_share, self.redundancy))
             reached.append(batches[-1].picked > 0)
 
-        def reach(recorder: Recorder) -> Experts:
+        def select_experts(recorder: Recorder) -> Experts:
             reached[-1] = reached[0] if self.refresh == "round" and reached[1:] else self.chosen(batches, shape, budget, job.seed)
             return unmask(shape, reached[-1])
 
-        fitted = fit(model, bench, seed=job.seed, watch=watch, reach=reach if budget < shape.num_experts else None)
+        fitted = fit(
+            model, context, seed=job.seed, watch=watch, select_experts=select_experts if budget < shape.num_experts else None
+        )
 
         tokens = torch.stack([batch.tokens for batch in batches])
         usage = (tokens * torch.stack([batch.usage for batch in batches]).double()).sum(0) / tokens.sum(0).clamp(min=1)  # (16)
@@ -78,7 +80,7 @@ class HFedMoE:
         sent = qualified & torch.stack(reached).any(0)
 
         extra = {"usage": usage.float(), "preference": torch.stack([part.sum() for part in preference.values()])}
-        update = answer(job, bench, model, fitted, extra, None if self.aggregate == "fedavg" else unmask(shape, sent))
+        update = answer(job, context, model, fitted, extra, None if self.aggregate == "fedavg" else unmask(shape, sent))
         per_step = [float(part.sum(1).double().mean()) for part in torch.stack(reached).split(sizes(shape), 1)]
         told = {"reached": per_step, "qualified": int(qualified.sum()), "sent": int(sent.sum())}
         return replace(update, metrics={**update.metrics, **told})

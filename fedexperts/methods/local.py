@@ -7,7 +7,7 @@ from typing import ClassVar
 from fedexperts.methods.base import Count
 from fedexperts.methods.personal import train_and_keep
 from fedexperts.methods.submodel import same_for_all
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Local:
     """
 
     experts_per_layer: Count | None = None
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return Assignment(same_for_all(server, client, self.experts_per_layer), names=frozenset())
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return train_and_keep(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return train_and_keep(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         for _ in updates:

@@ -12,7 +12,7 @@ from fedexperts.methods.base import answer
 from fedexperts.moe import rows
 from fedexperts.moe.rows import Layout
 from fedexperts.moe.tuning import PROJECTIONS, Part
-from fedexperts.types import Bench, Cost, Job, Server, Update
+from fedexperts.types import ClientContext, Cost, Job, Server, Update
 
 Personal = Annotated[tuple[Part, ...], Field(min_length=1)]
 """A hyperparameter that names the parts of the model whose trained weights stay with each client."""
@@ -58,17 +58,17 @@ def with_projection(names: Iterable[str], kind: str) -> set[str]:
     return {name.partition(f".{alias}.")[0] for name in names for alias in PROJECTIONS[kind] if f".{alias}." in name}
 
 
-def train_and_keep(job: Job, bench: Bench) -> Update:
+def train_and_keep(job: Job, context: ClientContext) -> Update:
     """Train what was sent and what the client has of its own, together; send back the one and keep the other."""
-    model = install(job, bench)
-    update = answer(job, bench, model, fit(model, bench, seed=job.seed))
-    keep(job, bench, model)
+    model = install(job, context)
+    update = answer(job, context, model, fit(model, context, seed=job.seed))
+    keep(job, context, model)
     return update
 
 
-def keep(job: Job, bench: Bench, model: nn.Module) -> None:
+def keep(job: Job, context: ClientContext, model: nn.Module) -> None:
     """What `model` trained that did not come with `job` becomes what the client goes on from and is scored with."""
-    bench.kept.update({name: tensor for name, tensor in rows.read(model).items() if name not in job.patch.tensors})
+    context.client_state.update({name: tensor for name, tensor in rows.read(model).items() if name not in job.patch.tensors})
 
 
 def one_after_the_other(*costs: Cost) -> Cost:

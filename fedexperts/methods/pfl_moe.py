@@ -16,7 +16,7 @@ from fedexperts.methods.base import Budget, answer, budget_for, by_examples, mea
 from fedexperts.methods.submodel import unmask
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.importance import at_random, select
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class PFLMoE:
     """
 
     budget: Budget | None = None
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The whole model, and the subset.
@@ -42,13 +42,13 @@ class PFLMoE:
         subset = select(scores, torch.ones_like(scores), sizes, budget)
         return Assignment(server.anatomy.all_experts, extra={"budget": torch.tensor(budget), "subset": subset})
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """The subset and all that is no expert; a client whose subset is everything trains as in FedAvg."""
-        model = install(job, bench)
+        model = install(job, context)
         subset = unmask(anatomy(model), job.extra["subset"])
         limited = not job.extra["subset"].all()
-        fitted = fit(model, bench, seed=job.seed, reach=(lambda _: subset) if limited else None)
-        return answer(job, bench, model, fitted, experts=subset)
+        fitted = fit(model, context, seed=job.seed, select_experts=(lambda _: subset) if limited else None)
+        return answer(job, context, model, fitted, experts=subset)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """An expert is the mean, by examples, over those in whose subset it is."""

@@ -10,15 +10,15 @@ import torch
 from fedexperts.errors import BadValue
 from fedexperts.methods.base import all_experts, by_examples, mean_rows, of_experts, patch_for, train_assigned
 from fedexperts.moe import factors
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
 class RandomExpert:
     """The same expert for all clients and rounds, drawn from the run's seed; no other has an adapter, or sends one."""
 
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained, but of the experts' adapters only those of the chosen.
@@ -38,8 +38,8 @@ class RandomExpert:
         patch = of_experts(patch_for(server, whole), server.layout, chosen)
         return replace(whole, extra={"adapted": adapted}, patch=patch)
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return train_assigned(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

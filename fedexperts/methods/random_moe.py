@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fedexperts.methods.base import Count, Share, by_examples, mean_rows, train_assigned
 from fedexperts.methods.submodel import at_random
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class RandomMoE:
 
     experts_per_layer: Count | None = None
     reserve: Share = 0.7
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         rng = Random(f"{server.seed}/{client.name}/experts")
         return Assignment(at_random(server, client, self.reserve, self.experts_per_layer, rng))
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return train_assigned(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

@@ -15,7 +15,7 @@ from fedexperts.core.training import fit, install
 from fedexperts.methods.base import Count, add_gradient, answer, by_examples, mean_rows, of
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe import rows
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,24 @@ class Scaffold:
     """
 
     experts_per_layer: Count | None = None
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The experts, and the rows of c that go with them (line 5)."""
         experts = same_for_all(server, client, self.experts_per_layer)
-        control, _ = rows.cut(of("control", server.memory), server.layout, experts)
+        control, _ = rows.cut(of("control", server.method_state), server.layout, experts)
         return Assignment(experts, extra=controls(control))
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """The local steps (lines 7 to 11), then c_k⁺ (line 12), which it keeps (line 14), and Δc_k, which it sends (line 13).
 
         c_k⁺ is the mean over the steps of g as it was before the correction. For plain SGD this is the paper's option II,
         (x − y_k) / (K·η) − c + c_k; unlike that formula it holds for any optimiser (ours). Clipping comes after the correction.
         """
-        model = install(job, bench)
+        model = install(job, context)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in job.patch.tensors.items()}
-        shared, own = zeros | of("control", job.extra), zeros | of("control", bench.kept)  # c, c_k
+        shared, own = zeros | of("control", job.extra), zeros | of("control", context.client_state)  # c, c_k
         correction = {name: shared[name] - own[name] for name in zeros}
         total = {name: tensor.clone() for name, tensor in zeros.items()}
         summing, correcting = rows.paired(model, total), rows.paired(model, correction)
@@ -56,19 +56,21 @@ class Scaffold:
                     summed += parameter.grad
                 add_gradient(parameter, added)
 
-        fitted = fit(model, bench, seed=job.seed, after_backward=correct, beside=[*total.values(), *correction.values()])
+        fitted = fit(model, context, seed=job.seed, after_backward=correct, beside=[*total.values(), *correction.values()])
 
-        moved = {name: total[name] / bench.training.local_steps - own[name] for name in zeros}  # Δc_k
-        bench.kept.update(controls({name: own[name] + moved[name] for name in zeros}))  # as the server will add it, to the bit
-        return answer(job, bench, model, fitted, extra=controls(moved))
+        moved = {name: total[name] / context.training.local_steps - own[name] for name in zeros}  # Δc_k
+        context.client_state.update(
+            controls({name: own[name] + moved[name] for name in zeros})
+        )  # as the server will add it, to the bit
+        return answer(job, context, model, fitted, extra=controls(moved))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """x: the mean by examples, as in FedAvg (ours; line 16 weighs clients alike). c moves by (1/N) Σ Δc_k (line 17)."""
         sums: dict[str, Tensor] = {}
         merged = mean_rows(server, adding_up(updates, server.weights, sums), by_examples)
-        before = {name: torch.zeros_like(server.weights[name]) for name in sums} | of("control", server.memory)
+        before = {name: torch.zeros_like(server.weights[name]) for name in sums} | of("control", server.method_state)
         control = {name: (before[name] + sums[name] / len(server.clients)).to(before[name].dtype) for name in sums}
-        return replace(merged, memory={**server.memory, **controls(control)})
+        return replace(merged, method_state={**server.method_state, **controls(control)})
 
 
 def controls(tensors: Tensors) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fedexperts.moe.flops import flops_estimated
 from fedexperts.moe.importance import importance
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.routing import Recorder, gating_entropy
-from fedexperts.types import Assignment, Bench, Client, Cost, Job, Patch, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Cost, Job, Patch, Server, Update
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class SEERMoE:
 
     counting: Literal["hard", "soft"] = "hard"
     entropy: Weight = 0.01
-    before: ClassVar[tuple[str, ...]] = ("count",)
-    pooled: ClassVar[bool] = False
+    setup_tasks: ClassVar[tuple[str, ...]] = ("count",)
+    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
         """To count: the whole model, where the memory holds its weights and a training step's activations, more than counting
@@ -48,7 +48,7 @@ class SEERMoE:
         """
         require_minimum(server, client)
         if server.task != "count":
-            return Assignment(search(server, client, by_block(server.anatomy, server.memory["counts"]), reserve=1.0))
+            return Assignment(search(server, client, by_block(server.anatomy, server.method_state["counts"]), reserve=1.0))
         needed = server.footprint.frozen_bytes + server.footprint.activation_bytes
         able = [each.name for each in server.clients.values() if each.memory_bytes is None or each.memory_bytes >= needed]
         if not able:
@@ -58,28 +58,28 @@ class SEERMoE:
             )
         return all_experts(server) if client.name in able else None
 
-    def train(self, job: Job, bench: Bench) -> Update:
+    def train(self, job: Job, context: ClientContext) -> Update:
         """Stage 1 counts. Stage 2 trains the pruned model, gating entropy added to the loss."""
-        model = install(job, bench)
+        model = install(job, context)
         if job.task == "count":
-            counts, cost = self.count(model, bench)
-            return Update(job.client, job.round, job.task, Patch({}), examples(bench), {"counts": counts}, {}, cost)
-        fitted = fit(model, bench, seed=job.seed, watch=self.doubt if self.entropy else None)
-        return answer(job, bench, model, fitted)
+            counts, cost = self.count(model, context)
+            return Update(job.client, job.round, job.task, Patch({}), examples(context), {"counts": counts}, {}, cost)
+        fitted = fit(model, context, seed=job.seed, watch=self.doubt if self.entropy else None)
+        return answer(job, context, model, fitted)
 
     def doubt(self, recorder: Recorder) -> Tensor:
         """What the loss gets for routers that are undecided."""
         return self.entropy * gating_entropy(recorder)
 
-    def count(self, model: nn.Module, bench: Bench) -> tuple[Tensor, Cost]:
+    def count(self, model: nn.Module, context: ClientContext) -> tuple[Tensor, Cost]:
         """Heavy-hitters counting over the client's training examples, in one pass without gradients.
 
         A forward pass is a third of the operations of a step that trains the whole base.
         """
-        data, size = bench.data.train, bench.training.batch_size
-        batches = [bench.encoder.batch(data[start : start + size]) for start in range(0, len(data), size)]
+        data, size = context.data.train, context.training.batch_size
+        batches = [context.encoder.batch(data[start : start + size]) for start in range(0, len(data), size)]
         largest = max(batches, key=lambda batch: batch["input_ids"].numel() + batch["labels"].numel())
-        flops_of, counts, peak = flops_estimated(bench.model), torch.zeros((), dtype=torch.float64), 0
+        flops_of, counts, peak = flops_estimated(context.model), torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
             with MemoryMeter(model) if batch is largest else nullcontext() as meter:
                 counts = counts + self.counted(model, batch)
@@ -100,4 +100,4 @@ class SEERMoE:
         if server.task != "count":
             return mean_rows(server, updates, by_examples)
         found = [update.extra["counts"] for update in updates]
-        return replace(server, memory={"counts": torch.stack(found).sum(0)}) if found else server
+        return replace(server, method_state={"counts": torch.stack(found).sum(0)}) if found else server

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedexperts.methods.base import Positive, of
 from fedexperts.moe import graft
-from fedexperts.types import Assignment, Bench, Client, Job, Method, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Method, Server, Tensors, Update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """How much of what was there before a new value leaves."""
@@ -122,7 +122,7 @@ SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
 
 
 @dataclass(frozen=True)
-class Stepped:
+class WithServerOptimizer:
     """`method`, whose merge in each round becomes a step of `optimizer`. Stages before the rounds stay as they are.
 
     Δ is the merged weights minus those before, whatever weighing the method merges with. A row that the merge left as it was,
@@ -133,12 +133,12 @@ class Stepped:
     optimizer: ServerOptimizer
 
     @property
-    def before(self) -> tuple[str, ...]:
-        return self.method.before
+    def setup_tasks(self) -> tuple[str, ...]:
+        return self.method.setup_tasks
 
     @property
-    def pooled(self) -> bool:
-        return self.method.pooled
+    def centralized(self) -> bool:
+        return self.method.centralized
 
     @property
     def num_grafted(self) -> int:
@@ -147,27 +147,27 @@ class Stepped:
     def assign(self, server: Server, client: Client) -> Assignment | None:
         return self.method.assign(without_ours(server), client)
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return self.method.train(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return self.method.train(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         merged = self.method.merge(without_ours(server), updates)
         if server.task != "train":
             return merged
-        weights, memory = dict(merged.weights), {key: t for key, t in server.memory.items() if is_ours(key)}
+        weights, method_state = dict(merged.weights), {key: t for key, t in server.method_state.items() if is_ours(key)}
         for name, after in merged.weights.items():
             moved = rows_that_differ(server.weights[name], after)
             if moved.any():
                 state = self.remembered(server, name)
                 weights[name], state = self.stepped(server.weights[name], after, moved, state)
-                memory |= {f"{OURS}/{kind}/{name}": tensor for kind, tensor in state.items()}
-        return replace(merged, weights=weights, memory={**merged.memory, **memory})
+                method_state |= {f"{OURS}/{kind}/{name}": tensor for kind, tensor in state.items()}
+        return replace(merged, weights=weights, method_state={**merged.method_state, **method_state})
 
     def remembered(self, server: Server, name: str) -> dict[str, Tensor]:
         """m and v of the weight `name`, in float32, or what they start with."""
         shape = server.weights[name].shape
         start = {kind: torch.full(shape, value, dtype=torch.float32) for kind, value in self.optimizer.start.items()}
-        return {kind: of(f"{OURS}/{kind}", server.memory).get(name, fresh) for kind, fresh in start.items()}
+        return {kind: of(f"{OURS}/{kind}", server.method_state).get(name, fresh) for kind, fresh in start.items()}
 
     def stepped(self, before: Tensor, merged: Tensor, moved: Tensor, state: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
         """The weights and the state after a step of the rows `moved`; in float64 in between."""
@@ -180,7 +180,7 @@ class Stepped:
 
 def without_ours(server: Server) -> Server:
     """`server` with the memory that is the method's own."""
-    return replace(server, memory={key: tensor for key, tensor in server.memory.items() if not is_ours(key)})
+    return replace(server, method_state={key: tensor for key, tensor in server.method_state.items() if not is_ours(key)})
 
 
 def is_ours(key: str) -> bool:

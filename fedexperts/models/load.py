@@ -62,17 +62,17 @@ def load(name: str, trust_remote_code: bool = False) -> Base:
     """
     where = place(name)
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = asked_for(name, lambda: AutoConfig.from_pretrained(where, **code))
+    config = load_or_explain(name, lambda: AutoConfig.from_pretrained(where, **code))
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        blocks(asked_for(name, lambda: kind.from_config(config, **code)))  # raises before anything large is fetched
-    tokenizer = asked_for(name, lambda: AutoTokenizer.from_pretrained(where, **code))
+        blocks(load_or_explain(name, lambda: kind.from_config(config, **code)))  # raises before anything large is fetched
+    tokenizer = load_or_explain(name, lambda: AutoTokenizer.from_pretrained(where, **code))
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder that has none
         raise BadValue(
             f"model.name = {name!r} has no tokenizer that reads text; put the model's tokenizer files beside its weights"
         )
     with without_bars():
-        model = asked_for(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
+        model = load_or_explain(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
     choose_kernel(model)
     align(model)
     hashes = files_hash(where, WEIGHTS), files_hash(where, SETTINGS)
@@ -119,7 +119,7 @@ def own_folder(name: str) -> Path:
     return folder
 
 
-def asked_for(name: str, read: Callable[[], T]) -> T:
+def load_or_explain(name: str, read: Callable[[], T]) -> T:
     """What `read` gives, or why it cannot, in one sentence."""
     try:
         return read()

@@ -261,10 +261,10 @@ def train(model: OlmoeForCausalLM, feed: Feed, settings: PretrainSettings, rank:
                     loss = cross_entropy(model, batch)
                 uneven = balance_loss(recorder)
             optimizer.zero_grad()
-            cast("Any", loss + settings.balance * uneven).backward()
+            cast("Any", loss + settings.router_aux_loss_coef * uneven).backward()
             if settings.workers > 1:
                 average_gradients(model)
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
             optimizer.step()
             losses.append(loss.item())
             bar.update(steps, advance=1, loss=fmean(losses))

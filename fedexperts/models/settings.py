@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -18,7 +18,7 @@ from pydantic import (
 
 from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, SYNTHETIC
 from fedexperts.errors import nearest
-from fedexperts.io.toml import checked, read_tree
+from fedexperts.io.toml import checked, read_tree, with_new_names
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Width = Annotated[int, Field(gt=0, multiple_of=8)]  # grouped_mm wants rows of whole 16 bytes, in bf16 too
@@ -142,6 +142,10 @@ class Stream(Settings):
         return found
 
 
+RENAMED = {"balance": "router_aux_loss_coef", "clip": "max_grad_norm"}
+"""Former name of a setting → its name now."""
+
+
 class PretrainSettings(Settings):
     """A pretraining run; the same settings give the same bits on the same kind of machine."""
 
@@ -157,13 +161,19 @@ class PretrainSettings(Settings):
     decay: Share = 1.0  # part of the steps, the last ones, in which the rate falls along a cosine; before, it stays
     final_lr: Share = 0.05  # part of lr, at the end of the cosine
     weight_decay: NonNegativeFloat = 0.01
-    clip: PositiveFloat = 1.0
-    balance: NonNegativeFloat = 0.01  # weight of the load-balance loss
+    max_grad_norm: PositiveFloat = 1.0
+    router_aux_loss_coef: NonNegativeFloat = 0.01  # weight of the load-balance loss
     workers: PositiveInt = 1  # processes, each with its part of every batch
     threads: PositiveInt = 1  # of each
     precision: Literal["fp32", "bf16"] = "fp32"  # of the products; weights and optimiser stay fp32
     save_every: PositiveInt = 200  # steps, or a twentieth of all where that is less; a run that was stopped goes on from there
     measured: NonNegativeInt = 200  # test examples of each task, or held-out texts of each file, for the recipe
+
+    @model_validator(mode="before")
+    @classmethod
+    def former_names(cls, tree: Any) -> Any:
+        """Recipes of older versions call some settings otherwise."""
+        return with_new_names(tree, RENAMED) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def divides(self) -> Self:

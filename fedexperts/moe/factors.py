@@ -69,7 +69,7 @@ def stacked(parts: Sequence[tuple[float, Tensors]]) -> dict[str, Tensor]:
     return found
 
 
-def best(
+def truncated_svd(
     b: Float[Tensor, "rows out many"], a: Float[Tensor, "rows many in"], rank: int
 ) -> tuple[Float[Tensor, "rows out {rank}"], Float[Tensor, "rows {rank} in"]]:
     """B and A of this rank whose product is nearest to b a: U Σ and Vᵀ of its singular value decomposition, largest first.

@@ -138,7 +138,7 @@ def _to_target(settings: Settings, axis: m.Axis) -> Table:
         tuple(rows) if asked else (),
         note="Up to the first evaluated round in which a run's overall quality is that share of the target: the mean over the "
         "seeds that get there, and how many do. The target is the best final overall quality, as a mean over seeds, of the "
-        f"federated methods (local and centralised training set none): {told}. A perplexity is there when the target is that "
+        f"federated methods (local and centralized training set none): {told}. A perplexity is there when the target is that "
         f"share of it. {axis.note}".rstrip(),
     )
 

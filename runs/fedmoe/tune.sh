@@ -6,7 +6,7 @@ command=${1:-fedexperts}
 same="experts_per_layer=6"
 tries=""
 for lr in 1e-4 3e-4 1e-3; do
-  for method in fedmoe "random_moe:$same" "fedavg:$same" "fedprox:$same" "scaffold:$same" "local:$same" centralised; do
+  for method in fedmoe "random_moe:$same" "fedavg:$same" "fedprox:$same" "scaffold:$same" "local:$same" centralized; do
     tries="$tries$method:training.lr=$lr,"
   done
 done

@@ -80,7 +80,7 @@ def test_stages_before_the_rounds_count_in_the_time_of_the_run(tiny_tree, tmp_pa
 
 
 def test_one_place_with_all_data_is_no_device_and_has_no_clock(tiny_tree, tmp_path):
-    out = run(config(tiny_tree, "centralised", rounds=1, profile=SLOW, deadline_seconds=1e-9), tmp_path / "out")
+    out = run(config(tiny_tree, "centralized", rounds=1, profile=SLOW, deadline_seconds=1e-9), tmp_path / "out")
     assert [line["clock_seconds"] for line in lines(out / "rounds.jsonl")] == [None]
     assert {entry["clock_seconds"] for entry in lines(out / "ledger.jsonl")} == {None}
 
@@ -184,13 +184,15 @@ def test_a_trace_that_changed_meanwhile_is_noticed(tiny_tree, tmp_path):
 
 
 def test_a_comparison_shows_the_time_of_every_method_that_has_a_clock(tiny_tree, tmp_path, clocked):
-    pooled = run(config(tiny_tree, "centralised", profile=[FAST, SLOW, SLOW, SLOW]), tmp_path / "pooled", label="centralised")
-    found = report.write([clocked, pooled], html=tmp_path / "r.html", csv=tmp_path / "r.csv")
+    centralized = run(
+        config(tiny_tree, "centralized", profile=[FAST, SLOW, SLOW, SLOW]), tmp_path / "pooled", label="centralized"
+    )
+    found = report.write([clocked, centralized], html=tmp_path / "r.html", csv=tmp_path / "r.csv")
     comparison = next(table for table in found.tables if table.title == "Comparison")
     column = comparison.columns.index("virtual time (s)")
     cells = {row[0]: row[column] for row in comparison.rows}
     total = sum(line["clock_seconds"] for line in lines(clocked / "rounds.jsonl"))
-    assert cells == {"fedavg": f"{total:,.1f}", "centralised": "–"}
+    assert cells == {"fedavg": f"{total:,.1f}", "centralized": "–"}
     (line,) = [
         row
         for row in csv.DictReader(StringIO((tmp_path / "r.csv").read_text()))

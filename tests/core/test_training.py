@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import batches, cross_entropy, fit, install, of_each_task, seen, validate
+from fedexperts.core.training import batches, cross_entropy, fit, install, seen, stratified_first_n, validate
 from fedexperts.errors import BadData
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
@@ -19,7 +19,7 @@ from fedexperts.methods.base import patch_for, train_assigned
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_batch, tiny_model
-from fedexperts.types import Assignment, Bench, Example, Job
+from fedexperts.types import Assignment, ClientContext, Example, Job
 
 ROUTER = "model.layers.0.mlp.gate.weight"
 EXPERTS = {"model.layers.0.mlp": (0, 5), "model.layers.1.mlp": (1, 2, 3), "model.layers.2.mlp": tuple(range(8))}
@@ -31,9 +31,9 @@ def prepared(tiny_tree):
 
 
 @pytest.fixture
-def bench(prepared, tmp_path):
-    site = engine_for(prepared, tmp_path).site
-    return Bench(site.clients["c01"], site.model, site.data["c01"], site.encoder, site.training, {})
+def context(prepared, tmp_path):
+    runtime = engine_for(prepared, tmp_path).runtime
+    return ClientContext(runtime.clients["c01"], runtime.model, runtime.data["c01"], runtime.encoder, runtime.training, {})
 
 
 def job(prepared, experts=EXPERTS, seed="s"):
@@ -44,102 +44,104 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_installed_model_holds_what_was_sent(prepared, bench):
+def test_an_installed_model_holds_what_was_sent(prepared, context):
     sent = job(prepared)
     doubled = replace(sent, patch=replace(sent.patch, tensors={name: 2 * t for name, t in sent.patch.tensors.items()}))
-    assert equal(rows.read(install(doubled, bench)), doubled.patch.tensors)
+    assert equal(rows.read(install(doubled, context)), doubled.patch.tensors)
 
 
-def test_what_the_client_kept_takes_the_place_of_what_was_sent(prepared, bench):
+def test_what_the_client_kept_takes_the_place_of_what_was_sent(prepared, context):
     kept = {ROUTER: torch.full((2, 32), 7.0), "of another method": torch.ones(1)}
-    held = rows.read(install(job(prepared), replace(bench, kept=kept)))
+    held = rows.read(install(job(prepared), replace(context, client_state=kept)))
     assert torch.equal(held[ROUTER], kept[ROUTER])
     assert kept.keys() == {ROUTER, "of another method"}
 
 
-def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepared, bench):
-    tuned = replace(bench, training=replace(bench.training, tuning=Tuning(parts=("router",))))
+def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepared, context):
+    tuned = replace(context, training=replace(context.training, tuning=Tuning(parts=("router",))))
     whole = prepared.server.anatomy.all_experts
     sent = Job("c01", 1, "train", "s", whole, patch_for(prepared.server, Assignment(whole, frozenset({ROUTER}))))
     model = install(sent, tuned)
-    base = dict(bench.model.named_parameters())
+    base = dict(context.model.named_parameters())
     shared = {name: p.data_ptr() == base[name].data_ptr() for name, p in model.named_parameters()}
     assert shared == {name: not name.endswith("gate.weight") for name in base}
     assert sum(not each for each in shared.values()) == 3
 
 
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
-def test_training_never_writes_the_base(prepared, bench, tuning):
-    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
-    tuned = replace(bench, training=replace(bench.training, tuning=tuning))
+def test_training_never_writes_the_base(prepared, context, tuning):
+    before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
+    tuned = replace(context, training=replace(context.training, tuning=tuning))
     model = install(replace(job(prepared), patch=replace(job(prepared).patch, tensors={}, rows={})), tuned)
     started = rows.read(model)
     fit(model, tuned, seed="s")
     assert not equal(rows.read(model), started)
-    assert equal(dict(bench.model.named_parameters()), before)
+    assert equal(dict(context.model.named_parameters()), before)
 
 
-def test_the_same_job_gives_the_same_bits_and_another_seed_gives_others(prepared, bench):
-    one, again, other = (train_assigned(job(prepared, seed=seed), bench) for seed in ("a", "a", "b"))
+def test_the_same_job_gives_the_same_bits_and_another_seed_gives_others(prepared, context):
+    one, again, other = (train_assigned(job(prepared, seed=seed), context) for seed in ("a", "a", "b"))
     assert equal(one.patch.tensors, again.patch.tensors)
     assert one.metrics == again.metrics
     assert not equal(one.patch.tensors, other.patch.tensors)
 
 
-def test_fit_counts_what_it_did(prepared, bench):
-    fitted = fit(install(job(prepared), bench), bench, seed="s", steps=3)
-    chosen = [bench.encoder.batch(batch) for batch in batches(bench.data.train, 2, 3, "s")]
+def test_fit_counts_what_it_did(prepared, context):
+    fitted = fit(install(job(prepared), context), context, seed="s", steps=3)
+    chosen = [context.encoder.batch(batch) for batch in batches(context.data.train, 2, 3, "s")]
     assert fitted.cost.tokens == sum(int(batch["attention_mask"].sum()) for batch in chosen)
     assert fitted.cost.flops_estimated > 0
     trained = sum(tensor.nbytes for tensor in job(prepared).patch.tensors.values())
     assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides
 
 
-def test_fit_counts_whom_each_token_was_routed_to_where_routers_are_looked_at(prepared, bench):
-    fitted = fit(install(job(prepared), bench), bench, seed="s", steps=3)
+def test_fit_counts_whom_each_token_was_routed_to_where_routers_are_looked_at(prepared, context):
+    fitted = fit(install(job(prepared), context), context, seed="s", steps=3)
     held, top_k = job(prepared).experts, {block: shape.top_k for block, shape in prepared.server.anatomy.blocks.items()}
     assert {block: len(counts) for block, counts in fitted.routed.items()} == {block: len(ids) for block, ids in held.items()}
     assert all(sum(fitted.routed[block]) == fitted.cost.tokens * min(top_k[block], len(ids)) for block, ids in held.items())
-    unseen = replace(bench, training=replace(bench.training, balance=0.0))
-    assert fit(install(job(prepared), bench), unseen, seed="s", steps=1).metrics.keys() == {"loss"}
-    watched = fit(install(job(prepared), bench), unseen, seed="s", steps=1, watch=lambda recorder: None)
+    unseen = replace(context, training=replace(context.training, router_aux_loss_coef=0.0))
+    assert fit(install(job(prepared), context), unseen, seed="s", steps=1).metrics.keys() == {"loss"}
+    watched = fit(install(job(prepared), context), unseen, seed="s", steps=1, watch=lambda recorder: None)
     assert watched.metrics.keys() == {"loss", "routed"}
 
 
-def test_the_peak_counts_what_a_method_holds_beside_the_model(prepared, bench):
+def test_the_peak_counts_what_a_method_holds_beside_the_model(prepared, context):
     held = [torch.zeros(1000), torch.zeros(10, 100)]
-    plain, more = (fit(install(job(prepared), bench), bench, seed="s", steps=2, beside=each) for each in ([], held))
+    plain, more = (fit(install(job(prepared), context), context, seed="s", steps=2, beside=each) for each in ([], held))
     assert more.cost.peak_bytes == plain.cost.peak_bytes + 8000
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, bench, place):
-    short = fit(install(job(prepared), bench), bench, seed="s", steps=4).cost.peak_bytes
-    long = replace(bench.data.train[0], prompt="a rather long prompt " * 3)
-    one_at_a_time = replace(bench, training=replace(bench.training, batch_size=1))
-    order = [example for (example,) in batches(bench.data.train, 1, 4, "s")]
-    train = [long if example is order[place + 1] else example for example in bench.data.train]
-    peak = fit(install(job(prepared), bench), replace(one_at_a_time, data=replace(bench.data, train=train)), seed="s", steps=4)
-    plain = fit(install(job(prepared), bench), one_at_a_time, seed="s", steps=4)
+def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, context, place):
+    short = fit(install(job(prepared), context), context, seed="s", steps=4).cost.peak_bytes
+    long = replace(context.data.train[0], prompt="a rather long prompt " * 3)
+    one_at_a_time = replace(context, training=replace(context.training, batch_size=1))
+    order = [example for (example,) in batches(context.data.train, 1, 4, "s")]
+    train = [long if example is order[place + 1] else example for example in context.data.train]
+    peak = fit(
+        install(job(prepared), context), replace(one_at_a_time, data=replace(context.data, train=train)), seed="s", steps=4
+    )
+    plain = fit(install(job(prepared), context), one_at_a_time, seed="s", steps=4)
     assert peak.cost.peak_bytes > plain.cost.peak_bytes
     assert short > plain.cost.peak_bytes  # two at a time take more than one
 
 
-def test_the_first_loss_is_that_of_the_model_that_was_sent(prepared, bench):
-    plain = replace(bench, training=replace(bench.training, label_smoothing=0.0, balance=0.0))
+def test_the_first_loss_is_that_of_the_model_that_was_sent(prepared, context):
+    plain = replace(context, training=replace(context.training, label_smoothing=0.0, router_aux_loss_coef=0.0))
     model = install(job(prepared), plain)
     (first,) = batches(plain.data.train, 2, 1, "s")
     expected = float(cross_entropy(model, plain.encoder.batch(first)).detach())
     assert fit(model, plain, seed="s", steps=1).loss == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_clipped(prepared, bench):
+def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_clipped(prepared, context):
     norms = []
 
     def look(model):
         norms.append(max(float(p.grad.norm()) for p in model.parameters() if p.requires_grad))
 
-    clipped = replace(bench, training=replace(bench.training, clip=1e-6))
+    clipped = replace(context, training=replace(context.training, max_grad_norm=1e-6))
     plain = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, after_backward=look)
     fined = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, penalty=lambda model: torch.tensor(5.0))
     assert fined.loss == pytest.approx(plain.loss + 5.0, abs=1e-5)
@@ -147,34 +149,34 @@ def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_cl
     assert norms[0] > 1e-3
 
 
-def test_fit_learns_what_it_sees(prepared, bench):
-    data = replace(bench.data, train=bench.data.train[:1], validation=bench.data.train[:1])
-    one = replace(bench, data=data, training=replace(bench.training, lr=1e-2))
+def test_fit_learns_what_it_sees(prepared, context):
+    data = replace(context.data, train=context.data.train[:1], validation=context.data.train[:1])
+    one = replace(context, data=data, training=replace(context.training, lr=1e-2))
     model = install(job(prepared), one)
     before = validate(model, one).loss
     fit(model, one, seed="s", steps=15)
     assert validate(model, one).loss < before / 2
 
 
-def test_the_validation_loss_is_the_mean_over_the_tokens_of_all_responses(prepared, bench):
+def test_the_validation_loss_is_the_mean_over_the_tokens_of_all_responses(prepared, context):
     """By hand: each example alone, no padding, the sum of -log p of its response tokens."""
-    chosen = bench.data.train[:5]  # batches of 2, 2 and 1, of unequal lengths
+    chosen = context.data.train[:5]  # batches of 2, 2 and 1, of unequal lengths
     assert len({len(example.response) for example in chosen}) > 1
-    model = install(job(prepared), bench)
+    model = install(job(prepared), context)
     total, count = 0.0, 0
     for example in chosen:
-        batch = bench.encoder.batch([example])
+        batch = context.encoder.batch([example])
         logits = model(input_ids=batch["input_ids"]).logits[0].detach().double()
         for place in range(1, batch["labels"].shape[1]):
             if batch["labels"][0, place] != -100:
                 total -= float(functional.log_softmax(logits[place - 1], -1)[batch["input_ids"][0, place]])
                 count += 1
     assert count == sum(len(example.response) + 1 for example in chosen)  # a token a letter, and the end
-    assert validate(model, bench, chosen).loss == pytest.approx(total / count, rel=1e-5)
+    assert validate(model, context, chosen).loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_token_once(prepared, bench):
-    few = replace(bench, training=replace(bench.training, validation_examples=1))
+def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_token_once(prepared, context):
+    few = replace(context, training=replace(context.training, validation_examples=1))
     model = install(job(prepared), few)
     found = validate(model, few)
     tokens = int(few.encoder.batch(few.data.validation[:1])["attention_mask"].sum())
@@ -185,7 +187,7 @@ def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_t
 @given(tasks=st.lists(st.sampled_from("abc"), max_size=30), number=st.integers(0, 40))
 def test_some_examples_are_of_each_task_the_first_and_as_many_as_its_share(tasks, number):
     given = [Example(str(place), "", task) for place, task in enumerate(tasks)]
-    found = of_each_task(given, number)
+    found = stratified_first_n(given, number)
     assert len(found) == min(number, len(given))
     assert found == [example for example in given if example in found]
     for task in set(tasks):
@@ -234,9 +236,9 @@ def few(recorder):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, bench, optimizer):
-    bench = replace(bench, training=replace(bench.training, optimizer=optimizer, weight_decay=0.1))
-    model = install(whole_job(prepared), bench)
+def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, context, optimizer):
+    context = replace(context, training=replace(context.training, optimizer=optimizer, weight_decay=0.1))
+    model = install(whole_job(prepared), context)
     before, chosen = rows.read(model), {}
 
     def reach(recorder):
@@ -244,7 +246,7 @@ def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, bench,
             chosen.setdefault(block, set()).update(ids)
         return few(recorder)
 
-    fit(model, bench, seed="s", reach=reach)
+    fit(model, context, seed="s", select_experts=reach)
     after, layout = rows.read(model), rows.layout(model)
     moved = {name: {i for i, row in enumerate(after[name]) if not torch.equal(row, before[name][i])} for name in after}
     experts = {name: block for name, block in layout.items() if block and "experts" in name}
@@ -252,27 +254,27 @@ def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, bench,
     assert all(moved[name] for name in after.keys() - experts.keys()), "routers and all that is dense move"
 
 
-def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches(prepared, bench):
-    model, other = install(whole_job(prepared), bench), install(whole_job(prepared), bench)
-    sgd = replace(bench, training=replace(bench.training, optimizer="sgd", lr=0.1))
+def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches(prepared, context):
+    model, other = install(whole_job(prepared), context), install(whole_job(prepared), context)
+    sgd = replace(context, training=replace(context.training, optimizer="sgd", lr=0.1))
     plain = fit(model, sgd, seed="s")
-    reached = fit(other, sgd, seed="s", reach=lambda recorder: prepared.server.anatomy.all_experts)
+    reached = fit(other, sgd, seed="s", select_experts=lambda recorder: prepared.server.anatomy.all_experts)
     assert reached.loss == pytest.approx(plain.loss, abs=1e-5)
     ours, theirs = rows.read(other), rows.read(model)
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
 
 
-def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, bench):
+def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, context):
     costs = []
     for reach in (None, lambda recorder: prepared.server.anatomy.all_experts, few):
-        costs.append(fit(install(whole_job(prepared), bench), bench, seed="s", reach=reach).cost)
+        costs.append(fit(install(whole_job(prepared), context), context, seed="s", select_experts=reach).cost)
     full, whole, one = costs
     assert one.peak_bytes < min(whole.peak_bytes, full.peak_bytes)
     assert one.flops_estimated < full.flops_estimated == whole.flops_estimated
 
 
-def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, bench):
-    bench = replace(bench, training=replace(bench.training, balance=0.0))
+def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, context):
+    context = replace(context, training=replace(context.training, router_aux_loss_coef=0.0))
     tokens = []
 
     def watch(recorder):
@@ -281,11 +283,11 @@ def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, be
         assert all(sum(len(each) for each in passes) == tokens[-1] for passes in recorder.logits.values())
         return 100.0 + 0.0 * next(iter(recorder.logits.values()))[0].sum()
 
-    model = install(whole_job(prepared), bench)
-    fitted = fit(model, bench, seed="s", watch=watch)
-    assert len(tokens) == bench.training.local_steps
+    model = install(whole_job(prepared), context)
+    fitted = fit(model, context, seed="s", watch=watch)
+    assert len(tokens) == context.training.local_steps
     assert sum(tokens) == fitted.cost.tokens
-    other = install(whole_job(prepared), bench)
-    plain = fit(other, bench, seed="s", watch=lambda recorder: None)
+    other = install(whole_job(prepared), context)
+    plain = fit(other, context, seed="s", watch=lambda recorder: None)
     assert fitted.loss == pytest.approx(plain.loss + 100.0, rel=1e-4)
     assert equal(rows.read(model), rows.read(other))

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from fedexperts.core import evaluation
 from fedexperts.data.clients import (
     Retained,
+    centralized,
     clients_from,
     clients_from_object,
     divide,
@@ -23,7 +24,6 @@ from fedexperts.data.clients import (
     load_pool,
     load_retained,
     make_clients,
-    pooled,
     without,
 )
 from fedexperts.data.partition import Partition, from_object
@@ -80,14 +80,14 @@ def test_repeats_never_leak(seed, number):
 
 
 def test_of_a_pair_across_train_and_test_the_test_example_stays():
-    pool = pooled([Example("A  b", "1", "t"), Example("c", "2", "t"), Example("C", "3", "t")], [Example("a B", "4", "t")])
+    pool = centralized([Example("A  b", "1", "t"), Example("c", "2", "t"), Example("C", "3", "t")], [Example("a B", "4", "t")])
     assert [example.response for example in pool.train] == ["2"]
     assert [example.response for example in pool.test] == ["4"]
     assert pool.left_out == 2
 
 
 def test_plain_texts_are_told_apart_by_their_text():
-    assert len(pooled([Example("", "one", "t"), Example("", "two", "t"), Example("", "One", "t")], []).train) == 2
+    assert len(centralized([Example("", "one", "t"), Example("", "two", "t"), Example("", "One", "t")], []).train) == 2
 
 
 def test_a_seed_gives_the_same_clients_again_and_another_seed_others():
@@ -176,7 +176,7 @@ def test_a_saved_partition_gives_the_same_clients(tmp_path):
     again = divide(load_pool(wanted), Partition.load(tmp_path / "partition.json"), wanted)
     assert again.manifest()["clients"] == clients.manifest()["clients"]
     with pytest.raises(BadData, match="made of other data"):
-        divide(pooled([], []), clients.partition, wanted)
+        divide(centralized([], []), clients.partition, wanted)
 
 
 def test_the_manifest_tells_how_each_task_is_asked():

@@ -8,37 +8,37 @@ import torch
 
 from fedexperts.config import RunConfig
 from fedexperts.deploy import client
-from fedexperts.deploy.client import Resident, alone
-from fedexperts.engines.client_store import Keeper
-from fedexperts.engines.message import Letter
+from fedexperts.deploy.client import ClientWorker, alone
+from fedexperts.engines.client_store import ClientStateStore
+from fedexperts.engines.message import Message
 from fedexperts.engines.remote import order
-from fedexperts.engines.serialization import answer_letter, read_answer
-from fedexperts.errors import BadLetter, Busy
+from fedexperts.engines.serialization import answer_message, read_answer
+from fedexperts.errors import BadMessage, Busy
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked
 from fedexperts.types import Failure, Job, Patch, Update
 
 
-class Machine(Resident):
+class Machine(ClientWorker):
     """A client whose work is to count its jobs; `keeps`: in what it keeps to itself."""
 
     keeps = True
 
-    def site(self, run):
-        return SimpleNamespace(keeper=Keeper(self.folder / "1" / "clients")), None
+    def runtime(self, run):
+        return SimpleNamespace(client_store=ClientStateStore(self.folder / "1" / "clients")), None
 
 
 @pytest.fixture
 def machine(tiny_tree, tmp_path, monkeypatch):
     """Machines by the name of their folder, all for the client c01."""
 
-    def answer(site, name, letter, told):
-        job = Job(**{**letter.head["job"], "patch": Patch({})})
-        site.keeper.drop_newer(name, letter.head["accepted"])
-        before = site.keeper.load(job).get("jobs", torch.tensor(0))
+    def answer(runtime, name, message, told):
+        job = Job(**{**message.head["job"], "patch": Patch({})})
+        runtime.client_store.drop_newer(name, message.head["accepted"])
+        before = runtime.client_store.load(job).get("jobs", torch.tensor(0))
         if Machine.keeps and job.task != "evaluate":
-            site.keeper.save(job, {"jobs": before + 1})
-        return answer_letter(Update(name, job.round, job.task, Patch({}), 1, metrics={"before": int(before)}))
+            runtime.client_store.save(job, {"jobs": before + 1})
+        return answer_message(Update(name, job.round, job.task, Patch({}), 1, metrics={"before": int(before)}))
 
     monkeypatch.setattr(client.remote, "answer", answer)
     monkeypatch.setattr(Machine, "keeps", True)
@@ -82,9 +82,9 @@ def test_who_keeps_nothing_has_nothing_to_lose(machine):
 
 @pytest.mark.parametrize("id", ["../../home", "/etc", "a/b", "..", "", {}])
 def test_a_run_whose_name_would_lead_elsewhere_is_refused(tiny_tree, tmp_path, id):
-    client = Resident("c01", checked(RunConfig, tiny_tree), tmp_path)
-    with pytest.raises(BadLetter, match="a run cannot be called"):
-        client.answer(Letter({"run": json.dumps({"id": id})}, {}))
+    client = ClientWorker("c01", checked(RunConfig, tiny_tree), tmp_path)
+    with pytest.raises(BadMessage, match="a run cannot be called"):
+        client.answer(Message({"run": json.dumps({"id": id})}, {}))
 
 
 def test_which_text_a_client_reads_is_not_the_servers_to_say(tiny_tree, tmp_path):
@@ -92,9 +92,9 @@ def test_which_text_a_client_reads_is_not_the_servers_to_say(tiny_tree, tmp_path
         method = {"name": "flex", "select": "shared", "public_text": path}
         return checked(RunConfig, {**tiny_tree, "method": method})
 
-    client = Resident("c01", shared("mine.txt"), tmp_path)
+    client = ClientWorker("c01", shared("mine.txt"), tmp_path)
     assert client.agreed(shared("/etc/passwd").resolved())["method"]["public_text"] == "mine.txt"
-    without = Resident("c01", checked(RunConfig, tiny_tree), tmp_path)
+    without = ClientWorker("c01", checked(RunConfig, tiny_tree), tmp_path)
     assert without.agreed(shared("/etc/passwd").resolved())["method"]["public_text"] is None
 
 

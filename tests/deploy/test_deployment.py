@@ -19,7 +19,7 @@ from fedexperts.deploy import server
 from fedexperts.deploy.deployment import Federation
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.processes import free_port
-from fedexperts.deploy.supervisor import Member
+from fedexperts.deploy.supervisor import SuperNodeSupervisor
 from fedexperts.errors import BadRun
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment import runner as runs
@@ -28,7 +28,7 @@ from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 
 NAMES = ("north", "east", "west")
-DEPLOYED = [name for name, method in METHODS.items() if not method.pooled]  # in a deployment data stay where they are
+DEPLOYED = [name for name, method in METHODS.items() if not method.centralized]  # in a deployment data stay where they are
 ROUNDS = 2
 MORE = 3  # where something is killed after the first, and comes back
 
@@ -109,7 +109,7 @@ def require_same(deployment, out, local, rounds=ROUNDS):
 @pytest.mark.parametrize("method", DEPLOYED)
 def test_a_run_ends_with_the_same_bits_and_the_same_ledger_as_on_the_local_engine(deployment, method):
     require_same(deployment, *deployment.run(method))
-    assert [deployment.loads(name) for name in NAMES] == [1, 1, 1]  # for the first letter, and never again
+    assert [deployment.loads(name) for name in NAMES] == [1, 1, 1]  # for the first message, and never again
 
 
 def killing(deployment, out, word, round):
@@ -182,10 +182,10 @@ def test_a_client_whose_key_the_server_has_not_never_gets_in(deployment):
 
 def test_a_client_with_another_authority_does_not_join(deployment, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    member = Member("north", f"localhost:{deployment.port}", tmp_path / "home", tmp_path / "north", [], print)
+    member = SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path / "home", tmp_path / "north", [], print)
     with pytest.raises(BadRun, match="does not vouch for"):
         member.knocks()
-    assert Member("north", f"localhost:{deployment.port}", tmp_path, deployment.keys / "north", [], print).knocks()
+    assert SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path, deployment.keys / "north", [], print).knocks()
 
 
 def test_plaintext_is_refused(deployment):

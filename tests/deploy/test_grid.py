@@ -1,7 +1,7 @@
 """A message over the wire piece by piece: as it was, and never all of it twice."""
 
 import pytest
-from flwr.app import Message
+from flwr.app import Message as FlowerMessage
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse, PushAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
@@ -10,7 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedexperts.deploy import grid
 from fedexperts.engines.flower.codec import from_records, to_records
-from fedexperts.engines.message import Letter
+from fedexperts.engines.message import Message
 
 LARGE = bytes(12_000_000)  # three pieces of Flower's, of which two are equal
 PARTS = {"a": b"1" * 12_000_000, "b": b"2" * 10, "c": LARGE, "d": LARGE}
@@ -53,16 +53,16 @@ def lent(monkeypatch):
     return lent
 
 
-def message(parts):
-    return Message(to_records(Letter({"it": "says"}, dict(parts))), 3, "query")
+def flower_message(parts):
+    return FlowerMessage(to_records(Message({"it": "says"}, dict(parts))), 3, "query")
 
 
 @pytest.mark.parametrize("parts", [PARTS, {}, {"b": b"2" * 10}], ids=["large", "empty", "small"])
 def test_what_is_pulled_is_what_was_pushed(lent, parts):
-    assert lent.push_messages([message(parts)]) == ["m1"]
+    assert lent.push_messages([flower_message(parts)]) == ["m1"]
     (pulled,) = lent.pull_messages(["m1"])
-    letter = from_records(pulled.content)
-    assert (letter.head, letter.parts) == ({"it": "says"}, parts)
+    message = from_records(pulled.content)
+    assert (message.head, message.parts) == ({"it": "says"}, parts)
     assert pulled.metadata.message_id == "m1"
     assert lent._client.confirmed == ["m1"]
 
@@ -72,13 +72,13 @@ def test_only_some_objects_are_ready_to_be_sent_at_a_time(lent, monkeypatch):
     push = grid.push_objects
     monkeypatch.setattr(grid, "push_objects", lambda some, send: groups.append(len(some)) or push(some, send))
     monkeypatch.setattr(grid, "AT_ONCE", 2)
-    lent.push_messages([message(PARTS)])
+    lent.push_messages([flower_message(PARTS)])
     assert max(groups) == 2
     assert sum(groups) == len(lent._client.objects)
 
 
 def test_what_the_other_side_has_already_is_not_sent_again(lent):
-    sent = message(PARTS)
+    sent = flower_message(PARTS)
     lent.push_messages([sent])
     known = set(lent._client.objects)
     lent._client.known, lent._client.objects = known, {}
@@ -87,7 +87,7 @@ def test_what_the_other_side_has_already_is_not_sent_again(lent):
 
 
 def test_a_message_of_which_a_piece_is_missing_is_no_message(lent):
-    lent.push_messages([message(PARTS)])
+    lent.push_messages([flower_message(PARTS)])
     del lent._client.objects[max(lent._client.objects, key=lambda name: len(lent._client.objects[name]))]
     with pytest.raises(ObjectPullError):
         lent.pull_messages(["m1"])
@@ -95,7 +95,7 @@ def test_a_message_of_which_a_piece_is_missing_is_no_message(lent):
 
 
 def test_a_message_that_has_come_and_is_none_is_not_kept_for_ever(lent):
-    lent.push_messages([message(PARTS)])
+    lent.push_messages([flower_message(PARTS)])
     del lent._client.tree.children[:]  # its table of contents does not fit it
     with pytest.raises(KeyError):
         lent.pull_messages(["m1"])

@@ -14,8 +14,8 @@ from test_engine import FakeGrid, identity  # noqa: F401  # the second is a fixt
 from fedexperts.config import RunConfig
 from fedexperts.data.clients import Counts
 from fedexperts.deploy import server
-from fedexperts.deploy.client import Resident
-from fedexperts.engines.client_store import Keeper
+from fedexperts.deploy.client import ClientWorker
+from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.flower.engine import FlowerEngine
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadRun, BadValue
@@ -58,7 +58,7 @@ class Federation:
 
     def __init__(self, residents, home, keys=tuple(ROWS)):
         self.residents, self.home = residents, home
-        self.grid = FakeGrid(lambda letter, name: residents[name].answer(letter), tuple(residents))
+        self.grid = FakeGrid(lambda message, name: residents[name].answer(message), tuple(residents))
         self.grid.get_nodes = lambda: [SimpleNamespace(node_id=node, last_activated_at="") for node in self.grid.get_node_ids()]
         self.names = dict(enumerate(keys, 1))
 
@@ -69,7 +69,7 @@ class Federation:
 def federation(tree, files, folder, **settings):
     config = checked(RunConfig, tree)
     residents = {
-        name: Resident(name, config, folder / name, files[name], {"memory_gb": 2 if name == "north" else 1}) for name in ROWS
+        name: ClientWorker(name, config, folder / name, files[name], {"memory_gb": 2 if name == "north" else 1}) for name in ROWS
     }
     return Federation(residents, folder / "flower", **settings)
 
@@ -107,7 +107,10 @@ def test_a_client_exports_its_own_model_where_its_data_and_what_it_keeps_are(tre
     )
     folder = Path(shutil.copytree(out, tmp_path / "copied"))
     export(folder, tmp_path / "model", "north", kept=tmp_path / "north")
-    found, own = load(tmp_path / "model").state_dict(), Keeper(tmp_path / "north" / (out / "id").read_text() / "clients")
+    found, own = (
+        load(tmp_path / "model").state_dict(),
+        ClientStateStore(tmp_path / "north" / (out / "id").read_text() / "clients"),
+    )
     kept = load_file(own.versions("north")[-1])
     same = [name for name, tensor in kept.items() if name in found and torch.equal(found[name], tensor[0])]
     assert len(same) > 3
@@ -204,7 +207,7 @@ def test_the_clients_own_run_file_says_where_files_are_and_the_servers_how_to_tr
 def test_a_client_that_cannot_take_part_says_why(tree, tmp_path, change, name, data, sentence):
     config = checked(RunConfig, {**tree, "data": {**tree["data"], **change}})
     with pytest.raises(BadValue, match=sentence):
-        Resident(name, config, tmp_path, data)
+        ClientWorker(name, config, tmp_path, data)
 
 
 def test_a_run_file_whose_clients_bring_their_data_does_not_run_without_them(tree, tmp_path):
@@ -230,5 +233,5 @@ def test_settings_of_own_data_that_cannot_be_are_said(tree, change, sentence):
 
 def test_a_method_that_pools_data_is_refused(tree, files, tmp_path):
     with pytest.raises(BadValue, match="in one place"):
-        serve({**tree, "method": {"name": "centralised"}}, tmp_path, federation(tree, files, tmp_path))
+        serve({**tree, "method": {"name": "centralized"}}, tmp_path, federation(tree, files, tmp_path))
     assert not (tmp_path / "out").exists()

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from test_engine import CLIENTS, Bench, identity, jobs  # noqa: F401  # a fixture among them
+from test_engine import CLIENTS, ClientContext, identity, jobs  # noqa: F401  # a fixture among them
 
 from fedexperts.engines.flower.client_app import client_app
-from fedexperts.engines.remote import Greeting, greeting_letter
+from fedexperts.engines.remote import Greeting, greeting_message
 from fedexperts.types import Failure, Update
 
 
@@ -14,19 +14,19 @@ def outcomes(answers):
 
 
 def test_a_client_that_connects_anew_in_the_middle_of_its_job_fails_in_it_and_answers_the_next(tmp_path):
-    bench = Bench(tmp_path)
-    since = dict.fromkeys(bench.grid.get_node_ids(), "first")
-    engine = bench.engine(since=lambda: dict(since), poll_seconds=0)
+    context = ClientContext(tmp_path)
+    since = dict.fromkeys(context.grid.get_node_ids(), "first")
+    engine = context.engine(since=lambda: dict(since), poll_seconds=0)
     engine.connect()
 
     def lose(reply):
         since[2] = "second"
         return []
 
-    bench.grid.change[2] = lose
+    context.grid.change[2] = lose
     answered = dict.fromkeys(CLIENTS, "answered")
     assert outcomes(engine.run(jobs())) == {**answered, "c02": "it connected anew in the middle of its job"}
-    del bench.grid.change[2]
+    del context.grid.change[2]
     again = list(engine.run(jobs(round=2)))
     assert outcomes(again) == answered
     (second,) = (answer for answer in again if answer.client == "c02")
@@ -34,13 +34,13 @@ def test_a_client_that_connects_anew_in_the_middle_of_its_job_fails_in_it_and_an
 
 
 def test_a_client_that_was_away_is_asked_again_who_it_is_and_what_it_says_is_told_once(tmp_path):
-    bench, said = Bench(tmp_path), []
-    engine = bench.engine(tell=said.append, poll_seconds=0)
+    context, said = ClientContext(tmp_path), []
+    engine = context.engine(tell=said.append, poll_seconds=0)
     engine.connect()
     assert sorted(said[-4:]) == [f"{name} is there" for name in CLIENTS]
-    app = bench.grid.apps.pop(3)
+    app = context.grid.apps.pop(3)
     engine.greet()
-    bench.grid.apps[3] = app
+    context.grid.apps[3] = app
     before = len(said)
     engine.greet()
     engine.greet()
@@ -49,13 +49,13 @@ def test_a_client_that_was_away_is_asked_again_who_it_is_and_what_it_says_is_tol
 
 def test_a_client_that_was_refused_and_connects_anew_is_asked_again_though_nobody_saw_it_go(tmp_path):
     """One that is killed is taken for connected for some time."""
-    bench, since = Bench(tmp_path), {}
-    honest, other = bench.grid.apps[3], greeting_letter(Greeting(replace(CLIENTS["c03"], examples=7), None, {}))
-    bench.grid.apps[3] = client_app(lambda letter, _: other)
-    engine = bench.engine(since=lambda: dict(since), poll_seconds=0)
+    context, since = ClientContext(tmp_path), {}
+    honest, other = context.grid.apps[3], greeting_message(Greeting(replace(CLIENTS["c03"], examples=7), None, {}))
+    context.grid.apps[3] = client_app(lambda message, _: other)
+    engine = context.engine(since=lambda: dict(since), poll_seconds=0)
     engine.connect(seconds=0, fewest=3)
     assert set(engine.refused) == {3}
-    bench.grid.apps[3] = honest
+    context.grid.apps[3] = honest
     engine.greet()
     assert "c03" not in engine.nodes
     since[3] = "anew"
@@ -64,9 +64,9 @@ def test_a_client_that_was_refused_and_connects_anew_is_asked_again_though_nobod
 
 
 def test_nodes_whose_keys_are_known_are_their_clients_and_no_others(tmp_path):
-    bench, said = Bench(tmp_path), []
+    context, said = ClientContext(tmp_path), []
     names = dict(enumerate(["c02", "c01", "c03", "c04"], 1))
-    engine = bench.engine(names=names, tell=said.append, poll_seconds=0)
+    engine = context.engine(names=names, tell=said.append, poll_seconds=0)
     engine.connect(seconds=0, fewest=0)
     while len(engine.refused) + len(engine.nodes) < 4:
         engine.greet()

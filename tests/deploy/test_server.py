@@ -58,7 +58,7 @@ def test_a_client_is_told_that_the_server_has_gone_and_else_what_its_supernode_s
 
 
 def test_a_method_that_pools_data_is_refused_before_anything_starts(fedexperts, run_file, tmp_path):
-    told = ("--out", tmp_path / "out", "--insecure", "--set", "method.name=centralised")
+    told = ("--out", tmp_path / "out", "--insecure", "--set", "method.name=centralized")
     code, _, err = fedexperts("server", run_file, *told)
     assert (code, "in one place" in err) == (2, True)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.flower").exists()

@@ -1,4 +1,4 @@
-"""Letters over a socket to the process that stays, and how little the process needs that Flower starts for each."""
+"""Messages over a socket to the process that stays, and how little the process needs that Flower starts for each."""
 
 import os
 import socket
@@ -10,8 +10,8 @@ from threading import Thread
 import pytest
 
 from fedexperts.deploy.socket_rpc import PARENT, answered, ask, exactly, listening, receive, send
-from fedexperts.engines.message import Letter, to_bytes
-from fedexperts.errors import BadLetter, BadValue
+from fedexperts.engines.message import Message, to_bytes
+from fedexperts.errors import BadMessage, BadValue
 
 LARGE = bytes(range(256)) * 20_000  # several pieces
 
@@ -37,20 +37,20 @@ def worker(path, *lives):
             thread.join()
 
 
-def echo(letter):
-    return Letter({"said": letter.head["say"]}, letter.parts)
+def echo(message):
+    return Message({"said": message.head["say"]}, message.parts)
 
 
-def refuse(letter):
-    raise BadValue(f"{letter.head['say']} is not to be had")
+def refuse(message):
+    raise BadValue(f"{message.head['say']} is not to be had")
 
 
-LETTER = Letter({"say": "hello"}, {"a": LARGE, "b": b""})
+LETTER = Message({"say": "hello"}, {"a": LARGE, "b": b""})
 
 
 def test_a_letter_gets_its_answer_whole(tmp_path):
     with worker(tmp_path / "s", echo):
-        assert ask(str(tmp_path / "s"), LETTER) == Letter({"said": "hello"}, LETTER.parts)
+        assert ask(str(tmp_path / "s"), LETTER) == Message({"said": "hello"}, LETTER.parts)
 
 
 def test_only_its_owner_can_reach_the_socket(tmp_path):
@@ -59,7 +59,7 @@ def test_only_its_owner_can_reach_the_socket(tmp_path):
 
 
 def test_a_refusal_comes_back_as_its_sentence(tmp_path):
-    with worker(tmp_path / "s", refuse), pytest.raises(BadLetter, match=r"^hello is not to be had$"):
+    with worker(tmp_path / "s", refuse), pytest.raises(BadMessage, match=r"^hello is not to be had$"):
         ask(str(tmp_path / "s"), LETTER)
 
 
@@ -74,7 +74,7 @@ def test_when_the_worker_dies_of_a_letter_the_next_one_gets_it(tmp_path):
 
 
 def test_a_letter_that_ends_two_workers_is_given_up(tmp_path):
-    with worker(tmp_path / "s", None, None), pytest.raises(BadLetter, match="died 2 times"):
+    with worker(tmp_path / "s", None, None), pytest.raises(BadMessage, match="died 2 times"):
         ask(str(tmp_path / "s"), LETTER)
 
 

@@ -23,8 +23,8 @@ from fedexperts.deploy.bundle import bundle, contents, require_ours
 from fedexperts.deploy.deployment import Federation, Lent
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.superlink import OnDisk, OthersAreNodes, Places
-from fedexperts.deploy.supervisor import Member
-from fedexperts.errors import BadLetter, BadRun, BadValue
+from fedexperts.deploy.supervisor import SuperNodeSupervisor
+from fedexperts.errors import BadMessage, BadRun, BadValue
 
 
 def status(client, path, host="10.0.0.1"):
@@ -153,7 +153,7 @@ def test_an_app_that_is_not_ours_is_refused(change):
         "a file twice": packed([*files, files[0]]),
         "no file of that kind": b"import os",
     }[change]
-    with pytest.raises(BadLetter, match="will not be run"):
+    with pytest.raises(BadMessage, match="will not be run"):
         require_ours(changed)
 
 
@@ -170,16 +170,16 @@ def test_without_keys_nothing_but_this_machine_is_served_or_joined(tmp_path, hos
     with pytest.raises(BadValue, match="--insecure"):
         Federation(tmp_path, host=host, port=9092, keys=None)
     with pytest.raises(BadValue, match="--insecure"):
-        Member("north", f"{host}:9092", tmp_path, None, [], print)
+        SuperNodeSupervisor("north", f"{host}:9092", tmp_path, None, [], print)
 
 
 def test_what_is_missing_of_keys_or_an_address_is_said(tmp_path):
     with pytest.raises(BadValue, match=r"has no ca\.pem"):
         Federation(tmp_path, port=9092, keys=tmp_path)
     with pytest.raises(BadValue, match=r"has no ca\.pem"):
-        Member("north", "10.0.0.1:9092", tmp_path, tmp_path, [], print)
+        SuperNodeSupervisor("north", "10.0.0.1:9092", tmp_path, tmp_path, [], print)
     with pytest.raises(BadValue, match="host:port"):
-        Member("north", "10.0.0.1", tmp_path, tmp_path, [], print)
+        SuperNodeSupervisor("north", "10.0.0.1", tmp_path, tmp_path, [], print)
 
 
 @pytest.fixture
@@ -202,14 +202,14 @@ def server():
 
 def test_a_server_that_ends_while_a_client_asks_is_asked_again(server, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    member = Member("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    member = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
     server.says.append(b"")
     assert not member.knocks()
 
 
 def test_a_server_without_tls_is_refused(server, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    member = Member("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    member = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
     server.says.append(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(BadRun, match="does not speak TLS"):
         member.knocks()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import held_against, in_order, outline
+from fedexperts.engines.base import outline, reorder_and_validate, validate_update
 from fedexperts.errors import Leak
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.testing import bare_server
@@ -24,7 +24,7 @@ def update(tensors, rows=None, job=JOB, **more):
 
 def reason(answer, job=JOB):
     """Why `answer` is none, where all that is known of its job is the outline."""
-    found = held_against(outline(job), answer)
+    found = validate_update(outline(job), answer)
     return found.reason if isinstance(found, Failure) else None
 
 
@@ -40,7 +40,7 @@ def reason(answer, job=JOB):
     ],
 )
 def test_what_fits_passes_as_it_is(answer):
-    assert held_against(outline(JOB), answer) is answer
+    assert validate_update(outline(JOB), answer) is answer
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_adapters_of_a_rank_that_cannot_be_are_a_failure(tensors, said):
 
 def test_a_weight_that_was_not_in_the_job_is_no_mere_failure():
     with pytest.raises(Leak):
-        held_against(outline(JOB), update({"own": torch.ones(1)}))
+        validate_update(outline(JOB), update({"own": torch.ones(1)}))
 
 
 def test_a_failure_passes():
     failed = Failure("c01", 1, "train", "no")
-    assert held_against(outline(JOB), failed) is failed
+    assert validate_update(outline(JOB), failed) is failed
 
 
 def test_the_server_goes_on_without_an_update_that_does_not_fit_whichever_engine_brought_it():
@@ -125,7 +125,7 @@ def test_the_server_goes_on_without_an_update_that_does_not_fit_whichever_engine
             yield Update(job.client, 1, "train", Patch({"d": sent[job.client]}), 10)
 
     ledger = Ledger()
-    merged = mean_rows(server, ledger.received(in_order(engine, ledger.sent(jobs))), by_examples)
+    merged = mean_rows(server, ledger.received(reorder_and_validate(engine, ledger.sent(jobs))), by_examples)
     assert merged.weights["d"].tolist() == [[3.0, 3.0]]
     assert [entry.failed for entry in ledger.entries] == [
         None,

@@ -11,8 +11,8 @@ import torch
 from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import require_shared
-from fedexperts.engines.client_store import Keeper
-from fedexperts.engines.local import LocalEngine, Site
+from fedexperts.engines.client_store import ClientStateStore
+from fedexperts.engines.local import ClientRuntime, LocalEngine
 from fedexperts.errors import Leak
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
@@ -31,13 +31,13 @@ SOME = "model.layers.0.mlp.gate.weight"
 class Obeys:
     """Does what the job's task says, whatever the client."""
 
-    before: tuple[str, ...] = ()
-    pooled = False
+    setup_tasks: tuple[str, ...] = ()
+    centralized = False
 
     def assign(self, server, client):
         return all_experts(server)
 
-    def train(self, job, bench):
+    def train(self, job, context):
         if job.task == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if job.task == "die of a long answer":  # in the middle of sending it
@@ -49,18 +49,18 @@ class Obeys:
         if job.task == "send its own":
             return replace(answer(job), patch=Patch({"own": torch.ones(1)}))
         if job.task == "keep nonsense":
-            bench.kept["w"] = torch.tensor([float("nan")])
+            context.client_state["w"] = torch.tensor([float("nan")])
             return answer(job)
         if job.task == "keep and send nonsense":
-            bench.kept["w"] = torch.ones(1)
+            context.client_state["w"] = torch.ones(1)
             return answer(job, extra={"w": torch.tensor([float("inf")])})
         if job.task == "look":
-            shared = all(parameter.is_shared() for parameter in bench.model.parameters())
-            seen = float(bench.model.get_parameter(SOME).detach()[0, 0])
+            shared = all(parameter.is_shared() for parameter in context.model.parameters())
+            seen = float(context.model.get_parameter(SOME).detach()[0, 0])
             return answer(job, {"pid": os.getpid(), "shared": shared, "seen": seen, "threads": torch.get_num_threads()})
-        update = FedAvg().train(job, bench)
+        update = FedAvg().train(job, context)
         if job.task == "keep":
-            bench.kept.update(update.patch.tensors)
+            context.client_state.update(update.patch.tensors)
         return update
 
     def merge(self, server, updates):
@@ -100,7 +100,7 @@ def two(prepared, tmp_path_factory):
 def federated(prepared, running, task):
     """The last server and what stood in the ledger, seconds aside, of one stage of `task` and two rounds."""
     ledger, entries, servers = Ledger(), [], []
-    for server in federate(prepared.server, Obeys(before=(task,)), running, ledger, rounds=2, clients_per_round=3):
+    for server in federate(prepared.server, Obeys(setup_tasks=(task,)), running, ledger, rounds=2, clients_per_round=3):
         servers.append(server)
         entries += [replace(entry, seconds=0.0) for entry in ledger.entries]
         ledger.clear()
@@ -116,7 +116,7 @@ def test_two_workers_give_the_same_bits_the_same_ledger_and_the_same_kept_state_
     assert len(entries) == 4 + 3 + 3
     assert all(entry.failed is None and entry.bytes_up > 0 and entry.tokens > 0 for entry in entries)
     for client in prepared.server.clients:
-        held, held_beside = (running.site.keeper.load(*jobs("train", [client], round=3)) for running in (one, two))
+        held, held_beside = (running.runtime.client_store.load(*jobs("train", [client], round=3)) for running in (one, two))
         assert held.keys() == held_beside.keys() == prepared.server.weights.keys()
         assert all(torch.equal(held[name], held_beside[name]) for name in held)
 
@@ -126,7 +126,7 @@ def job_of(prepared, client, task, round):
 
 
 def test_workers_look_at_one_base_in_shared_memory(two):
-    base = two.site.model.get_parameter(SOME)
+    base = two.runtime.model.get_parameter(SOME)
     before = base.detach().clone()
     try:
         base.detach()[0, 0] = 42.0
@@ -189,7 +189,7 @@ def test_nothing_of_a_personal_expert_leaves_beside_the_weights_either(name):
 
 
 def test_a_client_whose_own_state_cannot_be_read_fails_alone(one):
-    folder = one.site.keeper.folder / "c01"
+    folder = one.runtime.client_store.folder / "c01"
     folder.mkdir(parents=True)
     (folder / "000000-train.safetensors").write_bytes(b"nonsense")
     broken, sound = one.run(jobs("look", ["c01", "c02"]))
@@ -201,13 +201,13 @@ def test_a_client_never_keeps_a_number_that_is_not_finite(one):
     (found,) = one.run(jobs("keep nonsense", ["c01"]))
     assert isinstance(found, Failure)
     assert found.reason == "what it keeps to itself holds NaN or infinity in w"
-    assert one.site.keeper.versions("c01") == []
+    assert one.runtime.client_store.versions("c01") == []
 
 
 def test_what_a_client_keeps_beside_an_update_that_cannot_be_used_is_not_saved(one):
     (found,) = one.run(jobs("keep and send nonsense", ["c01"]))
     assert isinstance(found, Update), "it is the ledger that leaves it out, and counts its bytes"
-    assert one.site.keeper.versions("c01") == []
+    assert one.runtime.client_store.versions("c01") == []
 
 
 def test_no_job_starts_far_ahead_of_the_oldest_that_is_not_answered(two):
@@ -233,14 +233,16 @@ def phimoe_site(tmp_path):
     split = Split([Example("a", "b", "t")] * 4, [], [])
     model = tiny_model("phimoe", router_jitter_noise=0.1)
     client = Client("c01", 4)
-    return Site(model, Encodes(), Training(local_steps=2), {"c01": client}, {"c01": split}, train_assigned, Keeper(tmp_path))
+    return ClientRuntime(
+        model, Encodes(), Training(local_steps=2), {"c01": client}, {"c01": split}, train_assigned, ClientStateStore(tmp_path)
+    )
 
 
 def test_a_router_that_draws_random_numbers_draws_the_same_for_the_same_job(tmp_path):
     """PhiMoE's, in training."""
-    site = phimoe_site(tmp_path)
-    weights = Patch(rows.read(site.model))
-    with LocalEngine(site) as running:
+    runtime = phimoe_site(tmp_path)
+    weights = Patch(rows.read(runtime.model))
+    with LocalEngine(runtime) as running:
         experts = {f"model.layers.{layer}.mlp": tuple(range(8)) for layer in range(3)}
         found = []
         for state, seed in ((1, "a"), (2, "a"), (1, "b")):
@@ -255,7 +257,7 @@ def test_a_router_that_draws_random_numbers_draws_the_same_for_the_same_job(tmp_
 
 def test_training_leaves_the_base_as_it_was(prepared, one):
     base = {name: parameter.detach().clone() for name, parameter in prepared.base.model.named_parameters()}
-    (update,) = one.run([replace(job_of(prepared, "c01", "train", 1), patch=Patch(rows.read(one.site.model)))])
+    (update,) = one.run([replace(job_of(prepared, "c01", "train", 1), patch=Patch(rows.read(one.runtime.model)))])
     assert isinstance(update, Update)
     assert not torch.equal(update.patch.tensors[SOME], base[SOME])
     assert all(torch.equal(parameter, base[name]) for name, parameter in prepared.base.model.named_parameters())

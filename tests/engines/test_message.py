@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from fedexperts.engines.message import PROTOCOL, Letter, digest, from_bytes, to_bytes
-from fedexperts.errors import BadLetter
+from fedexperts.engines.message import PROTOCOL, Message, digest, from_bytes, to_bytes
+from fedexperts.errors import BadMessage
 
-LETTER = Letter({"client": "c01", "é": [1, None]}, {"a": b"12345", "b": b"", "c": b"\x00\xff"})
+LETTER = Message({"client": "c01", "é": [1, None]}, {"a": b"12345", "b": b"", "c": b"\x00\xff"})
 
 
 def test_a_letter_comes_out_of_its_bytes_as_it_went_in():
@@ -17,14 +17,14 @@ def test_a_letter_comes_out_of_its_bytes_as_it_went_in():
 def test_a_letter_that_is_cut_off_anywhere_is_refused():
     data = to_bytes(LETTER)
     for length in range(len(data)):
-        with pytest.raises(BadLetter, match="was cut off"):
+        with pytest.raises(BadMessage, match="was cut off"):
             from_bytes(data[:length])
 
 
 def test_another_protocol_is_refused_with_what_to_do():
-    data = to_bytes(Letter({}, {}))
+    data = to_bytes(Message({}, {}))
     manifest = json.dumps({**json.loads(data[8:]), "protocol": 99, "version": "9.9"}).encode()
-    with pytest.raises(BadLetter, match=rf"protocol 99 \(FedExperts 9\.9\), and this side speaks {PROTOCOL} .*install the same"):
+    with pytest.raises(BadMessage, match=rf"protocol 99 \(FedExperts 9\.9\), and this side speaks {PROTOCOL} .*install the same"):
         from_bytes(len(manifest).to_bytes(8, "big") + manifest)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fedexperts.engines.client_store import Keeper
+from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.errors import BadRun
 from fedexperts.experiment import checkpoint
 from fedexperts.io import files
@@ -20,7 +20,7 @@ START = Server({"w": torch.zeros(2, 3)}, {"w": "mlp"}, Anatomy({"mlp": BlockShap
 
 def server(round, task="train"):
     weights = {"w": torch.full((2, 3), float(round)), "half": torch.ones(1, 2, dtype=torch.bfloat16)}
-    return replace(START, weights=weights, memory={"held/c01": torch.tensor([True, False])}, round=round, task=task)
+    return replace(START, weights=weights, method_state={"held/c01": torch.tensor([True, False])}, round=round, task=task)
 
 
 def log(folder, text):
@@ -34,7 +34,7 @@ def test_a_server_comes_back_as_it_was_saved(tmp_path):
     assert (back.round, back.task) == (3, "train")
     assert back.weights["w"].tolist() == [[3.0] * 3] * 2
     assert back.weights["half"].dtype == torch.bfloat16
-    assert back.memory["held/c01"].tolist() == [True, False]
+    assert back.method_state["held/c01"].tolist() == [True, False]
     assert back.layout == START.layout
 
 
@@ -76,13 +76,13 @@ def test_what_a_client_kept_of_an_answer_that_did_not_count_may_go(tmp_path):
     """It answered round 2 too late, and dropped what it had kept of it when it heard so in round 3."""
     lines = [{"client": "c01", "round": round, "task": task, "failed": why} for round, task, why in LEDGER]
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    keeper = Keeper(tmp_path / "clients")
+    client_store = ClientStateStore(tmp_path / "clients")
     for round in (1, 2):
         files.write_tensors(tmp_path / "clients/c01" / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
     assert checkpoint.accepted(tmp_path) == {"c01": "000001-train"}
     assert checkpoint.accepted(tmp_path, 0) == {}
     checkpoint.save(tmp_path, server(2), checkpoint.accepted(tmp_path))
-    keeper.drop_newer("c01", "000001-train")
+    client_store.drop_newer("c01", "000001-train")
     checkpoint.require_kept(tmp_path)
 
 
@@ -122,8 +122,12 @@ def test_an_older_checkpoint_that_was_removed_half_way_does_not_count(tmp_path):
 
 def test_tensors_of_one_memory_are_saved_as_two(tmp_path):
     even = torch.ones(4)
-    checkpoint.save(tmp_path, replace(server(1), memory={"p/c01": even, "p/c02": even, "p/c03": even[1:]}))
-    assert [tensor.tolist() for tensor in checkpoint.load(tmp_path, START).memory.values()] == [[1.0] * 4, [1.0] * 4, [1.0] * 3]
+    checkpoint.save(tmp_path, replace(server(1), method_state={"p/c01": even, "p/c02": even, "p/c03": even[1:]}))
+    assert [tensor.tolist() for tensor in checkpoint.load(tmp_path, START).method_state.values()] == [
+        [1.0] * 4,
+        [1.0] * 4,
+        [1.0] * 3,
+    ]
 
 
 def test_a_full_disk_is_an_error_of_the_disk_and_what_was_there_stays(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from fedexperts.config import RunConfig
 from fedexperts.core import evaluation
 from fedexperts.data.clients import key
 from fedexperts.errors import BadRun
-from fedexperts.experiment.client_task import bits, laid_over
+from fedexperts.experiment.client_task import apply_update, bits
 from fedexperts.experiment.runner import run
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked
@@ -188,7 +188,7 @@ def test_before_aggregation_clients_of_one_round_differ_and_the_last_scores_of_a
 
 
 def test_one_place_with_all_data_is_scored_as_its_clients_whatever_is_asked(tiny_tree, tmp_path):
-    out = run(config(tiny_tree, "centralised", rounds=1, score="before_aggregation"), tmp_path / "out")
+    out = run(config(tiny_tree, "centralized", rounds=1, score="before_aggregation"), tmp_path / "out")
     assert {row["client"] for row in of(lines(out), round=1)} == {None, "c01", "c02", "c03", "c04"}
 
 
@@ -196,13 +196,13 @@ def test_rows_that_go_back_lie_over_those_that_came():
     came = Patch({"w": torch.tensor([[1.0], [2.0], [3.0]]), "dense": torch.tensor([[5.0]])}, {"w": torch.tensor([1, 4, 6])})
     job = Job("a", 1, "train", "s", {}, came)
     back = Patch({"w": torch.tensor([[9.0]]), "dense": torch.tensor([[7.0]])}, {"w": torch.tensor([4])})
-    found = laid_over(job, Update("a", 1, "train", back, examples=1))
+    found = apply_update(job, Update("a", 1, "train", back, examples=1))
     assert found.task == "evaluate"
     assert found.patch.tensors["w"].flatten().tolist() == [1.0, 9.0, 3.0]
     assert found.patch.tensors["dense"].item() == 7.0
     assert came.tensors["w"].flatten().tolist() == [1.0, 2.0, 3.0]
     everything = Update("a", 1, "train", Patch({"w": -came.tensors["w"]}, came.rows), examples=1)
-    assert laid_over(job, everything).patch.tensors["w"].flatten().tolist() == [-1.0, -2.0, -3.0]
+    assert apply_update(job, everything).patch.tensors["w"].flatten().tolist() == [-1.0, -2.0, -3.0]
 
 
 def test_the_bits_of_a_model_tell_it_from_another():

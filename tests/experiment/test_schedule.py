@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from fedexperts.config import EvaluationSettings, RunConfig, TrainingSettings
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.client_task import Work
-from fedexperts.experiment.runner import claim, engine_for, run, work_for
+from fedexperts.experiment.client_task import ClientTask
+from fedexperts.experiment.runner import claim, engine_for, run, task_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked, with_settings
-from fedexperts.testing import tiny_bench, tiny_model
+from fedexperts.testing import tiny_context, tiny_model
 from fedexperts.types import Client, Job, Patch, Training
 
 
@@ -49,19 +49,19 @@ class Notes:
 
     seen: list = field(default_factory=list)
     before: tuple[str, ...] = ("profile",)
-    pooled: bool = False
+    centralized: bool = False
 
-    def train(self, job, bench):
-        self.seen.append((job.task, bench.training))
-        bench.kept["seen"] = len(self.seen)
+    def train(self, job, context):
+        self.seen.append((job.task, context.training))
+        context.client_state["seen"] = len(self.seen)
 
 
 def test_every_job_of_a_round_trains_at_its_rate_and_nothing_else_of_the_bench_changes():
     method, training = Notes(), Training(batch_size=3, local_steps=8, lr=0.5)
-    work = Work(method, EvaluationSettings(), 3, training=TrainingSettings(lr=0.5, schedule="cosine", final_lr=0.1))
-    bench = tiny_bench(tiny_model("olmoe", num_hidden_layers=1), Client("a", 4), training)
+    work = ClientTask(method, EvaluationSettings(), 3, training=TrainingSettings(lr=0.5, schedule="cosine", final_lr=0.1))
+    context = tiny_context(tiny_model("olmoe", num_hidden_layers=1), Client("a", 4), training)
     for task, number in (("profile", 0), ("train", 1), ("train", 2), ("train", 3)):
-        work(Job("a", number, task, "seed", {}, Patch({})), bench)
+        work(Job("a", number, task, "seed", {}, Patch({})), context)
     assert [(task, round(seen.lr, 6)) for task, seen in method.seen] == [
         ("profile", 0.5),
         ("train", 0.5),
@@ -69,7 +69,7 @@ def test_every_job_of_a_round_trains_at_its_rate_and_nothing_else_of_the_bench_c
         ("train", 0.1),
     ]
     assert all((seen.batch_size, seen.local_steps) == (3, 8) for _, seen in method.seen)
-    assert bench.kept["seen"] == 4, "what is kept is the client's own, not a copy"
+    assert context.client_state["seen"] == 4, "what is kept is the client's own, not a copy"
 
 
 def asked(tree, *settings):
@@ -77,10 +77,10 @@ def asked(tree, *settings):
 
 
 def test_the_work_of_a_run_has_its_schedule_and_a_pooled_one_all_its_steps(tiny_tree, tmp_path):
-    prepared = prepare_run(asked(tiny_tree, "method.name=centralised", "training.schedule=cosine", "training.lr=0.5"))
-    work = work_for(prepared)
+    prepared = prepare_run(asked(tiny_tree, "method.name=centralized", "training.schedule=cosine", "training.lr=0.5"))
+    work = task_for(prepared)
     assert [work.training.lr_in(round, work.rounds) for round in (1, 2, 3)] == pytest.approx([0.5, 0.25, 1e-6], abs=1e-6)
-    assert engine_for(prepared, tmp_path).site.training.local_steps == 2 * 2
+    assert engine_for(prepared, tmp_path).runtime.training.local_steps == 2 * 2
 
 
 def weights(out):

@@ -15,7 +15,7 @@ from fedexperts.moe.flops import footprint
 from fedexperts.moe.logits import IGNORED
 from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.testing import tiny_model, tiny_tokenizer
-from fedexperts.types import Bench, Client, Example, Split, Training
+from fedexperts.types import Client, ClientContext, Example, Split, Training
 
 
 def words(number):
@@ -69,10 +69,12 @@ def test_training_with_short_answers_takes_no_more_than_is_planned_and_not_much_
     model, tuning, tokens = tiny_model("olmoe", vocab_size=2048), Tuning(), 64
     examples = [asked(61 - 3 * (number % 4) if apart else 61, 1) for number in range(16)]
     data, client = Split(examples, examples[:1], examples[:1]), Client("c01", len(examples))
-    bench = Bench(client, model, data, Encoder(tiny_tokenizer(), tokens), Training(tuning=tuning, batch_size=4), kept={})
+    context = ClientContext(
+        client, model, data, Encoder(tiny_tokenizer(), tokens), Training(tuning=tuning, batch_size=4), client_state={}
+    )
     most = target_places(longest_response(tiny_tokenizer(), examples), (4, tokens), encoder_decoder=False)
 
-    measured = fit(prepare(model, tuning, seed="0"), bench, seed="0", steps=3).cost.peak_bytes
+    measured = fit(prepare(model, tuning, seed="0"), context, seed="0", steps=3).cost.peak_bytes
     planned, everywhere = (
         footprint(model, tuning, (4, tokens), target_places=each).of(anatomy(model).all_experts) for each in (most, None)
     )

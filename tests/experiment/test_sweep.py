@@ -278,7 +278,7 @@ def test_runs_of_a_comparison_share_what_they_are_made_of_and_give_the_bits_of_r
     for name in ("load", "load_pool", "make_clients", "footprint"):
         real = getattr(setup, name)
         monkeypatch.setattr(setup, name, lambda *given, real=real, name=name, **told: made.append(name) or real(*given, **told))
-    chosen = read_variants("fedavg,fedmoe,half=scaffold:experts_per_layer=4,centralised")
+    chosen = read_variants("fedavg,fedmoe,half=scaffold:experts_per_layer=4,centralized")
     found = compare(settings, chosen, 2, tmp_path / "together")
     assert len(found.folders) == 16
     assert sorted(made) == ["footprint", "load", "load_pool", "make_clients", "make_clients"]  # clients: of each seed

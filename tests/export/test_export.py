@@ -110,8 +110,8 @@ def ended(bases, tmp_path_factory):
             return done[family, case]
         seen, install = {}, client_task.install
 
-        def watched(job, bench):
-            model = install(job, bench)
+        def watched(job, context):
+            model = install(job, context)
             if job.task == "evaluate":
                 seen[job.client] = logits(model, family)
             return model

@@ -19,7 +19,7 @@ from fedexperts.methods.ffa_lora import FFALoRA
 from fedexperts.methods.random_expert import RandomExpert
 from fedexperts.moe import factors, rows
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_batch, tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_batch, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
 ADAPTERS = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert")
@@ -39,17 +39,17 @@ class Played:
         self.model, self.method = tiny_model(family), method
         self.start = self.server = tiny_server(self.model, CLIENTS, training, seed)
         self.pairs = factors.pairs(self.start.weights)
-        self.benches = [tiny_bench(self.model, client, training) for client in CLIENTS]
+        self.contexts = [tiny_context(self.model, client, training) for client in CLIENTS]
         for number in range(1, rounds + 1):
             asked = replace(self.server, round=number, task="train")
             self.jobs = list(jobs_for(asked, method, CLIENTS))
-            self.updates = [method.train(job, bench) for job, bench in zip(self.jobs, self.benches, strict=True)]
+            self.updates = [method.train(job, context) for job, context in zip(self.jobs, self.contexts, strict=True)]
             self.server = method.merge(asked, iter(self.updates))
 
     def evaluated(self):
         """The models that the clients would be scored with."""
         jobs = jobs_for(replace(self.server, task="evaluate"), self.method, CLIENTS)
-        return [install(job, bench) for job, bench in zip(jobs, self.benches, strict=True)]
+        return [install(job, context) for job, context in zip(jobs, self.contexts, strict=True)]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -108,18 +108,18 @@ def test_under_ffa_lora_the_mean_of_b_is_the_mean_of_the_products(family):
 def test_under_fedsa_lora_b_never_leaves_its_client_and_is_what_it_goes_on_from(family):
     played = Played(family, FedSALoRA(), rounds=2)
     own = {*played.pairs.values()}
-    for job, update, bench in zip(played.jobs, played.updates, played.benches, strict=True):
+    for job, update, context in zip(played.jobs, played.updates, played.contexts, strict=True):
         assert job.patch.tensors.keys() == update.patch.tensors.keys() == played.start.weights.keys() - own
         assert not job.extra and not update.extra
-        assert bench.kept.keys() == own
-        again = rows.read(install(job, bench))
-        assert equal({name: again[name] for name in own}, bench.kept)
-    one, other = (bench.kept for bench in played.benches)
+        assert context.client_state.keys() == own
+        again = rows.read(install(job, context))
+        assert equal({name: again[name] for name in own}, context.client_state)
+    one, other = (context.client_state for context in played.contexts)
     assert any(not torch.equal(one[name], other[name]) for name in own)
     assert all(torch.equal(played.server.weights[name], played.start.weights[name]) for name in own)
     assert not any(played.server.weights[name].any() for name in own)
-    for model, bench in zip(played.evaluated(), played.benches, strict=True):
-        assert equal(rows.read(model), {**played.server.weights, **bench.kept})
+    for model, context in zip(played.evaluated(), played.contexts, strict=True):
+        assert equal(rows.read(model), {**played.server.weights, **context.client_state})
 
 
 @every_family
@@ -185,7 +185,7 @@ def test_a_client_of_a_lower_rank_has_the_first_ranks_of_the_servers_adapters_at
     server = replace(server, weights={**server.weights, **drawn})
     zeroed = {b: torch.cat([drawn[b][..., :4], torch.zeros_like(drawn[b][..., 4:])], 2) for b in pairs.values()}
     reference = replace(server, weights={**server.weights, **zeroed})
-    bench = tiny_bench(model, CLIENTS[0], LORA)
+    context = tiny_context(model, CLIENTS[0], LORA)
 
     class Lower(FedIT):
         def assign(self, server, client):
@@ -195,7 +195,7 @@ def test_a_client_of_a_lower_rank_has_the_first_ranks_of_the_servers_adapters_at
         jobs_for(each, method, CLIENTS[:1]) for each, method in ((server, Lower()), (reference, FedIT()), (server, FedIT()))
     )
     with torch.no_grad():
-        found, expected, full = (install(job, bench)(**tiny_batch(family)).logits for job in (short, whole, other))
+        found, expected, full = (install(job, context)(**tiny_batch(family)).logits for job in (short, whole, other))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, full, atol=1e-4)
     assert factors.rank_of(short.patch.tensors) == 4 and short.nbytes < 0.6 * whole.nbytes

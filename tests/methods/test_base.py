@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from fedexperts.methods.base import add_gradient, all_experts, by_examples, heard, mean_rows, of, patch_for, train_assigned
+from fedexperts.methods.base import (
+    add_gradient,
+    all_experts,
+    by_examples,
+    mean_rows,
+    of,
+    patch_for,
+    tee_without_weights,
+    train_assigned,
+)
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Assignment, Client, Job, Patch, Server, Training, Update
 
 EXPERTS, ROUTER, NORM = "0.experts", "0.gate", "norm"
@@ -92,7 +101,7 @@ def test_updates_are_read_once_and_one_at_a_time():
             yield update
 
     notes = []
-    merged = mean_rows(server(), heard(stream(), notes), by_examples)
+    merged = mean_rows(server(), tee_without_weights(stream(), notes), by_examples)
     assert alive == ["a", "b"]
     assert [(note.client, note.examples, len(note.patch.tensors)) for note in notes] == [("a", 1, 0), ("b", 3, 0)]
     assert merged.weights[NORM].item() == 3.0
@@ -120,7 +129,7 @@ def test_training_what_was_assigned_sends_the_same_rows_back_changed(family):
     server = tiny_server(model, [client], training)
     experts = dict.fromkeys(server.anatomy.blocks, (1, 2, 5))
     patch = patch_for(server, Assignment(experts))
-    update = train_assigned(Job("a", 1, "train", "seed", experts, patch), tiny_bench(model, client, training))
+    update = train_assigned(Job("a", 1, "train", "seed", experts, patch), tiny_context(model, client, training))
     assert {name: tensor.shape for name, tensor in update.patch.tensors.items()} == {n: t.shape for n, t in patch.tensors.items()}
     assert all(torch.equal(update.patch.rows[name], patch.rows[name]) for name in patch.rows)
     moved = [name for name, tensor in update.patch.tensors.items() if not torch.equal(tensor, patch.tensors[name])]

@@ -14,11 +14,11 @@ from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 
 CLIENT = Client("a", 8)
-SGD = Training(batch_size=4, local_steps=1, lr=0.5, optimizer="sgd", clip=0.0)
+SGD = Training(batch_size=4, local_steps=1, lr=0.5, optimizer="sgd", max_grad_norm=0.0)
 ADAMW = Training(batch_size=4, local_steps=3)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 every_tuning = pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
@@ -36,15 +36,15 @@ class Alone:
         self.server = replace(tiny_server(self.model, [CLIENT], training), round=3, task="train")
         (self.job,) = jobs_for(self.server, Ditto(), [CLIENT])
         self.w = self.job.patch.tensors
-        self.bench = tiny_bench(self.model, CLIENT, training)
+        self.context = tiny_context(self.model, CLIENT, training)
         chance = torch.Generator().manual_seed(7)
         self.v = {name: t + 0.05 * torch.randn(t.shape, generator=chance) for name, t in self.w.items()} if with_own else {}
-        self.bench.kept.update(self.v)
+        self.context.client_state.update(self.v)
 
     def fedavg(self, start, seed):
         """What plain training makes of `start` with the batches of `seed`."""
         job = replace(self.job, patch=Patch(start, self.job.patch.rows), seed=seed)
-        return FedAvg().train(job, replace(self.bench, kept={}))
+        return FedAvg().train(job, replace(self.context, client_state={}))
 
 
 @every_family
@@ -52,7 +52,7 @@ class Alone:
 @pytest.mark.parametrize("with_own", [True, False])
 def test_what_goes_up_is_fedavgs_bit_for_bit_whatever_is_kept(family, tuning, with_own):
     alone = Alone(replace(ADAMW, tuning=tuning), family, with_own)
-    update, plain = Ditto().train(alone.job, alone.bench), alone.fedavg(alone.w, alone.job.seed)
+    update, plain = Ditto().train(alone.job, alone.context), alone.fedavg(alone.w, alone.job.seed)
     assert equal(update.patch.tensors, plain.patch.tensors)
     assert equal(update.patch.rows, plain.patch.rows)
     assert not update.extra
@@ -61,14 +61,14 @@ def test_what_goes_up_is_fedavgs_bit_for_bit_whatever_is_kept(family, tuning, wi
 def test_what_goes_up_has_the_chances_of_fedavg_where_a_model_has_dropout():
     alone = Alone(ADAMW, model=tiny_model("switch_transformers", dropout_rate=0.3))
     torch.manual_seed(1)
-    update = Ditto().train(alone.job, alone.bench)
+    update = Ditto().train(alone.job, alone.context)
     torch.manual_seed(1)
     plain = alone.fedavg(alone.w, alone.job.seed)
     assert equal(update.patch.tensors, plain.patch.tensors)
     torch.manual_seed(2)
     assert not equal(alone.fedavg(alone.w, alone.job.seed).patch.tensors, plain.patch.tensors)
     assert update.metrics == plain.metrics
-    assert not equal(alone.bench.kept, alone.v)
+    assert not equal(alone.context.client_state, alone.v)
 
 
 @every_family
@@ -77,25 +77,25 @@ def test_a_step_of_the_clients_own_model_by_hand(family, tuning):
     """v ← v − η (∇F(v) + λ (v − wᵗ)): a step of SGD from v, and back along v − wᵗ by η λ."""
     alone, hold = Alone(replace(SGD, tuning=tuning), family), 0.25
     plain = alone.fedavg(alone.v, f"{alone.job.seed}/personal").patch.tensors
-    Ditto(hold).train(alone.job, alone.bench)
-    assert alone.bench.kept.keys() == alone.w.keys()
+    Ditto(hold).train(alone.job, alone.context)
+    assert alone.context.client_state.keys() == alone.w.keys()
     for name, v in alone.v.items():
         expected = plain[name] - SGD.lr * hold * (v - alone.w[name])
-        torch.testing.assert_close(alone.bench.kept[name], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone.context.client_state[name], expected, rtol=1e-5, atol=1e-6)
         assert float((expected - plain[name]).abs().max()) > 1e-3
 
 
 def test_a_clients_own_model_starts_as_the_first_that_it_is_sent():
     alone = Alone(SGD, with_own=False)
-    Ditto().train(alone.job, alone.bench)
-    assert equal(alone.bench.kept, alone.fedavg(alone.w, f"{alone.job.seed}/personal").patch.tensors)
+    Ditto().train(alone.job, alone.context)
+    assert equal(alone.context.client_state, alone.fedavg(alone.w, f"{alone.job.seed}/personal").patch.tensors)
 
 
 def test_the_stronger_the_hold_the_nearer_it_stays():
     def distance(hold):
         alone = Alone(replace(SGD, local_steps=4, lr=0.1))
-        Ditto(hold).train(alone.job, alone.bench)
-        return sum(float((alone.bench.kept[name] - t).square().sum()) for name, t in alone.w.items()) ** 0.5
+        Ditto(hold).train(alone.job, alone.context)
+        return sum(float((alone.context.client_state[name] - t).square().sum()) for name, t in alone.w.items()) ** 0.5
 
     far, nearer, nearest = map(distance, (1e-3, 1.0, 5.0))  # of the way off, 0.9⁴ and 0.5⁴ would be left but for the loss
     assert far > 1.2 * nearer
@@ -105,16 +105,16 @@ def test_the_stronger_the_hold_the_nearer_it_stays():
 def test_what_is_scored_is_the_clients_own_model_or_what_it_is_sent_until_there_is_one():
     alone = Alone(ADAMW, with_own=False)
     (asked,) = jobs_for(replace(alone.server, task="evaluate"), Ditto(), [CLIENT])
-    assert equal(rows.read(install(asked, alone.bench)), dict(alone.w))
-    Ditto().train(alone.job, alone.bench)
-    assert equal(rows.read(install(asked, alone.bench)), dict(alone.bench.kept))
+    assert equal(rows.read(install(asked, alone.context)), dict(alone.w))
+    Ditto().train(alone.job, alone.context)
+    assert equal(rows.read(install(asked, alone.context)), dict(alone.context.client_state))
 
 
 @every_family
 def test_no_tensor_of_the_clients_own_model_is_among_those_sent(family):
     alone = Alone(ADAMW, family)
-    update = Ditto().train(alone.job, alone.bench)
-    own = [tensor for name, tensor in alone.bench.kept.items() if not torch.equal(tensor, alone.w[name])]
+    update = Ditto().train(alone.job, alone.context)
+    own = [tensor for name, tensor in alone.context.client_state.items() if not torch.equal(tensor, alone.w[name])]
     assert len(own) == len(alone.w)
     sent = list(update.patch.tensors.values())
     assert not [tensor for tensor in own for other in sent if tensor.shape == other.shape and torch.equal(tensor, other)]
@@ -122,7 +122,7 @@ def test_no_tensor_of_the_clients_own_model_is_among_those_sent(family):
 
 def test_both_trainings_are_counted():
     alone, again = Alone(ADAMW), Alone(ADAMW)
-    update, personal = Ditto().train(alone.job, alone.bench), Ditto().personalised(again.job, again.bench)
+    update, personal = Ditto().train(alone.job, alone.context), Ditto().personalised(again.job, again.context)
     plain = alone.fedavg(alone.w, alone.job.seed)
     assert update.cost.tokens == personal.cost.tokens + plain.cost.tokens
     assert update.cost.flops_estimated == personal.cost.flops_estimated + plain.cost.flops_estimated

@@ -5,7 +5,7 @@ import torch
 from fedexperts.federation import jobs_for
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe.anatomy import BlockShape
-from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
 TRAINING = Training(batch_size=4, local_steps=1)
@@ -23,7 +23,7 @@ def test_a_number_of_experts_gives_every_client_the_same_small_model_and_leaves_
     server, method = tiny_server(model, clients, TRAINING), FedAvg(experts_per_layer=3)
     jobs = list(jobs_for(server, method, clients))
     assert jobs[0].experts == jobs[1].experts != server.anatomy.all_experts
-    updates = [method.train(job, tiny_bench(model, client, TRAINING)) for job, client in zip(jobs, clients, strict=True)]
+    updates = [method.train(job, tiny_context(model, client, TRAINING)) for job, client in zip(jobs, clients, strict=True)]
     merged, seen = method.merge(server, iter(updates)), 0
     for name, block in server.layout.items():
         if block is not None:
@@ -39,7 +39,7 @@ def test_the_next_model_is_the_mean_of_the_clients_weighted_by_their_examples():
     clients = [Client("a", 4), Client("b", 12)]
     server = tiny_server(model, clients, TRAINING)
     jobs = jobs_for(server, FedAvg(), clients)
-    a, b = [FedAvg().train(job, tiny_bench(model, client, TRAINING)) for job, client in zip(jobs, clients, strict=True)]
+    a, b = [FedAvg().train(job, tiny_context(model, client, TRAINING)) for job, client in zip(jobs, clients, strict=True)]
     merged = FedAvg().merge(server, iter([a, b]))
     seen = 0
     for name, tensor in merged.weights.items():

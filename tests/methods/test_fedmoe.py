@@ -19,7 +19,7 @@ from fedexperts.moe import rows, shrink
 from fedexperts.moe.anatomy import BlockShape, blocks
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training, Update
 
 FOUR = BlockShape(num_experts=4, top_k=1)
@@ -57,13 +57,13 @@ def test_after_stage_one_each_client_holds_what_its_routing_and_memory_say():
         reported("other", [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5], task="profile"),
     ]
     server = stage_one(FedMoE(reserve=0.5), clients, answers)
-    held = {name: unmask(server.anatomy, each) for name, each in of("held", server.memory).items()}
+    held = {name: unmask(server.anatomy, each) for name, each in of("held", server.method_state).items()}
     assert held == {
         "large": server.anatomy.all_experts,
         "small": {"0": (0, 1), "1": (0, 1, 2)},  # as large predicts: θ = 0.75 takes five of 10 bytes
         "other": {"0": (3,), "1": (2, 3)},
     }
-    assert torch.equal(server.memory["p/small"], server.memory["p/large"])
+    assert torch.equal(server.method_state["p/small"], server.method_state["p/large"])
 
 
 def test_a_client_that_failed_in_stage_one_is_given_what_its_task_says():
@@ -73,7 +73,7 @@ def test_a_client_that_failed_in_stage_one_is_given_what_its_task_says():
         reported("b", [0, 0, 1.0, 0, 0, 0, 1, 0], task="profile"),
     ]
     server = stage_one(FedMoE(), clients, answers)
-    assert unmask(server.anatomy, server.memory["held/failed"]) == {"0": (0,), "1": (1,)}
+    assert unmask(server.anatomy, server.method_state["held/failed"]) == {"0": (0,), "1": (1,)}
 
 
 def test_if_all_fail_stage_one_leaves_the_server_as_it_was():
@@ -117,12 +117,12 @@ def test_stage_one_sends_the_whole_model_down_gets_routing_alone_back_and_leaves
     jobs = list(jobs_for(server, FedMoE(profile_rounds=1), server.clients.values()))
     assert [job.patch.tensors.keys() for job in jobs] == [server.weights.keys()] * 2
     before = {name: tensor.clone() for name, tensor in server.weights.items()}
-    answers = [FedMoE(profile_rounds=1).train(job, tiny_bench(model, server.clients[job.client], training)) for job in jobs]
+    answers = [FedMoE(profile_rounds=1).train(job, tiny_context(model, server.clients[job.client], training)) for job in jobs]
     assert [update.patch.nbytes for update in answers] == [0, 0]
     assert all(update.extra.keys() == {"p"} and update.extra["p"].shape == (16,) for update in answers)
     after = FedMoE().merge(server, answers)
     assert all(torch.equal(after.weights[name], tensor) for name, tensor in before.items())
-    assert of("p", after.memory).keys() == of("held", after.memory).keys() == {"a", "b"}
+    assert of("p", after.method_state).keys() == of("held", after.method_state).keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
@@ -132,7 +132,7 @@ def test_stage_one_trains_an_adapter_of_every_expert_and_nothing_else(family, mo
     (job,) = jobs_for(server, FedMoE(), server.clients.values())
     fitted = []
     monkeypatch.setattr(fedmoe, "fit", lambda model, *given, **named: fitted.append(model) or fit(model, *given, **named))
-    FedMoE(profile_rounds=1, profile_rank=4).train(job, tiny_bench(model, server.clients["a"], TRAINING))
+    FedMoE(profile_rounds=1, profile_rank=4).train(job, tiny_context(model, server.clients["a"], TRAINING))
     trained, layout = rows.read(fitted[0]), rows.layout(fitted[0])
     assert set(layout.values()) == set(server.anatomy.blocks)
     assert all("lora" in name and ".experts." in name for name in trained)
@@ -145,8 +145,8 @@ def test_stage_one_adapts_for_as_many_steps_as_its_rounds_have():
     model = small()
     server = replace(tiny_server(model, [Client("a", 8)], TRAINING), task="profile")
     (job,) = jobs_for(server, FedMoE(), server.clients.values())
-    bench = tiny_bench(model, server.clients["a"], TRAINING)
-    one, three = (FedMoE(profile_rounds=rounds).train(job, bench) for rounds in (1, 3))
+    context = tiny_context(model, server.clients["a"], TRAINING)
+    one, three = (FedMoE(profile_rounds=rounds).train(job, context) for rounds in (1, 3))
     assert 2 * one.cost.tokens < three.cost.tokens < 4 * one.cost.tokens
     assert one.cost.peak_bytes < server.footprint.of(server.anatomy.all_experts), "adapters alone are trained"
 
@@ -154,7 +154,7 @@ def test_stage_one_adapts_for_as_many_steps_as_its_rounds_have():
 # p
 
 
-def routed(model, bench):
+def routed(model, context):
     """Of each block, how many validation tokens reach each expert and how many there are, one unpadded example at a time."""
     counts = {name: torch.zeros(block.shape.num_experts) for name, block in blocks(model).items()}
     tokens = dict.fromkeys(counts, 0)
@@ -171,8 +171,8 @@ def routed(model, bench):
 
     hooks = [count(name, block) for name, block in blocks(model).items()]
     with torch.no_grad():
-        for example in bench.data.validation:
-            model(**bench.encoder.batch([example]))
+        for example in context.data.validation:
+            model(**context.encoder.batch([example]))
     for hook in hooks:
         hook.remove()
     return counts, tokens
@@ -184,12 +184,12 @@ def test_p_is_the_share_of_the_validation_tokens_of_that_side_without_padding(fa
     server = replace(tiny_server(model, [Client("a", 8, memory_bytes=10**9)], TRAINING), task="train")
     method = FedMoE(initial="random", experts_per_layer=3)
     (job,) = jobs_for(server, method, server.clients.values())
-    bench = tiny_bench(model, server.clients["a"], TRAINING)
-    update = method.train(job, bench)
+    context = tiny_context(model, server.clients["a"], TRAINING)
+    update = method.train(job, context)
 
     trained = prepare(shrink.shrink(model, job.experts), TRAINING.tuning, "any").eval()
     rows.write(trained, update.patch.tensors)
-    counts, tokens = routed(trained, bench)
+    counts, tokens = routed(trained, context)
     assert len(set(tokens.values())) == (2 if family == "switch_transformers" else 1), "prompts and answers differ in length"
     expected = torch.cat([counts[name] / tokens[name] for name in counts])
     assert torch.allclose(update.extra["p"], expected)
@@ -198,8 +198,8 @@ def test_p_is_the_share_of_the_validation_tokens_of_that_side_without_padding(fa
 
     after = method.merge(server, [update])
     held = mask(server.anatomy, job.experts)
-    assert torch.equal(after.memory["p/a"][held], update.extra["p"])
-    assert not after.memory["p/a"][~held].any()
+    assert torch.equal(after.method_state["p/a"][held], update.extra["p"])
+    assert not after.method_state["p/a"][~held].any()
 
 
 def test_the_score_is_minus_the_validation_loss_so_a_better_fit_scores_higher():
@@ -207,8 +207,8 @@ def test_the_score_is_minus_the_validation_loss_so_a_better_fit_scores_higher():
     server = replace(tiny_server(model, [Client("a", 8)], training), task="train")
     method = FedMoE(initial="random")
     (job,) = jobs_for(server, method, server.clients.values())
-    bench = tiny_bench(model, server.clients["a"], training)
-    familiar = replace(bench, data=replace(bench.data, validation=bench.data.train))
+    context = tiny_context(model, server.clients["a"], training)
+    familiar = replace(context, data=replace(context.data, validation=context.data.train))
     untrained = replace(familiar, training=replace(training, lr=1e-9))
     before, after = (method.train(job, each) for each in (untrained, familiar))
     assert after.extra["score"] > before.extra["score"]
@@ -216,10 +216,10 @@ def test_the_score_is_minus_the_validation_loss_so_a_better_fit_scores_higher():
 
 
 def test_p_over_the_held_experts_is_put_where_they_are_in_the_whole_model():
-    server = replace(bare_server([FOUR, FOUR], [Client("a", 1)]), task="train", memory={"held/a": bools(1, 3, 4, size=8)})
+    server = replace(bare_server([FOUR, FOUR], [Client("a", 1)]), task="train", method_state={"held/a": bools(1, 3, 4, size=8)})
     after = FedMoE().merge(server, [reported("a", [0.25, 0.75, 1.0])])
-    assert after.memory["p/a"].tolist() == [0, 0.25, 0, 0.75, 1.0, 0, 0, 0]
-    assert torch.equal(after.memory["held/a"], server.memory["held/a"])
+    assert after.method_state["p/a"].tolist() == [0, 0.25, 0, 0.75, 1.0, 0, 0, 0]
+    assert torch.equal(after.method_state["held/a"], server.method_state["held/a"])
 
 
 # Stage 2, step 4
@@ -237,16 +237,16 @@ class Course:
             "held/other": bools(0, 1, 2),
             "p/other": torch.tensor([0.5, 0.3, 0.2, 0.0]),
         }
-        self.server = replace(server, task="train", memory=memory)
+        self.server = replace(server, task="train", method_state=memory)
 
     def after(self, score):
         """The experts of `me` after a round with this score."""
-        number = int(self.server.memory["held/me"].sum())
+        number = int(self.server.method_state["held/me"].sum())
         self.server = self.method.merge(self.server, [reported("me", [1.0] + [0.0] * (number - 1), score)])
-        return unmask(self.server.anatomy, self.server.memory["held/me"])["0"]
+        return unmask(self.server.anatomy, self.server.method_state["held/me"])["0"]
 
     def says(self, name):
-        return self.server.memory[f"{name}/me"].item()
+        return self.server.method_state[f"{name}/me"].item()
 
 
 def test_a_client_without_a_better_score_for_patience_rounds_gets_a_recommendation():
@@ -254,7 +254,7 @@ def test_a_client_without_a_better_score_for_patience_rounds_gets_a_recommendati
     assert course.after(-1.0) == (0,)  # the first score is the best so far
     assert course.after(-1.0) == (0,)  # as good is not better: one
     assert course.after(-1.1) == (0, 1, 2)  # two
-    assert course.server.memory["former/me"].tolist() == [True, False, False, False]
+    assert course.server.method_state["former/me"].tolist() == [True, False, False, False]
     assert (course.says("best"), course.says("stale")) == (-1.0, 0)
 
 
@@ -271,7 +271,7 @@ def test_if_the_change_does_not_improve_either_the_former_experts_come_back_for_
     assert course.after(-1.2) == (0, 1, 2)  # on trial
     assert course.after(-1.3) == (0,)  # two in vain
     assert course.says("frozen") is True
-    assert "former/me" not in course.server.memory
+    assert "former/me" not in course.server.method_state
     assert [course.after(score) for score in (-2.0, -2.0, -2.0, -2.0, -2.0)] == [(0,)] * 5
     assert course.after(-0.5) == (0,)
     assert course.says("best") == -0.5
@@ -282,30 +282,30 @@ def test_if_the_change_improves_it_stays_and_another_may_follow():
     for score in (-1.0, -1.1, -1.1):
         course.after(score)
     assert course.after(-0.5) == (0, 1, 2)
-    assert "former/me" not in course.server.memory
-    course.server = replace(course.server, memory={**course.server.memory, "held/other": bools(0, 1, 2, 3)})
+    assert "former/me" not in course.server.method_state
+    course.server = replace(course.server, method_state={**course.server.method_state, "held/other": bools(0, 1, 2, 3)})
     assert [course.after(score) for score in (-0.6, -0.6)] == [(0, 1, 2), (0, 1, 2, 3)]
 
 
 def test_a_recommendation_that_changes_nothing_is_no_trial():
     course = Course(FedMoE(patience=1))
-    course.server = replace(course.server, memory={**course.server.memory, "held/other": bools(1)})
+    course.server = replace(course.server, method_state={**course.server.method_state, "held/other": bools(1)})
     assert [course.after(score) for score in (-1.0, -1.1, -1.2, -1.3)] == [(0,)] * 4
-    assert not {"former/me", "frozen/me"} & course.server.memory.keys()
+    assert not {"former/me", "frozen/me"} & course.server.method_state.keys()
 
 
 def test_without_adjustment_nobody_s_experts_change_and_their_routing_is_still_known():
     course = Course(FedMoE(patience=1, adjust=False))
     assert [course.after(-1.0) for _ in range(4)] == [(0,)] * 4
-    assert course.server.memory.keys() == {"held/me", "p/me", "held/other", "p/other"}
+    assert course.server.method_state.keys() == {"held/me", "p/me", "held/other", "p/other"}
 
 
 def test_who_takes_no_part_keeps_its_experts_and_still_counts_as_a_neighbour():
     course = Course(FedMoE(patience=1))
-    other = {key: value for key, value in course.server.memory.items() if key.endswith("/other")}
+    other = {key: value for key, value in course.server.method_state.items() if key.endswith("/other")}
     course.after(-1.0)
     assert course.after(-1.0) == (0, 1, 2), "other was asked though it never answered"
-    assert all(torch.equal(course.server.memory[key], value) for key, value in other.items())
+    assert all(torch.equal(course.server.method_state[key], value) for key, value in other.items())
 
 
 def test_the_order_of_the_participants_changes_nothing():
@@ -313,13 +313,13 @@ def test_the_order_of_the_participants_changes_nothing():
     start = bare_server([FOUR, FOUR], [Client(name, 1) for name in names])
     held = {"a": bools(0, 4, size=8), "b": bools(0, 1, 4, size=8), "c": bools(0, 1, 2, 4, 5, size=8)}
     p = {"a": [1.0, 1.0], "b": [0.5, 0.5, 1.0], "c": [0.4, 0.3, 0.3, 0.5, 0.5]}
-    start = replace(start, task="train", memory={f"held/{name}": each for name, each in held.items()})
+    start = replace(start, task="train", method_state={f"held/{name}": each for name, each in held.items()})
     ends = []
     for order in permutations(names):
         server = start
         for score in (-1.0, -1.1):
             server = FedMoE(patience=1, neighbours=2).merge(server, [reported(name, p[name], score) for name in order])
-        ends.append(server.memory)
+        ends.append(server.method_state)
     assert len(ends) == 6
     assert any(not torch.equal(ends[0][f"held/{name}"], held[name]) for name in names), "somebody changed"
     for other in ends[1:]:
@@ -333,21 +333,21 @@ def test_all_that_the_server_remembers_survives_a_checkpoint(tmp_path):
         frozen.after(score)
     for score in (-1.0, -1.0):
         trial.after(score)
-    kinds = {key.partition("/")[0] for course in (frozen, trial) for key in course.server.memory}
+    kinds = {key.partition("/")[0] for course in (frozen, trial) for key in course.server.method_state}
     assert kinds == {"p", "held", "best", "stale", "former", "frozen"}
     for number, course in enumerate((frozen, trial)):
         folder = tmp_path / str(number)
         checkpoint.save(folder, course.server)
-        again = checkpoint.load(folder, replace(course.server, memory={}))
-        assert again.memory.keys() == course.server.memory.keys()
-        for key, value in course.server.memory.items():
-            assert torch.equal(again.memory[key], value) and again.memory[key].dtype == value.dtype, key
+        again = checkpoint.load(folder, replace(course.server, method_state={}))
+        assert again.method_state.keys() == course.server.method_state.keys()
+        for key, value in course.server.method_state.items():
+            assert torch.equal(again.method_state[key], value) and again.method_state[key].dtype == value.dtype, key
 
 
 def test_what_stage_one_remembers_of_many_predicted_clients_survives_a_checkpoint(tmp_path):
     server = stage_one(FedMoE(), [Client(name, 1) for name in "abc"], [reported("a", [0.125] * 8, task="profile")])
     checkpoint.save(tmp_path, server)
-    assert checkpoint.load(tmp_path, replace(server, memory={})).memory.keys() == server.memory.keys()
+    assert checkpoint.load(tmp_path, replace(server, method_state={})).method_state.keys() == server.method_state.keys()
 
 
 # Whole rounds
@@ -358,10 +358,10 @@ class Here:
 
     def __init__(self, method, model, clients, training, backwards=False):
         self.method, self.backwards = method, backwards
-        self.benches = {client.name: tiny_bench(model, client, training) for client in clients}
+        self.contexts = {client.name: tiny_context(model, client, training) for client in clients}
 
     def run(self, jobs):
-        answers = [self.method.train(job, self.benches[job.client]) for job in jobs]
+        answers = [self.method.train(job, self.contexts[job.client]) for job in jobs]
         return reversed(answers) if self.backwards else answers
 
 
@@ -383,8 +383,8 @@ def test_with_all_experts_held_it_is_federated_averaging_bit_for_bit():
 def test_answers_in_another_order_give_the_same_server_bit_for_bit():
     one, other = (rounds(FedMoE(patience=1, profile_rounds=1), 2, backwards=backwards) for backwards in (False, True))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
-    assert one.memory.keys() == other.memory.keys()
-    assert all(torch.equal(one.memory[key], other.memory[key]) for key in one.memory)
+    assert one.method_state.keys() == other.method_state.keys()
+    assert all(torch.equal(one.method_state[key], other.method_state[key]) for key in one.method_state)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_it_runs_on_encoder_decoders_and_grouped_routers_with_sub_models_they_al
     last = rounds(method, 2, family, memory, **overrides)
     seen = 0
     for name in SIZES:
-        experts = unmask(last.anatomy, last.memory[f"held/{name}"])
+        experts = unmask(last.anatomy, last.method_state[f"held/{name}"])
         shrink.check(last.anatomy, experts)
         assert last.footprint.of(experts) <= memory
         assert sum(map(len, experts.values())) < last.anatomy.num_experts
@@ -410,7 +410,7 @@ def test_it_runs_on_encoder_decoders_and_grouped_routers_with_sub_models_they_al
 def test_an_expert_that_nobody_held_keeps_its_weights_and_its_router_row():
     method = FedMoE(initial="random", experts_per_layer=2, adjust=False)
     before, after = tiny_server(small(), [], TRAINING), rounds(method, 1, memory=10**9)
-    held = torch.stack(list(of("held", after.memory).values())).any(0)
+    held = torch.stack(list(of("held", after.method_state).values())).any(0)
     by_block = unmask(after.anatomy, ~held)
     seen = 0
     for name, block in after.layout.items():
@@ -426,7 +426,7 @@ def test_an_expert_that_nobody_held_keeps_its_weights_and_its_router_row():
 def test_a_client_that_gets_an_expert_gets_the_server_s_newest_weights_of_it():
     server = rounds(FedMoE(initial="random", adjust=False), 1)
     held = bools(*range(5), *range(8, 16), size=16)
-    server = replace(server, task="train", memory={**server.memory, "held/a": held})
+    server = replace(server, task="train", method_state={**server.method_state, "held/a": held})
     job = job_for(server, server.clients["a"], FedMoE().assign(server, server.clients["a"]))
     first = next(iter(server.anatomy.blocks))
     name = f"{first}.experts.down_proj"

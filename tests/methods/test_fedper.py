@@ -12,7 +12,7 @@ from fedexperts.methods.local import Local
 from fedexperts.methods.personal import parts
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
 CLIENTS = [Client("a", 8, "x"), Client("b", 12, "y")]
@@ -32,12 +32,12 @@ class Federation:
         model = tiny_model(family)
         self.method, self.clients = method, clients
         self.server = tiny_server(model, clients, training)
-        self.benches = {client.name: tiny_bench(model, client, training) for client in clients}
+        self.contexts = {client.name: tiny_context(model, client, training) for client in clients}
 
     def round(self):
         self.server = replace(self.server, round=self.server.round + 1, task="train")
         self.jobs = list(jobs_for(self.server, self.method, self.clients))
-        self.updates = [self.method.train(job, self.benches[job.client]) for job in self.jobs]
+        self.updates = [self.method.train(job, self.contexts[job.client]) for job in self.jobs]
         self.server = self.method.merge(self.server, iter(self.updates))
 
 
@@ -50,7 +50,7 @@ def test_personal_weights_go_neither_down_nor_up(family, tuning, personal):
     for _ in range(2):
         federation.round()
         for job, update in zip(federation.jobs, federation.updates, strict=True):
-            kept = federation.benches[job.client].kept
+            kept = federation.contexts[job.client].client_state
             assert update.patch.tensors.keys() == job.patch.tensors.keys() == before.weights.keys() - kept.keys()
             assert {parts(before.layout)[name] for name in kept} == {*personal}
             assert not update.extra
@@ -74,21 +74,21 @@ def test_a_federation_of_one_client_is_local_training_bit_for_bit(family, person
     for _ in range(3):
         alone.round()
         local.round()
-        assert equal({**alone.server.weights, **alone.benches["a"].kept}, local.benches["a"].kept)
+        assert equal({**alone.server.weights, **alone.contexts["a"].client_state}, local.contexts["a"].client_state)
 
 
 def test_clients_share_the_mean_by_examples_and_go_on_with_routers_of_their_own():
     federation = Federation(FedPer(), CLIENTS)
     federation.round()
-    (one, other), kept = federation.updates, [federation.benches[name].kept for name in "ab"]
+    (one, other), kept = federation.updates, [federation.contexts[name].client_state for name in "ab"]
     for name in one.patch.tensors:
         mean = (8 * one.patch.tensors[name] + 12 * other.patch.tensors[name]) / 20
         torch.testing.assert_close(federation.server.weights[name], mean)
     assert not any(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     asked = replace(federation.server, task="evaluate")
     for job in jobs_for(asked, FedPer(), CLIENTS):
-        scored = rows.read(install(job, federation.benches[job.client]))
-        assert equal(scored, {**federation.server.weights, **federation.benches[job.client].kept})
+        scored = rows.read(install(job, federation.contexts[job.client]))
+        assert equal(scored, {**federation.server.weights, **federation.contexts[job.client].client_state})
 
 
 def test_a_client_that_has_not_trained_yet_has_the_bases_routers():
@@ -96,8 +96,8 @@ def test_a_client_that_has_not_trained_yet_has_the_bases_routers():
     start = federation.server
     federation.round()
     newcomer = Client("c", 8)
-    bench = tiny_bench(federation.benches["a"].model, newcomer, TRAINING)
+    context = tiny_context(federation.contexts["a"].model, newcomer, TRAINING)
     (job,) = jobs_for(federation.server, FedPer(), [newcomer])
-    installed = rows.read(install(job, bench))
+    installed = rows.read(install(job, context))
     for name, part in parts(start.layout).items():
         assert torch.equal(installed[name], (start if part == "router" else federation.server).weights[name])

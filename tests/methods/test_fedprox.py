@@ -13,11 +13,11 @@ from fedexperts.io.toml import checked
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedprox import FedProx, sum_of_squares
 from fedexperts.moe.tuning import Tuning, trainable
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
 CLIENT = Client("a", 8)
-SGD = Training(batch_size=4, local_steps=2, lr=0.5, optimizer="sgd", clip=0.0)
+SGD = Training(batch_size=4, local_steps=2, lr=0.5, optimizer="sgd", max_grad_norm=0.0)
 FEW_STEPS = Training(batch_size=4, local_steps=3)
 
 
@@ -26,7 +26,7 @@ def trained(method, training, family="olmoe"):
     model = tiny_model(family)
     server = tiny_server(model, [CLIENT], training)
     (job,) = jobs_for(server, method, [CLIENT])
-    return job.patch.tensors, method.train(job, tiny_bench(model, CLIENT, training))
+    return job.patch.tensors, method.train(job, tiny_context(model, CLIENT, training))
 
 
 def distance(one, other):

@@ -18,11 +18,11 @@ from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
 CLIENT = Client("a", 8)
-SGD = Training(batch_size=4, local_steps=3, lr=0.5, optimizer="sgd", clip=0.0)
+SGD = Training(batch_size=4, local_steps=3, lr=0.5, optimizer="sgd", max_grad_norm=0.0)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 
 
@@ -33,14 +33,14 @@ class Alone:
         self.model = tiny_model(family)
         self.server = tiny_server(self.model, [CLIENT], training)
         (self.job,) = jobs_for(self.server, method, [CLIENT])
-        self.bench = tiny_bench(self.model, CLIENT, training)
-        self.update = method.train(self.job, self.bench)
+        self.context = tiny_context(self.model, CLIENT, training)
+        self.update = method.train(self.job, self.context)
 
 
-def part_trained(model, bench, only, seed, steps):
+def part_trained(model, context, only, seed, steps):
     """What training of the parts `only` makes of them, and nothing of the rest."""
     model = prepare(shrink(model, anatomy(model).all_experts), Tuning(parts=only), seed="")
-    fit(model, bench, seed=seed, steps=steps)
+    fit(model, context, seed=seed, steps=steps)
     return rows.read(model)
 
 
@@ -48,14 +48,14 @@ def part_trained(model, bench, only, seed, steps):
 def test_the_head_is_fitted_to_the_representation_that_came_then_the_representation_to_that_head(family):
     """One step of three for the head: h¹ = h⁰ − α ∇_h F(φ⁰, h⁰); then two of φ, from φ⁰, with h¹ standing still."""
     alone = Alone(FedRep(head_share=0.4), SGD, family)
-    head = part_trained(alone.model, alone.bench, ("router",), f"{alone.job.seed}/head", 1)
+    head = part_trained(alone.model, alone.context, ("router",), f"{alone.job.seed}/head", 1)
     with_head = deepcopy(alone.model)
     rows.write(with_head, head)
-    body = part_trained(with_head, alone.bench, ("attention", "experts", "dense"), alone.job.seed, 2)
+    body = part_trained(with_head, alone.context, ("attention", "experts", "dense"), alone.job.seed, 2)
 
-    assert alone.bench.kept.keys() == head.keys()
+    assert alone.context.client_state.keys() == head.keys()
     assert alone.update.patch.tensors.keys() == body.keys()
-    for name, tensor in {**alone.bench.kept, **alone.update.patch.tensors}.items():
+    for name, tensor in {**alone.context.client_state, **alone.update.patch.tensors}.items():
         torch.testing.assert_close(tensor, {**head, **body}[name], rtol=1e-5, atol=1e-6)
     moved = [name for name, tensor in {**head, **body}.items() if not torch.equal(tensor, alone.server.weights[name])]
     assert len(moved) > len(alone.server.weights) / 2
@@ -71,7 +71,7 @@ def test_how_many_steps_the_head_gets(share, steps, expected):
 def test_a_single_step_is_the_representations():
     alone = Alone(FedRep(), replace(SGD, local_steps=1))
     start = alone.server.weights
-    assert all(torch.equal(tensor, start[name]) for name, tensor in alone.bench.kept.items())
+    assert all(torch.equal(tensor, start[name]) for name, tensor in alone.context.client_state.items())
     assert not all(torch.equal(tensor, start[name]) for name, tensor in alone.update.patch.tensors.items())
 
 
@@ -80,7 +80,7 @@ def test_a_single_step_is_the_representations():
 @pytest.mark.parametrize("personal", [("router",), ("attention", "router")])
 def test_the_head_never_leaves_and_nothing_else_is_kept(family, tuning, personal):
     alone = Alone(FedRep(personal), replace(SGD, tuning=tuning), family)
-    kept, sent, start = alone.bench.kept, alone.update.patch.tensors, alone.server.weights
+    kept, sent, start = alone.context.client_state, alone.update.patch.tensors, alone.server.weights
     assert {name for name, part in parts(alone.server.layout).items() if part in personal} == kept.keys()
     assert sent.keys() == alone.job.patch.tensors.keys() == start.keys() - kept.keys()
     assert not alone.update.extra
@@ -94,9 +94,9 @@ def test_the_head_never_leaves_and_nothing_else_is_kept(family, tuning, personal
 def test_the_next_round_goes_on_from_the_clients_head():
     """With φ as it came the first time, so a head that starts afresh would end with the same bits."""
     alone = Alone(FedRep(), SGD)
-    first = dict(alone.bench.kept)
-    FedRep().train(alone.job, alone.bench)
-    assert not any(torch.equal(alone.bench.kept[name], tensor) for name, tensor in first.items())
+    first = dict(alone.context.client_state)
+    FedRep().train(alone.job, alone.context)
+    assert not any(torch.equal(alone.context.client_state[name], tensor) for name, tensor in first.items())
 
 
 def test_it_costs_what_its_steps_take_and_holds_no_more_than_fedper():

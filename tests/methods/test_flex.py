@@ -12,10 +12,10 @@ from fedexperts.methods.flex import FLEx, pieces
 from fedexperts.moe import graft
 from fedexperts.moe.reconstruction import by_reconstruction, most_used
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Split, Training
 
-TRAINING = Training(tuning=Tuning("lora", ("attention",), rank=4), batch_size=4, local_steps=2, balance=0)
+TRAINING = Training(tuning=Tuning("lora", ("attention",), rank=4), batch_size=4, local_steps=2, router_aux_loss_coef=0)
 CLIENTS = [Client("a", 8, "x"), Client("b", 12, "y")]
 
 
@@ -23,23 +23,23 @@ def one_round(method, family="olmoe", training=TRAINING, rounds=1):
     """The benches, the jobs and updates of the last round, and the server after it."""
     model = tiny_model(family)
     server = tiny_server(model, CLIENTS, training)
-    benches = {client.name: tiny_bench(model, client, training) for client in CLIENTS}
+    contexts = {client.name: tiny_context(model, client, training) for client in CLIENTS}
     for number in range(1, rounds + 1):
         asked = replace(server, round=number, task="train")
         jobs = list(jobs_for(asked, method, CLIENTS))
-        updates = [method.train(job, benches[job.client]) for job in jobs]
+        updates = [method.train(job, contexts[job.client]) for job in jobs]
         server = method.merge(asked, iter(updates))
-    return benches, jobs, updates, server
+    return contexts, jobs, updates, server
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "switch_transformers"])
 def test_only_the_shared_adapters_leave_and_all_else_that_moved_is_kept(family):
-    benches, jobs, updates, server = one_round(FLEx(), family)
+    contexts, jobs, updates, server = one_round(FLEx(), family)
     for job, update in zip(jobs, updates, strict=True):
         assert update.patch.tensors.keys() == job.patch.tensors.keys() == server.weights.keys()
         assert not update.extra
         assert not any(graft.is_personal(name) for name in update.patch.tensors)
-        kept = benches[update.client].kept
+        kept = contexts[update.client].client_state
         assert len(kept) > len(server.anatomy.blocks) and all(graft.is_personal(name) for name in kept)
         assert kept.keys() > {f"grafted/{block}" for block in server.anatomy.blocks}
         assert all(tensor.abs().sum() > 0 for name, tensor in kept.items() if name.endswith(".b") or "lora_B" in name)
@@ -53,31 +53,31 @@ def test_the_server_takes_the_mean_by_examples():
 
 
 def test_what_is_evaluated_has_the_clients_own_experts():
-    benches, _, _, server = one_round(FLEx())
+    contexts, _, _, server = one_round(FLEx())
     (job, _) = jobs_for(replace(server, task="evaluate"), FLEx(), CLIENTS)
-    model = install(job, benches["a"])
+    model = install(job, contexts["a"])
     weights = dict(model.named_parameters())
-    kept = {name: tensor for name, tensor in benches["a"].kept.items() if not name.startswith("grafted/")}
+    kept = {name: tensor for name, tensor in contexts["a"].client_state.items() if not name.startswith("grafted/")}
     assert kept and all(torch.equal(weights[name].reshape(tensor.shape), tensor) for name, tensor in kept.items())
 
 
 def test_experts_are_selected_once_and_stay():
-    first = {name: bench.kept for name, bench in one_round(FLEx(select="random"))[0].items()}
-    later = {name: bench.kept for name, bench in one_round(FLEx(select="random"), rounds=3)[0].items()}
+    first = {name: context.client_state for name, context in one_round(FLEx(select="random"))[0].items()}
+    later = {name: context.client_state for name, context in one_round(FLEx(select="random"), rounds=3)[0].items()}
     assert all(graft.chosen(first[name]) == graft.chosen(later[name]) for name in first)
     assert graft.chosen(first["a"]) != graft.chosen(first["b"])
 
 
 def test_each_selection_selects_what_it_says(tmp_path):
     def chosen(method):
-        return {name: graft.chosen(bench.kept) for name, bench in one_round(method)[0].items()}
+        return {name: graft.chosen(context.client_state) for name, context in one_round(method)[0].items()}
 
-    bench = tiny_bench(tiny_model("olmoe"), CLIENTS[0], TRAINING)
-    batches = [bench.encoder.batch(bench.data.train[start : start + 4]) for start in (0, 4)]
-    assert chosen(FLEx())["a"] == by_reconstruction(bench.model, batches, stride=2)
+    context = tiny_context(tiny_model("olmoe"), CLIENTS[0], TRAINING)
+    batches = [context.encoder.batch(context.data.train[start : start + 4]) for start in (0, 4)]
+    assert chosen(FLEx())["a"] == by_reconstruction(context.model, batches, stride=2)
     few = FLEx(num_grafted=2, calibration_examples=4, calibration_stride=1)
-    assert chosen(few)["a"] == by_reconstruction(bench.model, batches[:1], 2)
-    assert chosen(FLEx(select="most_used"))["a"] == most_used(bench.model, batches)
+    assert chosen(few)["a"] == by_reconstruction(context.model, batches[:1], 2)
+    assert chosen(FLEx(select="most_used"))["a"] == most_used(context.model, batches)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{number % 60 + 3}" for number in range(400)))
     shared = chosen(FLEx(select="shared", public_text=str(text)))
@@ -87,17 +87,17 @@ def test_each_selection_selects_what_it_says(tmp_path):
 def test_an_encoder_and_its_decoder_both_see_the_public_text(tmp_path):
     words = " ".join(f"w{number % 60 + 3}" for number in range(400))
     (tmp_path / "text.txt").write_text(words)
-    bench = tiny_bench(tiny_model("switch_transformers"), CLIENTS[0], TRAINING)
-    (batch,) = FLEx(select="shared", public_text=str(tmp_path / "text.txt")).calibration(bench)
+    context = tiny_context(tiny_model("switch_transformers"), CLIENTS[0], TRAINING)
+    (batch,) = FLEx(select="shared", public_text=str(tmp_path / "text.txt")).calibration(context)
     read, written = batch["attention_mask"].sum(), (batch["labels"] != -100).sum()
     assert read > 10 and written > 10
 
 
 def test_under_full_training_the_experts_and_gates_themselves_are_the_clients_own():
     training = replace(TRAINING, tuning=Tuning("full", ("attention",)))
-    benches, _, updates, _ = one_round(FLEx(), training=training)
+    contexts, _, updates, _ = one_round(FLEx(), training=training)
     assert not any(graft.is_personal(name) for name in updates[0].patch.tensors)
-    own = [name for name in benches["a"].kept if not name.startswith("grafted/")]
+    own = [name for name in contexts["a"].client_state if not name.startswith("grafted/")]
     assert {name.rpartition(".grafted.")[2] for name in own} == {"copies.gate_up_proj", "copies.down_proj", "own_gate.weight"}
 
 
@@ -133,13 +133,13 @@ def test_a_client_with_another_public_text_than_the_servers_does_not_select_by_i
     text = tmp_path / "text.txt"
     text.write_text("w3 w4")
     method = FLEx(select="shared", public_text=str(text))
-    bench = tiny_bench(tiny_model("olmoe"), CLIENTS[0], TRAINING)
-    server = replace(tiny_server(bench.model, CLIENTS, TRAINING), task="train")
+    context = tiny_context(tiny_model("olmoe"), CLIENTS[0], TRAINING)
+    server = replace(tiny_server(context.model, CLIENTS, TRAINING), task="train")
     job, _ = jobs_for(server, method, CLIENTS)
     text.write_text("w3 w5")
     with pytest.raises(BadData, match="is another text here than the server's; give all the same"):
-        method.train(job, bench)
-    assert not bench.kept
+        method.train(job, context)
+    assert not context.client_state
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
@@ -157,20 +157,20 @@ def test_a_client_without_examples_to_select_by():
     model = tiny_model("olmoe")
     server = replace(tiny_server(model, CLIENTS, TRAINING), round=1, task="train")
     (job, _) = jobs_for(server, FLEx(), CLIENTS)
-    bench = tiny_bench(model, CLIENTS[0], TRAINING)
-    empty = replace(bench, data=Split([], bench.data.validation, bench.data.test))
+    context = tiny_context(model, CLIENTS[0], TRAINING)
+    empty = replace(context, data=Split([], context.data.validation, context.data.test))
     with pytest.raises(BadData, match="client a has no training examples to select its experts by"):
         FLEx().train(job, empty)
 
 
 def test_experts_are_selected_by_examples_of_each_task_of_the_client():
     model = tiny_model("olmoe")
-    bench = tiny_bench(model, CLIENTS[1], TRAINING)
+    context = tiny_context(model, CLIENTS[1], TRAINING)
     tasks = ["x"] * 9 + ["y"] * 3
-    train = [replace(example, task=task) for example, task in zip(bench.data.train, tasks, strict=True)]
-    bench = replace(bench, data=replace(bench.data, train=train))
-    found = FLEx(calibration_examples=4).calibration(bench)
-    expected = bench.encoder.batch([*train[:3], train[9]])
+    train = [replace(example, task=task) for example, task in zip(context.data.train, tasks, strict=True)]
+    context = replace(context, data=replace(context.data, train=train))
+    found = FLEx(calibration_examples=4).calibration(context)
+    expected = context.encoder.batch([*train[:3], train[9]])
     assert len(found) == 1 and found[0].keys() == expected.keys()
     assert all(torch.equal(found[0][key], expected[key]) for key in expected)
 

@@ -11,7 +11,7 @@ from fedexperts.moe import factors
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
@@ -84,7 +84,7 @@ def test_clients_of_different_ranks_get_the_nearest_of_theirs_to_the_mean_of_the
     model = tiny_model(family)
     server, method = tiny_server(model, CLIENTS, LORA), FlexLoRA(ranks=(8, 4))
     jobs = list(jobs_for(server, method, CLIENTS))
-    updates = [method.train(job, tiny_bench(model, client, LORA)) for job, client in zip(jobs, CLIENTS, strict=True)]
+    updates = [method.train(job, tiny_context(model, client, LORA)) for job, client in zip(jobs, CLIENTS, strict=True)]
     merged = method.merge(server, iter(updates))
     one, other = (update.patch.tensors for update in updates)
     assert (factors.rank_of(one), factors.rank_of(other)) == (8, 4)

@@ -7,7 +7,7 @@ import torch
 
 from fedexperts.core.training import install
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.client_task import laid_over
+from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
 from fedexperts.methods.base import of
 from fedexperts.methods.flora import FLoRA
@@ -16,7 +16,7 @@ from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.testing import tiny_batch, tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_batch, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update, size
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
@@ -48,17 +48,17 @@ OTHER = sent("b", [[0.0, 2.0], [1.0, 1.0]], [[0.0, 4.0], [4.0, 0.0]], 3, 8.0)  #
 
 def test_a_merge_by_hand():
     merged = FLoRA().merge(bare(), iter([ONE, OTHER]))
-    assert merged.memory[f"change/{A}"].tolist() == [[[4.0, 3.0], [0.0, 6.0]]]  # a quarter of the one, three of the other
+    assert merged.method_state[f"change/{A}"].tolist() == [[[4.0, 3.0], [0.0, 6.0]]]  # a quarter of the one, three of the other
     assert merged.weights["gate"].tolist() == [[7.0]]
     again = FLoRA().merge(replace(merged, round=2), iter([ONE]))
-    assert again.memory[f"change/{A}"].tolist() == [[[8.0, 3.0], [0.0, 6.0]]]
+    assert again.method_state[f"change/{A}"].tolist() == [[[8.0, 3.0], [0.0, 6.0]]]
 
 
 def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_word():
-    one, other = (FLoRA().merge(bare(), iter(order)).memory[f"change/{A}"] for order in ([ONE, OTHER], [OTHER, ONE]))
+    one, other = (FLoRA().merge(bare(), iter(order)).method_state[f"change/{A}"] for order in ([ONE, OTHER], [OTHER, ONE]))
     torch.testing.assert_close(one, other)
     alone = FLoRA().merge(bare(), iter([OTHER]))
-    assert alone.memory[f"change/{A}"].tolist() == [[[4.0, 4.0], [0.0, 8.0]]]
+    assert alone.method_state[f"change/{A}"].tolist() == [[[4.0, 4.0], [0.0, 8.0]]]
 
 
 def test_a_client_is_sent_the_stacks_of_the_rounds_it_missed():
@@ -71,7 +71,7 @@ def test_a_client_is_sent_the_stacks_of_the_rounds_it_missed():
     def told(name, round):
         return FLoRA().assign(replace(server, round=round), Client(name, 1)).extra
 
-    assert {name: int(has) for name, has in of("has", server.memory).items()} == {"a": 0, "b": 1}
+    assert {name: int(has) for name, has in of("has", server.method_state).items()} == {"a": 0, "b": 1}
     assert told("a", 3)[f"stack/{A}"].shape == (1, 4, 40)  # it trained before either was there
     assert told("b", 3)[f"stack/{A}"].shape == (1, 2, 40)  # in the second round it was sent the first
     assert told("never", 3)[f"stack/{A}"].shape == (1, 4, 40)
@@ -83,9 +83,9 @@ def test_who_missed_more_than_the_sum_takes_is_sent_the_sum():
     for round in range(1, 15):
         update = replace(sent("a", wide, [[1.0, 0.0]] * 40, 1), round=round)
         server = FLoRA().merge(replace(server, round=round), iter([update]))
-        held = sum(size(of(f"stack/{each}", server.memory)) for each in range(1, 15))
-        assert held == 640 * min(round, 10) <= size(of("change", server.memory))
-    assert int(server.memory["forgotten"]) == 4
+        held = sum(size(of(f"stack/{each}", server.method_state)) for each in range(1, 15))
+        assert held == 640 * min(round, 10) <= size(of("change", server.method_state))
+    assert int(server.method_state["forgotten"]) == 4
     often, never = (FLoRA().assign(replace(server, round=15), Client(name, 1)).extra for name in "ab")
     assert often.keys() == {"rank", f"stack/{A}", f"stack/{B}"} and often[f"stack/{A}"].shape == (1, 2, 40)
     assert never.keys() == {"rank", f"change/{A}"}
@@ -99,12 +99,12 @@ class Played:
     def __init__(self, family, takes_part):
         self.model = tiny_model(family)
         self.server = tiny_server(self.model, CLIENTS, LORA)
-        self.benches = {client.name: tiny_bench(self.model, client, LORA) for client in CLIENTS}
+        self.contexts = {client.name: tiny_context(self.model, client, LORA) for client in CLIENTS}
         self.jobs, self.updates = [], []
         for number, names in enumerate(takes_part, 1):
             asked = replace(self.server, round=number, task="train")
             jobs = list(jobs_for(asked, FLoRA(RANKS), [client for client in CLIENTS if client.name in names]))
-            updates = [FLoRA(RANKS).train(job, self.benches[job.client]) for job in jobs]
+            updates = [FLoRA(RANKS).train(job, self.contexts[job.client]) for job in jobs]
             self.server = FLoRA(RANKS).merge(asked, iter(updates))
             self.jobs.append(jobs)
             self.updates.append(updates)
@@ -113,7 +113,7 @@ class Played:
         """Of the models that the clients would be scored with."""
         jobs = jobs_for(replace(self.server, task="evaluate"), FLoRA(RANKS), CLIENTS)
         with torch.no_grad():
-            return [install(job, self.benches[job.client])(**tiny_batch(family)).logits for job in jobs]
+            return [install(job, self.contexts[job.client])(**tiny_batch(family)).logits for job in jobs]
 
 
 @every_family
@@ -136,7 +136,7 @@ def test_after_a_round_all_have_the_base_and_the_weighted_products_of_different_
 @every_family
 def test_clients_that_took_part_in_different_rounds_have_the_same_model(family):
     played = Played(family, ["ab", "ac", "a", "bc"])
-    assert {name: int(has) for name, has in of("has", played.server.memory).items()} == {"a": 2, "b": 3, "c": 3}
+    assert {name: int(has) for name, has in of("has", played.server.method_state).items()} == {"a": 2, "b": 3, "c": 3}
     one, *others = played.logits(family)
     assert len(others) == 2
     for other in others:
@@ -145,7 +145,7 @@ def test_clients_that_took_part_in_different_rounds_have_the_same_model(family):
 
 def test_every_round_starts_on_fresh_adapters_which_do_not_go_down():
     played = Played("olmoe", ["ab", "ab"])
-    fresh = [rows.read(install(job, played.benches[job.client])) for jobs in played.jobs for job in jobs]
+    fresh = [rows.read(install(job, played.contexts[job.client])) for jobs in played.jobs for job in jobs]
     pairs = factors.pairs(fresh[0])
     assert not any(each[b].any() for each in fresh for b in pairs.values())
     assert all(len({each[a][0, 0, 0].item() for each in fresh}) == 4 for a in pairs)
@@ -157,11 +157,11 @@ def test_every_round_starts_on_fresh_adapters_which_do_not_go_down():
 def test_a_client_scored_before_the_merge_has_its_base_and_its_own_adapters_on_it(family):
     played = Played(family, ["ab", "a"])
     (job,), (update,) = played.jobs[1], played.updates[1]
-    bench = played.benches["a"]
-    held = install(replace(job, extra={"rank": job.extra["rank"]}), bench)  # all that came before the round
+    context = played.contexts["a"]
+    held = install(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
     rows.write(held, of("stack", update.extra))
     rows.write(held, update.patch.tensors)
-    scored = install(laid_over(job, update), bench)
+    scored = install(apply_update(job, update), context)
     with torch.no_grad():
         found, expected = (model(**tiny_batch(family)).logits for model in (scored, held))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -186,10 +186,10 @@ def test_a_server_from_a_checkpoint_sends_and_merges_what_the_undisturbed_one_do
     for server in (again, played.server):
         asked = replace(server, round=3, task="train")
         jobs = list(jobs_for(asked, FLoRA(RANKS), CLIENTS))
-        kept = {name: dict(bench.kept) for name, bench in played.benches.items()}
-        benches = {name: replace(bench, kept=kept[name]) for name, bench in played.benches.items()}
-        merged = FLoRA(RANKS).merge(asked, (FLoRA(RANKS).train(job, benches[job.client]) for job in jobs))
+        kept = {name: dict(context.client_state) for name, context in played.contexts.items()}
+        contexts = {name: replace(context, client_state=kept[name]) for name, context in played.contexts.items()}
+        merged = FLoRA(RANKS).merge(asked, (FLoRA(RANKS).train(job, contexts[job.client]) for job in jobs))
         if server is again:
             first = merged
-    assert first.memory.keys() == merged.memory.keys() and len(merged.memory) > 20
-    assert all(torch.equal(first.memory[name], merged.memory[name]) for name in merged.memory)
+    assert first.method_state.keys() == merged.method_state.keys() and len(merged.method_state) > 20
+    assert all(torch.equal(first.method_state[name], merged.method_state[name]) for name in merged.method_state)

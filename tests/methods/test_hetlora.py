@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedexperts.core.training import install
-from fedexperts.experiment.client_task import laid_over
+from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
 from fedexperts.methods.fedit import FedIT
 from fedexperts.methods.hetlora import HetLoRA
@@ -14,7 +14,7 @@ from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
@@ -93,7 +93,7 @@ def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_wor
 def test_without_an_update_nothing_changes():
     server = bare()
     merged = HetLoRA().merge(server, iter([]))
-    assert all(torch.equal(merged.weights[name], server.weights[name]) for name in server.weights) and not merged.memory
+    assert all(torch.equal(merged.weights[name], server.weights[name]) for name in server.weights) and not merged.method_state
 
 
 def awake(family, training=LORA, clients=CLIENTS):
@@ -108,7 +108,7 @@ def awake(family, training=LORA, clients=CLIENTS):
 
 def played(model, server, method, training=LORA):
     jobs = list(jobs_for(server, method, CLIENTS))
-    updates = [method.train(job, tiny_bench(model, client, training)) for job, client in zip(jobs, CLIENTS, strict=True)]
+    updates = [method.train(job, tiny_context(model, client, training)) for job, client in zip(jobs, CLIENTS, strict=True)]
     return updates, method.merge(server, iter(updates))
 
 
@@ -131,7 +131,7 @@ def test_a_client_is_sent_its_first_ranks_and_sends_as_many(family):
         expected = factors.cut(server.weights, rank)
         assert all(torch.equal(job.patch.tensors[name], expected[name]) for name in server.weights)
         assert factors.rank_of(update.patch.tensors) == rank
-    assert {name: int(rank) for name, rank in merged.memory.items()} == {"rank/a": 4, "rank/b": 8}
+    assert {name: int(rank) for name, rank in merged.method_state.items()} == {"rank/a": 4, "rank/b": 8}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_where_the_last_ranks_shrink_they_go_and_the_server_remembers(family, de
     method = HetLoRA(prune=100.0, decay=decay)
     updates, merged = played(model, server, method)
     assert [factors.rank_of(update.patch.tensors) for update in updates] == [low, low]
-    assert {name: int(rank) for name, rank in merged.memory.items()} == {"rank/a": low, "rank/b": low}
+    assert {name: int(rank) for name, rank in merged.method_state.items()} == {"rank/a": low, "rank/b": low}
     assert [int(job.extra["rank"]) for job in jobs_for(merged, method, CLIENTS)] == [low, low]
     assert merged.weights.keys() == server.weights.keys() and factors.rank_of(merged.weights) == 8
 
@@ -152,9 +152,9 @@ def test_where_the_last_ranks_shrink_they_go_and_the_server_remembers(family, de
 def test_a_client_that_has_pruned_can_be_scored_before_the_merge(family):
     model, server = awake(family)
     method = HetLoRA(prune=100.0)
-    (job,), bench = jobs_for(server, method, CLIENTS[:1]), tiny_bench(model, CLIENTS[0], LORA)
-    update = method.train(job, bench)
-    found = rows.read(install(laid_over(job, update), bench))
+    (job,), context = jobs_for(server, method, CLIENTS[:1]), tiny_context(model, CLIENTS[0], LORA)
+    update = method.train(job, context)
+    found = rows.read(install(apply_update(job, update), context))
     assert factors.rank_of(found) < 8
     assert all(torch.equal(found[name], update.patch.tensors[name]) for name in server.weights)
 

@@ -22,10 +22,10 @@ from fedexperts.moe.anatomy import BlockShape, blocks
 from fedexperts.moe.flops import Footprint, footprint
 from fedexperts.moe.routing import Recorder
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Cost, Training
 
-TRAINING = Training(batch_size=4, local_steps=3, label_smoothing=0.0, balance=0.0)
+TRAINING = Training(batch_size=4, local_steps=3, label_smoothing=0.0, router_aux_loss_coef=0.0)
 CLIENTS = [Client("a", 8), Client("b", 24)]
 every_family = pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "switch_transformers"])
 
@@ -38,7 +38,7 @@ def small(family="olmoe", **overrides):
 def trained(method, server, model, training, clients=CLIENTS):
     """Each client's update."""
     jobs = jobs_for(replace(server, round=1, task="train"), method, clients)
-    return [method.train(job, tiny_bench(model, server.clients[job.client], training)) for job in jobs]
+    return [method.train(job, tiny_context(model, server.clients[job.client], training)) for job in jobs]
 
 
 def equal(one, other):
@@ -90,17 +90,17 @@ def recorder_of(model, gates):
 def by_hand(monkeypatch):
     """Runs the round above with a method and gives the server before, the updates, and the server after."""
 
-    def fake_fit(model, bench, *, seed, watch, reach):
-        recorder = recorder_of(model, GATES[bench.client.name])
+    def fake_fit(model, context, *, seed, watch, select_experts):
+        recorder = recorder_of(model, GATES[context.client.name])
         assert watch(recorder) is None
-        if bench.client.name == "a":
-            assert [list(ids) for ids in reach(recorder).values()] == [[0, 1], [0]]
+        if context.client.name == "a":
+            assert [list(ids) for ids in select_experts(recorder).values()] == [[0, 1], [0]]
         else:
-            assert reach is None
+            assert select_experts is None
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.fill_(LEFT_AS[bench.client.name])
+                    parameter.fill_(LEFT_AS[context.client.name])
         return Fitted(0.5, Cost())
 
     def run(absolute_floor=0.25, **fields):
@@ -213,13 +213,13 @@ def test_a_client_sends_what_it_trained_and_its_routers_and_all_else_whole(famil
     (job,) = jobs_for(server, HFedMoE(usage_floor=0.0, budget=4), CLIENTS[:1])
     models = []
 
-    def kept_model(job, bench):
-        models.append(install(job, bench))
+    def kept_model(job, context):
+        models.append(install(job, context))
         return models[-1]
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(hfedmoe, "install", kept_model)
-        update = HFedMoE(usage_floor=0.0, budget=4).train(job, tiny_bench(model, CLIENTS[0], training))
+        update = HFedMoE(usage_floor=0.0, budget=4).train(job, tiny_context(model, CLIENTS[0], training))
     sent, after = experts_sent(update, server), rows.read(models[0])
     assert update.patch.tensors.keys() == server.weights.keys()
     assert sum(len(ids) for ids in sent.values()) == update.metrics["sent"] >= 4
@@ -253,7 +253,7 @@ def test_every_layer_has_an_expert_that_backward_reaches_whatever_is_chosen_by(f
 @pytest.mark.parametrize("fields", [{"select": "none"}, {"budget": 1.0}, {}], ids=["none", "all", "memory"])
 @every_family
 def test_a_client_without_limit_trains_bit_for_bit_as_in_fedavg(family, fields):
-    model, training = small(family), replace(TRAINING, balance=0.01, label_smoothing=0.1)
+    model, training = small(family), replace(TRAINING, router_aux_loss_coef=0.01, label_smoothing=0.1)
     server = tiny_server(model, CLIENTS, training)
     plain = trained(FedAvg(), server, model, training)
     ours = trained(HFedMoE(aggregate="fedavg", **fields), server, model, training)
@@ -297,8 +297,8 @@ WIDE = {"olmoe": {"intermediate_size": 64}, "switch_transformers": {"d_ff": 128}
 @pytest.mark.parametrize("family", WIDE)
 def test_the_measured_peak_is_within_what_is_planned_for_the_budget(family):
     model, client = small(family, **WIDE[family]), Client("a", 8)
-    bench = tiny_bench(model, client, TRAINING)
-    tokens = bench.encoder.batch(bench.data.train)["input_ids"].shape[1]
+    context = tiny_context(model, client, TRAINING)
+    tokens = context.encoder.batch(context.data.train)["input_ids"].shape[1]
     cost = footprint(model, TRAINING.tuning, (TRAINING.batch_size, tokens))
     server = replace(tiny_server(model, [client], TRAINING), footprint=cost)
     most = server.anatomy.num_experts
@@ -330,15 +330,15 @@ def lines(path, **found):
 @pytest.mark.parametrize(("floor", "silent"), [(2.0, True), (0.0, False)])
 def test_a_run_tells_what_each_client_sent_and_once_that_all_sent_nothing(tiny_tree, tmp_path, floor, silent):
     method = {"name": "hfedmoe", "budget": 0.5, "absolute_floor": floor}
-    heard, config = Heard(), checked(RunConfig, {**tiny_tree, "method": method, "federation": {"rounds": 2}})
-    out = run(config, tmp_path / "out", progress=heard)
+    tee_without_weights, config = Heard(), checked(RunConfig, {**tiny_tree, "method": method, "federation": {"rounds": 2}})
+    out = run(config, tmp_path / "out", progress=tee_without_weights)
     told = [line["metrics"] for line in lines(out / "ledger.jsonl", task="train")]
     assert len(told) == 8 and all(set(each) == {"reached", "qualified", "sent"} for each in told)
     assert all(len(each["reached"]) == 3 and sum(each["reached"]) <= 12 for each in told)
     assert [each["sent"] == 0 for each in told] == [silent] * 8
     assert {len(line["metrics"]) for line in lines(out / "ledger.jsonl", task="evaluate")} == {0}
-    assert [round for round, _ in heard.noticed] == ([1] if silent else [])
-    assert all("lower method.usage_floor" in sentence for _, sentence in heard.noticed)
+    assert [round for round, _ in tee_without_weights.noticed] == ([1] if silent else [])
+    assert all("lower method.usage_floor" in sentence for _, sentence in tee_without_weights.noticed)
 
 
 # Budgets

@@ -6,7 +6,7 @@ from fedexperts.core.training import install
 from fedexperts.federation import jobs_for
 from fedexperts.methods.local import Local
 from fedexperts.moe import rows
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Training
 
 TRAINING = Training(batch_size=4, local_steps=2)
@@ -17,13 +17,13 @@ def start():
     model = tiny_model("olmoe", num_hidden_layers=1)
     server = tiny_server(model, [CLIENT], TRAINING)
     (job,) = jobs_for(server, Local(), [CLIENT])
-    return server, job, tiny_bench(model, CLIENT, TRAINING)
+    return server, job, tiny_context(model, CLIENT, TRAINING)
 
 
 def test_no_weight_goes_down_or_up_and_the_server_stays_as_it_was():
-    server, job, bench = start()
+    server, job, context = start()
     assert job.nbytes == 0
-    update = Local().train(job, bench)
+    update = Local().train(job, context)
     assert not update.patch.tensors and not update.extra
     assert Local().merge(server, iter([update])) is server
 
@@ -36,29 +36,29 @@ def test_the_stream_of_updates_is_read_to_its_end():
 
 
 def test_a_client_keeps_what_it_trained_and_goes_on_from_there():
-    server, job, bench = start()
-    Local().train(job, bench)
-    first = {name: tensor.clone() for name, tensor in bench.kept.items()}
+    server, job, context = start()
+    Local().train(job, context)
+    first = {name: tensor.clone() for name, tensor in context.client_state.items()}
     assert first.keys() == server.weights.keys()
     assert any(not torch.equal(first[name], server.weights[name]) for name in first)
-    installed = rows.read(install(job, bench))
+    installed = rows.read(install(job, context))
     assert all(torch.equal(installed[name], first[name]) for name in first), "what is evaluated is what was kept"
-    Local().train(job, bench)
-    assert any(not torch.equal(bench.kept[name], first[name]) for name in first)
+    Local().train(job, context)
+    assert any(not torch.equal(context.client_state[name], first[name]) for name in first)
 
 
 def test_a_number_of_experts_makes_the_model_that_is_kept_small():
-    server, _, bench = start()
+    server, _, context = start()
     method = Local(experts_per_layer=3)
     (job,) = jobs_for(server, method, [CLIENT])
     for _ in range(2):
-        method.train(job, bench)
-    assert {len(bench.kept[name]) for name, block in server.layout.items() if block is not None} == {3}
-    installed = rows.read(install(job, bench))
-    assert all(torch.equal(installed[name], bench.kept[name]) for name in server.weights)
+        method.train(job, context)
+    assert {len(context.client_state[name]) for name, block in server.layout.items() if block is not None} == {3}
+    installed = rows.read(install(job, context))
+    assert all(torch.equal(installed[name], context.client_state[name]) for name in server.weights)
 
 
 def test_more_rounds_fit_the_training_examples_better():
-    _, job, bench = start()
-    losses = [Local().train(job, bench).metrics["loss"] for _ in range(8)]
+    _, job, context = start()
+    losses = [Local().train(job, context).metrics["loss"] for _ in range(8)]
     assert losses[-1] < losses[0] - 0.1

@@ -13,7 +13,7 @@ from fedexperts.methods.submodel import unmask
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training, Update
 
 TRAINING = Training(batch_size=4, local_steps=2)
@@ -59,7 +59,12 @@ def test_it_sends_its_subset_and_moves_no_other_expert(family):
     model = tiny_model(family)
     start, method = tiny_server(model, CLIENTS, TRAINING), PFLMoE(budget=6)
     (job,) = jobs_for(start, method, CLIENTS[:1])
-    update, own, moved, seen = method.train(job, tiny_bench(model, CLIENTS[0], TRAINING)), subset(method, start, CLIENTS[0]), 0, 0
+    update, own, moved, seen = (
+        method.train(job, tiny_context(model, CLIENTS[0], TRAINING)),
+        subset(method, start, CLIENTS[0]),
+        0,
+        0,
+    )
     for name, tensor in update.patch.tensors.items():
         block = start.layout[name]
         if block is None or rows.router_of(name, start.layout):
@@ -79,9 +84,9 @@ def test_it_sends_its_subset_and_moves_no_other_expert(family):
 
 def test_a_client_whose_subset_is_everything_trains_bit_for_bit_as_in_fedavg():
     model = tiny_model("olmoe", num_hidden_layers=2)
-    start, bench = tiny_server(model, CLIENTS, TRAINING), tiny_bench(model, CLIENTS[0], TRAINING)
+    start, context = tiny_server(model, CLIENTS, TRAINING), tiny_context(model, CLIENTS[0], TRAINING)
     (plain,), (ours,) = (jobs_for(start, method, CLIENTS[:1]) for method in (FedAvg(), PFLMoE()))
-    one, other = FedAvg().train(plain, bench), PFLMoE().train(ours, bench)
+    one, other = FedAvg().train(plain, context), PFLMoE().train(ours, context)
     assert one.patch.tensors.keys() == other.patch.tensors.keys()
     assert all(torch.equal(one.patch.tensors[name], other.patch.tensors[name]) for name in one.patch.tensors)
 

@@ -19,12 +19,12 @@ from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 
 CLIENTS = [Client("a", 8), Client("b", 12)]
 ADAMW = Training(batch_size=4, local_steps=3)
-SGD = Training(batch_size=4, local_steps=3, lr=0.2, optimizer="sgd", clip=0.0, balance=0.0)
+SGD = Training(batch_size=4, local_steps=3, lr=0.2, optimizer="sgd", max_grad_norm=0.0, router_aux_loss_coef=0.0)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 every_tuning = pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 
@@ -47,14 +47,14 @@ class Alone:
         server = tiny_server(self.model, CLIENTS, training)
         self.x = server.weights
         self.c, self.own = at_random(self.x, 1, size), at_random(self.x, 2, size)
-        (self.job,) = jobs_for(replace(server, memory=controls(self.c)), Scaffold(), CLIENTS[:1])
-        self.bench = tiny_bench(self.model, CLIENTS[0], training)
-        self.bench.kept.update(controls(self.own))
+        (self.job,) = jobs_for(replace(server, method_state=controls(self.c)), Scaffold(), CLIENTS[:1])
+        self.context = tiny_context(self.model, CLIENTS[0], training)
+        self.context.client_state.update(controls(self.own))
 
     def fedavg(self, **training):
         """What FedAvg makes of x, with the same batches."""
-        bench = replace(self.bench, training=replace(self.bench.training, **training))
-        return FedAvg().train(self.job, bench).patch.tensors
+        context = replace(self.context, training=replace(self.context.training, **training))
+        return FedAvg().train(self.job, context).patch.tensors
 
 
 @every_tuning
@@ -62,8 +62,8 @@ class Alone:
 def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
     """c_k⁺ = (x − y_k) / (K·η) − c + c_k."""
     alone = Alone(family, replace(SGD, tuning=tuning))
-    update = Scaffold().train(alone.job, alone.bench)
-    kept, moved, far = of("control", alone.bench.kept), of("control", update.extra), 0
+    update = Scaffold().train(alone.job, alone.context)
+    kept, moved, far = of("control", alone.context.client_state), of("control", update.extra), 0
     assert kept.keys() == moved.keys() == alone.x.keys()
     for name, x in alone.x.items():
         expected = (x - update.patch.tensors[name]) / (SGD.local_steps * SGD.lr) - alone.c[name] + alone.own[name]
@@ -78,7 +78,7 @@ def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
 def test_a_step_of_sgd_is_fedavgs_and_the_correction(family, tuning):
     """y = x − η (g + c − c_k)."""
     alone = Alone(family, replace(SGD, tuning=tuning, local_steps=1))
-    update, plain = Scaffold().train(alone.job, alone.bench), alone.fedavg()
+    update, plain = Scaffold().train(alone.job, alone.context), alone.fedavg()
     for name, tensor in update.patch.tensors.items():
         torch.testing.assert_close(tensor, plain[name] - SGD.lr * (alone.c[name] - alone.own[name]), rtol=1e-5, atol=1e-6)
 
@@ -86,11 +86,11 @@ def test_a_step_of_sgd_is_fedavgs_and_the_correction(family, tuning):
 @pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_what_is_kept_is_the_mean_of_the_gradients_before_correction_and_clipping(training):
     """So a correction that takes no effect, because η is 0 as good as, leaves the mean of the gradients at x."""
-    training = replace(training, lr=1e-30, local_steps=1, clip=1e-3)
+    training = replace(training, lr=1e-30, local_steps=1, max_grad_norm=1e-3)
     alone, other = Alone("olmoe", training), Alone("olmoe", training, size=0.5)
     for each in (alone, other):
-        Scaffold().train(each.job, each.bench)
-    found, again = of("control", alone.bench.kept), of("control", other.bench.kept)
+        Scaffold().train(each.job, each.context)
+    found, again = of("control", alone.context.client_state), of("control", other.context.client_state)
     assert sum(float(tensor.square().sum()) for tensor in found.values()) > 1e-2  # far more than what it is clipped to
     for name in found:
         torch.testing.assert_close(found[name], again[name], rtol=1e-4, atol=1e-6)
@@ -100,25 +100,25 @@ def test_what_is_kept_is_the_mean_of_the_gradients_before_correction_and_clippin
 @pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_where_c_is_the_clients_own_it_trains_as_fedavg_does_bit_for_bit(family, training):
     alone = Alone(family, training)
-    alone.bench.kept.update(controls(alone.c))
-    assert equal(Scaffold().train(alone.job, alone.bench).patch.tensors, alone.fedavg())
+    alone.context.client_state.update(controls(alone.c))
+    assert equal(Scaffold().train(alone.job, alone.context).patch.tensors, alone.fedavg())
 
 
 @every_family
 def test_a_federation_of_one_client_is_fedavg_bit_for_bit_in_every_round(family):
     model, (client, _) = tiny_model(family), CLIENTS
-    bench = tiny_bench(model, client, ADAMW)
+    context = tiny_context(model, client, ADAMW)
     plain = corrected = tiny_server(model, [client], ADAMW)
     for number in (1, 2, 3):
         plain, corrected = (replace(server, round=number, task="train") for server in (plain, corrected))
         (job,) = jobs_for(plain, FedAvg(), [client])
-        plain = FedAvg().merge(plain, iter([FedAvg().train(job, replace(bench, kept={}))]))
+        plain = FedAvg().merge(plain, iter([FedAvg().train(job, replace(context, client_state={}))]))
         (job,) = jobs_for(corrected, Scaffold(), [client])
-        assert equal(rows.read(install(job, bench)), job.patch.tensors), "what it keeps is no weight"
-        corrected = Scaffold().merge(corrected, iter([Scaffold().train(job, bench)]))
+        assert equal(rows.read(install(job, context)), job.patch.tensors), "what it keeps is no weight"
+        corrected = Scaffold().merge(corrected, iter([Scaffold().train(job, context)]))
         assert equal(corrected.weights, plain.weights)
-        assert equal(corrected.memory, bench.kept)
-    assert len(corrected.memory) == len(plain.weights)
+        assert equal(corrected.method_state, context.client_state)
+    assert len(corrected.method_state) == len(plain.weights)
 
 
 def column(*values):
@@ -131,7 +131,7 @@ def test_c_moves_by_what_the_participants_send_over_the_number_of_all_clients():
     layout = {"experts": "0", "norm": None, "new": None}
     memory = {"control/experts": column(1.0, 2.0, 3.0, 4.0), "control/norm": column(-1.0), "another": column(7.0)}
     clients = {name: Client(name, 1) for name in "abcd"}
-    server = Server(weights, layout, Anatomy({"0": BlockShape(4, 1)}), Footprint(0, {"0": 1}, 0), clients, memory=memory)
+    server = Server(weights, layout, Anatomy({"0": BlockShape(4, 1)}), Footprint(0, {"0": 1}, 0), clients, method_state=memory)
     ids = torch.tensor([1, 3])
     sent = [
         Update("a", 1, "train", Patch(weights), 3, controls({"experts": column(4.0, 8.0, 0.0, 0.0), "norm": column(2.0)})),
@@ -145,7 +145,7 @@ def test_c_moves_by_what_the_participants_send_over_the_number_of_all_clients():
         ),
     ]
     merged = Scaffold().merge(server, iter(sent))
-    assert {name: tensor.flatten().tolist() for name, tensor in merged.memory.items()} == {
+    assert {name: tensor.flatten().tolist() for name, tensor in merged.method_state.items()} == {
         "control/experts": [1 + 4 / 4, 2 + (8 + 4) / 4, 3.0, 4 + 8 / 4],
         "control/norm": [-1 + 2 / 4],
         "control/new": [-6 / 4],
@@ -153,7 +153,7 @@ def test_c_moves_by_what_the_participants_send_over_the_number_of_all_clients():
     }
     # The weights as in FedAvg: (3 · 20 + 1 · 24) / 4 and (3 · 40 + 1 · 44) / 4.
     assert merged.weights["experts"].flatten().tolist() == [10.0, 21.0, 30.0, 41.0]
-    assert server.memory["control/norm"].item() == -1.0
+    assert server.method_state["control/norm"].item() == -1.0
 
 
 def test_the_order_of_updates_does_not_matter():
@@ -161,12 +161,12 @@ def test_the_order_of_updates_does_not_matter():
     clients = [Client(name, 8) for name in "abc"]
     server = tiny_server(model, clients, SGD)
     updates = [
-        Scaffold().train(job, tiny_bench(model, client, SGD))
+        Scaffold().train(job, tiny_context(model, client, SGD))
         for job, client in zip(jobs_for(server, Scaffold(), clients), clients, strict=True)
     ]
     one, other = (Scaffold().merge(server, iter(order)) for order in (updates, updates[::-1]))
-    assert equal(one.memory, other.memory)
-    assert len(one.memory) == len(server.weights)
+    assert equal(one.method_state, other.method_state)
+    assert len(one.method_state) == len(server.weights)
 
 
 @every_tuning
@@ -177,15 +177,15 @@ def test_it_sends_twice_what_fedavg_sends_both_ways(tuning, experts_per_layer):
     model = tiny_model("olmoe")
     server = tiny_server(model, CLIENTS, training)
     method, plain = Scaffold(experts_per_layer), FedAvg(experts_per_layer)
-    benches = [tiny_bench(model, client, training) for client in CLIENTS]
+    contexts = [tiny_context(model, client, training) for client in CLIENTS]
     weights = sum(tensor.nbytes for tensor in next(jobs_for(server, plain, CLIENTS)).patch.tensors.values())
     counted = []
     for number in (1, 2):
         server = replace(server, round=number, task="train")
         jobs = list(jobs_for(server, method, CLIENTS))
-        updates = [method.train(job, bench) for job, bench in zip(jobs, benches, strict=True)]
-        for job, update, usual, bench in zip(jobs, updates, jobs_for(server, plain, CLIENTS), benches, strict=True):
-            sent = plain.train(usual, replace(bench, kept={}))
+        updates = [method.train(job, context) for job, context in zip(jobs, contexts, strict=True)]
+        for job, update, usual, context in zip(jobs, updates, jobs_for(server, plain, CLIENTS), contexts, strict=True):
+            sent = plain.train(usual, replace(context, client_state={}))
             counted.append((job.nbytes - usual.nbytes, without_metrics(update) - without_metrics(sent)))
         server = method.merge(server, iter(updates))
     assert counted == [(0, weights)] * 2 + [(weights, weights)] * 2
@@ -201,7 +201,7 @@ def test_of_experts_that_no_client_holds_c_stays_zero_and_is_not_sent():
     for number in (1, 2):
         server = replace(server, round=number, task="train")
         jobs = list(jobs_for(server, method, CLIENTS))
-        updates = [method.train(job, tiny_bench(model, client, SGD)) for job, client in zip(jobs, CLIENTS, strict=True)]
+        updates = [method.train(job, tiny_context(model, client, SGD)) for job, client in zip(jobs, CLIENTS, strict=True)]
         server = method.merge(server, iter(updates))
     checked = 0
     for name, block in server.layout.items():
@@ -209,7 +209,7 @@ def test_of_experts_that_no_client_holds_c_stays_zero_and_is_not_sent():
         if block is not None:
             held = list(jobs[0].experts[block])
             assert len(held) == 3
-            control = server.memory[f"control/{name}"]
+            control = server.method_state[f"control/{name}"]
             assert control[held].abs().sum() > 0
             assert not control[[expert for expert in range(8) if expert not in held]].any()
             checked += 1
@@ -220,8 +220,8 @@ def test_of_experts_that_no_client_holds_c_stays_zero_and_is_not_sent():
 class Ailing(Scaffold):
     """From round 2 on c01 fails before it ends, and c02 sends a weight that is no number with a Δc_k that is."""
 
-    def train(self, job, bench):
-        update = super().train(job, bench)
+    def train(self, job, context):
+        update = super().train(job, context)
         if job.round >= 2 and job.client == "c01":
             raise RuntimeError("out of memory")
         if job.round >= 2 and job.client == "c02":
@@ -238,11 +238,11 @@ def test_c_stays_the_mean_of_what_all_clients_keep_whoever_takes_part_and_whoeve
         failed += [entry.client for entry in ledger.entries if entry.failed]
         ledger.clear()
         (asked, *_) = jobs_for(replace(server, round=server.round + 1), Scaffold(), server.clients.values())
-        kept = [of("control", engine.site.keeper.load(replace(asked, client=name))) for name in server.clients]
-        for name, control in of("control", server.memory).items():
+        kept = [of("control", engine.runtime.client_store.load(replace(asked, client=name))) for name in server.clients]
+        for name, control in of("control", server.method_state).items():
             zero = torch.zeros_like(control)
             expected = sum(each.get(name, zero) for each in kept) / len(server.clients)
             torch.testing.assert_close(control, expected, rtol=1e-4, atol=1e-6)
     assert seen == set(server.clients)
     assert set(failed) == {"c01", "c02"}
-    assert len(server.memory) == len(server.weights)
+    assert len(server.method_state) == len(server.weights)

@@ -14,7 +14,7 @@ from fedexperts.moe.anatomy import BlockShape, blocks
 from fedexperts.moe.flops import Footprint, flops_estimated
 from fedexperts.moe.routing import Recorder
 from fedexperts.moe.tuning import Tuning
-from fedexperts.testing import bare_server, tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training, Update
 
 FOUR = BlockShape(4, 1)
@@ -36,7 +36,7 @@ def test_the_clients_counts_are_added_up_and_each_keeps_the_heavy_hitters_that_f
     found = SEERMoE().merge(
         server, iter([counted("large", [1, 1, 3, 0, 4, 0, 0, 0]), counted("small", [3, 0, 0, 0, 4, 0, 0, 0])])
     )
-    assert found.memory["counts"].tolist() == [4, 1, 3, 0, 8, 0, 0, 0]
+    assert found.method_state["counts"].tolist() == [4, 1, 3, 0, 8, 0, 0, 0]
     held = [SEERMoE().assign(replace(found, task="train"), client).experts for client in clients]
     assert held == [{"0": (0, 1, 2), "1": (0,)}, {"0": (0, 2), "1": (0,)}, {"0": (0,), "1": (0,)}]
     assert held == [SEERMoE().assign(replace(found, task="evaluate", round=7), client).experts for client in clients]
@@ -45,7 +45,7 @@ def test_the_clients_counts_are_added_up_and_each_keeps_the_heavy_hitters_that_f
 def test_the_order_of_counts_does_not_matter_and_without_any_the_server_stays():
     server = replace(bare_server([FOUR], CLIENTS), task="count")
     one, other = counted("a", [0.1, 0.2, 0.3, 0.4]), counted("b", [7.0, 0, 0, 1])
-    merged = [SEERMoE().merge(server, iter(order)).memory["counts"] for order in ([one, other], [other, one])]
+    merged = [SEERMoE().merge(server, iter(order)).method_state["counts"] for order in ([one, other], [other, one])]
     assert torch.equal(*merged)
     assert SEERMoE().merge(server, iter([])) == server
 
@@ -55,11 +55,11 @@ def test_the_order_of_counts_does_not_matter_and_without_any_the_server_stays():
 def test_counts_are_of_all_training_tokens_and_nothing_is_trained(family, tuning):
     model, training = tiny_model(family), replace(TRAINING, tuning=tuning)
     server = replace(tiny_server(model, CLIENTS, training), task="count")
-    bench = tiny_bench(model, CLIENTS[1], training)  # ten examples in batches of four
+    context = tiny_context(model, CLIENTS[1], training)  # ten examples in batches of four
     _, job = jobs_for(server, SEERMoE(), CLIENTS)
-    hard, soft = (SEERMoE(counting=counting).train(job, bench) for counting in ("hard", "soft"))
+    hard, soft = (SEERMoE(counting=counting).train(job, context) for counting in ("hard", "soft"))
 
-    batches = [bench.encoder.batch(bench.data.train[start : start + 4]) for start in (0, 4, 8)]
+    batches = [context.encoder.batch(context.data.train[start : start + 4]) for start in (0, 4, 8)]
     with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
         for batch in batches:
             model(**batch)
@@ -82,14 +82,14 @@ def test_a_client_trains_its_sub_model_and_entropy_makes_its_routers_surer(famil
     whole = tiny_server(model, [], TRAINING)
     client = Client("a", 8, memory_bytes=round(0.9 * whole.footprint.of(whole.anatomy.all_experts)))
     counts = torch.arange(whole.anatomy.num_experts, dtype=torch.float64) + 1
-    server = replace(whole, clients={"a": client}, task="train", memory={"counts": counts})
+    server = replace(whole, clients={"a": client}, task="train", method_state={"counts": counts})
     (job,) = jobs_for(server, SEERMoE(), [client])
     assert all(0 < len(job.experts[name]) < 8 for name in blocks(model))
     shrink.check(server.anatomy, job.experts)
     assert 7 in job.experts[next(iter(job.experts))]
 
-    bench = tiny_bench(model, client, TRAINING)
-    plain, none, much = train_assigned(job, bench), *(SEERMoE(entropy=weight).train(job, bench) for weight in (0.0, 3.0))
+    context = tiny_context(model, client, TRAINING)
+    plain, none, much = train_assigned(job, context), *(SEERMoE(entropy=weight).train(job, context) for weight in (0.0, 3.0))
     assert all(torch.equal(plain.patch.tensors[name], none.patch.tensors[name]) for name in plain.patch.tensors)
     assert much.metrics["loss"] > none.metrics["loss"]
     routers = [name for name in much.patch.tensors if rows.router_of(name, server.layout)]

@@ -18,10 +18,10 @@ from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE
 from fedexperts.methods.local import Local
-from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, FedAdagrad, FedAdam, FedAvgM, FedYogi, Stepped
+from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, FedAdagrad, FedAdam, FedAvgM, FedYogi, WithServerOptimizer
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.testing import tiny_bench, tiny_model, tiny_server
+from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 
 every_optimizer = pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
@@ -56,10 +56,10 @@ def after(optimizer, *deltas, start=1.0):
     """The weight after each round in which the clients' mean is off by these, and the last memory."""
     server, path = server_of(start), []
     for number, delta in enumerate(deltas, start=1):
-        method, server = Stepped(FedAvg(), optimizer), replace(server, round=number, task="train")
+        method, server = WithServerOptimizer(FedAvg(), optimizer), replace(server, round=number, task="train")
         server = method.merge(server, iter([sent(server, (0,), delta)]))
         path.append(float(server.weights["experts"]))
-    return path, {key: float(tensor) for key, tensor in server.memory.items()}
+    return path, {key: float(tensor) for key, tensor in server.method_state.items()}
 
 
 def test_two_rounds_of_fedavgm_by_hand():
@@ -127,7 +127,7 @@ def test_fedavgm_without_momentum_and_a_rate_of_one_is_the_mean_bit_for_bit():
     for seed in (0, 2):
         plain = FedAvg().merge(plain, iter([at_random(plain, seed), at_random(plain, seed + 1)]))
         updates = [at_random(stepped, seed), at_random(stepped, seed + 1)]
-        stepped = Stepped(FedAvg(), FedAvgM(lr=1.0, beta1=0.0)).merge(stepped, iter(updates))
+        stepped = WithServerOptimizer(FedAvg(), FedAvgM(lr=1.0, beta1=0.0)).merge(stepped, iter(updates))
         assert equal(stepped.weights, plain.weights)
     assert not equal(plain.weights, server.weights)
 
@@ -135,7 +135,7 @@ def test_fedavgm_without_momentum_and_a_rate_of_one_is_the_mean_bit_for_bit():
 @every_optimizer
 def test_a_rows_way_depends_only_on_the_rounds_in_which_it_was_sent(name):
     """Six rounds with one or two of three experts: each goes as if it were the only one, and its rounds all there are."""
-    rng, method = Random("rows"), Stepped(FedAvg(), SERVER_OPTIMIZERS[name]())
+    rng, method = Random("rows"), WithServerOptimizer(FedAvg(), SERVER_OPTIMIZERS[name]())
     server = replace(server_of(1.0, 2.0, 3.0, 4.0), task="train")
     moves = {expert: [] for expert in range(4)}
     for _ in range(6):
@@ -151,8 +151,10 @@ def test_a_rows_way_depends_only_on_the_rounds_in_which_it_was_sent(name):
         assert 0 < len(moves[expert]) < 6
         (*_, end), memory = after(SERVER_OPTIMIZERS[name](), *moves[expert], start=expert + 1.0)
         assert end == pytest.approx(float(server.weights["experts"][expert]), rel=1e-5)
-        assert memory == {key: pytest.approx(float(t[expert]), rel=1e-3) for key, t in server.memory.items()}
-    assert {key.rpartition("/")[2] for key in server.memory} == {"experts"}, "of a weight that never moved nothing is remembered"
+        assert memory == {key: pytest.approx(float(t[expert]), rel=1e-3) for key, t in server.method_state.items()}
+    assert {key.rpartition("/")[2] for key in server.method_state} == {"experts"}, (
+        "of a weight that never moved nothing is remembered"
+    )
 
 
 @dataclass(frozen=True)
@@ -162,49 +164,49 @@ class Counts(FedAvg):
     before = ("profile",)
 
     def assign(self, server, client):
-        assert all(key.startswith("seen/") for key in server.memory)
+        assert all(key.startswith("seen/") for key in server.method_state)
         return super().assign(server, client)
 
     def merge(self, server, updates):
-        assert all(key.startswith("seen/") for key in server.memory)
+        assert all(key.startswith("seen/") for key in server.method_state)
         merged = mean_rows(server, updates, by_examples)
-        return replace(merged, memory={**server.memory, f"seen/{server.task}{server.round}": torch.tensor(1)})
+        return replace(merged, method_state={**server.method_state, f"seen/{server.task}{server.round}": torch.tensor(1)})
 
 
 def test_the_methods_memory_and_ours_do_not_meet_and_stages_are_taken_as_they_are():
-    method, server = Stepped(Counts(), FedAdam()), server_of(1.0, 2.0)
-    assert (method.before, method.pooled) == (("profile",), False)
+    method, server = WithServerOptimizer(Counts(), FedAdam()), server_of(1.0, 2.0)
+    assert (method.setup_tasks, method.centralized) == (("profile",), False)
     server = replace(server, task="profile")
     server = method.merge(server, iter([sent(server, (0, 1), 0.5, 0.25)]))
     assert server.weights["experts"].flatten().tolist() == [1.5, 2.25]
-    assert set(server.memory) == {"seen/profile0"}
+    assert set(server.method_state) == {"seen/profile0"}
     for number in (1, 2):
         server = replace(server, round=number, task="train")
         method.assign(server, server.clients["a"])
         server = method.merge(server, iter([sent(server, (0, 1), 0.5, 0.25)]))
     ours = {"server_optimizer/m/experts", "server_optimizer/v/experts"}
-    assert set(server.memory) == {"seen/profile0", "seen/train1", "seen/train2"} | ours
+    assert set(server.method_state) == {"seen/profile0", "seen/train1", "seen/train2"} | ours
 
 
 def test_a_round_without_answers_and_a_method_that_shares_nothing_move_nothing():
     server = replace(server_of(1.0, 2.0), round=1, task="train")
     for method in (FedAvg(), Local()):
-        merged = Stepped(method, FedAdam()).merge(server, iter([]))
+        merged = WithServerOptimizer(method, FedAdam()).merge(server, iter([]))
         assert equal(merged.weights, server.weights)
-        assert not merged.memory
+        assert not merged.method_state
 
 
 @every_optimizer
 def test_sub_models_are_stepped_where_somebody_holds_them_and_a_checkpoint_goes_on_with_the_same_bits(name, tmp_path):
     training, clients = Training(batch_size=2, local_steps=1), [Client("a", 4), Client("b", 4)]
     model = tiny_model("olmoe", num_hidden_layers=1)
-    method = Stepped(FedMoE(initial="random", adjust=False, experts_per_layer=3), SERVER_OPTIMIZERS[name]())
+    method = WithServerOptimizer(FedMoE(initial="random", adjust=False, experts_per_layer=3), SERVER_OPTIMIZERS[name]())
     start = server = tiny_server(model, clients, training)
 
     def round_of(server, number):
         server, held = replace(server, round=number, task="train"), set()
         jobs = list(jobs_for(server, method, clients))
-        updates = [method.train(job, tiny_bench(model, client, training)) for job, client in zip(jobs, clients, strict=True)]
+        updates = [method.train(job, tiny_context(model, client, training)) for job, client in zip(jobs, clients, strict=True)]
         for job in jobs:
             held |= {*next(iter(job.experts.values()))}
         return method.merge(server, iter(updates)), held
@@ -214,7 +216,7 @@ def test_sub_models_are_stepped_where_somebody_holds_them_and_a_checkpoint_goes_
     checkpoint.save(tmp_path, server)
     resumed = checkpoint.load(tmp_path, start)
     (on, _), (again, _) = round_of(server, 2), round_of(resumed, 2)
-    assert equal(on.weights, again.weights) and equal(on.memory, again.memory)
+    assert equal(on.weights, again.weights) and equal(on.method_state, again.method_state)
     seen = 0
     for key, block in start.layout.items():
         assert on.weights[key].dtype == start.weights[key].dtype
@@ -224,8 +226,8 @@ def test_sub_models_are_stepped_where_somebody_holds_them_and_a_checkpoint_goes_
             assert not any(same[expert] for expert in held) or "experts" in key  # one that no token reached stands still
             seen += sum(not each for each in same)
     assert seen > 8
-    assert any(key.startswith("p/") for key in on.memory)
-    assert any(key.startswith("server_optimizer/m/") for key in on.memory)
+    assert any(key.startswith("p/") for key in on.method_state)
+    assert any(key.startswith("server_optimizer/m/") for key in on.method_state)
 
 
 def config(*settings, **federation):
@@ -243,7 +245,7 @@ def config(*settings, **federation):
 )
 def test_a_run_file_names_one_and_the_resolved_run_says_all_of_it(asked, expected):
     found = config(server_optimizer=asked)
-    assert found.build_method() == Stepped(FedAvg(), expected)
+    assert found.build_method() == WithServerOptimizer(FedAvg(), expected)
     resolved = found.resolved()
     assert resolved["federation"]["server_optimizer"].keys() - {"name"} == vars(expected).keys()
     again = checked(RunConfig, json.loads(json.dumps(resolved)))
@@ -266,9 +268,9 @@ def test_the_methods_of_a_comparison_differ_by_it():
     )
     run = config()
     assert plain.of(run).build_method() == FedAvg()
-    assert adam.of(run).build_method() == Stepped(FedAvg(), FedAdam())
+    assert adam.of(run).build_method() == WithServerOptimizer(FedAvg(), FedAdam())
     with_rate = config(server_optimizer={"name": "fedyogi", "lr": 0.1})
-    assert adam.of(with_rate).build_method() == Stepped(FedAvg(), FedAdam(lr=0.1))
+    assert adam.of(with_rate).build_method() == WithServerOptimizer(FedAvg(), FedAdam(lr=0.1))
     assert none.of(with_rate).build_method() == FedAvg()
     with pytest.raises(BadValue, match=r"^federation\.server_optimizer\.name = None is not one of fedavgm"):
         yogi.of(run)  # the key takes the place of the name

@@ -151,7 +151,11 @@ def test_a_base_made_from_a_stream_tells_what_it_read_and_what_it_reaches(tmp_pa
     assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
     assert len(base.tokenizer("porridge")["input_ids"]) < 1 + len("porridge")
     points = [line.split(",") for line in (folder / "loss.csv").read_text().splitlines()]
-    assert points[0] == ["step", "loss", "balance", "seconds"] and [point[0] for point in points[1:]] == ["1", "2", "3"]
+    assert points[0] == ["step", "loss", "router_aux_loss_coef", "seconds"] and [point[0] for point in points[1:]] == [
+        "1",
+        "2",
+        "3",
+    ]
     assert recipe["loss"] == pytest.approx(float(points[-1][1]), abs=1e-4)
     told = (folder / "README.md").read_text()
     assert all(said in told for said in (*recipe["data"].values(), "bits per byte, tales", str(bits["model"])))
@@ -299,7 +303,7 @@ def test_without_exposed_tasks_none_are_measured(tmp_path):
 def test_training_keeps_the_load_of_experts_more_even_with_the_balance_loss_than_without(tmp_path):
     uneven = {}
     for balance in (0.0, 1.0):
-        model = load(str(pretrain(small(tmp_path / str(balance), steps=60, measured=0, balance=balance)))).model
+        model = load(str(pretrain(small(tmp_path / str(balance), steps=60, measured=0, router_aux_loss_coef=balance)))).model
         batch = Encoder(make_tokenizer(64), 64).batch(mixed(0, 0, small(tmp_path)))
         with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
             model(**batch)

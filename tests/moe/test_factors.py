@@ -66,7 +66,7 @@ def test_the_product_of_stacked_factors_is_the_weighted_mean_of_the_products():
 
 def test_the_best_factors_of_a_diagonal_matrix_are_its_largest_entries():
     a = row([[1.0, 0.0], [0.0, 1.0]])
-    b, a = factors.best(row([[3.0, 0.0], [0.0, -5.0]]), a, 1)
+    b, a = factors.truncated_svd(row([[3.0, 0.0], [0.0, -5.0]]), a, 1)
     torch.testing.assert_close(b @ a, row([[0.0, 0.0], [0.0, -5.0]]))
     assert (b.shape, a.shape) == ((1, 2, 1), (1, 1, 2))
 
@@ -78,12 +78,12 @@ def test_the_best_factors_are_those_of_the_dense_singular_value_decomposition(ma
     for rank in (1, 2, 3):
         u, sigma, vt = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
         nearest = (u[..., :rank] * sigma[:, None, :rank]) @ vt[:, :rank]
-        found_b, found_a = factors.best(b, a, rank)
+        found_b, found_a = factors.truncated_svd(b, a, rank)
         torch.testing.assert_close(found_b @ found_a, nearest.float(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found_a @ found_a.mT, torch.eye(rank).expand(4, -1, -1), rtol=1e-5, atol=1e-5)
-        longer = dict(zip((B, A), factors.best(b, a, 3), strict=True))
+        longer = dict(zip((B, A), factors.truncated_svd(b, a, 3), strict=True))
         torch.testing.assert_close(factors.cut(longer, rank), {B: found_b, A: found_a})
-    high_b, high_a = factors.best(b, a, 10)
+    high_b, high_a = factors.truncated_svd(b, a, 10)
     torch.testing.assert_close(high_b @ high_a, b @ a, rtol=1e-4, atol=1e-4)
     assert high_b.shape == (4, 6, 10) and not high_b[..., 6:].any() and not high_a[:, 8:].any()
 

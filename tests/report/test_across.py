@@ -53,10 +53,10 @@ def test_the_target_is_the_best_mean_over_seeds_of_the_methods_that_federate():
     groups = {
         "fedavg": [run("fedavg", {5: 0.9}), run("fedavg", {5: 0.3}, seed=1)],  # 60 on average, once 90
         "fedmoe": [run("fedmoe", {5: 0.7})],
-        "centralised": [run("centralised", {5: 0.95}, reference=True)],
+        "centralized": [run("centralized", {5: 0.95}, reference=True)],
     }
     assert target(groups, None) == target(groups, "sort") == Target("fedmoe", 70.0, "%")
-    assert target({"centralised": groups["centralised"]}, None) is None
+    assert target({"centralized": groups["centralized"]}, None) is None
     assert target({"fedmoe": [run("fedmoe", {})]}, None) is None
     assert target({"fedmoe": [run("fedmoe", {5: 0.0})]}, None) is None  # which everybody would have reached
 
@@ -88,14 +88,14 @@ def timed(method: str, *seconds: float | None, first: int = 1, **fields) -> RunR
 
 def test_what_it_took_to_the_target_is_told_in_rounds_bytes_and_virtual_time():
     settings = settings_of(
-        timed("fedavg", 100.0, 50.0, 25.0), timed("fedmoe", 1.0, 1.0), timed("centralised", None, None, None, reference=True)
+        timed("fedavg", 100.0, 50.0, 25.0), timed("fedmoe", 1.0, 1.0), timed("centralized", None, None, None, reference=True)
     )
     rounds, sent, time = across.to_target(settings)  # 70 % of fedavg: 63 and 69.3
     assert [table.title.split(" to ")[0] for table in (rounds, sent, time)] == ["Rounds", "Sent (MB)", "Virtual time (s)"]
     assert rounds.columns == sent.columns == time.columns == ("method", "90 %", "99 %")
     assert [cell(table, "fedavg", "90 %") for table in (rounds, sent, time)] == ["3 (1 of 1)", "6.00 (1 of 1)", "175.0 (1 of 1)"]
     assert [cell(table, "fedmoe", "90 %") for table in (rounds, sent, time)] == ["– (0 of 1)"] * 3
-    assert [cell(table, "centralised", "99 %") for table in (rounds, sent, time)] == ["3 (1 of 1)", "6.00 (1 of 1)", "–"]
+    assert [cell(table, "centralized", "99 %") for table in (rounds, sent, time)] == ["3 (1 of 1)", "6.00 (1 of 1)", "–"]
 
 
 def test_where_no_run_has_a_clock_there_is_no_table_of_time():

@@ -74,7 +74,7 @@ def test_a_run_without_a_clock_has_no_curve_over_virtual_time(tmp_path: Path):
     timed, other = (read(write_run(tmp_path / name, rounds=4, clock=name == "a")) for name in ("a", "b"))
     assert not figures.curves(other, "virtual time", "%").drawing.data
     assert [len(group) for group in (figures.one_run(timed)["quality"], figures.one_run(other)["quality"])] == [3, 2]
-    drawn = figures.compared({"fedmoe": [timed], "centralised": [other]}, None, "virtual time").drawing.data
+    drawn = figures.compared({"fedmoe": [timed], "centralized": [other]}, None, "virtual time").drawing.data
     assert [trace.name for trace in drawn] == ["fedmoe"]
 
 

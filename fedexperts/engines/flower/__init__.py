@@ -1,4 +1,4 @@
-"""The same run across processes and machines: Flower carries the letters, and decides nothing.
+"""The same run across processes and machines: Flower carries the messages, and decides nothing.
 
 Of the library only the modules below here import it.
 """

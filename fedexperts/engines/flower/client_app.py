@@ -1,29 +1,32 @@
-"""Flower's side of a client: it takes letters out of messages and puts answers in. Needs neither torch nor transformers."""
+"""Flower's side of a client: it takes messages out of messages and puts answers in. Needs neither torch nor transformers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error
+from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from fedexperts.engines.flower.codec import from_records, to_records
-from fedexperts.engines.message import Letter
+from fedexperts.engines.message import Message
 from fedexperts.errors import FedExpertsError
 
-Answer = Callable[[Letter, Mapping[str, Any]], Letter]
-"""A letter, and what Flower knows of the node (its node configuration) → the answer."""
+Answer = Callable[[Message, Mapping[str, Any]], Message]
+"""A message, and what Flower knows of the node (its node configuration) → the answer."""
 REFUSED = 1000  # the code of an error of ours; Flower's own are below
 
 
 def client_app(answer: Answer) -> ClientApp:
-    """A ClientApp whose every message is a letter that `answer` answers, or refuses with a sentence."""
+    """A ClientApp whose every message is a message that `answer` answers, or refuses with a sentence."""
     app = ClientApp()
 
     @app.query()
-    def reply(message: Message, context: Context) -> Message:
+    def reply(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
         try:
-            return Message(to_records(answer(from_records(message.content), context.node_config)), reply_to=message)
+            return FlowerMessage(
+                to_records(answer(from_records(flower_message.content), context.node_config)), reply_to=flower_message
+            )
         except FedExpertsError as error:
-            return Message(Error(REFUSED, str(error)), reply_to=message)
+            return FlowerMessage(Error(REFUSED, str(error)), reply_to=flower_message)
 
     return app

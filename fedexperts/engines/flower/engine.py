@@ -8,17 +8,18 @@ from itertools import islice
 from math import inf
 from time import monotonic, sleep
 
-from flwr.app import Message, MessageType
+from flwr.app import Message as FlowerMessage
+from flwr.app import MessageType
 from flwr.serverapp import Grid as Grid
 
-from fedexperts.engines.base import held_against, outline
+from fedexperts.engines.base import outline, validate_update
 from fedexperts.engines.client_store import own
 from fedexperts.engines.flower.client_app import REFUSED
 from fedexperts.engines.flower.codec import from_records, to_records
-from fedexperts.engines.message import Letter
+from fedexperts.engines.message import Message
 from fedexperts.engines.remote import Greeting, hello, order, read_greeting
 from fedexperts.engines.serialization import read_answer
-from fedexperts.errors import BadLetter, BadRun, Leak
+from fedexperts.errors import BadMessage, BadRun, Leak
 from fedexperts.types import Client, Failure, Job, Update
 
 POLL_SECONDS = 0.05
@@ -34,7 +35,7 @@ class Sent:
     """A job under way, without its numbers."""
 
     job: Job
-    message: str | None  # None: no node could be given it
+    message_id: str | None  # None: no node could be given it
     until: float  # on the monotonic clock
     node: int | None = None
     since: object = None  # as which connection of the node it was sent
@@ -124,18 +125,18 @@ class FlowerEngine:
         for node in nodes:
             if node in self.greeted and self.greeted[node] == since.get(node):
                 continue
-            if message := self.push(hello(self.about), node):
-                self.hellos = {asked: other for asked, other in self.hellos.items() if other != node} | {message: node}
+            if message_id := self.push(hello(self.about), node):
+                self.hellos = {asked: other for asked, other in self.hellos.items() if other != node} | {message_id: node}
                 self.greeted[node] = since.get(node)
         self.greeted = {node: was for node, was in self.greeted.items() if node in nodes}  # one that comes back is asked again
-        for message, node in list(self.hellos.items()):
+        for message_id, node in list(self.hellos.items()):
             try:
-                if letter := self.pull(message):
-                    self.welcome(node, read_greeting(letter))
-                    del self.hellos[message]
-            except BadLetter as error:
+                if message := self.pull(message_id):
+                    self.welcome(node, read_greeting(message))
+                    del self.hellos[message_id]
+            except BadMessage as error:
                 self.refuse(node, str(error))
-                del self.hellos[message]
+                del self.hellos[message_id]
 
     def welcome(self, node: int, greeting: Greeting) -> None:
         """Takes `node` for the client that it says it is, unless another node that is there has that name."""
@@ -173,15 +174,15 @@ class FlowerEngine:
     def send(self, job: Job) -> Sent:
         node = self.nodes.get(job.client)
         since = self.since().get(node or 0)  # before it is sent: who connects anew after that has not seen it, or has lost it
-        letter = order(job, self.about, self.accepted.get(job.client, ""))
-        message = self.push(letter, node) if node is not None else None
-        if message:
-            self.asked[message] = job.client, job.round, job.task
-        return Sent(outline(job), message, monotonic() + self.seconds, node, since)
+        message = order(job, self.about, self.accepted.get(job.client, ""))
+        message_id = self.push(message, node) if node is not None else None
+        if message_id:
+            self.asked[message_id] = job.client, job.round, job.task
+        return Sent(outline(job), message_id, monotonic() + self.seconds, node, since)
 
     def receive(self, sent: Sent) -> Update | Failure:
         """The answer to `sent`, waited for until its time is over."""
-        if sent.message is None:
+        if sent.message_id is None:
             return sent.failed("it is not connected")
         self.drop_late()
         while True:
@@ -189,27 +190,27 @@ class FlowerEngine:
             anew = sent.since is not None and self.since().get(sent.node or 0, sent.since) != sent.since
             self.check()
             try:
-                if letter := self.pull(sent.message):
-                    return self.taken(sent, letter)
-            except (BadLetter, Leak) as error:
+                if message := self.pull(sent.message_id):
+                    return self.taken(sent, message)
+            except (BadMessage, Leak) as error:
                 return sent.failed(str(error))
             if over or anew:
-                self.overdue.add(sent.message)
+                self.overdue.add(sent.message_id)
                 late = f"it did not answer within federation.round_seconds = {self.seconds:g}"
                 return sent.failed("it connected anew in the middle of its job" if anew else late)
             sleep(self.poll_seconds)
 
-    def taken(self, sent: Sent, letter: Letter) -> Update | Failure:
-        """The answer in `letter`, or why it is none.
+    def taken(self, sent: Sent, message: Message) -> Update | Failure:
+        """The answer in `message`, or why it is none.
 
         Raises:
-            BadLetter: it holds none.
+            BadMessage: it holds none.
             Leak: it holds a weight that the job did not.
         """
-        job, said = sent.job, read_answer(letter)
+        job, said = sent.job, read_answer(message)
         if (said.client, said.round, said.task) != (job.client, job.round, job.task):
             return sent.failed(f"it answered for {said.client} in round {said.round}, {said.task}, which was not asked")
-        answer = held_against(job, said)
+        answer = validate_update(job, said)
         if isinstance(answer, Failure):
             return sent.failed(answer.reason)
         known = self.clients.get(job.client)
@@ -219,20 +220,20 @@ class FlowerEngine:
             self.accepted[job.client] = own(job)
         return answer
 
-    def push(self, letter: Letter, node: int) -> str | None:
-        """The id of the message with `letter`; None when there is no such node."""
-        message = Message(to_records(letter), node, MessageType.QUERY, ttl=LIFETIME_SECONDS)
-        return next(iter(self.grid.push_messages([message])), None)
+    def push(self, message: Message, node: int) -> str | None:
+        """The id of the message with `message`; None when there is no such node."""
+        message_id = FlowerMessage(to_records(message), node, MessageType.QUERY, ttl=LIFETIME_SECONDS)
+        return next(iter(self.grid.push_messages([message_id])), None)
 
-    def pull(self, message: str) -> Letter | None:
-        """The answer to `message`, where it has come; what comes twice, or to nobody's question, is dropped and counted.
+    def pull(self, message_id: str) -> Message | None:
+        """The answer to `message_id`, where it has come; what comes twice, or to nobody's question, is dropped and counted.
 
         Raises:
-            BadLetter: it is an error, or cannot be read.
+            BadMessage: it is an error, or cannot be read.
         """
-        found: Message | None = None
-        for reply in self.replies(message):
-            if found is None and reply.metadata.reply_to_message_id == message:
+        found: FlowerMessage | None = None
+        for reply in self.replies(message_id):
+            if found is None and reply.metadata.reply_to_message_id == message_id:
                 found = reply
             else:
                 self.drop(reply)
@@ -240,17 +241,17 @@ class FlowerEngine:
 
     def drop_late(self) -> None:
         """Drops and counts what has come after its time, one by one: no two updates are held."""
-        for message in list(self.overdue):
+        for message_id in list(self.overdue):
             try:
-                replies = self.replies(message)
-            except BadLetter:
+                replies = self.replies(message_id)
+            except BadMessage:
                 replies = []
-                self.overdue.discard(message)
+                self.overdue.discard(message_id)
             for reply in replies:
                 self.drop(reply)
-                self.overdue.discard(message)
+                self.overdue.discard(message_id)
 
-    def drop(self, reply: Message) -> None:
+    def drop(self, reply: FlowerMessage) -> None:
         """Counts an answer that nobody waits for, unless all it says is that Flower cannot reach the client any more."""
         if reply.has_error() and reply.error.code != REFUSED:
             return
@@ -259,27 +260,27 @@ class FlowerEngine:
         self.note({"client": client, "round": round, "task": task})
         log.warning("an answer of %s that nobody waits for was dropped", client or "an unknown node")
 
-    def replies(self, message: str) -> list[Message]:
-        """What has come for `message` since it was last asked for.
+    def replies(self, message_id: str) -> list[FlowerMessage]:
+        """What has come for `message_id` since it was last asked for.
 
         Raises:
-            BadLetter: Flower cannot make it out.
+            BadMessage: Flower cannot make it out.
         """
         try:
-            return list(self.grid.pull_messages([message]))
+            return list(self.grid.pull_messages([message_id]))
         except Exception as error:  # a client may have sent any bytes
             self.check()  # unless it is the server's own side that has died
-            raise BadLetter(f"its answer cannot be made out ({type(error).__name__}: {error})") from error
+            raise BadMessage(f"its answer cannot be made out ({type(error).__name__}: {error})") from error
 
 
-def letter_of(reply: Message) -> Letter:
-    """Raises BadLetter with the reason when `reply` is an error, or holds no letter."""
+def letter_of(reply: FlowerMessage) -> Message:
+    """Raises BadMessage with the reason when `reply` is an error, or holds no message."""
     if reply.has_error():
-        raise BadLetter(reply.error.reason or f"Flower reports error {reply.error.code} and no reason")
+        raise BadMessage(reply.error.reason or f"Flower reports error {reply.error.code} and no reason")
     return from_records(reply.content)
 
 
 def printable(text: str) -> str:
     """What came from a client as one line that can go to a terminal."""
     line = " ".join(text.split())
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)[:MOST_LETTERS]
+    return "".join(message if message.isprintable() else "\N{REPLACEMENT CHARACTER}" for message in line)[:MOST_LETTERS]

@@ -1,4 +1,4 @@
-"""Letters as Flower's records: whatever dtype and shape, and nothing that was changed on the way."""
+"""Messages as Flower's records: whatever dtype and shape, and nothing that was changed on the way."""
 
 import gc
 import json
@@ -17,9 +17,9 @@ from safetensors.torch import load
 from fedexperts.engines import serialization
 from fedexperts.engines.flower import codec
 from fedexperts.engines.flower.codec import ABOUT, PARTS, compressed, expanded, from_records, to_records
-from fedexperts.engines.message import PROTOCOL, Letter, digest
-from fedexperts.engines.serialization import answer_letter, job_letter, read_answer, read_job
-from fedexperts.errors import BadLetter
+from fedexperts.engines.message import PROTOCOL, Message, digest
+from fedexperts.engines.serialization import answer_message, job_message, read_answer, read_job
+from fedexperts.errors import BadMessage
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 DTYPES = (
@@ -66,7 +66,7 @@ def bits(tensor):
 def test_what_was_read_is_not_held_until_the_next_collection():
     gc.disable()
     try:
-        records = to_records(job_letter(JOB))
+        records = to_records(job_message(JOB))
         held = weakref.ref(records[PARTS])
         assert from_records(records).parts
         del records
@@ -75,9 +75,9 @@ def test_what_was_read_is_not_held_until_the_next_collection():
         gc.enable()
 
 
-def over_flower(letter):
+def over_flower(message):
     """What arrives of it, through the bytes that Flower itself makes of a record."""
-    records = to_records(letter)
+    records = to_records(message)
     arrays = ArrayRecord({name: Array(a.dtype, a.shape, a.stype, bytes(a.data)) for name, a in records[PARTS].items()})
     return from_records(RecordDict({ABOUT: ConfigRecord(dict(records[ABOUT])), PARTS: arrays}))
 
@@ -87,7 +87,7 @@ def over_flower(letter):
     extra=st.dictionaries(st.text(max_size=4), tensors, max_size=2),
 )
 def test_tensors_of_any_dtype_shape_and_bits_arrive_as_they_were_and_in_their_order(held, extra):
-    read = read_answer(over_flower(answer_letter(Update("c01", 1, "train", Patch(held), 5, extra))))
+    read = read_answer(over_flower(answer_message(Update("c01", 1, "train", Patch(held), 5, extra))))
     for found, given_ in ((read.patch.tensors, held), (read.extra, extra)):
         assert list(found) == list(given_)
         assert [bits(tensor) for tensor in found.values()] == [bits(tensor) for tensor in given_.values()]
@@ -95,15 +95,15 @@ def test_tensors_of_any_dtype_shape_and_bits_arrive_as_they_were_and_in_their_or
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_safetensors_reads_what_lies_in_an_array(dtype):
-    letter = answer_letter(Update("c01", 1, "train", Patch({"w": torch.ones(2, 3).to(dtype)}), 5))
-    array = to_records(letter)[PARTS]["0"]
+    message = answer_message(Update("c01", 1, "train", Patch({"w": torch.ones(2, 3).to(dtype)}), 5))
+    array = to_records(message)[PARTS]["0"]
     assert array.stype == "safetensors"
     assert bits(load(array.data)[serialization.TENSOR]) == bits(torch.ones(2, 3).to(dtype))
-    assert bits(read_answer(over_flower(letter)).patch.tensors["w"]) == bits(torch.ones(2, 3).to(dtype))
+    assert bits(read_answer(over_flower(message)).patch.tensors["w"]) == bits(torch.ones(2, 3).to(dtype))
 
 
 def test_a_job_its_shared_rows_and_its_size_arrive():
-    read = read_job(over_flower(job_letter(JOB)))
+    read = read_job(over_flower(job_message(JOB)))
     assert (read.client, read.round, read.task, read.seed, read.experts) == ("c01", 3, "train", JOB.seed, {"l.0": (1, 3)})
     assert read.patch.rows["w"] is read.patch.rows["v"]
     assert read.nbytes == JOB.nbytes == 2 * 3 * 4 + 2 * 4 + 2 * 8
@@ -111,20 +111,20 @@ def test_a_job_its_shared_rows_and_its_size_arrive():
 
 def test_an_update_with_its_cost_and_metrics_arrives_and_so_does_a_failure():
     update = Update("c01", 3, "train", Patch({}), 5, {}, {"loss": 0.1, "é": [None, {"a": 1}]}, Cost(1.5, 2, 3, 4e9))
-    assert read_answer(over_flower(answer_letter(update))) == update
+    assert read_answer(over_flower(answer_message(update))) == update
     failure = Failure("c01", 3, "train", "no")
-    assert read_answer(over_flower(answer_letter(failure))) == failure
+    assert read_answer(over_flower(answer_message(failure))) == failure
 
 
 @pytest.mark.parametrize("most", [1, 4, 100, 1000])
 def test_a_tensor_above_the_limit_goes_in_pieces_none_above_it_and_arrives_whole(monkeypatch, most):
     monkeypatch.setattr(serialization, "MOST_BYTES", most)
     held = {"dense": torch.arange(100.0).view(1, 10, 10), "few": torch.ones(1, dtype=torch.uint8), "rows": torch.randn(7, 5).T}
-    letter = answer_letter(Update("c01", 1, "train", Patch(held), 5))
-    sizes = [len(part) - 8 - int.from_bytes(part[:8], "little") for part in letter.parts.values()]
+    message = answer_message(Update("c01", 1, "train", Patch(held), 5))
+    sizes = [len(part) - 8 - int.from_bytes(part[:8], "little") for part in message.parts.values()]
     assert sum(sizes) == 400 + 1 + 140
     assert max(sizes) <= max(most, 4), "an element is never split"
-    read = read_answer(over_flower(letter)).patch.tensors
+    read = read_answer(over_flower(message)).patch.tensors
     assert [bits(tensor) for tensor in read.values()] == [bits(tensor) for tensor in held.values()]
 
 
@@ -132,19 +132,19 @@ def test_a_tensor_above_the_limit_goes_in_pieces_none_above_it_and_arrives_whole
 def test_small_parts_go_together_up_to_a_limit_and_a_larger_one_alone(monkeypatch, most):
     monkeypatch.setattr(codec, "PACK_BYTES", most)
     held = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 2, "large": 200, "c": 1, "d": 0}.items()}
-    letter = answer_letter(Update("c01", 1, "train", Patch(held), 5))
-    arrays = to_records(letter)[PARTS]
-    assert b"".join(arrays[str(i)].data for i in range(len(arrays))) == b"".join(letter.parts.values())
-    largest = max(map(len, letter.parts.values()))
+    message = answer_message(Update("c01", 1, "train", Patch(held), 5))
+    arrays = to_records(message)[PARTS]
+    assert b"".join(arrays[str(i)].data for i in range(len(arrays))) == b"".join(message.parts.values())
+    largest = max(map(len, message.parts.values()))
     assert len(arrays) == {1: 5, 120: 5, 240: 3, 10**6: 1}[most]
     assert max(len(array.data) for array in arrays.values()) <= max(most, largest)
-    assert [bits(tensor) for tensor in read_answer(over_flower(letter)).patch.tensors.values()] == [
+    assert [bits(tensor) for tensor in read_answer(over_flower(message)).patch.tensors.values()] == [
         bits(t) for t in held.values()
     ]
 
 
 def changed(place):
-    records = to_records(job_letter(JOB))
+    records = to_records(job_message(JOB))
     about, parts = records[ABOUT], records[PARTS]
     data = parts["0"].data
     sizes = json.loads(expanded(about["sizes"]))
@@ -189,26 +189,26 @@ def changed(place):
     ],
 )
 def test_whatever_is_changed_on_the_way_is_refused(place):
-    with pytest.raises(BadLetter, match="its sha256 is not that of what was sent"):
+    with pytest.raises(BadMessage, match="its sha256 is not that of what was sent"):
         from_records(changed(place))
 
 
 def test_another_protocol_is_refused_before_anything_else_is_read():
     with pytest.raises(
-        BadLetter, match=rf"protocol 7 \(FedExperts 9\.9\), and this side speaks {PROTOCOL}.*same version on both"
+        BadMessage, match=rf"protocol 7 \(FedExperts 9\.9\), and this side speaks {PROTOCOL}.*same version on both"
     ):
         from_records(RecordDict({ABOUT: ConfigRecord({"protocol": 7, "version": "9.9"}), PARTS: ArrayRecord({})}))
 
 
 def test_a_message_of_someone_else_is_refused():
-    with pytest.raises(BadLetter, match="holds no letter of ours"):
+    with pytest.raises(BadMessage, match="holds no message of ours"):
         from_records(RecordDict({"config": ConfigRecord({"lr": 0.1})}))
 
 
 @pytest.mark.parametrize("head", [{}, {"update": {}}, {"update": 3}, {"failure": {"client": "c01"}}])
 def test_a_letter_that_is_whole_but_says_nothing_of_use_is_refused(head):
-    with pytest.raises(BadLetter, match="holds no answer that can be read"):
-        read_answer(over_flower(Letter(head, {})))
+    with pytest.raises(BadMessage, match="holds no answer that can be read"):
+        read_answer(over_flower(Message(head, {})))
 
 
 @pytest.mark.parametrize("head", ["", "{", "nothing", "[1]", "3", "[" * 100_000, '{"a":' * 100_000])
@@ -216,7 +216,7 @@ def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head)
     about = ConfigRecord(
         {"protocol": PROTOCOL, "version": "1", "head": compressed(head), "sizes": compressed("[]"), "sha256": digest(head, {})}
     )
-    with pytest.raises(BadLetter, match="what it says"):
+    with pytest.raises(BadMessage, match="what it says"):
         from_records(RecordDict({ABOUT: about, PARTS: ArrayRecord({})}))
 
 
@@ -236,18 +236,18 @@ def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head)
 )
 @pytest.mark.parametrize("name", ["head", "sizes"])
 def test_what_does_not_unfold_is_refused(name, data):
-    records = to_records(job_letter(JOB))
+    records = to_records(job_message(JOB))
     records[ABOUT] = ConfigRecord({key: value for key, value in {**records[ABOUT], name: data}.items() if value is not None})
-    with pytest.raises(BadLetter, match="what it says"):
+    with pytest.raises(BadMessage, match="what it says"):
         from_records(records)
 
 
 def test_a_small_message_that_would_unfold_into_a_large_one_is_refused(monkeypatch):
     monkeypatch.setattr(codec, "MOST_TEXT", 1000)
     assert expanded(compressed("a" * 1000)) == "a" * 1000
-    with pytest.raises(BadLetter, match="more than 1,000 bytes"):
+    with pytest.raises(BadMessage, match="more than 1,000 bytes"):
         expanded(zlib.compress(b"a" * 1001))
-    with pytest.raises(BadLetter, match="has 1,001 bytes, and a letter may say 1,000"):
+    with pytest.raises(BadMessage, match="has 1,001 bytes, and a message may say 1,000"):
         compressed("a" * 1001)
 
 
@@ -258,23 +258,23 @@ def test_names_take_few_bytes():
         for each in "qkv"
         for ab in "AB"
     ]
-    letter = answer_letter(Update("c01", 1, "train", Patch({name: torch.ones(2) for name in names}), 5))
-    assert sum(len(value) for value in to_records(letter)[ABOUT].values() if isinstance(value, bytes)) < 900
+    message = answer_message(Update("c01", 1, "train", Patch({name: torch.ones(2) for name in names}), 5))
+    assert sum(len(value) for value in to_records(message)[ABOUT].values() if isinstance(value, bytes)) < 900
 
 
 @pytest.mark.parametrize(
     "change", [{"task": "../../x"}, {"task": ""}, {"round": "one"}, {"round": -1}, {"experts": {"m": "all"}}]
 )
 def test_a_job_by_which_no_file_may_be_named_or_that_says_nothing_of_use_is_refused(change):
-    letter = job_letter(JOB)
-    with pytest.raises(BadLetter, match="holds no job that can be read"):
-        read_job(Letter({**letter.head, "job": {**letter.head["job"], **change}}, letter.parts))
+    message = job_message(JOB)
+    with pytest.raises(BadMessage, match="holds no job that can be read"):
+        read_job(Message({**message.head, "job": {**message.head["job"], **change}}, message.parts))
 
 
 def test_a_letter_that_names_a_tensor_it_does_not_bring_is_refused():
-    letter = answer_letter(Update("c01", 1, "train", Patch({"w": torch.ones(2)}), 5))
-    with pytest.raises(BadLetter, match="KeyError"):
-        read_answer(Letter(letter.head, {}))
+    message = answer_message(Update("c01", 1, "train", Patch({"w": torch.ones(2)}), 5))
+    with pytest.raises(BadMessage, match="KeyError"):
+        read_answer(Message(message.head, {}))
 
 
 def test_neither_the_codec_nor_the_client_needs_torch():

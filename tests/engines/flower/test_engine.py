@@ -9,22 +9,23 @@ from itertools import count
 
 import pytest
 import torch
-from flwr.app import Array, Context, Error, Message, RecordDict
+from flwr.app import Array, Context, Error, RecordDict
+from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Ledger
 from fedexperts.engines import client_store, remote
-from fedexperts.engines.base import in_order
-from fedexperts.engines.client_store import Keeper, own
+from fedexperts.engines.base import reorder_and_validate
+from fedexperts.engines.client_store import ClientStateStore, own
 from fedexperts.engines.flower.client_app import client_app
 from fedexperts.engines.flower.codec import ABOUT, PARTS, from_records
 from fedexperts.engines.flower.engine import FlowerEngine
-from fedexperts.engines.local import Site
-from fedexperts.engines.message import Letter
-from fedexperts.engines.remote import Greeting, greeting_letter
-from fedexperts.engines.serialization import answer_letter
+from fedexperts.engines.local import ClientRuntime
+from fedexperts.engines.message import Message
+from fedexperts.engines.remote import Greeting, greeting_message
+from fedexperts.engines.serialization import answer_message
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import checkpoint, flower, runner
 from fedexperts.io.toml import checked
@@ -43,7 +44,7 @@ class FakeGrid(Grid):
     """
 
     def __init__(self, answer, names):
-        self.apps = {node: client_app(lambda letter, _, name=name: answer(letter, name)) for node, name in enumerate(names, 1)}
+        self.apps = {node: client_app(lambda message, _, name=name: answer(message, name)) for node, name in enumerate(names, 1)}
         self.change, self.pushed, self.pulled = {}, [], []
         self.replies, self.numbers, self.clock = {}, count(1), count()
         self.after = defaultdict(int)  # message → at which pull of all it is there
@@ -103,39 +104,45 @@ def jobs(*clients, round=1):
     return [job(client, round) for client in clients or CLIENTS]
 
 
-class Bench:
+class ClientContext:
     """Stands for a client's whole side: answers jobs with its number of examples, and keeps a count of them."""
 
     def __init__(self, folder, names=tuple(CLIENTS)):
-        self.site = Site(
-            torch.nn.Linear(1, 1), None, Training(), CLIENTS, dict.fromkeys(CLIENTS, Split([], [], [])), work, Keeper(folder)
+        self.runtime = ClientRuntime(
+            torch.nn.Linear(1, 1),
+            None,
+            Training(),
+            CLIENTS,
+            dict.fromkeys(CLIENTS, Split([], [], [])),
+            work,
+            ClientStateStore(folder),
         )
         self.grid = FakeGrid(self.answer, names)
 
-    def answer(self, letter, name):
-        return remote.answer(self.site, name, letter)
+    def answer(self, message, name):
+        return remote.answer(self.runtime, name, message)
 
     def engine(self, **settings):
         return FlowerEngine(self.grid, "the run", CLIENTS, **{"in_flight": 4, **settings})
 
 
-def work(job, bench):
-    before = bench.kept.get("rounds", torch.tensor(0.0))
-    bench.kept["rounds"] = before + 1
+def work(job, context):
+    before = context.client_state.get("rounds", torch.tensor(0.0))
+    context.client_state["rounds"] = before + 1
     metrics = {"before": before.item()}
     return Update(
-        job.client, job.round, job.task, Patch({"w": job.patch.tensors["w"] * 2}), bench.client.examples, metrics=metrics
+        job.client, job.round, job.task, Patch({"w": job.patch.tensors["w"] * 2}), context.client.examples, metrics=metrics
     )
 
 
 @pytest.fixture
-def bench(tmp_path):
-    return Bench(tmp_path)
+def context(tmp_path):
+    return ClientContext(tmp_path)
 
 
 @pytest.fixture
-def engine(bench):
-    engine = bench.engine()
+def engine(context):
+    engine = context.engine()
     engine.connect()
     return engine
 
@@ -155,17 +162,17 @@ def test_every_job_has_its_clients_answer(engine):
     assert not engine.dropped
 
 
-def test_answers_come_in_the_order_of_the_jobs_whichever_is_there_first(bench, engine):
-    first = len(bench.grid.pulled)
-    bench.grid.after = {"m5": first + 4, "m6": first + 2, "m7": 0, "m8": 0}  # four hellos went before
+def test_answers_come_in_the_order_of_the_jobs_whichever_is_there_first(context, engine):
+    first = len(context.grid.pulled)
+    context.grid.after = {"m5": first + 4, "m6": first + 2, "m7": 0, "m8": 0}  # four hellos went before
     assert list(answers(engine)) == ["c01", "c02", "c03", "c04"]
-    assert bench.grid.pushed == ["m5", "m6", "m7", "m8"]
-    assert bench.grid.pulled[first:] == [["m5"]] * 5 + [["m6"], ["m7"], ["m8"]], "others stay with Flower until their turn"
+    assert context.grid.pushed == ["m5", "m6", "m7", "m8"]
+    assert context.grid.pulled[first:] == [["m5"]] * 5 + [["m6"], ["m7"], ["m8"]], "others stay with Flower until their turn"
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_no_more_jobs_are_under_way_than_allowed(bench, most):
-    engine, taken = bench.engine(in_flight=most), []
+def test_no_more_jobs_are_under_way_than_allowed(context, most):
+    engine, taken = context.engine(in_flight=most), []
     engine.connect()
     for number, _ in enumerate(engine.run(taken.append(job) or job for job in jobs())):
         assert len(taken) == min(number + most, 4)
@@ -184,37 +191,37 @@ def test_the_server_holds_one_update_at_a_time(engine):
 
     server = replace(bare_server([], CLIENTS.values()), weights={"w": torch.zeros(1)}, layout={"w": None})
     ledger = Ledger()
-    merged = mean_rows(server, ledger.received(in_order(watched, ledger.sent(jobs()))), lambda update: 1.0)
+    merged = mean_rows(server, ledger.received(reorder_and_validate(watched, ledger.sent(jobs()))), lambda update: 1.0)
     assert merged.weights["w"].item() == 2.0
     assert alive == [0, 0, 0, 0]
 
 
-def test_a_reply_that_comes_twice_counts_once(bench, engine):
-    bench.grid.change[2] = lambda reply: [reply, reply]
+def test_a_reply_that_comes_twice_counts_once(context, engine):
+    context.grid.change[2] = lambda reply: [reply, reply]
     assert all(isinstance(answer, Update) for answer in answers(engine).values())
     assert engine.dropped == {"c02": 1}
 
 
-def test_a_reply_to_nobodys_question_is_dropped(bench, engine):
+def test_a_reply_to_nobodys_question_is_dropped(context, engine):
     def stray(reply):
-        other = Message(reply.content, reply_to=reply)
+        other = FlowerMessage(reply.content, reply_to=reply)
         other.metadata.__dict__["_reply_to_message_id"] = "m99"
         return [other, reply]
 
-    bench.grid.change[3] = stray
+    context.grid.change[3] = stray
     assert all(isinstance(answer, Update) for answer in answers(engine).values())
     assert engine.dropped == {"": 1}
 
 
-def test_who_does_not_answer_in_time_fails_and_what_it_sends_later_is_dropped(bench):
-    engine, late = bench.engine(seconds=SOON), []
+def test_who_does_not_answer_in_time_fails_and_what_it_sends_later_is_dropped(context):
+    engine, late = context.engine(seconds=SOON), []
     engine.connect()
-    bench.grid.change[2] = lambda reply: late.append(reply) or []
+    context.grid.change[2] = lambda reply: late.append(reply) or []
     found = answers(engine)
     assert found["c02"] == failed("c02", "it did not answer within federation.round_seconds = 0.2")
     assert [type(answer) for answer in found.values()] == [Update, Failure, Update, Update]
     assert not engine.dropped
-    bench.grid.change, bench.grid.replies[late[0].metadata.reply_to_message_id] = {}, late
+    context.grid.change, context.grid.replies[late[0].metadata.reply_to_message_id] = {}, late
     again = answers(engine, round=2)
     assert [(answer.round, type(answer)) for answer in again.values()] == [(2, Update)] * 4
     assert engine.dropped == {"c02": 1}
@@ -222,38 +229,38 @@ def test_who_does_not_answer_in_time_fails_and_what_it_sends_later_is_dropped(be
     assert engine.dropped == {"c02": 1}
 
 
-def test_late_answers_are_taken_one_at_a_time(bench):
-    engine, late = bench.engine(seconds=SOON), []
+def test_late_answers_are_taken_one_at_a_time(context):
+    engine, late = context.engine(seconds=SOON), []
     engine.connect()
-    bench.grid.change = dict.fromkeys((1, 2, 3), lambda reply: late.append(reply) or [])
+    context.grid.change = dict.fromkeys((1, 2, 3), lambda reply: late.append(reply) or [])
     answers(engine)
-    bench.grid.change = {}
-    bench.grid.replies |= {reply.metadata.reply_to_message_id: [reply] for reply in late}
-    first = len(bench.grid.pulled)
+    context.grid.change = {}
+    context.grid.replies |= {reply.metadata.reply_to_message_id: [reply] for reply in late}
+    first = len(context.grid.pulled)
     answers(engine, round=2)
     assert engine.dropped == dict.fromkeys(("c01", "c02", "c03"), 1)
-    assert {len(asked) for asked in bench.grid.pulled[first:]} == {1}
+    assert {len(asked) for asked in context.grid.pulled[first:]} == {1}
 
 
-def test_an_answer_that_is_there_at_its_turn_counts_though_another_took_all_the_time(bench):
-    engine = bench.engine(seconds=SOON)
+def test_an_answer_that_is_there_at_its_turn_counts_though_another_took_all_the_time(context):
+    engine = context.engine(seconds=SOON)
     engine.connect()
-    bench.grid.change[1] = lambda reply: []
+    context.grid.change[1] = lambda reply: []
     assert [type(answer) for answer in answers(engine).values()] == [Failure, Update, Update, Update]
 
 
-def test_what_a_client_kept_in_a_job_that_did_not_count_is_gone_in_the_next(bench):
+def test_what_a_client_kept_in_a_job_that_did_not_count_is_gone_in_the_next(context):
     """Or server and client would remember different rounds."""
-    engine = bench.engine(seconds=SOON)
+    engine = context.engine(seconds=SOON)
     engine.connect()
-    bench.grid.change[2] = lambda reply: [] if len(bench.grid.pushed) == 6 else [reply]  # its answer in the second round
+    context.grid.change[2] = lambda reply: [] if len(context.grid.pushed) == 6 else [reply]  # its answer in the second round
     before = [{client: answer.metrics["before"] for client, answer in found.items() if isinstance(answer, Update)}
               for found in (answers(engine, round=round) for round in (1, 2, 3))]  # fmt: skip
     assert [found.get("c01") for found in before] == [0, 1, 2]
     assert [found.get("c02") for found in before] == [0, None, 1]
 
 
-def test_a_client_whose_disk_is_full_fails_with_that_reason_and_goes_on_from_what_it_had_kept(bench, engine, monkeypatch):
+def test_a_client_whose_disk_is_full_fails_with_that_reason_and_goes_on_from_what_it_had_kept(context, engine, monkeypatch):
     assert answers(engine)["c02"].metrics["before"] == 0
     with monkeypatch.context() as full:
         full.setattr(client_store, "write_tensors", no_room)
@@ -266,25 +273,25 @@ def no_room(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_resumed_server_says_which_answers_it_had_taken(bench, tmp_path):
-    first = bench.engine()
+def test_a_resumed_server_says_which_answers_it_had_taken(context, tmp_path):
+    first = context.engine()
     first.connect()
     answers(first, "c01", "c02", round=1)
     answers(first, "c01", round=2)  # and its server is killed before it has saved this round
-    resumed = bench.engine(accepted={"c01": own(job("c01", 1)), "c02": own(job("c02", 1))})
+    resumed = context.engine(accepted={"c01": own(job("c01", 1)), "c02": own(job("c02", 1))})
     resumed.connect()
     again = answers(resumed, "c01", "c02", round=2)
     assert {client: answer.metrics["before"] for client, answer in again.items()} == {"c01": 1, "c02": 1}
 
 
-def test_an_error_is_the_clients_failure_in_one_line(bench, engine):
-    bench.grid.change[3] = lambda reply: [Message(Error(1, "two\nlines  of trouble"), reply_to=reply_to(reply))]
+def test_an_error_is_the_clients_failure_in_one_line(context, engine):
+    context.grid.change[3] = lambda reply: [FlowerMessage(Error(1, "two\nlines  of trouble"), reply_to=reply_to(reply))]
     assert answers(engine)["c03"] == failed("c03", "two lines of trouble")
 
 
 def reply_to(reply):
     """A message to which another reply can be made."""
-    asked = Message(RecordDict(), 1, "query")
+    asked = FlowerMessage(RecordDict(), 1, "query")
     asked.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
     return asked
 
@@ -304,56 +311,56 @@ def empty(reply):
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [(of_another_protocol, "it speaks protocol 99"), (cut_off, "its sha256 is not that"), (empty, "holds no letter of ours")],
+    [(of_another_protocol, "it speaks protocol 99"), (cut_off, "its sha256 is not that"), (empty, "holds no message of ours")],
 )
-def test_an_answer_that_cannot_be_read_is_a_failure_that_says_so(bench, engine, how, reason):
-    bench.grid.change[2] = lambda reply: [how(reply) or reply]
+def test_an_answer_that_cannot_be_read_is_a_failure_that_says_so(context, engine, how, reason):
+    context.grid.change[2] = lambda reply: [how(reply) or reply]
     found = answers(engine)
     assert isinstance(found["c02"], Failure)
     assert reason in found["c02"].reason
     assert [type(answer) for answer in found.values()] == [Update, Failure, Update, Update]
 
 
-def test_an_answer_that_flower_cannot_make_out_fails_its_client_alone_in_its_job_and_when_it_comes_late(bench):
-    engine, late = bench.engine(seconds=SOON), []
+def test_an_answer_that_flower_cannot_make_out_fails_its_client_alone_in_its_job_and_when_it_comes_late(context):
+    engine, late = context.engine(seconds=SOON), []
     engine.connect()
-    bench.grid.change = {2: lambda reply: [KeyError("Strange")], 3: lambda reply: late.append(reply) or []}
+    context.grid.change = {2: lambda reply: [KeyError("Strange")], 3: lambda reply: late.append(reply) or []}
     found = answers(engine)
     assert found["c02"] == failed("c02", "its answer cannot be made out (KeyError: 'Strange')")
     assert [type(answer) for answer in found.values()] == [Update, Failure, Failure, Update]
-    bench.grid.change = {}
-    bench.grid.replies[late[0].metadata.reply_to_message_id] = [ValueError("cut off")]
+    context.grid.change = {}
+    context.grid.replies[late[0].metadata.reply_to_message_id] = [ValueError("cut off")]
     assert all(isinstance(answer, Update) for answer in answers(engine, round=2).values())
 
 
-def test_when_the_grid_dies_while_an_answer_is_fetched_no_client_is_blamed(bench):
+def test_when_the_grid_dies_while_an_answer_is_fetched_no_client_is_blamed(context):
     def dead():
-        if bench.grid.pushed:
+        if context.grid.pushed:
             raise BadRun("Flower's SuperLink has stopped")
 
-    engine = bench.engine(check=dead)
+    engine = context.engine(check=dead)
     engine.connect()
-    bench.grid.change[1] = lambda reply: [ConnectionError("no route")]
+    context.grid.change[1] = lambda reply: [ConnectionError("no route")]
     with pytest.raises(BadRun, match="SuperLink has stopped"):
         answers(engine)
 
 
-def test_what_a_client_says_is_one_printable_line_and_not_endless(bench, engine):
-    bench.grid.change[3] = lambda reply: [Message(Error(1, "a\n\x1b[31mb" + 9999 * "c"), reply_to=reply_to(reply))]
+def test_what_a_client_says_is_one_printable_line_and_not_endless(context, engine):
+    context.grid.change[3] = lambda reply: [FlowerMessage(Error(1, "a\n\x1b[31mb" + 9999 * "c"), reply_to=reply_to(reply))]
     reason = answers(engine)["c03"].reason
     assert reason.startswith("a \N{REPLACEMENT CHARACTER}[31mbcc")
     assert len(reason) == 1000
 
 
-LETTER = answer_letter(Update("c02", 1, "train", Patch({"w": torch.ones(1)}), 20, metrics={"loss": 0.5}))
+LETTER = answer_message(Update("c02", 1, "train", Patch({"w": torch.ones(1)}), 20, metrics={"loss": 0.5}))
 
 
 def with_about(**changes):
-    return Letter({**LETTER.head, "update": {**LETTER.head["update"], **changes}}, LETTER.parts)
+    return Message({**LETTER.head, "update": {**LETTER.head["update"], **changes}}, LETTER.parts)
 
 
 @pytest.mark.parametrize(
-    "letter",
+    "message",
     [
         with_about(metrics=[]),
         with_about(metrics={"loss": "low"}),
@@ -365,14 +372,14 @@ def with_about(**changes):
         with_about(cost={**LETTER.head["update"]["cost"], "tokens": -1}),
         with_about(cost=None),
         with_about(round=[1]),
-        Letter({**LETTER.head, "tensors": {"patch/w": [10**30, 10**30]}}, LETTER.parts),
-        Letter({**LETTER.head, "tensors": [3]}, LETTER.parts),
-        Letter({"failure": {"client": "c02", "round": 1, "task": "train", "reason": {"a": 1}}}, {}),
+        Message({**LETTER.head, "tensors": {"patch/w": [10**30, 10**30]}}, LETTER.parts),
+        Message({**LETTER.head, "tensors": [3]}, LETTER.parts),
+        Message({"failure": {"client": "c02", "round": 1, "task": "train", "reason": {"a": 1}}}, {}),
     ],
 )
-def test_whatever_a_client_writes_it_fails_alone(bench, engine, letter):
-    honest = bench.answer
-    bench.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else letter)
+def test_whatever_a_client_writes_it_fails_alone(context, engine, message):
+    honest = context.answer
+    context.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else message)
     found = answers(engine)
     assert isinstance(found["c02"], Failure)
     assert "holds no answer that can be read" in found["c02"].reason
@@ -380,17 +387,17 @@ def test_whatever_a_client_writes_it_fails_alone(bench, engine, letter):
 
 
 @pytest.mark.parametrize("examples", [0, 19, 10**12])
-def test_an_update_that_would_weigh_more_or_less_than_its_client_has_examples_is_a_failure(bench, engine, examples):
-    honest, lie = bench.answer, with_about(examples=examples)
-    bench.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else lie)
+def test_an_update_that_would_weigh_more_or_less_than_its_client_has_examples_is_a_failure(context, engine, examples):
+    honest, lie = context.answer, with_about(examples=examples)
+    context.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else lie)
     said = f"it says it has {examples} training examples, and when it came it had 20"
     assert answers(engine)["c02"] == failed("c02", said)
 
 
-def test_an_update_that_does_not_fit_its_job_is_a_failure_and_what_its_client_kept_for_it_does_not_count(bench, engine):
-    honest = bench.answer
-    wide = answer_letter(Update("c02", 1, "train", Patch({"w": torch.ones(2)}), 20))
-    bench.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else wide)
+def test_an_update_that_does_not_fit_its_job_is_a_failure_and_what_its_client_kept_for_it_does_not_count(context, engine):
+    honest = context.answer
+    wide = answer_message(Update("c02", 1, "train", Patch({"w": torch.ones(2)}), 20))
+    context.grid.apps[2] = client_app(lambda sent, _: honest(sent, "c02") if "hello" in sent.head else wide)
     assert answers(engine)["c02"] == failed("c02", "its update has w of shape [2], and [1] would fit its job")
     assert "c02" not in engine.accepted and "c01" in engine.accepted
 
@@ -407,12 +414,12 @@ def test_an_update_that_does_not_fit_its_job_is_a_failure_and_what_its_client_ke
         {"counts": "many"},
     ],
 )
-def test_a_greeting_of_things_that_cannot_be_is_refused_and_the_others_are_there(bench, told):
-    letter = greeting_letter(Greeting(CLIENTS["c03"], None, {}))
-    strange = Letter({"greeting": {**letter.head["greeting"], **told}}, {})
-    bench.grid.apps[3] = client_app(lambda sent, _: strange)
+def test_a_greeting_of_things_that_cannot_be_is_refused_and_the_others_are_there(context, told):
+    message = greeting_message(Greeting(CLIENTS["c03"], None, {}))
+    strange = Message({"greeting": {**message.head["greeting"], **told}}, {})
+    context.grid.apps[3] = client_app(lambda sent, _: strange)
     with pytest.raises(BadRun, match=r"1 of 4 clients are not there: c03 .*holds no greeting that can be read"):
-        bench.engine().connect()
+        context.engine().connect()
 
 
 @pytest.mark.parametrize(
@@ -424,65 +431,67 @@ def test_a_greeting_of_things_that_cannot_be_is_refused_and_the_others_are_there
         ({"patch": Patch({"own": torch.ones(1)})}, "client c02 would send own, which is not among the weights that it got"),
     ],
 )
-def test_an_answer_to_something_else_or_with_a_weight_nobody_gave_it_is_a_failure(bench, engine, wrong, reason):
+def test_an_answer_to_something_else_or_with_a_weight_nobody_gave_it_is_a_failure(context, engine, wrong, reason):
     lie = replace(Update("c02", 1, "train", Patch({}), 20), **wrong)
-    honest = bench.answer
-    bench.grid.apps[2] = client_app(lambda letter, _: honest(letter, "c02") if "hello" in letter.head else answer_letter(lie))
+    honest = context.answer
+    context.grid.apps[2] = client_app(
+        lambda message, _: honest(message, "c02") if "hello" in message.head else answer_message(lie)
+    )
     found = answers(engine)["c02"]
     assert isinstance(found, Failure)
     assert found.reason.startswith(reason)
 
 
-def test_a_job_for_another_client_is_not_done(bench, engine):
+def test_a_job_for_another_client_is_not_done(context, engine):
     engine.nodes["c01"] = engine.nodes["c02"]
     assert answers(engine, "c01")["c01"] == failed("c01", "a job of c01 came to c02")
 
 
-def test_a_client_that_is_not_there_fails_and_takes_part_when_it_is(bench, tmp_path):
-    gone = bench.grid.apps.pop(4)
-    engine = bench.engine()
+def test_a_client_that_is_not_there_fails_and_takes_part_when_it_is(context, tmp_path):
+    gone = context.grid.apps.pop(4)
+    engine = context.engine()
     engine.connect(seconds=0, fewest=3)
     assert answers(engine)["c04"] == failed("c04", "it is not connected")
-    bench.grid.apps[9] = gone  # as another node: its name is what counts
+    context.grid.apps[9] = gone  # as another node: its name is what counts
     assert isinstance(answers(engine, round=2)["c04"], Update)
 
 
-def test_a_client_whose_node_has_gone_fails_and_takes_part_again_under_its_name(bench, engine):
-    gone = bench.grid.apps.pop(4)
+def test_a_client_whose_node_has_gone_fails_and_takes_part_again_under_its_name(context, engine):
+    gone = context.grid.apps.pop(4)
     assert answers(engine)["c04"] == failed("c04", "it is not connected")
-    bench.grid.apps[9] = gone
+    context.grid.apps[9] = gone
     assert isinstance(answers(engine, round=2)["c04"], Update)
 
 
-def test_a_second_node_under_a_name_is_refused_as_long_as_the_first_is_there(bench, engine):
-    bench.grid.apps[9] = client_app(lambda letter, _: bench.answer(letter, "c01"))
+def test_a_second_node_under_a_name_is_refused_as_long_as_the_first_is_there(context, engine):
+    context.grid.apps[9] = client_app(lambda message, _: context.answer(message, "c01"))
     answers(engine)
     assert engine.nodes["c01"] == 1
     assert engine.refused[9] == "two nodes say that they are c01; stop one of them"
-    del bench.grid.apps[1]
+    del context.grid.apps[1]
     assert isinstance(answers(engine, round=2)["c01"], Update)
     assert (engine.nodes["c01"], engine.refused) == (9, {})
 
 
 @pytest.mark.parametrize("seconds", [0, None])
 def test_too_few_clients_are_an_error_that_names_those_that_are_missing_and_why(tmp_path, seconds):
-    bench = Bench(tmp_path, ["c01", "c02", "x", "y"])
+    context = ClientContext(tmp_path, ["c01", "c02", "x", "y"])
     with pytest.raises(BadRun, match=r"^2 of 4 clients are not there: c03, c04 .*no client of the run is called x; .*start them"):
-        bench.engine().connect(seconds=seconds, fewest=3)
+        context.engine().connect(seconds=seconds, fewest=3)
 
 
-def test_a_client_with_other_data_is_refused(bench):
-    other = greeting_letter(Greeting(replace(CLIENTS["c03"], examples=7), None, {}))
-    bench.grid.apps[3] = client_app(lambda letter, _: other)
+def test_a_client_with_other_data_is_refused(context):
+    other = greeting_message(Greeting(replace(CLIENTS["c03"], examples=7), None, {}))
+    context.grid.apps[3] = client_app(lambda message, _: other)
     with pytest.raises(BadRun, match=r"1 of 4 clients are not there: c03 .*examples=7.* this run has .*examples=30"):
-        bench.engine().connect()
+        context.engine().connect()
 
 
-def test_a_dead_grid_is_an_error_and_no_endless_wait(bench):
+def test_a_dead_grid_is_an_error_and_no_endless_wait(context):
     def dead():
         raise BadRun("Flower's simulation has stopped")
 
-    engine = bench.engine(check=dead)
+    engine = context.engine(check=dead)
     with pytest.raises(BadRun, match="has stopped"):
         engine.connect()
 
@@ -491,8 +500,8 @@ def config(tiny_tree, **federation):
     return checked(RunConfig, {**tiny_tree, "federation": {**tiny_tree["federation"], "engine": "flower", **federation}})
 
 
-def play(letter, name):
-    return flower.play(letter, {"partition-id": int(name[1:]) - 1})
+def play(message, name):
+    return flower.play(message, {"partition-id": int(name[1:]) - 1})
 
 
 def saved(out):
@@ -523,7 +532,7 @@ def test_below_the_quorum_a_run_stops_and_resumed_it_ends_with_the_bits_of_one_t
 
 def test_above_the_quorum_a_run_goes_on_without_those_that_failed(tiny_tree, tmp_path):
     grid = FakeGrid(play, CLIENTS)
-    grid.change = {1: lambda reply: [Message(Error(1, "no"), reply_to=reply_to(reply))]}
+    grid.change = {1: lambda reply: [FlowerMessage(Error(1, "no"), reply_to=reply_to(reply))]}
     out = runner.run(config(tiny_tree, clients_per_round=4, min_clients=3), tmp_path / "out", engine=flower.over(grid))
     assert checkpoint.latest(out).name == "000003-train"
     assert '"failed": {"c01": "no"}' in (out / "rounds.jsonl").read_text()

@@ -32,7 +32,7 @@ def sockets(pid):
         return set()
 
 
-with Simulation(lambda letter, node: letter, nodes=1) as simulation:
+with Simulation(lambda message, node: message, nodes=1) as simulation:
     while not (ray.is_initialized() and any(each["State"] == "ALIVE" for each in ray_state.actors().values())):
         simulation.check()
         sleep(0.1)

@@ -13,11 +13,11 @@ from fedexperts.experiment.runner import engine_for, run
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked
 from fedexperts.methods.base import patch_for, train_assigned
-from fedexperts.methods.centralised import Centralised
-from fedexperts.types import Assignment, Bench, Job
+from fedexperts.methods.centralized import Centralized
+from fedexperts.types import Assignment, ClientContext, Job
 
 
-def config(tree, method="centralised", **tables):
+def config(tree, method="centralized", **tables):
     return checked(
         RunConfig, {**tree, "method": {"name": method}, **{key: {**tree.get(key, {}), **tables[key]} for key in tables}}
     )
@@ -60,10 +60,12 @@ def test_a_run_is_training_on_the_pooled_examples_scored_on_each_clients_own(tin
 
     whole = prepared.server.anatomy.all_experts
     job = Job("c01-c04", 1, "train", "0/1/train/c01-c04", whole, patch_for(prepared.server, Assignment(whole)))
-    site = engine_for(prepared, tmp_path).site
-    bench = Bench(site.clients["c01-c04"], site.model, prepared.clients.together()["c01-c04"], site.encoder, site.training, {})
-    assert bench.training.local_steps == 4
-    assert equal(weights(out), train_assigned(job, bench).patch.tensors)
+    runtime = engine_for(prepared, tmp_path).runtime
+    context = ClientContext(
+        runtime.clients["c01-c04"], runtime.model, prepared.clients.together()["c01-c04"], runtime.encoder, runtime.training, {}
+    )
+    assert context.training.local_steps == 4
+    assert equal(weights(out), train_assigned(job, context).patch.tensors)
 
     (entry,) = [entry for entry in lines(out / "ledger.jsonl") if entry["task"] == "train"]
     sent = sum(tensor.nbytes for tensor in job.patch.tensors.values())
@@ -76,7 +78,7 @@ def test_a_run_is_training_on_the_pooled_examples_scored_on_each_clients_own(tin
 
 def test_with_one_client_it_is_fedavg_bit_for_bit(tiny_tree, tmp_path):
     data = {"clients": 1, "sources": ["synthetic/double"]}
-    one, other = (run(config(tiny_tree, name, data=data), tmp_path / name) for name in ("centralised", "fedavg"))
+    one, other = (run(config(tiny_tree, name, data=data), tmp_path / name) for name in ("centralized", "fedavg"))
     assert equal(weights(one), weights(other))
     for name in ("rounds.jsonl", "evals.jsonl", "ledger.jsonl"):
         assert lines(one / name) == lines(other / name)
@@ -85,15 +87,15 @@ def test_with_one_client_it_is_fedavg_bit_for_bit(tiny_tree, tmp_path):
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tiny_tree, tmp_path, monkeypatch):
     whole = run(config(tiny_tree), tmp_path / "whole")
-    train, asked = Centralised.train, []
+    train, asked = Centralized.train, []
 
-    def interrupted(self, job, bench):
+    def interrupted(self, job, context):
         asked.append(job.round)
         if asked == [1, 2]:
             raise KeyboardInterrupt
-        return train(self, job, bench)
+        return train(self, job, context)
 
-    monkeypatch.setattr(Centralised, "train", interrupted)
+    monkeypatch.setattr(Centralized, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config(tiny_tree), tmp_path / "stopped")
     stopped = run(config(tiny_tree), tmp_path / "stopped", resume=True)
@@ -104,10 +106,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tiny_tree, tmp_path, monkeypatch
 
 def test_the_plan_shows_the_clients_as_they_are_none_of_whom_trains(tiny_tree):
     memory = {"devices": {"memory_gb": 1e-6}}
-    pooled, usual = (plan(prepare_run(config({**tiny_tree, **memory}, name))) for name in ("centralised", "fedavg"))
-    shown = [{key: value for key, value in client.items() if not key.startswith("first_")} for client in pooled["clients"]]
+    centralized, usual = (plan(prepare_run(config({**tiny_tree, **memory}, name))) for name in ("centralized", "fedavg"))
+    shown = [{key: value for key, value in client.items() if not key.startswith("first_")} for client in centralized["clients"]]
     assert shown == [{key: client[key] for key in shown[0]} for client in usual["clients"]]
-    assert [(client["first_experts"], client["first_bytes_down"]) for client in pooled["clients"]] == [(0, 0)] * 4
-    assert pooled["warnings"] == []
+    assert [(client["first_experts"], client["first_bytes_down"]) for client in centralized["clients"]] == [(0, 0)] * 4
+    assert centralized["warnings"] == []
     assert len(usual["warnings"]) == 1
-    assert pooled["round_flops_estimated"] == 2 * usual["round_flops_estimated"]
+    assert centralized["round_flops_estimated"] == 2 * usual["round_flops_estimated"]

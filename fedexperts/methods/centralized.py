@@ -1,28 +1,28 @@
-"""Centralised training: all clients' training data in one place. What no federated method is expected to beat."""
+"""Centralized training: all clients' training data in one place. What no federated method is expected to beat."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
-from fedexperts.types import Assignment, Bench, Client, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
-class Centralised:
+class Centralized:
     """One participant with everybody's examples trains the whole model, as many steps a round as a round's clients would.
 
-    What `pooled` asks for is seen to before the run (start.pooled); the rest is FedAvg with one client.
+    What `centralized` asks for is seen to before the run (start.pooled); the rest is FedAvg with one client.
     """
 
-    before: ClassVar[tuple[str, ...]] = ()
-    pooled: ClassVar[bool] = True
+    setup_tasks: ClassVar[tuple[str, ...]] = ()
+    centralized: ClassVar[bool] = True
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return all_experts(server)
 
-    def train(self, job: Job, bench: Bench) -> Update:
-        return train_assigned(job, bench)
+    def train(self, job: Job, context: ClientContext) -> Update:
+        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)
