@@ -45,8 +45,8 @@ def training_of(name):
     if name == "fedrep":
         return replace(TRAINING, local_steps=2)  # one for the head, one for the rest
     if name == "flex":
-        return replace(TRAINING, tuning=Tuning("lora", ("attention",), rank=8))
-    return replace(TRAINING, tuning=Tuning("lora", rank=8)) if name in ADAPTERS else TRAINING
+        return replace(TRAINING, train="lora", parts=("attention",), rank=8)
+    return replace(TRAINING, train="lora", rank=8) if name in ADAPTERS else TRAINING
 
 
 class Round:

@@ -28,7 +28,6 @@ from fedexperts.data.clients import counts
 from fedexperts.deploy.socket_rpc import WATCH_SECONDS, end_with_parent, serve
 from fedexperts.deploy.supervisor import MISTAKE
 from fedexperts.engines import remote
-from fedexperts.engines.client_store import key
 from fedexperts.engines.local import ClientRuntime
 from fedexperts.engines.message import Message
 from fedexperts.engines.serialization import answer_message
@@ -37,7 +36,7 @@ from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Own, Parts, prepare_run
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked, different
-from fedexperts.types import Failure
+from fedexperts.types import Failure, job_key
 
 HOLD_SECONDS = 30.0
 """For the folder of a client to be let go by a process that was killed, or is about to see that its supervisor was."""
@@ -87,7 +86,8 @@ class ClientWorker:
         reply = remote.answer(runtime, self.name, message, told)
         if "update" not in reply.head:
             return reply
-        job, accepted, notes = message.head["job"], message.head["accepted"], runtime.client_store.folder.with_name("answered")
+        job, notes = message.head["job"], runtime.client_store.folder.with_name("answered")
+        accepted = job["accepted"]
         if accepted and accepted not in noted(notes) and runtime.client_store.versions(self.name):
             runtime.client_store.drop_newer(self.name, accepted)
             note(notes, accepted)
@@ -98,7 +98,7 @@ class ClientWorker:
             self.say(reason)
             return answer_message(Failure(self.name, job["round"], job["task"], reason))
         if job["task"] != "evaluate":
-            note(notes, key(job["round"], job["task"]))
+            note(notes, job_key(job["round"], job["task"]))
         return reply
 
     @lru_cache(maxsize=1)  # noqa: B019  # there is one Resident in a process
@@ -134,8 +134,9 @@ class ClientWorker:
         if apart := different(without_files(mine["data"]), without_files(theirs["data"])):
             raise BadMessage(f"its run file has another data.{apart[0]} than the server's; give both sides the same run file")
         own = {"model": mine["model"], "data": mine["data"], "devices": {**mine["devices"], **self.devices}}
-        if "public_text" in theirs["method"]:  # a file of this machine
-            own["method"] = {**theirs["method"], "public_text": mine["method"].get("public_text")}
+        files = self.config.build_method().declare().local_files  # of this machine
+        if any(name in theirs["method"] for name in files):
+            own["method"] = {**theirs["method"], **{name: mine["method"].get(name) for name in files}}
         retained = {"retained": mine["evaluation"].get("retained", [])}
         return {**theirs, **own, "evaluation": {**theirs["evaluation"], **retained}}
 

@@ -31,6 +31,7 @@ class AboutJob:
     task: Name
     seed: str
     experts: dict[str, tuple[int, ...]]
+    accepted: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,14 @@ def unpack_answer(data: bytes) -> Update | Failure:
 
 
 def job_message(job: Job) -> Message:
-    about = {"client": job.client, "round": job.round, "task": job.task, "seed": job.seed, "experts": dict(job.experts)}
+    about = {
+        "client": job.client,
+        "round": job.round,
+        "task": job.task,
+        "seed": job.seed,
+        "experts": dict(job.experts),
+        "accepted": job.accepted,
+    }
     return written({"job": about}, job.patch, job.extra)
 
 

@@ -58,7 +58,7 @@ def test_what_the_client_kept_takes_the_place_of_what_was_sent(prepared, context
 
 
 def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepared, context):
-    tuned = replace(context, training=replace(context.training, tuning=Tuning(parts=("router",))))
+    tuned = replace(context, training=replace(context.training, parts=("router",)))
     whole = prepared.server.anatomy.all_experts
     sent = Job("c01", 1, "train", "s", whole, patch_for(prepared.server, Assignment(whole, frozenset({ROUTER}))))
     model = install(sent, tuned)
@@ -71,7 +71,7 @@ def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepa
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 def test_training_never_writes_the_base(prepared, context, tuning):
     before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
-    tuned = replace(context, training=replace(context.training, tuning=tuning))
+    tuned = replace(context, training=replace(context.training, **vars(tuning)))
     model = install(replace(job(prepared), patch=replace(job(prepared).patch, tensors={}, rows={})), tuned)
     started = rows.read(model)
     fit(model, tuned, seed="s")

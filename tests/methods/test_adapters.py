@@ -24,7 +24,7 @@ from fedexperts.types import Client, Training
 
 ADAPTERS = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert")
 CLIENTS = [Client("a", 8), Client("b", 12)]
-LORA = Training(tuning=Tuning("lora", rank=8), batch_size=4, local_steps=2)
+LORA = Training(train="lora", rank=8, batch_size=4, local_steps=2)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 
 
@@ -55,13 +55,13 @@ class Played:
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", parts=("router",))], ids=["full", "routers"])
 def test_a_run_without_adapters_is_refused(name, tuning):
-    server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, replace(LORA, tuning=tuning))
+    server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, replace(LORA, **vars(tuning)))
     with pytest.raises(BadValue, match=f'^method {name} works on LoRA.*this run trains none; set training.train = "lora"'):
         METHODS[name]().assign(server, CLIENTS[0])
 
 
 def test_one_random_expert_needs_adapters_of_experts():
-    training = replace(LORA, tuning=Tuning("lora", parts=("attention",)))
+    training = replace(LORA, train="lora", parts=("attention",))
     server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, training)
     with pytest.raises(BadValue, match=r"random_expert works on LoRA's adapters of experts"):
         RandomExpert().assign(server, CLIENTS[0])
@@ -216,7 +216,7 @@ def test_a_rank_that_cannot_be_is_refused():
         BadValue, match=r"method.ranks = 6, but adapters of stacked experts in float32 need a multiple of 4; try 8"
     ):
         rank_for(server, CLIENTS[0], 6, "flora")
-    attention = replace(LORA, tuning=Tuning("lora", rank=8, parts=("attention",)))
+    attention = replace(LORA, train="lora", rank=8, parts=("attention",))
     free = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, attention)
     assert rank_for(free, CLIENTS[0], 6, "flora") == 6
 

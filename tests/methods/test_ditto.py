@@ -51,7 +51,7 @@ class Alone:
 @every_tuning
 @pytest.mark.parametrize("with_own", [True, False])
 def test_what_goes_up_is_fedavgs_bit_for_bit_whatever_is_kept(family, tuning, with_own):
-    alone = Alone(replace(ADAMW, tuning=tuning), family, with_own)
+    alone = Alone(replace(ADAMW, **vars(tuning)), family, with_own)
     update, plain = Ditto().train(alone.job, alone.context), alone.fedavg(alone.w, alone.job.seed)
     assert equal(update.patch.tensors, plain.patch.tensors)
     assert equal(update.patch.rows, plain.patch.rows)
@@ -75,7 +75,7 @@ def test_what_goes_up_has_the_chances_of_fedavg_where_a_model_has_dropout():
 @every_tuning
 def test_a_step_of_the_clients_own_model_by_hand(family, tuning):
     """v ← v − η (∇F(v) + λ (v − wᵗ)): a step of SGD from v, and back along v − wᵗ by η λ."""
-    alone, hold = Alone(replace(SGD, tuning=tuning), family), 0.25
+    alone, hold = Alone(replace(SGD, **vars(tuning)), family), 0.25
     plain = alone.fedavg(alone.v, f"{alone.job.seed}/personal").patch.tensors
     Ditto(hold).train(alone.job, alone.context)
     assert alone.context.client_state.keys() == alone.w.keys()

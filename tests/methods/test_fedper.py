@@ -45,7 +45,7 @@ class Federation:
 @every_tuning
 @pytest.mark.parametrize("personal", [("router",), ("router", "attention"), ("experts",)])
 def test_personal_weights_go_neither_down_nor_up(family, tuning, personal):
-    federation = Federation(FedPer(personal), CLIENTS, family, replace(TRAINING, tuning=tuning))
+    federation = Federation(FedPer(personal), CLIENTS, family, replace(TRAINING, **vars(tuning)))
     before = federation.server
     for _ in range(2):
         federation.round()

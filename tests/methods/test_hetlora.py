@@ -19,7 +19,7 @@ from fedexperts.types import Client, Patch, Server, Training, Update
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
 CLIENTS = [Client("a", 8), Client("b", 12)]
-LORA = Training(tuning=Tuning("lora", rank=8), batch_size=4, local_steps=3, lr=0.01)
+LORA = Training(train="lora", rank=8, batch_size=4, local_steps=3, lr=0.01)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 
 
@@ -160,7 +160,7 @@ def test_a_client_that_has_pruned_can_be_scored_before_the_merge(family):
 
 
 def test_pruning_ends_at_the_lowest_rank_there_can_be():
-    training = replace(LORA, tuning=Tuning("lora", rank=4))
+    training = replace(LORA, train="lora", rank=4)
     model, server = awake("olmoe", training)
     updates, _ = played(model, server, HetLoRA(prune=100.0, decay=0.5), training)
     assert [factors.rank_of(update.patch.tensors) for update in updates] == [4, 4]

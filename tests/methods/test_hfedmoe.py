@@ -208,7 +208,7 @@ def experts_sent(update, server):
 @every_family
 def test_a_client_sends_what_it_trained_and_its_routers_and_all_else_whole(family, tuning):
     """τ = 0: all that backward reached is sent, so what is not sent must be as it was received."""
-    model, training = small(family), replace(TRAINING, tuning=tuning)
+    model, training = small(family), replace(TRAINING, **vars(tuning))
     server = tiny_server(model, CLIENTS, training)
     (job,) = jobs_for(server, HFedMoE(usage_floor=0.0, budget=4), CLIENTS[:1])
     models = []

@@ -61,7 +61,7 @@ class Alone:
 @every_family
 def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
     """c_k⁺ = (x − y_k) / (K·η) − c + c_k."""
-    alone = Alone(family, replace(SGD, tuning=tuning))
+    alone = Alone(family, replace(SGD, **vars(tuning)))
     update = Scaffold().train(alone.job, alone.context)
     kept, moved, far = of("control", alone.context.client_state), of("control", update.extra), 0
     assert kept.keys() == moved.keys() == alone.x.keys()
@@ -77,7 +77,7 @@ def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
 @every_family
 def test_a_step_of_sgd_is_fedavgs_and_the_correction(family, tuning):
     """y = x − η (g + c − c_k)."""
-    alone = Alone(family, replace(SGD, tuning=tuning, local_steps=1))
+    alone = Alone(family, replace(SGD, **vars(tuning), local_steps=1))
     update, plain = Scaffold().train(alone.job, alone.context), alone.fedavg()
     for name, tensor in update.patch.tensors.items():
         torch.testing.assert_close(tensor, plain[name] - SGD.lr * (alone.c[name] - alone.own[name]), rtol=1e-5, atol=1e-6)
@@ -173,7 +173,7 @@ def test_the_order_of_updates_does_not_matter():
 @pytest.mark.parametrize("experts_per_layer", [None, 3])
 def test_it_sends_twice_what_fedavg_sends_both_ways(tuning, experts_per_layer):
     """Down from the second round on: c is zero before, and zeros are not sent."""
-    training = replace(SGD, tuning=tuning, local_steps=1)
+    training = replace(SGD, **vars(tuning), local_steps=1)
     model = tiny_model("olmoe")
     server = tiny_server(model, CLIENTS, training)
     method, plain = Scaffold(experts_per_layer), FedAvg(experts_per_layer)

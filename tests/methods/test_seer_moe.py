@@ -53,7 +53,7 @@ def test_the_order_of_counts_does_not_matter_and_without_any_the_server_stays():
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 @every_family
 def test_counts_are_of_all_training_tokens_and_nothing_is_trained(family, tuning):
-    model, training = tiny_model(family), replace(TRAINING, tuning=tuning)
+    model, training = tiny_model(family), replace(TRAINING, **vars(tuning))
     server = replace(tiny_server(model, CLIENTS, training), task="count")
     context = tiny_context(model, CLIENTS[1], training)  # ten examples in batches of four
     _, job = jobs_for(server, SEERMoE(), CLIENTS)

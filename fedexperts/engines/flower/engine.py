@@ -12,14 +12,13 @@ from flwr.app import Message as FlowerMessage
 from flwr.app import MessageType
 from flwr.serverapp import Grid as Grid
 
-from fedexperts.engines.base import outline, validate_update
-from fedexperts.engines.client_store import own
+from fedexperts.engines.base import outline
 from fedexperts.engines.flower.client_app import REFUSED
 from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.message import Message
 from fedexperts.engines.remote import Greeting, hello, order, read_greeting
 from fedexperts.engines.serialization import read_answer
-from fedexperts.errors import BadMessage, BadRun, Leak
+from fedexperts.errors import BadMessage, BadRun
 from fedexperts.types import Client, Failure, Job, Update
 
 POLL_SECONDS = 0.05
@@ -67,7 +66,6 @@ class FlowerEngine:
         *,
         in_flight: int,
         seconds: float = inf,
-        accepted: Mapping[str, str] | None = None,
         check: Callable[[], None] = lambda: None,
         names: Mapping[int, str] | None = None,
         since: Callable[[], Mapping[int, object]] = dict,
@@ -79,7 +77,6 @@ class FlowerEngine:
         self.in_flight, self.seconds, self.check = in_flight, seconds, check
         self.names, self.since, self.tell, self.poll_seconds = names or {}, since, tell, poll_seconds
         self.note = note
-        self.accepted = dict(accepted or {})
         self.greetings: dict[str, Greeting] = {}
         self.nodes: dict[str, int] = {}  # client → node
         self.refused: dict[int, str] = {}  # node → why it is no client's
@@ -174,7 +171,7 @@ class FlowerEngine:
     def send(self, job: Job) -> Sent:
         node = self.nodes.get(job.client)
         since = self.since().get(node or 0)  # before it is sent: who connects anew after that has not seen it, or has lost it
-        message = order(job, self.about, self.accepted.get(job.client, ""))
+        message = order(job, self.about)
         message_id = self.push(message, node) if node is not None else None
         if message_id:
             self.asked[message_id] = job.client, job.round, job.task
@@ -192,7 +189,7 @@ class FlowerEngine:
             try:
                 if message := self.pull(sent.message_id):
                     return self.taken(sent, message)
-            except (BadMessage, Leak) as error:
+            except BadMessage as error:
                 return sent.failed(str(error))
             if over or anew:
                 self.overdue.add(sent.message_id)
@@ -201,23 +198,14 @@ class FlowerEngine:
             sleep(self.poll_seconds)
 
     def taken(self, sent: Sent, message: Message) -> Update | Failure:
-        """The answer in `message`, or why it is none.
+        """The answer in `message`, which the boundary will check, or why it is none.
 
         Raises:
             BadMessage: it holds none.
-            Leak: it holds a weight that the job did not.
         """
-        job, said = sent.job, read_answer(message)
-        if (said.client, said.round, said.task) != (job.client, job.round, job.task):
-            return sent.failed(f"it answered for {said.client} in round {said.round}, {said.task}, which was not asked")
-        answer = validate_update(job, said)
-        if isinstance(answer, Failure):
-            return sent.failed(answer.reason)
-        known = self.clients.get(job.client)
-        if known and answer.examples != known.examples:
-            return sent.failed(f"it says it has {answer.examples} training examples, and when it came it had {known.examples}")
-        if job.task != "evaluate":
-            self.accepted[job.client] = own(job)
+        answer, job = read_answer(message), sent.job
+        if (answer.client, answer.round, answer.task) != (job.client, job.round, job.task):
+            return sent.failed(f"it answered for {answer.client} in round {answer.round}, {answer.task}, which was not asked")
         return answer
 
     def push(self, message: Message, node: int) -> str | None:
