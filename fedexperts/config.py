@@ -11,7 +11,7 @@ from fedexperts.core.devices import UTILISATION, Profile, profiles
 from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.errors import BadValue, nearest
 from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, without_none
-from fedexperts.methods import METHODS, enter_installed
+from fedexperts.methods import FORMER_NAMES, METHODS, enter_installed
 from fedexperts.methods.contract import Method
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
 from fedexperts.types import Training
@@ -156,8 +156,8 @@ class RunConfig(Settings):
         if not isinstance(tree, dict):
             return tree
         method = tree.get("method")
-        if isinstance(method, dict) and method.get("name") == "centralised":
-            tree = {**tree, "method": {**method, "name": "centralized"}}
+        if isinstance(method, dict) and method.get("name") in FORMER_NAMES:
+            tree = {**tree, "method": {**method, "name": FORMER_NAMES[method["name"]]}}
         return with_new_names(tree, RENAMED)
 
     @model_validator(mode="after")

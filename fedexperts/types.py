@@ -161,6 +161,7 @@ class Failure:
     round: int
     task: str
     reason: str
+    bytes_up: int = 0  # of an answer that came and cannot be used
 
 
 class Encoder(Protocol):

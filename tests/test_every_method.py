@@ -18,7 +18,6 @@ from fedexperts.federation import jobs_for, steps
 from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 from fedexperts.moe import shrink
-from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 

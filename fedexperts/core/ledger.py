@@ -120,7 +120,7 @@ def entry_of(job: Job) -> Entry:
 def answered(entry: Entry, answer: Update | Failure, clock: Clock) -> Entry:
     """`entry` with what its answer took; it has `failed` where the answer cannot be used."""
     if isinstance(answer, Failure):
-        return clock.timed(replace(entry, failed=answer.reason))
+        return clock.timed(replace(entry, failed=answer.reason, bytes_up=answer.bytes_up))
     metrics = {} if entry.task == "evaluate" else dict(answer.metrics)  # an evaluation's stand in evals.jsonl
     loss = metrics.pop("loss", None)
     metrics.pop("routed", None)  # stands in rounds.jsonl, beside who held what

@@ -120,12 +120,17 @@ def reorder_and_validate(
 
 def validate_update(expected: Expectation, answer: Update | Failure) -> Update | Failure:
     """`answer`, or the failure of its client, with the reason, where it does not fit."""
-    job = expected.job
+    job, bytes_up = expected.job, 0
     try:
-        why = answer.reason if isinstance(answer, Failure) else update_error(expected, answer)
+        if isinstance(answer, Failure):
+            why: str | None = answer.reason
+        elif (why := update_error(expected, answer)) is None:
+            return answer
+        else:
+            bytes_up = answer.nbytes
     except Exception as error:  # foreign input may break any assumption of the checks themselves
         why = f"its update cannot be checked ({type(error).__name__}: {error})"
-    return answer if why is None else Failure(job.client, job.round, job.task, printable(str(why)))
+    return Failure(job.client, job.round, job.task, printable(str(why)), bytes_up)
 
 
 def update_error(expected: Expectation, update: Update) -> str | None:

@@ -103,8 +103,11 @@ def run(
             with (engine or engine_for)(prepared, out) as opened:
                 running = shown.watch(opened)
                 course, prepared = begin(prepared, running, ledger, out, shown), without_weights(prepared)
-                started = perf_counter()
+                started, noted = perf_counter(), False
                 for server in course:
+                    if not noted and no_expert_sent(ledger):
+                        shown.noted(server, NO_EXPERT_SENT)
+                        noted = True
                     finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
                     tell()  # after the checkpoint: no line that a tracker has is cut off again
                     shown.round(server)
@@ -144,8 +147,6 @@ def finish_round(
     """
     fewest = prepared.config.federation.min_clients
     progress.failed(server, failures(ledger))
-    if no_expert_sent(ledger):
-        progress.noted(server, NO_EXPERT_SENT)
     scores = reported_scores(ledger)
     require_answers(server, ledger, fewest if server.round else max(fewest, 1))
     record(out, server, ledger, seconds)

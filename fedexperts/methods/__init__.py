@@ -52,6 +52,9 @@ METHODS: dict[str, type[Method]] = {
     "centralized": Centralized,
 }
 
+FORMER_NAMES = {"centralised": "centralized"}
+"""Former name of a method → its name now."""
+
 GROUP = "fedexperts.methods"
 """The entry points by which an installed package brings methods: `median = "its_module:Median"`."""
 

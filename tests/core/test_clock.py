@@ -108,7 +108,8 @@ def test_who_is_late_is_left_out_and_keeps_nothing_of_the_round(tiny_tree, tmp_p
     assert line["clock_seconds"] == deadline
     assert line["failed"].keys() == {"c02", "c03", "c04"}
     assert all("later than the deadline of" in reason for reason in line["failed"].values())
-    assert [folder.name for folder in (out / "clients").iterdir()] == ["c01"]
+    state = json.loads(next(out.glob("checkpoint/*/state.json")).read_text())
+    assert state["accepted"] == state["kept"] == {"c01": "000001-train"}
 
 
 def test_a_round_that_all_are_late_for_ends_the_run_with_the_reason(tiny_tree, tmp_path):

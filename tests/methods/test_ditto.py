@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import install
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
+from fedexperts.methods.contract import Method
 from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe import rows
@@ -105,9 +105,9 @@ def test_the_stronger_the_hold_the_nearer_it_stays():
 def test_what_is_scored_is_the_clients_own_model_or_what_it_is_sent_until_there_is_one():
     alone = Alone(ADAMW, with_own=False)
     (asked,) = jobs_for(replace(alone.server, task="evaluate"), Ditto(), [CLIENT])
-    assert equal(rows.read(install(asked, alone.context)), dict(alone.w))
+    assert equal(rows.read(Method().build_model(asked, alone.context)), dict(alone.w))
     Ditto().train(alone.job, alone.context)
-    assert equal(rows.read(install(asked, alone.context)), dict(alone.context.client_state))
+    assert equal(rows.read(Method().build_model(asked, alone.context)), dict(alone.context.client_state))
 
 
 @every_family

@@ -5,13 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.core.training import install
 from fedexperts.errors import BadData, BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.methods.flex import FLEx, pieces
 from fedexperts.moe import graft
 from fedexperts.moe.reconstruction import by_reconstruction, most_used
-from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Split, Training
 
@@ -55,7 +53,7 @@ def test_the_server_takes_the_mean_by_examples():
 def test_what_is_evaluated_has_the_clients_own_experts():
     contexts, _, _, server = one_round(FLEx())
     (job, _) = jobs_for(replace(server, task="evaluate"), FLEx(), CLIENTS)
-    model = install(job, contexts["a"])
+    model = FLEx().build_model(job, contexts["a"])
     weights = dict(model.named_parameters())
     kept = {name: tensor for name, tensor in contexts["a"].client_state.items() if not name.startswith("grafted/")}
     assert kept and all(torch.equal(weights[name].reshape(tensor.shape), tensor) for name, tensor in kept.items())

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.core.training import install
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
@@ -113,7 +112,7 @@ class Played:
         """Of the models that the clients would be scored with."""
         jobs = jobs_for(replace(self.server, task="evaluate"), FLoRA(RANKS), CLIENTS)
         with torch.no_grad():
-            return [install(job, self.contexts[job.client])(**tiny_batch(family)).logits for job in jobs]
+            return [FLoRA().build_model(job, self.contexts[job.client])(**tiny_batch(family)).logits for job in jobs]
 
 
 @every_family
@@ -145,7 +144,7 @@ def test_clients_that_took_part_in_different_rounds_have_the_same_model(family):
 
 def test_every_round_starts_on_fresh_adapters_which_do_not_go_down():
     played = Played("olmoe", ["ab", "ab"])
-    fresh = [rows.read(install(job, played.contexts[job.client])) for jobs in played.jobs for job in jobs]
+    fresh = [rows.read(FLoRA().build_model(job, played.contexts[job.client])) for jobs in played.jobs for job in jobs]
     pairs = factors.pairs(fresh[0])
     assert not any(each[b].any() for each in fresh for b in pairs.values())
     assert all(len({each[a][0, 0, 0].item() for each in fresh}) == 4 for a in pairs)
@@ -158,10 +157,10 @@ def test_a_client_scored_before_the_merge_has_its_base_and_its_own_adapters_on_i
     played = Played(family, ["ab", "a"])
     (job,), (update,) = played.jobs[1], played.updates[1]
     context = played.contexts["a"]
-    held = install(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
+    held = FLoRA().build_model(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
     rows.write(held, of("stack", update.extra))
     rows.write(held, update.patch.tensors)
-    scored = install(apply_update(job, update), context)
+    scored = FLoRA().build_model(apply_update(job, update), context)
     with torch.no_grad():
         found, expected = (model(**tiny_batch(family)).logits for model in (scored, held))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -7,12 +7,12 @@ import torch
 
 from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Ledger
-from fedexperts.core.training import install
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.federation import federate, jobs_for
 from fedexperts.io.toml import checked
 from fedexperts.methods.base import of
+from fedexperts.methods.contract import Method
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.scaffold import Scaffold, controls
 from fedexperts.moe import rows
@@ -114,7 +114,7 @@ def test_a_federation_of_one_client_is_fedavg_bit_for_bit_in_every_round(family)
         (job,) = jobs_for(plain, FedAvg(), [client])
         plain = FedAvg().merge(plain, iter([FedAvg().train(job, replace(context, client_state={}))]))
         (job,) = jobs_for(corrected, Scaffold(), [client])
-        assert equal(rows.read(install(job, context)), job.patch.tensors), "what it keeps is no weight"
+        assert equal(rows.read(Method().build_model(job, context)), job.patch.tensors), "what it keeps is no weight"
         corrected = Scaffold().merge(corrected, iter([Scaffold().train(job, context)]))
         assert equal(corrected.weights, plain.weights)
         assert equal(corrected.method_state, context.client_state)
@@ -237,8 +237,8 @@ def test_c_stays_the_mean_of_what_all_clients_keep_whoever_takes_part_and_whoeve
         seen |= {entry.client for entry in ledger.entries}
         failed += [entry.client for entry in ledger.entries if entry.failed]
         ledger.clear()
-        (asked, *_) = jobs_for(replace(server, round=server.round + 1), Scaffold(), server.clients.values())
-        kept = [of("control", engine.runtime.client_store.load(replace(asked, client=name))) for name in server.clients]
+        jobs = jobs_for(replace(server, round=server.round + 1), Scaffold(), server.clients.values())
+        kept = [of("control", engine.runtime.client_store.load(job)) for job in jobs]
         for name, control in of("control", server.method_state).items():
             zero = torch.zeros_like(control)
             expected = sum(each.get(name, zero) for each in kept) / len(server.clients)
