@@ -9,7 +9,7 @@ from fedexperts.experiment import checkpoint
 from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
 from fedexperts.methods.base import of
-from fedexperts.methods.flora import FLoRA
+from fedexperts.methods.flora import FLoRA, base_change
 from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
@@ -192,3 +192,17 @@ def test_a_server_from_a_checkpoint_sends_and_merges_what_the_undisturbed_one_do
             first = merged
     assert first.method_state.keys() == merged.method_state.keys() and len(merged.method_state) > 20
     assert all(torch.equal(first.method_state[name], merged.method_state[name]) for name in merged.method_state)
+
+
+def test_a_base_change_is_what_was_kept_or_told_in_its_place_and_the_products_that_came_since():
+    stack = {f"stack/{A}": row([[1.0, 2.0]]), f"stack/{B}": row([[1.0], [3.0]])}  # [[1, 2], [3, 6]]
+    kept = {f"change/{A}": row([[10.0, 0.0], [0.0, 0.0]]), "another": row([1.0])}
+    told = {f"change/{A}": row([[0.0, 0.0], [0.0, 20.0]]), "rank": torch.tensor(1)}
+
+    def change(extra, kept):
+        return {name: each.tolist() for name, each in base_change(extra, kept).items()}
+
+    assert change({}, {}) == change({"rank": torch.tensor(1)}, {"another": row([1.0])}) == {}
+    assert change(stack, {}) == {f"change/{A}": [[[1.0, 2.0], [3.0, 6.0]]]}
+    assert change(stack, kept) == {f"change/{A}": [[[11.0, 2.0], [3.0, 6.0]]]}
+    assert change(told, kept) == {f"change/{A}": [[[0.0, 0.0], [0.0, 20.0]]]}
