@@ -9,11 +9,22 @@ from pathlib import Path
 from rich.table import Table as RichTable
 
 from fedexperts.io.files import write_text
-from fedexperts.report import across, figures, page, png, tables
-from fedexperts.report import measures as m
-from fedexperts.report.figures import Figure
+from fedexperts.report import (
+    comparison_figures,
+    comparison_tables,
+    csv_export,
+    figure_numbers,
+    page,
+    png,
+    progress,
+    run_figures,
+    run_tables,
+    settings_tables,
+)
 from fedexperts.report.read import RunResults, by_setting, read_all
-from fedexperts.report.tables import Table
+from fedexperts.report.table_format import Table, cells_csv, to_markdown, to_rich
+from fedexperts.report.table_format import width as table_width
+from fedexperts.report.traces import Figure
 
 
 @dataclass(frozen=True)
@@ -49,30 +60,30 @@ def write(
     runs = read_all(folders)
     settings = by_setting(_compared(runs))
     groups = next(iter(settings.values()))
-    base = tables.baseline_of(groups, baseline)
+    base = comparison_tables.baseline_of(groups, baseline)
     unfinished = _unfinished(runs) if len(runs) > 1 else ()
     text_of: Callable[[], str]
     drawn: Callable[[], Mapping[str, Sequence[Figure]]]
     if len(settings) > 1:
-        made, drawn = across.all_tables(settings, base), partial(figures.several_settings, settings)
+        made, drawn = settings_tables.all_tables(settings, base), partial(comparison_figures.several_settings, settings)
         text_of = partial(page.several_settings, settings, base, unfinished)
     elif len(runs) > 1:
-        made = (*tables.several(groups, base), *across.to_target(settings))
-        drawn = partial(figures.several, groups)
+        made = (*comparison_tables.several(groups, base), *settings_tables.to_target(settings))
+        drawn = partial(comparison_figures.several, groups)
         text_of = partial(page.several, groups, base, unfinished)
     else:
-        made, drawn, text_of = tables.one_run(runs[0]), partial(figures.one_run, runs[0]), partial(page.one_run, runs[0])
+        made, drawn, text_of = run_tables.one_run(runs[0]), partial(run_figures.one_run, runs[0]), partial(page.one_run, runs[0])
     texts: dict[Path, str] = {}
     if html is not None:
         texts[html] = text_of()
     if csv is not None:
-        texts[csv] = across.to_csv(settings, base)
+        texts[csv] = csv_export.to_csv(settings, base)
     if markdown is not None:
         told = [f"Not finished: {'; '.join(unfinished)}. {page.UNFINISHED}\n"] if unfinished else []
-        texts[markdown] = "\n".join([*map(tables.to_markdown, made), *told])
+        texts[markdown] = "\n".join([*map(to_markdown, made), *told])
     every = [figure for group in drawn().values() for figure in group] if pictures else []
     pngs = png.write(every, pictures) if pictures else ()
-    texts |= {path.with_suffix(".csv"): tables.cells_csv(figures.numbers(each)) for path, each in zip(pngs, every, strict=True)}
+    texts |= {path.with_suffix(".csv"): cells_csv(figure_numbers.numbers(each)) for path, each in zip(pngs, every, strict=True)}
     for path, text in texts.items():
         write_text(path, text)
     return Report(runs, made, (*texts, *pngs), unfinished)
@@ -85,23 +96,24 @@ def table(folders: Sequence[Path], width: int | None = None) -> RichTable:
     Methods are rows, or columns where that fits `width` characters (by default the terminal) better.
     """
     settings = by_setting(_compared(read_all(folders)))
-    upright = tables.final(settings[""]) if len(settings) == 1 else across.overall(settings)
+    upright = comparison_tables.final(settings[""]) if len(settings) == 1 else settings_tables.overall(settings)
     wide = width or shutil.get_terminal_size().columns
-    fits = tables.width(upright) <= max(wide, tables.width(upright.transposed()))
-    return tables.to_rich(upright if fits else upright.transposed())
+    fits = table_width(upright) <= max(wide, table_width(upright.transposed()))
+    return to_rich(upright if fits else upright.transposed())
 
 
 def _compared(runs: Sequence[RunResults]) -> Sequence[RunResults]:
     """The finished runs; all while there is none, so that one can see how they get on."""
-    return [run for run in runs if m.finished(run)] or runs
+    return [run for run in runs if progress.finished(run)] or runs
 
 
 def _unfinished(runs: Sequence[RunResults]) -> tuple[str, ...]:
     """The runs that are not finished, by their names, and how far they are."""
     return tuple(
-        f"{setting}{': ' if setting else ''}{label}, seed {run.plan.seed} ({m.rounds_done(run)} of {m.rounds_asked(run)} rounds)"
+        f"{setting}{': ' if setting else ''}{label}, seed {run.plan.seed} "
+        f"({progress.rounds_done(run)} of {progress.rounds_asked(run)} rounds)"
         for setting, groups in by_setting(runs).items()
         for label, members in groups.items()
         for run in members
-        if not m.finished(run)
+        if not progress.finished(run)
     )

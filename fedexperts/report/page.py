@@ -14,12 +14,25 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from fedexperts.report import across, figures, tables
-from fedexperts.report import measures as m
-from fedexperts.report.across import Settings
-from fedexperts.report.figures import Figure
-from fedexperts.report.read import RunResults
-from fedexperts.report.tables import Groups, Table
+from fedexperts.report import (
+    axes,
+    comparison_figures,
+    comparison_tables,
+    expert_sets,
+    experts_map,
+    figure_numbers,
+    progress,
+    resources,
+    run_cost_tables,
+    run_figures,
+    run_tables,
+    scores,
+    settings_tables,
+)
+from fedexperts.report.expert_sets import Held
+from fedexperts.report.read import Groups, RunResults, Settings, all_runs
+from fedexperts.report.table_format import NONE, Table, megabytes, number, quality_value, whole
+from fedexperts.report.traces import Figure
 
 POLICY = "style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
 LONG_TABLE = 25  # rows; longer ones are folded
@@ -30,68 +43,68 @@ UNFINISHED = "Such runs are in tables and figures only while no run is finished.
 def one_run(run: RunResults) -> str:
     """The page of a single run."""
     title = f"{run.plan.method} on {run.plan.model.name}"
-    drawn = figures.one_run(run)
+    drawn = run_figures.one_run(run)
     maps = _maps({run.plan.method: [run]})
-    costs = [_table(tables.costs(run)), _table(tables.floors(run)), _table(tables.over_memory(run))]
-    experts = [_table(tables.held(run)), _table(tables.overlap(run)), _table(tables.chosen(run))]
+    costs = [_table(run_cost_tables.costs(run)), _table(run_cost_tables.floors(run)), _table(run_cost_tables.over_memory(run))]
+    experts = [_table(run_cost_tables.held(run)), _table(run_cost_tables.overlap(run)), _table(run_cost_tables.chosen(run))]
     sections = {
-        "Quality": [_figures(drawn["quality"]), _table(tables.all_metrics(run))],
-        "Quality across clients": [_figures(drawn["clients"]), _table(tables.by_client(run))],
-        "Retained knowledge": [_figures(drawn["retained"]), _table(tables.retained(run))],
-        "Router drift": [_figures(drawn["drift"]), _table(tables.drift(run))],
+        "Quality": [_figures(drawn["quality"]), _table(run_tables.all_metrics(run))],
+        "Quality across clients": [_figures(drawn["clients"]), _table(run_tables.by_client(run))],
+        "Retained knowledge": [_figures(drawn["retained"]), _table(run_tables.retained(run))],
+        "Router drift": [_figures(drawn["drift"]), _table(run_tables.drift(run))],
         "Experts": [_map(maps), _figures(drawn["experts"]), *experts],
         "Bytes and memory": [*costs, _figures(drawn["costs"])],
-        "Failures": [_table(tables.failures(run)) or "<p>None.</p>"],
-        "Data": [_figures(drawn["data"]), _table(tables.partition(run))],
-        "Clients": [_table(tables.clients(run))],
+        "Failures": [_table(run_cost_tables.failures(run)) or "<p>None.</p>"],
+        "Data": [_figures(drawn["data"]), _table(run_tables.partition(run))],
+        "Clients": [_table(run_tables.clients(run))],
         "Run file": [_files(run)],
     }
-    intro = [_asked(_what_was_asked(run)), _cards(_what_came_out(run)), _table(tables.quality(run))]
+    intro = [_asked(_what_was_asked(run)), _cards(_what_came_out(run)), _table(run_tables.quality(run))]
     return _page(title, intro, sections, drawn, maps)
 
 
 def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> str:
     """The page of several runs side by side; `unfinished` names those that are not finished."""
     title = f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds"
-    drawn = figures.several(groups)
+    drawn = comparison_figures.several(groups)
     maps = _maps(groups)
     sections = {
         "Against each other": [_figures(drawn["overall"])],
-        "To the target": [*map(_table, across.to_target({"": groups}))],
+        "To the target": [*map(_table, settings_tables.to_target({"": groups}))],
         "Each task": [_figures(drawn["each task"])],
-        "All measures": [_table(tables.comparison(groups)), _table(tables.differences(groups, baseline))],
-        "Retained knowledge": [_figures(drawn["retained"]), _table(tables.retained_compared(groups))],
-        "Router drift": [_figures(drawn["drift"]), _table(tables.drift_compared(groups))],
+        "All measures": [_table(comparison_tables.comparison(groups)), _table(comparison_tables.differences(groups, baseline))],
+        "Retained knowledge": [_figures(drawn["retained"]), _table(comparison_tables.retained_compared(groups))],
+        "Router drift": [_figures(drawn["drift"]), _table(comparison_tables.drift_compared(groups))],
         "Experts": [_map(maps)],
         **_of_runs(groups),
     }
-    facts = _what_was_compared(list(groups), tables.all_runs(groups), unfinished)
-    intro = [_asked(facts), _table(tables.final(groups))]
+    facts = _what_was_compared(list(groups), all_runs(groups), unfinished)
+    intro = [_asked(facts), _table(comparison_tables.final(groups))]
     return _page(title, intro, sections, drawn, maps)
 
 
 def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str] = ()) -> str:
     """The page of several settings; `unfinished` names the runs that are not finished."""
-    methods = across.methods(settings)
+    methods = settings_tables.methods(settings)
     title = f"{len(methods)} methods in {len(settings)} settings"
-    drawn = figures.several_settings(settings)
+    drawn = comparison_figures.several_settings(settings)
     every = {f"{name}: {label}": runs for name, groups in settings.items() for label, runs in groups.items() if runs}
     maps = _maps(every)
     sections = {
-        "Over the settings": [*(_figures(drawn[over]) for over in figures.AXES), *map(_table, across.by_task(settings))],
-        "To the target": [*map(_table, across.to_target(settings))],
-        "Experts": [_table(across.held(settings)), _map(maps)],
+        "Over the settings": [*(_figures(drawn[over]) for over in axes.AXES), *map(_table, settings_tables.by_task(settings))],
+        "To the target": [*map(_table, settings_tables.to_target(settings))],
+        "Experts": [_table(settings_tables.held(settings)), _map(maps)],
         **{
             f"Setting {name}": [
-                *map(_table, across.of_setting(settings, name, baseline)),
+                *map(_table, settings_tables.of_setting(settings, name, baseline)),
                 _figures(drawn[f"setting {name}"]),
             ]
             for name in settings
         },
         **_of_runs(every),
     }
-    facts = _what_was_compared(methods, tables.all_runs(every), unfinished)
-    intro = [_asked(facts), _table(across.overall(settings))]
+    facts = _what_was_compared(methods, all_runs(every), unfinished)
+    intro = [_asked(facts), _table(settings_tables.overall(settings))]
     return _page(title, intro, sections, drawn, maps)
 
 
@@ -138,22 +151,22 @@ def _page(
 
 
 def _what_was_asked(run: RunResults) -> dict[str, str]:
-    asked, done = m.rounds_asked(run), m.rounds_done(run)
-    each = m.settings(run).get("federation", {}).get("clients_per_round")
-    progress = f"{done} done" if asked is None else str(asked) if done >= asked else f"{done} of {asked} done so far"
-    method = {key: value for key, value in m.settings(run).get("method", {}).items() if key != "name"}
+    asked, done = progress.rounds_asked(run), progress.rounds_done(run)
+    each = progress.settings(run).get("federation", {}).get("clients_per_round")
+    so_far = f"{done} done" if asked is None else str(asked) if done >= asked else f"{done} of {asked} done so far"
+    method = {key: value for key, value in progress.settings(run).get("method", {}).items() if key != "name"}
     memory = [client.memory_bytes for client in run.plan.clients if client.memory_bytes is not None]
     return {
         "method": run.plan.method + (f", {_inline(method)}" if method else ""),
         "model": f"{run.plan.model.name}: {run.plan.model.parameters:,} parameters, {_shape(run)}",
         "clients": f"{len(run.plan.clients)}" + (f", {each} in each round" if each is not None else ""),
         **_how_they_train(run),
-        "their memory": f"{tables.megabytes(min(memory))} to {tables.megabytes(max(memory))} MB" if memory else "not limited",
-        "data": ", ".join(m.tasks([run]) or dict.fromkeys(client.task for client in run.plan.clients)),
-        "scored on": f"the clients' {m.scored_on([run])} examples",
-        "scored when": m.scored_when([run]),
+        "their memory": f"{megabytes(min(memory))} to {megabytes(max(memory))} MB" if memory else "not limited",
+        "data": ", ".join(scores.tasks([run]) or dict.fromkeys(client.task for client in run.plan.clients)),
+        "scored on": f"the clients' {scores.scored_on([run])} examples",
+        "scored when": scores.scored_when([run]),
         "divided": _inline(run.plan.partition) or "as given",
-        "rounds": progress,
+        "rounds": so_far,
         "seed": str(run.plan.seed),
         **({"warned of": "; ".join(run.plan.warnings)} if run.plan.warnings else {}),
     }
@@ -161,7 +174,10 @@ def _what_was_asked(run: RunResults) -> dict[str, str]:
 
 def _how_they_train(run: RunResults) -> dict[str, str]:
     """What is trained, the optimiser and its schedule, and the server's where it has one; nothing without a run file."""
-    asked, server = m.settings(run).get("training", {}), m.settings(run).get("federation", {}).get("server_optimizer")
+    asked, server = (
+        progress.settings(run).get("training", {}),
+        progress.settings(run).get("federation", {}).get("server_optimizer"),
+    )
     if not asked:
         return {}
     rank = f" of rank {asked.get('rank')}" if asked.get("train") == "lora" else ""
@@ -176,19 +192,19 @@ def _how_they_train(run: RunResults) -> dict[str, str]:
 
 
 def _what_came_out(run: RunResults) -> dict[str, str]:
-    rows, unit = m.evaluated(run, None, None), m.unit([run], None)
-    ends = [tables.quality_value(row.value, unit) for row in (rows[0], rows[-1])] if rows else []
-    held = m.held_last(run)
-    over = m.over_memory(run)
+    rows, unit = scores.evaluated(run, None, None), scores.unit([run], None)
+    ends = [quality_value(row.value, unit) for row in (rows[0], rows[-1])] if rows else []
+    held = expert_sets.held_last(run)
+    over = resources.over_memory(run)
     return {
-        f"overall quality ({unit})" if unit else "overall quality": " → ".join(ends) or tables.NONE,
-        "sent per client and round, down and up": f"{tables.megabytes(m.bytes_per_client_round(run))} MB",
-        "sent in total": f"{tables.megabytes(m.carried(m.counted(run)))} MB",
-        **({"virtual time": f"{tables.number(m.virtual_seconds(run))} s"} if m.has_clock(run) else {}),
-        "largest peak memory of a client": f"{tables.megabytes(m.largest_peak(run))} MB",
-        f"experts held by a client, of {m.experts_of(run)} (mean, least–most)": _held(held),
+        f"overall quality ({unit})" if unit else "overall quality": " → ".join(ends) or NONE,
+        "sent per client and round, down and up": f"{megabytes(resources.bytes_per_client_round(run))} MB",
+        "sent in total": f"{megabytes(resources.carried(resources.counted(run)))} MB",
+        **({"virtual time": f"{number(axes.virtual_seconds(run))} s"} if axes.has_clock(run) else {}),
+        "largest peak memory of a client": f"{megabytes(resources.largest_peak(run))} MB",
+        f"experts held by a client, of {expert_sets.experts_of(run)} (mean, least–most)": _held(held),
         "clients over their memory": str(len(over)),
-        "failures": str(len(m.failures(run))),
+        "failures": str(len(resources.failures(run))),
     }
 
 
@@ -198,11 +214,11 @@ def _what_was_compared(methods: Sequence[str], runs: Sequence[RunResults], unfin
         **({"settings" if len(named) > 1 else "setting": ", ".join(named)} if named else {}),
         "methods": ", ".join(methods),
         "models": ", ".join(dict.fromkeys(run.plan.model.name for run in runs)),
-        "data": ", ".join(m.tasks(runs)),
-        "scored on": f"the clients' {m.scored_on(runs)} examples",
-        "scored when": m.scored_when(runs),
+        "data": ", ".join(scores.tasks(runs)),
+        "scored on": f"the clients' {scores.scored_on(runs)} examples",
+        "scored when": scores.scored_when(runs),
         "clients": ", ".join(dict.fromkeys(str(len(run.plan.clients)) for run in runs)),
-        "rounds": ", ".join(dict.fromkeys(str(m.rounds_done(run)) for run in runs)),
+        "rounds": ", ".join(dict.fromkeys(str(progress.rounds_done(run)) for run in runs)),
         "seeds": ", ".join(map(str, sorted({run.plan.seed for run in runs}))),
         **({"not finished": f"{'; '.join(unfinished)}. {UNFINISHED}"} if unfinished else {}),
     }
@@ -210,7 +226,10 @@ def _what_was_compared(methods: Sequence[str], runs: Sequence[RunResults], unfin
 
 def _all_failures(groups: Groups) -> Table:
     rows = tuple(
-        (label, str(run.plan.seed), *row) for label, runs in groups.items() for run in runs for row in tables.failures(run).rows
+        (label, str(run.plan.seed), *row)
+        for label, runs in groups.items()
+        for run in runs
+        for row in run_cost_tables.failures(run).rows
     )
     columns = ("method", "seed", "round", "client", "work", "reason")
     return Table("Failures", columns, rows, text_columns=(0, 3, 4, 5))
@@ -223,8 +242,8 @@ def _shape(run: RunResults) -> str:
     return f"{len(blocks)} MoE layers of {sizes} experts, {chosen} for each token"
 
 
-def _held(held: m.Held | None) -> str:
-    return f"{tables.whole(held.mean)} ({held.least}–{held.most})" if held else tables.NONE
+def _held(held: Held | None) -> str:
+    return f"{whole(held.mean)} ({held.least}–{held.most})" if held else NONE
 
 
 def _inline(values: Mapping[str, Any]) -> str:
@@ -307,7 +326,7 @@ def _figure(figure: Figure) -> str:
 
 def _numbers(figure: Figure) -> str:
     of = f'<span class="hidden"> of {escape(figure.title)}</span>'
-    return f'<details class="numbers"><summary>Numbers{of}</summary>{_frame(figures.numbers(figure))}</details>'
+    return f'<details class="numbers"><summary>Numbers{of}</summary>{_frame(figure_numbers.numbers(figure))}</details>'
 
 
 def _id(figure: Figure) -> str:
@@ -317,7 +336,7 @@ def _id(figure: Figure) -> str:
 
 def _maps(groups: Groups) -> list[dict[str, Any]]:
     runs = [(f"{label}, seed {run.plan.seed}", run) for label, members in groups.items() for run in members]
-    every = [figures.experts_map(label, run) for label, run in runs]
+    every = [experts_map.experts_map(label, run) for label, run in runs]
     return [each for each in every if each["rounds"] and each["blocks"]]
 
 

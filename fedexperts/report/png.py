@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from fedexperts.errors import BadValue
 from fedexperts.io.files import write_bytes
-from fedexperts.report.figures import INK, Figure, safe
+from fedexperts.report.traces import INK, Figure, safe
 
 WIDTH, SCALE = 760, 2  # pixels of the layout, and of the file for each of them
 TEXT, LINE = "#1d2530", "#d5dae1"  # these and those of maps are those of the page when it is light

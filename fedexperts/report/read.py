@@ -166,6 +166,11 @@ class RunResults:
         return found
 
     @cached_property
+    def client_names(self) -> Sequence[str]:
+        """All clients by name: the planned ones, then any that only the ledger knows."""
+        return list(dict.fromkeys([*(client.name for client in self.plan.clients), *self.work_of]))
+
+    @cached_property
     def work_of(self) -> Mapping[str, Sequence[LedgerRow]]:
         """Client → its rows of the ledger, as they were written."""
         found: dict[str, list[LedgerRow]] = {}
@@ -174,6 +179,8 @@ class RunResults:
         return found
 
 
+Groups = Mapping[str, Sequence[RunResults]]  # method → its runs, one of each seed
+Settings = Mapping[str, Groups]  # setting → method → its runs; all settings name the same methods, some without runs
 Row = TypeVar("Row")
 
 
@@ -244,6 +251,11 @@ def by_setting(runs: Sequence[RunResults]) -> dict[str, dict[str, tuple[RunResul
     found = {name or NO_SETTING: grouped([run for run in runs if run.plan.setting == name]) for name in names}
     methods = dict.fromkeys(method for groups in found.values() for method in groups)
     return {name: {method: groups.get(method, ()) for method in methods} for name, groups in found.items()}
+
+
+def all_runs(groups: Groups) -> list[RunResults]:
+    """The runs of all methods."""
+    return [run for runs in groups.values() for run in runs]
 
 
 def _home(run: RunResults) -> Path:

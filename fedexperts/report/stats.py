@@ -34,3 +34,8 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Interv
     """
     shared = sorted(values.keys() & baseline.keys())
     return interval([values[seed] - baseline[seed] for seed in shared]) if shared else None
+
+
+def mean_or_none(numbers: Sequence[float]) -> float | None:
+    """The mean; None of no numbers."""
+    return fmean(numbers) if numbers else None
