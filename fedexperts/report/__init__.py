@@ -13,6 +13,7 @@ from fedexperts.report import (
     comparison_figures,
     comparison_tables,
     csv_export,
+    facts,
     figure_numbers,
     page,
     png,
@@ -79,7 +80,7 @@ def write(
     if csv is not None:
         texts[csv] = csv_export.to_csv(settings, base)
     if markdown is not None:
-        told = [f"Not finished: {'; '.join(unfinished)}. {page.UNFINISHED}\n"] if unfinished else []
+        told = [f"Not finished: {'; '.join(unfinished)}. {facts.UNFINISHED}\n"] if unfinished else []
         texts[markdown] = "\n".join([*map(to_markdown, made), *told])
     every = [figure for group in drawn().values() for figure in group] if pictures else []
     pngs = png.write(every, pictures) if pictures else ()

@@ -270,7 +270,7 @@ def test_reports_say_which_examples_were_scored(tmp_path: Path, split: str):
     runs = [write_run(tmp_path / f"seed-{seed}", seed=seed, split=split) for seed in (0, 1)]
     for folders in (runs[:1], runs):
         found = report.write(folders, html=tmp_path / "r.html")
-        assert f"Scored on the clients&#x27; {split} examples." in (tmp_path / "r.html").read_text()
+        assert f"Scored on the clients&#39; {split} examples." in (tmp_path / "r.html").read_text()
         assert f"Scored on the clients' {split} examples." in found.tables[0].note
 
 
