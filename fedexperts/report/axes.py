@@ -9,24 +9,24 @@ from fedexperts.report import progress, resources
 from fedexperts.report.read import RunResults
 from fedexperts.report.resources import MB
 
-Place = Callable[[int], float]  # where a round lies on an axis
+Place = Callable[[int], float]  # round → its position on an axis
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What the progress of a run is told by."""
+    """A quantity that grows with the rounds of a run, to plot or compare progress over."""
 
     name: str
-    label: str  # of the axis of a figure
-    cost: str  # what it takes to get somewhere, in `unit`
+    label: str  # on the axis of a figure
+    cost: str  # name of the cost of reaching a target, in `unit`
     unit: str
-    of: Callable[[RunResults], Place | None]  # None: the run has no such axis
+    of: Callable[[RunResults], Place | None]  # None: the run lacks the data
     note: str = ""
 
 
 def bytes_until(run: RunResults) -> Callable[[int], int]:
-    """A function of a round: the bytes that all clients together have sent and got by its end."""
-    rows = sorted(resources.counted(run), key=lambda row: row.round)
+    """Round → bytes that all clients together have sent and received by its end."""
+    rows = sorted(resources.cost_rows(run), key=lambda row: row.round)
     rounds = [row.round for row in rows]
     sums = [0, *accumulate(row.bytes_down + row.bytes_up for row in rows)]
     return lambda round: sums[bisect_right(rounds, round)]
@@ -39,12 +39,12 @@ def mb_until(run: RunResults) -> Place:
 
 
 def has_clock(run: RunResults) -> bool:
-    """Whether every round of the run has its virtual time."""
+    """Whether every round of the run has a virtual time."""
     return bool(run.rounds) and all(row.clock_seconds is not None for row in run.rounds)
 
 
 def clock_until(run: RunResults) -> Place | None:
-    """A function of a round: the virtual seconds of all stages and rounds by its end; None for a run without a clock."""
+    """Round → virtual seconds of all setup tasks and rounds by its end; None for a run without a clock."""
     if not has_clock(run):
         return None
     rows = sorted(run.rounds, key=lambda row: row.round)
@@ -54,7 +54,7 @@ def clock_until(run: RunResults) -> Place | None:
 
 
 def virtual_seconds(run: RunResults) -> float | None:
-    """The virtual time of the whole run; None without a clock."""
+    """The virtual time of the whole run in seconds; None without a clock."""
     until = clock_until(run)
     return until(progress.rounds_done(run)) if until else None
 
@@ -66,7 +66,7 @@ BY_BYTES = Axis(
     "sent",
     "MB",
     mb_until,
-    "Bytes: down and up, all clients together, evaluations apart.",
+    "Bytes: down and up, all clients together, without evaluations.",
 )
 BY_TIME = Axis(
     "virtual time",
@@ -74,6 +74,6 @@ BY_TIME = Axis(
     "virtual time",
     "s",
     clock_until,
-    "Virtual time: each round as long as its slowest client would take on its device, evaluations apart.",
+    "Virtual time: each round takes as long as its slowest client would on its device; evaluations take none.",
 )
 AXES: Mapping[str, Axis] = {axis.name: axis for axis in (BY_ROUNDS, BY_BYTES, BY_TIME)}

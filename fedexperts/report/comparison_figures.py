@@ -33,14 +33,14 @@ from fedexperts.report.traces import (
 
 
 def several(groups: Groups) -> dict[str, list[Figure]]:
-    """All figures of several runs, by what they are about; those without data are left out."""
+    """All figures of several runs that have data, by topic."""
     overall = [*(compared(groups, None, over) for over in axes.AXES), *tradeoffs(groups), spread(groups)]
     drawn = {"overall": overall, "each task": each_task(groups)}
     return with_data({**drawn, "retained": retained_minus_base(groups), "drift": [drift_compared(groups)]})
 
 
 def several_settings(settings: Settings) -> dict[str, list[Figure]]:
-    """The overall quality in each setting over `AXES`, on one scale; then what else there is of each setting, by its name."""
+    """The overall quality in each setting over each of `AXES`, on a common scale; then the other figures of each setting."""
     side_by_side = {
         over: _on_one_scale([_titled(name, compared(groups, None, over)) for name, groups in settings.items()])
         for over in axes.AXES
@@ -55,7 +55,7 @@ def several_settings(settings: Settings) -> dict[str, list[Figure]]:
 
 
 def tradeoffs(groups: Groups) -> list[Figure]:
-    """Overall quality against bytes, against memory and against time: the virtual one, where there is a clock."""
+    """Overall quality against bytes, memory and time (virtual time if there is a clock, else client seconds)."""
     return [
         tradeoff(groups, cost)
         for cost in (measures.SENT, measures.PEAK, *(measures.times(all_runs(groups)) or [measures.SECONDS]))
@@ -63,12 +63,12 @@ def tradeoffs(groups: Groups) -> list[Figure]:
 
 
 def each_task(groups: Groups) -> list[Figure]:
-    """Each task's quality over rounds."""
+    """The quality of each task over rounds."""
     return [compared(groups, task, "rounds") for task in scores.tasks(all_runs(groups))]
 
 
 def against_base(groups: Groups) -> list[Figure]:
-    """What was retained, and how far routers drifted."""
+    """Retained knowledge and router drift."""
     return [*retained_minus_base(groups), drift_compared(groups)]
 
 
@@ -77,22 +77,22 @@ def _titled(setting: str, figure: Figure) -> Figure:
 
 
 def _on_one_scale(figures: list[Figure]) -> list[Figure]:
-    """`figures`, those with the same words on the vertical axis with the same range there."""
+    """`figures`, where those with the same title on the vertical axis get the same range there."""
     for label in {figure.drawing.layout.yaxis.title.text for figure in figures}:
-        alike = [figure.drawing for figure in figures if figure.drawing.layout.yaxis.title.text == label]
-        values = [value for drawing in alike for trace in drawing.data for value in trace.y]
+        same = [figure.drawing for figure in figures if figure.drawing.layout.yaxis.title.text == label]
+        values = [value for drawing in same for trace in drawing.data for value in trace.y]
         if values:
             low, high = min(values), max(values)
-            room = 0.05 * (high - low) or 1.0
-            for drawing in alike:
-                drawing.update_yaxes(range=[low - room, high + room])
+            margin = 0.05 * (high - low) or 1.0
+            for drawing in same:
+                drawing.update_yaxes(range=[low - margin, high + margin])
     return figures
 
 
 def compared(groups: Groups, task: str | None, over: str) -> Figure:
-    """One line for each method: the mean over seeds, with the 95 % interval as a band where there are seeds for one.
+    """A line per method: the mean over seeds, with the 95 % interval as a band if there are several seeds.
 
-    Methods of which a run lacks the axis (virtual time, where it has no clock) have none.
+    A method with a run that lacks the axis (virtual time without a clock) has no line.
     """
     axis = axes.AXES[over]
     unit = scores.unit(all_runs(groups), task)
@@ -111,19 +111,19 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
 
 
 def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> Iterator[tuple[float, Interval]]:
-    """The rounds that all seeds have evaluated: where they lie on average, and the interval of their values."""
+    """Of the rounds that were evaluated in all seeds, the mean position on the axis and the interval of the values."""
     places = [place for run in runs if (place := axis.of(run))]
     if len(places) < len(runs):
         return
-    values = [{row.round: row.value for row in scores.evaluated(run, None, task)} for run in runs]
+    values = [{row.round: row.value for row in scores.evaluations(run, None, task)} for run in runs]
     unit = scores.unit(runs, task)
     for round in sorted(set.intersection(*(set(each) for each in values)) if values else ()):
-        each = [scores.shown(value, unit) for value in (of[round] for of in values) if value is not None]
+        each = [scores.to_unit(value, unit) for value in (of[round] for of in values) if value is not None]
         yield fmean([place(round) for place in places]), interval(each)
 
 
 def spread(groups: Groups) -> Figure:
-    """For each method a box of its clients, those of all seeds together."""
+    """A box per method over its clients, those of all seeds together."""
     unit = scores.unit(all_runs(groups), None)
     drawing = blank("", f"quality of a client ({unit})" if unit else "perplexity of a client (lower is better)")
     drawing.update_xaxes(type="category")
@@ -136,12 +136,12 @@ def spread(groups: Groups) -> Figure:
             color = PALETTE[index % len(PALETTE)]
             drawing.add_trace(go.Box(x=[safe(method)], **five, name=safe(method), marker={"color": color}, showlegend=False))
     seeds = " of all seeds" if max(map(len, groups.values())) > 1 else ""
-    caption = f"The clients{seeds} at the last evaluation: box from quartile to quartile, line: median, whiskers: worst and best."
+    caption = f"The clients{seeds} at the last evaluation. Box: quartiles; line: median; whiskers: worst and best client."
     return Figure("Spread across clients", f"{caption} {client_mean_note(all_runs(groups))}", drawing)
 
 
 def tradeoff(groups: Groups, cost: Measure) -> Figure:
-    """Overall quality against a cost: each seed, each method's mean, and the methods nothing beats on both."""
+    """Overall quality against a cost: each seed, the mean of each method, and the Pareto front of the means."""
     overall = measures.quality(all_runs(groups), None)
     drawing = blank(cost.label, overall.label)
     means = {}
@@ -154,16 +154,14 @@ def tradeoff(groups: Groups, cost: Measure) -> Figure:
             drawing.add_trace(mean_dot(method, *means[method], index))
     best = front([(x.mean, y.mean) for x, y in means.values()], higher_is_better=overall.unit == "%")
     if len(best) > 1:
-        drawing.add_trace(line_trace("nothing better on both", best, 0, width=1, dash="dot", meta=INK))
+        drawing.add_trace(line_trace("Pareto front", best, 0, width=1, dash="dot", meta=INK))
     where = "Upper" if overall.unit == "%" else "Lower"
-    caption = (
-        f"Large: mean over seeds with its 95 % interval; small: each seed. {where} left is better. Axes need not begin at 0."
-    )
+    caption = f"Large: mean over seeds with its 95 % interval; small: each seed. {where} left is better. Axes may not start at 0."
     return Figure(f"Quality against {cost.label}", caption, drawing)
 
 
 def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> Points:
-    """The Pareto front of (cost, quality), by cost: each point that costs less than all of at least its quality."""
+    """The Pareto front of (cost, quality), by cost: every point that is cheaper than all points of at least its quality."""
     sign = 1 if higher_is_better else -1
     best: Points = []
     for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
@@ -173,7 +171,7 @@ def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) 
 
 
 def retained_minus_base(groups: Groups) -> list[Figure]:
-    """Each method minus the base on the retained tasks, in one figure for each unit."""
+    """Each method minus the base model on the retained tasks, in a figure per unit."""
     return [_minus_base(groups, unit) for unit in ("%", "")]
 
 
@@ -195,23 +193,21 @@ def _minus_base(groups: Groups, unit: str) -> Figure:
             look: dict[str, Any] = {"mode": "markers", "marker": marker, "orientation": "h", "showlegend": True}
             drawing.add_trace(go.Scatter(x=x, y=list(means), error_x=error, name=safe(task), **look))
     if drawing.data:
-        drawing.update_layout(scattermode="group")  # tasks of one method beside each other, not on each other
+        drawing.update_layout(scattermode="group")  # tasks of a method side by side instead of on top of each other
         drawing.add_vline(x=0, line={"dash": "dot", "color": PALETTE[6]})
     what = "Retained knowledge against the base" + ("" if unit else ": perplexity")
-    caption = (
-        "The mean over clients after the last round minus the untouched base. Bars: 95 % Student t interval over seeds, where"
-    )
-    return Figure(what, f"{caption} there are several. Left of 0 is forgotten{'' if unit else ' less'}.", drawing)
+    caption = "The mean over clients after the last round minus the base model. Bars: 95 % Student t interval over seeds, where"
+    return Figure(what, f"{caption} there are several. {'Negative: forgotten.' if unit else 'Positive: forgotten.'}", drawing)
 
 
 def drift_compared(groups: Groups) -> Figure:
-    """One line for each method: the drift of each layer's routers, as the mean over clients and seeds."""
+    """A line per method: the router drift of each layer, as the mean over clients and seeds."""
     runs = all_runs(groups)
     layers = measures.drift_layers(runs)
     drawing = blank_layers(list(dict.fromkeys(block for run in runs for block in retention.drift(run))))
     for index, (method, members) in enumerate(groups.items()):
-        found = [(float(layer), list(measures.by_seed(measure, members).values())) for layer, measure in enumerate(layers)]
-        points = [(layer, interval(values)) for layer, values in found if values]
+        by_layer = [list(measures.by_seed(measure, members).values()) for measure in layers]
+        points = [(float(layer), interval(values)) for layer, values in enumerate(by_layer) if values]
         if points and all(each.half is not None for _, each in points):
             drawing.add_trace(band_trace(points, index, method))
         if points:

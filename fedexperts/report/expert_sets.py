@@ -12,8 +12,8 @@ from fedexperts.report.stats import mean_or_none
 
 
 @dataclass(frozen=True)
-class Held:
-    """How many experts clients held, over all MoE layers of each."""
+class ExpertCounts:
+    """How many experts clients were assigned, each over all MoE layers."""
 
     mean: float
     least: int
@@ -22,93 +22,94 @@ class Held:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How alike clients' experts are, as the mean over pairs; None where there is no such pair."""
+    """The Jaccard index of two clients' experts, as the mean over pairs of clients; None if there is no such pair."""
 
     same_task: float | None
     other_task: float | None
 
 
-def told(run: RunResults, name: str) -> list[Any]:
+def reported_metrics(run: RunResults, name: str) -> list[Any]:
     """What the method told under `name`, of each client's part in a training round; empty where it told nothing."""
-    return [row.metrics[name] for row in resources.trained(run) if name in row.metrics]
+    return [row.metrics[name] for row in resources.training_rows(run) if name in row.metrics]
 
 
 def reached(run: RunResults) -> list[list[float]]:
     """For each layer the experts that backward reached in a step, of each client's part in a round."""
-    return [list(layer) for layer in zip(*told(run, "reached"), strict=True)]
+    return [list(layer) for layer in zip(*reported_metrics(run, "reached"), strict=True)]
 
 
-def history(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
-    """For each client the rounds it trained in, and the experts it worked with in each."""
-    found: dict[str, list[tuple[int, Holds]]] = {}
-    for row in training(run):
+def assigned_by_client(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
+    """Client → the training rounds it took part in, each with the experts it was assigned."""
+    rounds: dict[str, list[tuple[int, Holds]]] = {}
+    for row in training_rounds(run):
         for client, holds in row.holds.items():
-            found.setdefault(client, []).append((row.round, holds))
-    return found
+            rounds.setdefault(client, []).append((row.round, holds))
+    return rounds
 
 
-def work(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
-    """For each client the rounds it trained in and what it sent was used, and the experts it trained.
+def trained_by_client(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
+    """Client → the training rounds in which its update was used, each with the experts it trained.
 
-    These are those that it sent where the log has them (a client may hold more than it trains), else those that it held.
+    These are the experts it sent if the log lists them (a client may train only some of its assigned experts), else those it was
+    assigned.
     """
-    found: dict[str, list[tuple[int, Holds]]] = {}
-    for row in training(run):
+    rounds: dict[str, list[tuple[int, Holds]]] = {}
+    for row in training_rounds(run):
         for client in (client for client in row.holds if client not in row.failed):
-            found.setdefault(client, []).append((row.round, row.sends.get(client, row.holds[client])))
-    return found
+            rounds.setdefault(client, []).append((row.round, row.sends.get(client, row.holds[client])))
+    return rounds
 
 
-def training(run: RunResults) -> list[Round]:
+def training_rounds(run: RunResults) -> list[Round]:
     """The training rounds, in order."""
     return sorted((row for row in run.rounds if row.task == "train"), key=lambda row: row.round)
 
 
-def alike(some: Holds, others: Holds) -> float:
-    """Experts that both have, of those that either has, over all MoE layers: the Jaccard index."""
+def jaccard(some: Holds, others: Holds) -> float:
+    """The Jaccard index of two sets of experts, over all MoE layers: |both| / |either|."""
     one, other = ({(block, expert) for block, ids in each.items() for expert in ids} for each in (some, others))
     return len(one & other) / len(one | other)
 
 
-def worked_with(run: RunResults, when: int = -1) -> dict[str, Holds]:
-    """Client → the experts it trained the last time, or with 0 the first, where there were any; those of one task together."""
-    found = {client: rounds[when][1] for client, rounds in work(run).items() if count(rounds[when][1])}
+def trained_experts(run: RunResults, when: int = -1) -> dict[str, Holds]:
+    """Client → the experts it trained in its last round (`when` −1) or first (0), if any; clients of one task are adjacent."""
+    experts = {client: rounds[when][1] for client, rounds in trained_by_client(run).items() if num_experts(rounds[when][1])}
     home = {client.name: client.task for client in run.plan.clients}
     order = list(dict.fromkeys(home.values()))
-    place = {client: (order.index(home[client]) if client in home else len(order)) for client in found}
-    return {client: found[client] for client in sorted(found, key=lambda client: place[client])}
+    place = {client: (order.index(home[client]) if client in home else len(order)) for client in experts}
+    return {client: experts[client] for client in sorted(experts, key=lambda client: place[client])}
 
 
 def overlap(run: RunResults, when: int = -1) -> Overlap:
-    """`alike` over all pairs of clients, with the same main task and with others."""
+    """The mean `jaccard` over pairs of clients with the same main task, and over pairs with different ones."""
     home = {client.name: client.task for client in run.plan.clients}
-    pairs = list(combinations(worked_with(run, when).items(), 2))
+    pairs = list(combinations(trained_experts(run, when).items(), 2))
     same, other = (
-        [alike(a, b) for (one, a), (two, b) in pairs if (home.get(one) == home.get(two)) == wanted] for wanted in (True, False)
+        [jaccard(a, b) for (one, a), (two, b) in pairs if (home.get(one) == home.get(two)) == wanted] for wanted in (True, False)
     )
     return Overlap(mean_or_none(same), mean_or_none(other))
 
 
-def count(holds: Holds) -> int:
-    """Experts over all MoE layers."""
+def num_experts(holds: Holds) -> int:
+    """The number of experts over all MoE layers."""
     return sum(len(experts) for experts in holds.values())
 
 
-def held_first(run: RunResults) -> Held | None:
-    """Over clients, what each held in the first round it trained in."""
-    return _held([rounds[0][1] for rounds in history(run).values()])
+def assigned_first(run: RunResults) -> ExpertCounts | None:
+    """Over clients, the number of experts assigned in the first round that each trained in."""
+    return _counts([rounds[0][1] for rounds in assigned_by_client(run).values()])
 
 
-def held_last(run: RunResults) -> Held | None:
-    """Over clients, what each held in the last round it trained in."""
-    return _held([rounds[-1][1] for rounds in history(run).values()])
+def assigned_last(run: RunResults) -> ExpertCounts | None:
+    """Over clients, the number of experts assigned in the last round that each trained in."""
+    return _counts([rounds[-1][1] for rounds in assigned_by_client(run).values()])
 
 
-def _held(holds: Sequence[Holds]) -> Held | None:
-    counts = [count(each) for each in holds]
-    return Held(fmean(counts), min(counts), max(counts)) if counts else None
+def _counts(holds: Sequence[Holds]) -> ExpertCounts | None:
+    counts = [num_experts(each) for each in holds]
+    return ExpertCounts(fmean(counts), min(counts), max(counts)) if counts else None
 
 
-def experts_of(run: RunResults) -> int:
-    """All experts of the base model."""
+def total_experts(run: RunResults) -> int:
+    """The number of experts of the base model, over all MoE layers."""
     return sum(block.num_experts for block in run.plan.model.blocks.values())

@@ -6,7 +6,7 @@ from operator import attrgetter
 from statistics import fmean
 
 from fedexperts.report import axes, expert_sets, resources, retention, scores
-from fedexperts.report.expert_sets import Held
+from fedexperts.report.expert_sets import ExpertCounts
 from fedexperts.report.read import RunResults
 from fedexperts.report.resources import MB
 from fedexperts.report.stats import Interval, interval, mean_or_none, paired
@@ -14,23 +14,23 @@ from fedexperts.report.stats import Interval, interval, mean_or_none, paired
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a run, in the unit it is shown in; None where the run has none (yet)."""
+    """A number of a run, in the unit in which it is shown; None if the run does not have it (yet)."""
 
     name: str
     unit: str
     of: Callable[[RunResults], float | None]
-    task: str | None = None  # whose it is, if it is of one task
-    kind: str = ""  # what it is, for programs, where `name` says more
+    task: str | None = None  # if it is about a single task
+    kind: str = ""  # its name in CSV files, where that is without the task
 
     @property
     def label(self) -> str:
-        """Name and unit, for the head of a column or axis."""
+        """Name and unit, for a column or an axis."""
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
 
 def measures(runs: Sequence[RunResults]) -> list[Measure]:
-    """All that runs are compared by: quality of tasks, overall and over clients; how models stand against the base, where any
-    run tells; what it cost, and its time where any has a clock.
+    """All measures for comparing `runs`: quality overall, of each task and over clients, retained knowledge and router drift if
+    any run has them, costs, and virtual time if any run has a clock.
     """
     mean = Measure("mean over clients", scores.unit(runs, None), scores.clients_mean)
     spread = [mean, spread_of(runs, "lower"), spread_of(runs, "worst")]
@@ -39,46 +39,46 @@ def measures(runs: Sequence[RunResults]) -> list[Measure]:
 
 
 def against_base(runs: Sequence[RunResults]) -> list[Measure]:
-    """What clients' models retained, as the mean over clients, that minus the base's, and how far their routers drifted."""
-    found = [make(runs, task) for task in retention.retained_tasks(runs) for make in (retained, retained_minus_base)]
-    return [*found, *([DRIFT] if any(map(retention.drift, runs)) else [])]
+    """Retained knowledge as the mean over clients, its difference from the base model, and router drift."""
+    by_task = [make(runs, task) for task in retention.retained_tasks(runs) for make in (retained, retained_minus_base)]
+    return [*by_task, *([DRIFT] if any(map(retention.drift, runs)) else [])]
 
 
 def retained(runs: Sequence[RunResults], task: str) -> Measure:
-    """The mean over clients on a retained task."""
+    """The mean score of clients' models on a retained task."""
     in_unit = retention.retained_unit(runs, task)
 
     def of(run: RunResults) -> float | None:
         values = [each.value for each in retention.retained_by_client(run, task).values()]
-        return mean_or_none([scores.shown(value, in_unit) for value in values if value is not None])
+        return mean_or_none([scores.to_unit(value, in_unit) for value in values if value is not None])
 
     return Measure(f"retained: {task}", in_unit, of, task, "retained")
 
 
 def base(runs: Sequence[RunResults], task: str) -> Measure:
-    """What the untouched base scored on a retained task."""
+    """The score of the base model on a retained task."""
     in_unit = retention.retained_unit(runs, task)
 
     def of(run: RunResults) -> float | None:
-        found = retention.base_on(run, task)
-        return None if found is None or found.value is None else scores.shown(found.value, in_unit)
+        score = retention.base_score(run, task)
+        return None if score is None or score.value is None else scores.to_unit(score.value, in_unit)
 
     return Measure(f"base: {task}", in_unit, of, task, "base")
 
 
 def retained_minus_base(runs: Sequence[RunResults], task: str) -> Measure:
-    """`retained` − `base` of the same run: below 0 where clients' models forgot (of a perplexity, above)."""
+    """`retained` − `base` in the same run: negative if clients' models forgot (positive for a perplexity)."""
     after, before = retained(runs, task), base(runs, task)
 
     def of(run: RunResults) -> float | None:
-        kept, known = after.of(run), before.of(run)
-        return None if kept is None or known is None else kept - known
+        end, start = after.of(run), before.of(run)
+        return None if end is None or start is None else end - start
 
     return Measure(f"retained − base: {task}", after.unit, of, task, "retained − base")
 
 
 def drift_layers(runs: Sequence[RunResults]) -> list[Measure]:
-    """How far the routers of each layer drifted, as the mean over clients."""
+    """The router drift of each layer, as the mean over clients."""
     labels = retention.block_labels(list(dict.fromkeys(block for run in runs for block in retention.drift(run))))
     return [Measure(f"router drift, {label}", DRIFT.unit, _drift_in(block)) for block, label in labels.items()]
 
@@ -89,17 +89,17 @@ def choices(runs: Sequence[RunResults]) -> list[Measure]:
 
 
 def times(runs: Sequence[RunResults]) -> list[Measure]:
-    """The virtual time, where any of the runs has a clock."""
+    """The virtual time, if any of the runs has a clock."""
     return [TIME] if any(map(axes.has_clock, runs)) else []
 
 
 def quality_measures(runs: Sequence[RunResults]) -> list[Measure]:
-    """The mean over tasks, then the main metric of each over all its clients: at the last evaluation."""
+    """At the last evaluation: the mean over tasks, then the main metric of each task over all its clients."""
     return [quality(runs, task) for task in [None, *scores.tasks(runs)]]
 
 
 def spread_of(runs: Sequence[RunResults], which: str) -> Measure:
-    """A field of `Spread` over a run's clients at the last evaluation."""
+    """A field of `Spread` over the clients of a run at the last evaluation."""
     in_unit = scores.unit(runs, None)
 
     def of(run: RunResults) -> float | None:
@@ -111,30 +111,31 @@ def spread_of(runs: Sequence[RunResults], which: str) -> Measure:
 
 
 def quality(runs: Sequence[RunResults], task: str | None) -> Measure:
-    """The main metric of `task` (None: the mean over tasks) at the last evaluation, in the unit that it has in `runs`."""
+    """The main metric of `task` (None: the mean over tasks) at the last evaluation, in its unit in `runs`."""
     in_unit = scores.unit(runs, task)
 
     def of(run: RunResults) -> float | None:
-        row = scores.last(run, None, task)
-        return None if row is None or row.value is None else scores.shown(row.value, in_unit)
+        row = scores.last_evaluation(run, None, task)
+        return None if row is None or row.value is None else scores.to_unit(row.value, in_unit)
 
     name = "overall" if task is None else task
     return Measure(name, in_unit, of, task, "quality")
 
 
 def by_seed(measure: Measure, runs: Sequence[RunResults]) -> dict[int, float]:
-    """The measure of each run that has it."""
+    """Seed → the measure, of each run that has it."""
     values = ((run.plan.seed, measure.of(run)) for run in runs)
     return {seed: value for seed, value in values if value is not None}
 
 
 def over_seeds(measure: Measure, runs: Sequence[RunResults]) -> Interval | None:
-    """The mean over the runs that have the measure; None when none has."""
+    """The mean over the runs that have the measure; None if none has it."""
     values = list(by_seed(measure, runs).values())
     return interval(values) if values else None
 
 
 def over_shared_seeds(measure: Measure, runs: Sequence[RunResults], baseline: Sequence[RunResults]) -> Interval | None:
+    """The mean difference from `baseline` over the seeds that both have; None if there is none."""
     return paired(by_seed(measure, runs), by_seed(measure, baseline))
 
 
@@ -146,26 +147,26 @@ def _in_mb(value: float | None) -> float | None:
     return None if value is None else value / MB
 
 
-def _number_held(when: Callable[[RunResults], Held | None], which: str) -> Callable[[RunResults], float | None]:
-    """A field of `Held`."""
+def _assigned(when: Callable[[RunResults], ExpertCounts | None], which: str) -> Callable[[RunResults], float | None]:
+    """A field of `ExpertCounts`."""
 
     def of(run: RunResults) -> float | None:
-        held = when(run)
-        return None if held is None else float(attrgetter(which)(held))
+        counts = when(run)
+        return None if counts is None else float(attrgetter(which)(counts))
 
     return of
 
 
 SENT_EACH = Measure("sent per client and round", "MB", lambda run: _in_mb(resources.bytes_per_client_round(run)))
-DOWN_EACH = Measure("down per client and round", "MB", lambda run: _in_mb(resources.per_client_round(run, resources.down)))
-UP_EACH = Measure("up per client and round", "MB", lambda run: _in_mb(resources.per_client_round(run, resources.up)))
+DOWN_EACH = Measure("down per client and round", "MB", lambda run: _in_mb(resources.per_client_round(run, resources.bytes_down)))
+UP_EACH = Measure("up per client and round", "MB", lambda run: _in_mb(resources.per_client_round(run, resources.bytes_up)))
 BEFORE = Measure("sent before the rounds per client", "MB", lambda run: _in_mb(resources.bytes_before_rounds(run)))
-SENT = Measure("sent in total", "MB", lambda run: _in_mb(resources.carried(resources.counted(run))))
+SENT = Measure("sent in total", "MB", lambda run: _in_mb(resources.bytes_both_ways(resources.cost_rows(run))))
 PEAK = Measure("largest peak memory", "MB", lambda run: _in_mb(resources.largest_peak(run)))
 MEDIAN_PEAK = Measure("median peak memory", "MB", lambda run: _in_mb(resources.median_peak(run)))
-HELD = Measure("experts held", "", _number_held(expert_sets.held_last, "mean"))
-FLOPS = Measure("FLOPs estimated", "10^12", lambda run: sum(row.flops_estimated for row in resources.counted(run)) / 1e12)
-SECONDS = Measure("client seconds", "s", lambda run: sum(row.seconds for row in resources.counted(run)))
+ASSIGNED = Measure("experts held", "", _assigned(expert_sets.assigned_last, "mean"))
+FLOPS = Measure("FLOPs estimated", "10^12", lambda run: sum(row.flops_estimated for row in resources.cost_rows(run)) / 1e12)
+SECONDS = Measure("client seconds", "s", lambda run: sum(row.seconds for row in resources.cost_rows(run)))
 FAILURES = Measure("failures", "", lambda run: float(len(resources.failures(run))))
 REACHED = Measure(
     "experts reached per layer and step",
@@ -173,18 +174,20 @@ REACHED = Measure(
     lambda run: fmean(map(fmean, expert_sets.reached(run))) if expert_sets.reached(run) else None,
 )
 QUALIFIED = Measure(
-    "experts that qualified per client and round", "", lambda run: mean_or_none(expert_sets.told(run, "qualified"))
+    "experts that qualified per client and round", "", lambda run: mean_or_none(expert_sets.reported_metrics(run, "qualified"))
 )
-SENT_EXPERTS = Measure("experts sent per client and round", "", lambda run: mean_or_none(expert_sets.told(run, "sent")))
+SENT_EXPERTS = Measure(
+    "experts sent per client and round", "", lambda run: mean_or_none(expert_sets.reported_metrics(run, "sent"))
+)
 CHOICES = (REACHED, QUALIFIED, SENT_EXPERTS)
 TIME = Measure("virtual time", "s", axes.virtual_seconds)
 DRIFT = Measure(
     "router drift", "10^-3 nats", lambda run: mean_or_none([each for layer in retention.drift(run).values() for each in layer])
 )
-COSTS = (SENT_EACH, DOWN_EACH, UP_EACH, BEFORE, SENT, PEAK, MEDIAN_PEAK, HELD, FLOPS, SECONDS, FAILURES)
-HELD_IN_FULL = tuple(
-    Measure(f"experts held at {time}, {which}", "", _number_held(when, which))
-    for time, when in (("first", expert_sets.held_first), ("last", expert_sets.held_last))
+COSTS = (SENT_EACH, DOWN_EACH, UP_EACH, BEFORE, SENT, PEAK, MEDIAN_PEAK, ASSIGNED, FLOPS, SECONDS, FAILURES)
+ASSIGNED_IN_FULL = tuple(
+    Measure(f"experts held at {time}, {which}", "", _assigned(when, which))
+    for time, when in (("first", expert_sets.assigned_first), ("last", expert_sets.assigned_last))
     for which in ("mean", "least", "most")
 )
-"""Over clients, the first and the last time each trained."""
+"""Over clients, in the first and the last round that each trained in."""

@@ -79,7 +79,7 @@ def one_run(run: RunResults) -> str:
     drawn = run_figures.one_run(run)
     maps = _maps({run.plan.method: [run]})
     costs = (run_cost_tables.costs(run), run_cost_tables.floors(run), run_cost_tables.over_memory(run))
-    experts = (run_cost_tables.held(run), run_cost_tables.overlap(run), run_cost_tables.chosen(run))
+    experts = (run_cost_tables.assigned_experts(run), run_cost_tables.overlap(run), run_cost_tables.trained_and_sent(run))
     sections = {
         "Quality": [*_figures(drawn["quality"]), *_tables(run_tables.all_metrics(run))],
         "Quality across clients": [*_figures(drawn["clients"]), *_tables(run_tables.by_client(run))],
@@ -146,7 +146,7 @@ def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str
     sections = {
         "Over the settings": [*over_axes, *_tables(*settings_tables.by_task(settings))],
         "To the target": _tables(*settings_tables.to_target(settings)),
-        "Experts": [*_tables(settings_tables.held(settings)), *_map(maps)],
+        "Experts": [*_tables(settings_tables.assigned_experts(settings)), *_map(maps)],
         **within,
         **_of_each_run(every),
     }
@@ -234,7 +234,7 @@ def _tables(*every: Table) -> list[Part]:
 
 
 def _figures(drawn: Sequence[Figure]) -> list[Part]:
-    shown = [ShownFigure(_id(each), each.title, each.caption, figure_numbers.numbers(each)) for each in drawn]
+    shown = [ShownFigure(_id(each), each.title, each.caption, figure_numbers.numbers_table(each)) for each in drawn]
     return [Part("figures.html.j2", shown)] if shown else []
 
 

@@ -8,25 +8,25 @@ from fedexperts.report.read import RunResults
 
 
 def settings(run: RunResults) -> Mapping[str, Any]:
-    """The resolved run file; empty when it is missing or half written."""
+    """The resolved run file; empty if it is missing or incomplete."""
     try:
         return tomllib.loads(run.run_file)
     except tomllib.TOMLDecodeError:
         return {}
 
 
-def rounds_asked(run: RunResults) -> int | None:
-    """`federation.rounds` of the resolved run file; None when the file is not there or says nothing of it."""
+def rounds_planned(run: RunResults) -> int | None:
+    """`federation.rounds` of the resolved run file; None if it is not in there."""
     rounds = settings(run).get("federation", {}).get("rounds")
     return int(rounds) if isinstance(rounds, int) else None
 
 
 def rounds_done(run: RunResults) -> int:
-    """The last round that was finished."""
+    """The last finished round."""
     return max((row.round for row in run.rounds), default=0)
 
 
 def finished(run: RunResults) -> bool:
-    """Whether the run was evaluated after the last of its rounds; where nothing says how many it has, it is."""
-    asked = rounds_asked(run)
-    return asked is None or any(row.round >= asked for row in run.evaluations_of.get((None, None), ()))
+    """Whether the run was evaluated after its last round; True if the number of rounds is unknown."""
+    planned = rounds_planned(run)
+    return planned is None or any(row.round >= planned for row in run.evaluations_of.get((None, None), ()))

@@ -5,17 +5,17 @@ from statistics import fmean, median
 
 from fedexperts.report import analytic_floors, expert_sets, resources
 from fedexperts.report.read import LedgerRow, RunResults
-from fedexperts.report.table_format import NONE, Table, megabytes, number, whole
+from fedexperts.report.table_format import NONE, Table, count, megabytes, number
 
 
 def costs(run: RunResults) -> Table:
-    """What each kind of work took, all that counts as the method's, and beside it the evaluations."""
-    work = {task: [row for row in run.ledger if row.task == task] for task in dict.fromkeys(row.task for row in run.ledger)}
-    rows = [_cost_row(task, rows) for task, rows in work.items() if task != "evaluate"]
+    """The costs of each kind of job, their total without evaluations, and the costs of evaluations."""
+    by_task = {task: [row for row in run.ledger if row.task == task] for task in dict.fromkeys(row.task for row in run.ledger)}
+    rows = [_cost_row(task, rows) for task, rows in by_task.items() if task != "evaluate"]
     if rows:
-        rows.append(_cost_row("total", resources.counted(run)))
-    if "evaluate" in work:
-        rows.append(_cost_row("evaluate (not in the total)", work["evaluate"]))
+        rows.append(_cost_row("total", resources.cost_rows(run)))
+    if "evaluate" in by_task:
+        rows.append(_cost_row("evaluate (not in the total)", by_task["evaluate"]))
     return Table(
         "Costs of all clients together",
         (
@@ -32,7 +32,7 @@ def costs(run: RunResults) -> Table:
         ),
         tuple(rows),
         note="MB is 10^6 bytes. Bytes, seconds, tokens and peaks are measured; FLOPs are estimated from shapes and tokens.",
-        sums=len(rows) - len([task for task in work if task != "evaluate"]),
+        sums=len(rows) - len([task for task in by_task if task != "evaluate"]),
     )
 
 
@@ -40,67 +40,70 @@ def _cost_row(work: str, rows: Sequence[LedgerRow]) -> tuple[str, ...]:
     measured = resources.peaks(rows)
     return (
         work,
-        whole(len(rows)),
-        megabytes(resources.down(rows)),
-        megabytes(resources.up(rows)),
+        count(len(rows)),
+        megabytes(resources.bytes_down(rows)),
+        megabytes(resources.bytes_up(rows)),
         number(sum(row.seconds for row in rows)),
-        whole(sum(row.tokens for row in rows)),
+        count(sum(row.tokens for row in rows)),
         megabytes(median(measured) if measured else None),
         megabytes(max(measured, default=None)),
         number(sum(row.flops_estimated for row in rows) / 1e12),
-        whole(sum(row.failed is not None for row in rows)),
+        count(sum(row.failed is not None for row in rows)),
     )
 
 
 def floors(run: RunResults) -> Table:
-    """Measured bytes and memory beside what they can be at the least, and FLOPs beside what they can be at the most."""
+    """Measured bytes and memory beside their analytic minimum, and FLOPs beside their analytic maximum."""
     rows = [(f"{each.cost} (MB)", number(each.measured), number(each.analytic), "floor") for each in analytic_floors.floors(run)]
     ratios = [number(each.measured / each.analytic) if each.analytic else NONE for each in analytic_floors.floors(run)]
-    most, parts = run.plan.round_flops_estimated, [row for row in resources.trained(run) if row.failed is None]
+    most, parts = run.plan.round_flops_estimated, [row for row in resources.training_rows(run) if row.failed is None]
     if most and parts:
         estimated = fmean(row.flops_estimated for row in parts)
         rows.append(("FLOPs estimated (10^9)", number(estimated / 1e9), number(most / 1e9), "ceiling"))
         ratios.append(number(estimated / most))
     return Table(
         "A client's round against the analytic floor",
-        ("cost", "in this run", "analytic", "which is a", "ratio"),
+        ("cost", "in this run", "analytic", "bound", "ratio"),
         tuple((*row, ratio) for row, ratio in zip(rows, ratios, strict=True)),
-        note="Means over all clients' parts in training rounds. The floor of down and up: the weights of the experts that the "
-        "client held, or sent, and all others that travel, without ids, names and numbers beside them; a method that sends fewer "
-        "is below it. Of memory: weights and optimiser state of what the client held, and the larger of gradients and "
-        "activations, for the longest examples allowed; shorter ones can take less. The ceiling of FLOPs: the whole model on the "
-        "longest examples.",
+        note="Means over clients and training rounds. Floor of down and up: the weights of the experts that the client held or "
+        "sent, and all dense weights that are sent, without ids, names and metadata; a method that sends fewer weights is below "
+        "it. Floor of memory: weights and optimizer state of the experts that the client held, and the larger of gradients and "
+        "activations, for examples of the maximum length; shorter ones can take less. Ceiling of FLOPs: the whole model on "
+        "examples of the maximum length.",
         text_columns=(0, 3),
     )
 
 
 def overlap(run: RunResults) -> Table:
-    """How alike the experts of two clients are, the first and the last time they trained."""
-    found = {"first round of each client": expert_sets.overlap(run, 0), "last round of each client": expert_sets.overlap(run)}
+    """The overlap of two clients' experts in the first and the last round that each trained in."""
+    overlaps = {"first round of each client": expert_sets.overlap(run, 0), "last round of each client": expert_sets.overlap(run)}
     return Table(
         "Overlap of the experts that two clients trained",
         ("when", "same main task", "different tasks"),
         tuple(
             (when, *(NONE if value is None else f"{value:.2f}" for value in (each.same_task, each.other_task)))
-            for when, each in found.items()
+            for when, each in overlaps.items()
             if each != expert_sets.Overlap(None, None)
         ),
-        note="Experts that both trained, of those that either did, over all layers, as the mean over pairs of clients: 1 where "
-        "they are the same, 0 where they share none.",
+        note="Jaccard index of the experts that two clients trained, over all layers, as the mean over pairs of clients: 1 if "
+        "they are the same, 0 if the two share none.",
     )
 
 
-def held(run: RunResults) -> Table:
-    """How many experts clients held, over all layers, the first and the last time each trained."""
-    found = {"first round of each client": expert_sets.held_first(run), "last round of each client": expert_sets.held_last(run)}
+def assigned_experts(run: RunResults) -> Table:
+    """How many experts clients were assigned, over all layers, in the first and the last round that each trained in."""
+    counts = {
+        "first round of each client": expert_sets.assigned_first(run),
+        "last round of each client": expert_sets.assigned_last(run),
+    }
     return Table(
-        f"Experts held by a client, of {expert_sets.experts_of(run)}",
+        f"Experts held by a client, of {expert_sets.total_experts(run)}",
         ("when", "mean", "least", "most"),
-        tuple((when, f"{held.mean:.1f}", whole(held.least), whole(held.most)) for when, held in found.items() if held),
+        tuple((when, f"{each.mean:.1f}", count(each.least), count(each.most)) for when, each in counts.items() if each),
     )
 
 
-def chosen(run: RunResults) -> Table:
+def trained_and_sent(run: RunResults) -> Table:
     """How many experts backward reached in each layer, and how many qualified and were sent; no rows where nothing is told."""
     layers = run.plan.model.blocks
     found = {
@@ -108,14 +111,14 @@ def chosen(run: RunResults) -> Table:
             f"reached in {name}": (block.num_experts, each)
             for (name, block), each in zip(layers.items(), expert_sets.reached(run), strict=False)
         },
-        "qualified": (expert_sets.experts_of(run), expert_sets.told(run, "qualified")),
-        "sent": (expert_sets.experts_of(run), expert_sets.told(run, "sent")),
+        "qualified": (expert_sets.total_experts(run), expert_sets.reported_metrics(run, "qualified")),
+        "sent": (expert_sets.total_experts(run), expert_sets.reported_metrics(run, "sent")),
     }
     return Table(
         "Experts that clients trained and sent",
         ("experts", "of", "mean", "least", "most"),
         tuple(
-            (name, whole(number), f"{fmean(each):.1f}", f"{min(each):.1f}", f"{max(each):.1f}")
+            (name, count(number), f"{fmean(each):.1f}", f"{min(each):.1f}", f"{max(each):.1f}")
             for name, (number, each) in found.items()
             if each
         ),
@@ -125,7 +128,7 @@ def chosen(run: RunResults) -> Table:
 
 
 def over_memory(run: RunResults) -> Table:
-    """The clients whose measured peak was above their memory."""
+    """The clients whose measured peak exceeded their memory."""
     return Table(
         "Clients over their memory",
         ("client", "largest peak (MB)", "memory (MB)", "over by (%)"),
@@ -142,7 +145,7 @@ def over_memory(run: RunResults) -> Table:
 
 
 def failures(run: RunResults) -> Table:
-    """Who was left out of which round, and why."""
+    """The clients that failed, in which round, and why."""
     return Table(
         "Failures",
         ("round", "client", "work", "reason"),

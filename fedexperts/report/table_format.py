@@ -1,4 +1,4 @@
-"""A table as values, and how it is shown: as Markdown, in a terminal, as CSV."""
+"""A table as values, and its output as Markdown, in a terminal, and as CSV."""
 
 import csv
 from collections.abc import Sequence
@@ -14,36 +14,36 @@ from fedexperts.report import scores
 from fedexperts.report.resources import MB
 from fedexperts.report.stats import Interval
 
-NONE = "–"  # in a cell: there is no such number (yet)
+NONE = "–"  # in a cell: there is no such number, or not yet
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; the first column names the row."""
+    """Cells as text; the first column is the name of the row."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    text_columns: tuple[int, ...] = (0,)  # set to the left; all others are numbers
-    sums: int = 0  # rows at the end that sum up those before them
+    text_columns: tuple[int, ...] = (0,)  # left-aligned; all others are numbers
+    sums: int = 0  # rows at the end that summarize those before them
 
     def transposed(self) -> "Table":
-        """Rows as columns: for a narrow page and many numbers."""
+        """Rows as columns, for many columns in a narrow terminal."""
         head, *body = zip(self.columns, *self.rows, strict=True)
         return replace(self, columns=head, rows=tuple(body), text_columns=(0,), sums=0)
 
 
 def number(value: float | None) -> str:
-    """Three to four digits that matter, with thousands apart."""
+    """Three to four significant digits, with a comma between thousands."""
     if value is None:
         return NONE
     size = abs(value)
     return f"{value:,.2f}" if 0 < size < 10 else f"{value:,.1f}" if size < 1000 else f"{value:,.0f}"
 
 
-def whole(value: float | None) -> str:
-    """A count: without decimals where it has none."""
+def count(value: float | None) -> str:
+    """A count, with a decimal only if it is not an integer."""
     return NONE if value is None else f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
 
 
@@ -56,20 +56,20 @@ def quality_value(value: float | None, unit: str) -> str:
     """A quality in its unit, with one decimal for a percentage."""
     if value is None:
         return NONE
-    return f"{scores.shown(value, unit):.1f}" if unit == "%" else number(value)
+    return f"{scores.to_unit(value, unit):.1f}" if unit == "%" else number(value)
 
 
 def with_unit(name: str, unit: str) -> str:
     return f"{name} ({unit})" if unit else name
 
 
-def pm(value: Interval | None, unit: str, sign: str = "") -> str:
-    """`mean ± half`, or the mean alone where one seed gives no interval; `sign="+"` shows a plus too."""
+def plus_minus(value: Interval | None, unit: str, sign: str = "") -> str:
+    """`mean ± half`, or the mean alone if there is no interval; `sign="+"` also shows the sign of positive numbers."""
     if value is None:
         return NONE
     digits = 1 if unit == "%" or abs(value.mean) >= 10 or value.mean == 0 else 2
-    count = not unit and not value.half and value.mean.is_integer()
-    digits = 0 if count or abs(value.mean) >= 1000 else digits
+    integer = not unit and not value.half and value.mean.is_integer()
+    digits = 0 if integer or abs(value.mean) >= 1000 else digits
     half = "" if value.half is None else f" ± {value.half:,.{digits}f}" if value.half else " ± 0"
     return f"{value.mean:{sign},.{digits}f}{half}"
 
@@ -82,7 +82,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_rich(table: Table) -> RichTable:
-    """For the terminal; nothing in a cell is taken as markup or as a control sequence."""
+    """For the terminal; markup and control sequences in a cell are shown as text."""
     shown = RichTable(title=_plain(table.title), caption=_plain(table.note) if table.note else None, box=box.SIMPLE_HEAD)
     for index, column in enumerate(table.columns):
         shown.add_column(_plain(column), justify="left" if index in table.text_columns else "right")
@@ -92,13 +92,13 @@ def to_rich(table: Table) -> RichTable:
 
 
 def width(table: Table) -> int:
-    """Characters a line of `to_rich` takes without breaking a cell; heads may break between their words."""
+    """Characters per line of `to_rich` if no cell is broken; heads may break between their words."""
     heads = [max(head.split(), key=len, default="") for head in table.columns]
     return sum(max(map(len, cells)) + 2 for cells in zip(heads, *table.rows, strict=True)) + 2
 
 
 def cells_csv(table: Table) -> str:
-    """The cells of `table` as they are shown, without the commas between thousands; empty where there is none."""
+    """The cells of `table` without the commas between thousands; empty if there is no number."""
     text = StringIO()
     cells = ([_bare(cell) for cell in row] for row in table.rows)
     csv.writer(text, lineterminator="\n").writerows([table.columns, *cells])
@@ -106,7 +106,7 @@ def cells_csv(table: Table) -> str:
 
 
 def _bare(cell: str) -> str:
-    """A number as programs read it; other text as it is."""
+    """A number without commas; other text unchanged."""
     bare = cell.replace(",", "")
     try:
         float(bare)
@@ -120,7 +120,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """`text` on one line, without a character that Markdown or HTML would take as its own."""
+    """`text` on one line, with the characters escaped that have a meaning in Markdown or HTML."""
     safe = escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{char}" if char in "\\`*_[]|~" else char for char in safe)
 

@@ -1,4 +1,4 @@
-"""The target quality of a setting, and what a run takes to get near it."""
+"""The target quality of a setting, and the cost of getting near it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from fedexperts.report.axes import Axis
 from fedexperts.report.read import Groups, RunResults, all_runs
 from fedexperts.report.stats import Interval, interval
 
-SHARES = (0.9, 0.99)  # of the target, whose first rounds are told
+SHARES = (0.9, 0.99)  # of the target quality
 
 
 @dataclass(frozen=True)
 class Target:
-    """The best quality that a federated method ends with in a setting, as the mean over its seeds."""
+    """The best final quality of a federated method in a setting, as the mean over its seeds."""
 
     method: str
     value: float  # in `unit`
     unit: str
 
     def reached(self, value: float, share: float) -> bool:
-        """Whether `value` is `share` of the target; a perplexity is, when the target is `share` of it."""
+        """Whether `value` is at least `share` of the target or, for a perplexity, the target at least `share` of `value`."""
         return value >= share * self.value if self.unit == "%" else share * value <= self.value
 
 
 def target(groups: Groups, task: str | None) -> Target | None:
-    """The target of `task` (None: overall); None where no federated method got anywhere. References set none."""
+    """The target of `task` (None: overall), which reference methods do not set; None if no federated method scored above 0."""
     measure = measures.quality(all_runs(groups), task)
     ends = {
         label: fmean(values)
@@ -38,15 +38,15 @@ def target(groups: Groups, task: str | None) -> Target | None:
 
 
 def first_round(run: RunResults, task: str | None, goal: Target, share: float) -> int | None:
-    """The first evaluated round at which the run reaches `share` of `goal`; None where it never does."""
-    values = {row.round: row.value for row in scores.evaluated(run, None, task) if row.value is not None}
-    return next((round for round, value in values.items() if goal.reached(scores.shown(value, goal.unit), share)), None)
+    """The first evaluated round in which the run reaches `share` of `goal`; None if it never does."""
+    values = {row.round: row.value for row in scores.evaluations(run, None, task) if row.value is not None}
+    return next((round for round, value in values.items() if goal.reached(scores.to_unit(value, goal.unit), share)), None)
 
 
-def taken_to(
+def cost_to_target(
     runs: Sequence[RunResults], task: str | None, goal: Target, share: float, axis: Axis = axes.BY_ROUNDS
 ) -> Interval | None:
-    """Where on `axis` the `first_round` lies, over the seeds that get there and have the axis; None where none does."""
-    found = [(first_round(run, task, goal, share), axis.of(run)) for run in runs]
-    reached = [place(round) for round, place in found if round is not None and place is not None]
+    """The position of the `first_round` on `axis`, over the seeds that reach the target and have the axis; None if none does."""
+    ends = [(first_round(run, task, goal, share), axis.of(run)) for run in runs]
+    reached = [place(round) for round, place in ends if round is not None and place is not None]
     return interval(reached) if reached else None

@@ -14,21 +14,21 @@ from fedexperts.report import measures, progress, retention, scores
 from fedexperts.report.read import RunResults
 from fedexperts.report.stats import Interval
 
-# Told apart by people who see colours differently, and readable on a white and on a dark page.
+# Distinct for people with color vision deficiencies, and readable on a light and on a dark page.
 PALETTE = ("#3b82d6", "#d9822b", "#2f9e6e", "#b5489a", "#8a6fd1", "#c8463a", "#7f8f1f", "#4a9fb0")
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
-INK = {"theme": "ink"}  # page.js draws what has this `meta` in the colour of the text
-FEW_ROUNDS = 10  # up to here each has its tick, so that none lies between two rounds
+INK = {"theme": "ink"}  # page.js draws what has this `meta` in the color of the text
+FEW_ROUNDS = 10  # up to this many, every round gets a tick, so that no tick lies between two rounds
 LINE_OF_A_ROW = 22  # pixels
-DRIFT_CAPTION = "KL(the base's routing ‖ the client's model's) per token, on the same text, after the last round."
-MANY_CLIENTS = 60  # more are not drawn one by one; the tables name all
+DRIFT_CAPTION = "KL(routing of the base model ‖ routing of the client's model) per token, on the same text, after the last round."
+MANY_CLIENTS = 60  # figures of single clients show no more than these; the tables list all
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, what it shows in one line, and what one must know to read it."""
+    """A drawing with its title and an explanation of how to read it."""
 
     title: str
     caption: str
@@ -41,20 +41,24 @@ def safe(text: str) -> str:
 
 
 def with_data(figures: Mapping[str, Sequence[Figure]]) -> dict[str, list[Figure]]:
+    """`figures` without those that have nothing to draw."""
     return {name: [figure for figure in group if figure.drawing.data] for name, group in figures.items()}
 
 
 def clients_drawn(clients: Sequence[str], all_of_them: str) -> str:
+    """`all_of_them`, or how many clients of all a figure shows."""
     return all_of_them if len(clients) <= MANY_CLIENTS else f"the first {MANY_CLIENTS} of {len(clients)} clients"
 
 
 def tick_rounds(drawing: go.Figure, over: str, runs: Sequence[RunResults]) -> None:
+    """Gives every round its tick if the axis is rounds and there are few."""
     if over == "rounds" and max(map(progress.rounds_done, runs)) <= FEW_ROUNDS:
         drawing.update_xaxes(dtick=1)
 
 
 def client_mean_note(runs: Sequence[RunResults]) -> str:
-    return "Each client counts as the mean over its tasks." if len(scores.tasks(runs)) > 1 else ""
+    """How clients with several tasks count; empty if there is a single task."""
+    return "Each client counts with the mean over its tasks." if len(scores.tasks(runs)) > 1 else ""
 
 
 def heatmap(
@@ -65,7 +69,7 @@ def heatmap(
     digits: str | None,
     most: float | None = None,
 ) -> go.Figure:
-    """A map of a row for each client, of numbers that are written into it unless `digits` is None."""
+    """A map with a row per client and a column per entry of `columns`; cells show their numbers unless `digits` is None."""
     drawing = blank("task", "client", height=110 + LINE_OF_A_ROW * len(clients))
     if z:
         drawing.add_trace(
@@ -89,6 +93,7 @@ def heatmap(
 
 
 def blank(x: str, y: str, height: int = 420) -> go.Figure:
+    """A drawing without traces, with the titles `x` and `y` on its axes."""
     drawing = go.Figure()
     drawing.update_layout(
         template="none",
@@ -104,12 +109,14 @@ def blank(x: str, y: str, height: int = 420) -> go.Figure:
 
 
 def blank_bars(x: str, number: int) -> go.Figure:
+    """A drawing for `number` horizontal bars, from top to bottom."""
     drawing = blank(x, "client", height=130 + LINE_OF_A_ROW * number)
     drawing.update_yaxes(autorange="reversed", type="category")
     return drawing
 
 
 def bar_trace(name: str, values: Mapping[str, float], index: int) -> go.Bar:
+    """A horizontal bar per client, in MB."""
     names = [safe(client) for client in values]
     text = "%{y}: %{x:,.2f} MB<extra>" + name + "</extra>"
     return go.Bar(
@@ -133,6 +140,7 @@ def line_trace(
     dash: str | None = None,
     meta: Mapping[str, str] | None = None,
 ) -> go.Scatter:
+    """A curve in the `index`th color; traces of one `group` are shown and hidden together."""
     style = dash or DASHES[index // len(PALETTE) % len(DASHES)]
     return go.Scatter(
         x=[x for x, _ in points],
@@ -149,7 +157,7 @@ def line_trace(
 
 
 def band_trace(points: Sequence[tuple[float, Interval]], index: int, method: str) -> go.Scatter:
-    """A closed area from all lower ends to all upper ends and back."""
+    """The area between the lower and the upper ends of the intervals."""
     ends = [(x, each.mean - (each.half or 0.0), each.mean + (each.half or 0.0)) for x, each in points]
     return go.Scatter(
         x=[x for x, _, _ in ends] + [x for x, _, _ in reversed(ends)],
@@ -166,6 +174,7 @@ def band_trace(points: Sequence[tuple[float, Interval]], index: int, method: str
 
 
 def seed_dots(method: str, points: Points, index: int) -> go.Scatter:
+    """A small dot per seed."""
     return go.Scatter(
         x=[x for x, _ in points],
         y=[y for _, y in points],
@@ -179,11 +188,12 @@ def seed_dots(method: str, points: Points, index: int) -> go.Scatter:
 
 
 def _mark(index: int) -> dict[str, str]:
-    """Colour and symbol of the `index`th of several: where colours begin again, symbols go on."""
+    """Color and symbol of the `index`th method; the symbol changes when the colors start over."""
     return {"color": PALETTE[index % len(PALETTE)], "symbol": SYMBOLS[index // len(PALETTE) % len(SYMBOLS)]}
 
 
 def mean_dot(method: str, x: Interval, y: Interval, index: int) -> go.Scatter:
+    """A large dot for the mean over seeds, with its intervals on both axes."""
     return go.Scatter(
         x=[x.mean],
         y=[y.mean],
@@ -202,7 +212,7 @@ def _error(value: Interval) -> dict[str, Any]:
 
 
 def blank_layers(blocks: Sequence[str]) -> go.Figure:
-    """For a value of each MoE layer."""
+    """A drawing of router drift with a tick per MoE layer."""
     drawing = blank("layer", measures.DRIFT.label)
     labels = retention.block_labels(blocks).values()
     ticks = [safe(label.removeprefix("layer ")) for label in labels]

@@ -18,8 +18,8 @@ def held_at(client: dict, round: int) -> list[str] | None:
 
 def test_the_map_gives_back_what_each_client_held_in_each_round(tmp_path: Path):
     run = read(write_run(tmp_path, rounds=6))
-    found = experts_map.experts_map("fedmoe", run)
-    clients = {client["name"]: client for client in found["clients"]}
+    data = experts_map.experts_map("fedmoe", run)
+    clients = {client["name"]: client for client in data["clients"]}
     checked = 0
     for row in (row for row in run.rounds if row.task == "train"):
         for name, holds in row.holds.items():
@@ -29,7 +29,7 @@ def test_the_map_gives_back_what_each_client_held_in_each_round(tmp_path: Path):
                 assert [expert for expert in range(16) if int(mask, 16) >> expert & 1] == list(experts)
                 checked += 1
     assert checked == 6 * 4 * 4  # rounds, clients in each, layers
-    assert found["rounds"] == [1, 2, 3, 4, 5, 6]
+    assert data["rounds"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_map_repeats_nothing_that_did_not_change(tmp_path: Path):
@@ -61,7 +61,8 @@ def test_over_bytes_a_curve_lies_where_the_ledger_says(tmp_path: Path):
     run = read(write_run(tmp_path, rounds=4))
     mean = run_figures.curves(run, "bytes", "%").drawing.data[-1]
     counted = [
-        sum(row.bytes_down + row.bytes_up for row in resources.counted(run) if row.round <= number) / 1e6 for number in (0, 2, 4)
+        sum(row.bytes_down + row.bytes_up for row in resources.cost_rows(run) if row.round <= number) / 1e6
+        for number in (0, 2, 4)
     ]
     assert list(mean.x) == pytest.approx(counted)
 
@@ -116,24 +117,24 @@ def test_the_map_says_who_trained_what_and_leaves_out_who_failed(tmp_path: Path)
 def test_every_figure_has_its_numbers(tmp_path: Path):
     single = run_figures.one_run(read(write_run(tmp_path / "one", rounds=4, clock=True, retained=True)))
     several = comparison_figures.several(grouped(read_all([write_comparison(tmp_path / "several", seeds=2, retained=True)])))
-    found = [figure_numbers.numbers(figure) for group in (*single.values(), *several.values()) for figure in group]
-    assert len(found) > 20
-    for table in found:
+    tables = [figure_numbers.numbers_table(figure) for group in (*single.values(), *several.values()) for figure in group]
+    assert len(tables) > 20
+    for table in tables:
         assert table.rows, table.title
         assert {len(row) for row in table.rows} == {len(table.columns)}, table.title
 
 
 def test_the_numbers_of_a_figure_are_those_it_is_drawn_from(tmp_path: Path):
     run = read(write_run(tmp_path, rounds=4, clients=["<b>", "c", "d"]))
-    by_client = figure_numbers.numbers(run_figures.bytes_by_client(run))
+    by_client = figure_numbers.numbers_table(run_figures.bytes_by_client(run))
     assert by_client.columns == ("client", "down", "up")
     assert [row[0] for row in by_client.rows] == ["<b>", "c", "d"]
-    assert float(by_client.rows[0][1]) == pytest.approx(resources.down(resources.counted(run, "<b>")) / 1e6, rel=1e-5)
-    over_rounds = figure_numbers.numbers(run_figures.curves(run, "rounds", "%"))
+    assert float(by_client.rows[0][1]) == pytest.approx(resources.bytes_down(resources.cost_rows(run, "<b>")) / 1e6, rel=1e-5)
+    over_rounds = figure_numbers.numbers_table(run_figures.curves(run, "rounds", "%"))
     assert over_rounds.columns == ("round", "0", "2", "4")
     assert over_rounds.rows[-1][0] == "mean over tasks"
     other = read(write_run(tmp_path / "other", method="fedavg", rounds=4))
-    tradeoff = figure_numbers.numbers(comparison_figures.tradeoff({"fedmoe": [run], "fedavg": [other]}, measures.SENT))
+    tradeoff = figure_numbers.numbers_table(comparison_figures.tradeoff({"fedmoe": [run], "fedavg": [other]}, measures.SENT))
     assert tradeoff.columns == ("of", "sent in total (MB)", "overall (%)")
 
 
@@ -161,14 +162,14 @@ def test_the_map_has_what_share_of_its_layers_picks_each_expert_got(tmp_path: Pa
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     training = [line for line in lines if line["task"] == "train"]
     client = training[-1]["clients"][0]
-    held = training[-1]["holds"][client]
-    training[-1]["uses"] = {client: {block: [number + 1 for number in range(len(ids))] for block, ids in held.items()}}
+    assigned = training[-1]["holds"][client]
+    training[-1]["uses"] = {client: {block: [number + 1 for number in range(len(ids))] for block, ids in assigned.items()}}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     uses = {each["name"]: each["uses"] for each in experts_map.experts_map("fedmoe", read(folder))["clients"]}
     ((round_of, shares),) = uses.pop(client)
     assert round_of == 2
     assert all(each == [] for each in uses.values())
-    for ids, layer in zip(held.values(), shares, strict=True):
+    for ids, layer in zip(assigned.values(), shares, strict=True):
         assert sum(layer) == pytest.approx(1000, abs=len(layer))
         assert [expert for expert, share in enumerate(layer) if share] == sorted(ids)
         assert layer[max(ids)] == round(1000 * len(ids) / sum(range(1, len(ids) + 1)))

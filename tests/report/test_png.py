@@ -68,14 +68,14 @@ def test_a_file_name_takes_no_path_from_a_title():
     assert png.file_name("../a b: Quality (%)/x") == "a-b-quality-x.png"
 
 
-def test_without_kaleido_one_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_kaleido_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "kaleido", None)
     with pytest.raises(BadValue, match=r"pip install 'fedexperts\[png\]'"):
         report.write([write_run(tmp_path / "run", rounds=2)], html=tmp_path / "r.html", pictures=tmp_path / "png")
     assert not (tmp_path / "r.html").exists()
 
 
-def test_without_a_browser_one_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_browser_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("kaleido", reason="kaleido, which looks for the browser, is not installed")
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
     with pytest.raises(BadValue, match="need a browser, and there is none"):

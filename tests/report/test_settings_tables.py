@@ -63,19 +63,19 @@ def test_the_target_is_the_best_mean_over_seeds_of_the_methods_that_federate():
 
 def test_the_first_round_at_a_share_of_the_target_is_an_evaluated_one():
     goal = Target("fedmoe", 80.0, "%")
-    found = run("fedavg", {0: 0.1, 5: 0.5, 10: 0.72, 15: 0.79, 20: 0.7})
-    assert targets.first_round(found, None, goal, 0.9) == 10  # 72 is 90 % of 80
-    assert targets.first_round(found, None, goal, 0.99) is None  # 79.2 is wanted, 79 was reached
-    assert targets.first_round(found, "sort", goal, 0.05) == 0
+    scored = run("fedavg", {0: 0.1, 5: 0.5, 10: 0.72, 15: 0.79, 20: 0.7})
+    assert targets.first_round(scored, None, goal, 0.9) == 10  # 72 is 90 % of 80
+    assert targets.first_round(scored, None, goal, 0.99) is None  # 79.2 is wanted, 79 was reached
+    assert targets.first_round(scored, "sort", goal, 0.05) == 0
 
 
 def test_rounds_to_the_target_are_a_mean_over_the_seeds_that_get_there():
     goal = Target("fedmoe", 80.0, "%")
     runs = [run("fedavg", {2: 0.8}), run("fedavg", {2: 0.1, 6: 0.8}), run("fedavg", {2: 0.1})]
-    found = targets.taken_to(runs, None, goal, 0.9)
-    assert found is not None
-    assert (found.mean, found.n) == (4.0, 2)
-    assert targets.taken_to(runs[2:], None, goal, 0.9) is None
+    cost = targets.cost_to_target(runs, None, goal, 0.9)
+    assert cost is not None
+    assert (cost.mean, cost.n) == (4.0, 2)
+    assert targets.cost_to_target(runs[2:], None, goal, 0.9) is None
 
 
 def timed(method: str, *seconds: float | None, first: int = 1, **fields) -> RunResults:
@@ -86,7 +86,7 @@ def timed(method: str, *seconds: float | None, first: int = 1, **fields) -> RunR
     return run(method, {number: 0.4 + 0.1 * number for number in numbers}, rounds=rounds, ledger=ledger, **fields)
 
 
-def test_what_it_took_to_the_target_is_told_in_rounds_bytes_and_virtual_time():
+def test_the_cost_to_reach_the_target_is_in_rounds_bytes_and_virtual_time():
     settings = settings_of(
         timed("fedavg", 100.0, 50.0, 25.0), timed("fedmoe", 1.0, 1.0), timed("centralized", None, None, None, reference=True)
     )
@@ -184,38 +184,38 @@ def test_settings_of_different_tasks_have_each_their_own():
 
 
 def test_experts_are_those_of_each_clients_first_and_last_training_over_all_seeds():
-    def held(number: int) -> dict[str, tuple[int, ...]]:
+    def first(number: int) -> dict[str, tuple[int, ...]]:
         return {"layers.0": tuple(range(number))}
 
-    first = (Round(1, holds={"a": held(2), "b": held(4)}), Round(2, holds={"a": held(5)}))
-    second = (Round(1, holds={"a": held(8), "b": held(2)}),)
+    seed_0 = (Round(1, holds={"a": first(2), "b": first(4)}), Round(2, holds={"a": first(5)}))
+    seed_1 = (Round(1, holds={"a": first(8), "b": first(2)}),)
     settings = settings_of(
-        run("fedmoe", {1: 0.5}, setting="one", rounds=first),
-        run("fedmoe", {1: 0.5}, setting="one", rounds=second, seed=1),
+        run("fedmoe", {1: 0.5}, setting="one", rounds=seed_0),
+        run("fedmoe", {1: 0.5}, setting="one", rounds=seed_1, seed=1),
         run("fedmoe", {1: 0.5}, setting="two"),
     )
-    table = settings_tables.held(settings)
+    table = settings_tables.assigned_experts(settings)
     assert table.rows == (("fedmoe", "4.0 (2–8)", "4.8 (2–8)", "–", "–"),)  # (3 + 5) / 2, and (4.5 + 5) / 2
 
 
 def test_csv_has_targets_rounds_and_variations_of_each_task_too():
     rows = list(csv.DictReader(StringIO(csv_export.to_csv(settings_of(*FOUR), "fedavg"))))
-    found = {(row["setting"], row["method"], row["measure"], row["task"]): row for row in rows}
-    assert len(found) == len(rows)
-    assert found["one", "fedmoe", "target", ""]["mean"] == "50.0"
-    assert found["one", "fedavg", "rounds to 90 % of target", "sort"]["mean"] == "2.0"
-    missed = found["one", "fedavg", "rounds to 99 % of target", "sort"]
+    by_key = {(row["setting"], row["method"], row["measure"], row["task"]): row for row in rows}
+    assert len(by_key) == len(rows)
+    assert by_key["one", "fedmoe", "target", ""]["mean"] == "50.0"
+    assert by_key["one", "fedavg", "rounds to 90 % of target", "sort"]["mean"] == "2.0"
+    missed = by_key["one", "fedavg", "rounds to 99 % of target", "sort"]
     assert (missed["seeds"], missed["of_seeds"], missed["mean"]) == ("", "1", "")
-    assert float(found["", "fedmoe", "variation over settings", "sort"]["mean"]) == pytest.approx(sqrt(200) / 60)
-    assert found["one", "fedmoe", "quality", ""]["baseline"] == "fedavg"
-    assert found["two", "fedmoe", "quality", ""]["baseline"] == ""
+    assert float(by_key["", "fedmoe", "variation over settings", "sort"]["mean"]) == pytest.approx(sqrt(200) / 60)
+    assert by_key["one", "fedmoe", "quality", ""]["baseline"] == "fedavg"
+    assert by_key["two", "fedmoe", "quality", ""]["baseline"] == ""
 
 
 def test_runs_without_a_setting_or_of_one_are_reported_as_ever(tmp_path: Path):
     runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=1)
     write_run(tmp_path / "runs" / "more", method="local", setting="one")
-    found = report.write([runs])
-    assert [table.title for table in found.tables] == [
+    result = report.write([runs])
+    assert [table.title for table in result.tables] == [
         "Results",
         "Comparison",
         "Difference from fedavg",
@@ -223,14 +223,14 @@ def test_runs_without_a_setting_or_of_one_are_reported_as_ever(tmp_path: Path):
         "Sent (MB) to 90 % and 99 % of the target",
     ]
     write_run(tmp_path / "runs" / "two", method="local", setting="two")
-    found = report.write([runs])
-    assert found.tables[0].columns[1:4] == ("no setting (%)", "one (%)", "two (%)")
+    result = report.write([runs])
+    assert result.tables[0].columns[1:4] == ("no setting (%)", "one (%)", "two (%)")
 
 
 def test_the_report_of_settings_is_written_with_all_its_tables(tmp_path: Path):
     runs = write_settings(tmp_path / "runs")
-    found = report.write([runs], tmp_path / "r.html", tmp_path / "r.csv", tmp_path / "r.md")
-    titles = [table.title for table in found.tables]
+    result = report.write([runs], tmp_path / "r.html", tmp_path / "r.csv", tmp_path / "r.md")
+    titles = [table.title for table in result.tables]
     assert titles == [
         "Over the settings: overall quality",
         *(f"Over the settings: {task}" for task in TASKS),
@@ -248,11 +248,11 @@ def test_the_report_of_settings_is_written_with_all_its_tables(tmp_path: Path):
 def test_a_run_that_is_not_finished_is_named_and_left_out_of_the_tables(tmp_path: Path):
     runs = write_settings(tmp_path / "runs", seeds=2)
     write_run(runs / "standard/fedmoe/seed-2", "fedmoe", 2, rounds=4, planned_rounds=12, setting="standard")
-    found = report.write([runs], html=tmp_path / "r.html", markdown=tmp_path / "r.md")
-    assert found.unfinished == ("standard: fedmoe, seed 2 (4 of 12 rounds)",)
+    result = report.write([runs], html=tmp_path / "r.html", markdown=tmp_path / "r.md")
+    assert result.unfinished == ("standard: fedmoe, seed 2 (4 of 12 rounds)",)
     assert "standard: fedmoe, seed 2 (4 of 12 rounds)" in (tmp_path / "r.html").read_text()
     assert "Not finished: standard: fedmoe, seed 2 (4 of 12 rounds)." in (tmp_path / "r.md").read_text()
-    comparison = next(table for table in found.tables if table.title == "standard: Comparison")
+    comparison = next(table for table in result.tables if table.title == "standard: Comparison")
     assert cell(comparison, "fedmoe", "seeds") == "2"
 
 
@@ -260,18 +260,18 @@ def test_while_no_run_is_finished_those_under_way_are_shown(tmp_path: Path):
     for setting in ("one", "two"):
         for seed in (0, 1):
             write_run(tmp_path / f"{setting}/seed-{seed}", seed=seed, rounds=4, planned_rounds=12, setting=setting)
-    found = report.write([tmp_path])
-    assert len(found.unfinished) == 4
-    assert cell(found.tables[0], "fedmoe", "one (%)") != "–"
+    result = report.write([tmp_path])
+    assert len(result.unfinished) == 4
+    assert cell(result.tables[0], "fedmoe", "one (%)") != "–"
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_reports_say_which_examples_were_scored(tmp_path: Path, split: str):
     runs = [write_run(tmp_path / f"seed-{seed}", seed=seed, split=split) for seed in (0, 1)]
     for folders in (runs[:1], runs):
-        found = report.write(folders, html=tmp_path / "r.html")
+        result = report.write(folders, html=tmp_path / "r.html")
         assert f"Scored on the clients&#39; {split} examples." in (tmp_path / "r.html").read_text()
-        assert f"Scored on the clients' {split} examples." in found.tables[0].note
+        assert f"Scored on the clients' {split} examples." in result.tables[0].note
 
 
 def test_bytes_before_the_rounds_are_those_of_each_client_that_took_part():

@@ -10,7 +10,7 @@ from fedexperts.errors import BadValue
 from fedexperts.report import axes, comparison_tables, csv_export, measures, resources, run_cost_tables, run_tables, scores
 from fedexperts.report.read import BlockPlan, ClientPlan, Evaluation, LedgerRow, ModelPlan, OnRetained, Plan, Round, RunResults
 from fedexperts.report.stats import Interval
-from fedexperts.report.table_format import Table, pm, to_markdown, to_rich
+from fedexperts.report.table_format import Table, plus_minus, to_markdown, to_rich
 
 
 def run(
@@ -72,13 +72,13 @@ def test_a_client_over_its_memory_is_named_with_both_numbers():
 
 
 def test_experts_held_are_counted_over_layers_at_each_clients_first_and_last_training():
-    held = {"layers.0": (0, 1), "layers.1": (0, 1, 2)}
+    assigned = {"layers.0": (0, 1), "layers.1": (0, 1, 2)}
     rounds = (
         Round(0, "profile", holds={"a": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
-        Round(1, holds={"a": held, "b": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
+        Round(1, holds={"a": assigned, "b": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
         Round(2, holds={"a": {"layers.0": (3, 2), "layers.1": (0, 1)}}),
     )
-    table = run_cost_tables.held(run(rounds=rounds))
+    table = run_cost_tables.assigned_experts(run(rounds=rounds))
     assert table.rows == (("first round of each client", "6.5", "5", "8"), ("last round of each client", "6.0", "4", "8"))
     assert table.title.endswith("of 8")
 
@@ -92,7 +92,7 @@ CHOSEN = (
 
 
 def test_what_clients_trained_and_sent_is_told_by_layer_and_over_all():
-    table = run_cost_tables.chosen(run(ledger=CHOSEN))
+    table = run_cost_tables.trained_and_sent(run(ledger=CHOSEN))
     assert table.columns == ("experts", "of", "mean", "least", "most")
     assert table.rows == (
         ("reached in layers.0", "4", "1.5", "1.0", "2.0"),
@@ -100,7 +100,7 @@ def test_what_clients_trained_and_sent_is_told_by_layer_and_over_all():
         ("qualified", "8", "3.0", "2.0", "4.0"),
         ("sent", "8", "1.5", "0.0", "3.0"),
     )
-    assert run_cost_tables.chosen(run(ledger=WORK)).rows == ()
+    assert run_cost_tables.trained_and_sent(run(ledger=WORK)).rows == ()
 
 
 def test_runs_that_tell_what_they_chose_are_compared_by_it_and_others_have_no_such_column():
@@ -142,7 +142,7 @@ def test_the_overall_quality_is_a_share_unless_every_task_is_judged_by_perplexit
 
 def test_a_failure_in_both_the_round_and_the_ledger_is_one():
     rounds = (Round(1, failed={"b": "killed by signal 9"}),)
-    assert resources.failures(run(ledger=WORK, rounds=rounds)) == [resources.Failed(1, "b", "train", "killed by signal 9")]
+    assert resources.failures(run(ledger=WORK, rounds=rounds)) == [resources.ClientFailure(1, "b", "train", "killed by signal 9")]
 
 
 def test_a_comparison_shows_mean_and_interval_over_seeds():
@@ -180,7 +180,7 @@ def test_csv_gives_interval_and_difference_of_each_measure():
         "fedmoe": [scored("fedmoe", 0, 0.2), scored("fedmoe", 1, 0.4)],
     }
     rows = list(csv.DictReader(StringIO(csv_export.csv_text(csv_export.csv_lines(groups, "fedavg")))))
-    assert len(rows) == 2 * (1 + len(measures.COSTS) + len(measures.HELD_IN_FULL))
+    assert len(rows) == 2 * (1 + len(measures.COSTS) + len(measures.ASSIGNED_IN_FULL))
     row = next(row for row in rows if row["method"] == "fedmoe" and row["measure"] == "quality")
     assert (row["task"], row["unit"], row["seeds"], row["baseline"]) == ("", "%", "2", "fedavg")
     assert float(row["mean"]) == pytest.approx(30)
@@ -219,7 +219,7 @@ def test_a_table_turned_twice_is_the_same():
     ],
 )
 def test_a_mean_is_shown_with_the_digits_that_matter(value: Interval | None, unit: str, sign: str, shown: str):
-    assert pm(value, unit, sign) == shown
+    assert plus_minus(value, unit, sign) == shown
 
 
 def test_a_run_without_results_has_tables_without_rows():
@@ -231,8 +231,8 @@ def test_a_run_without_results_has_tables_without_rows():
 def against_base(client: str | None, right: str, drift: tuple[float, ...] = (), round: int = 3) -> Evaluation:
     """A line of what a model got right (1) and wrong (0) of the retained task mmlu, and of its drift by layer."""
     values = tuple(map(float, right))
-    found = {"mmlu": OnRetained("likelihood", len(values), sum(values) / len(values), values)}
-    return Evaluation(round, client, retained=found, drift={f"layers.{layer}": each for layer, each in enumerate(drift)})
+    retained = {"mmlu": OnRetained("likelihood", len(values), sum(values) / len(values), values)}
+    return Evaluation(round, client, retained=retained, drift={f"layers.{layer}": each for layer, each in enumerate(drift)})
 
 
 FORGETFUL = (
@@ -268,16 +268,16 @@ def test_methods_stand_beside_the_base_with_intervals_over_seeds():
     second = (FORGETFUL[0], against_base("a", "1110", (0.0, 0.0)), against_base("b", "0110", (0.0, 0.002)))
     groups = {"fedavg": [run("fedavg", 0, evaluations=FORGETFUL), run("fedavg", 1, evaluations=second)]}
     table = comparison_tables.retained_compared(groups)
-    assert table.rows[0] == ("untouched base", "75.0", "")
+    assert table.rows[0] == ("base model", "75.0", "")
     # 37.5 and 62.5 of the two seeds: 50 ± 12.706 · 12.5, and 75 less
     assert table.rows[1] == ("fedavg", "50.0 ± 158.8", "-25.0 ± 158.8")
     drift = comparison_tables.drift_compared(groups)
     assert drift.columns == ("method", "layer 0", "layer 1", "all layers")
     assert [each.partition(" ±")[0] for each in drift.rows[0]] == ["fedavg", "1.50", "8.00", "4.75"]  # over seeds: 9 and 0.5
     rows = list(csv.DictReader(StringIO(csv_export.csv_text(csv_export.csv_lines(groups, "fedavg")))))
-    found = {(row["measure"], row["task"]): float(row["mean"]) for row in rows if row["mean"]}
-    assert found["retained", "mmlu"] == pytest.approx(50) and found["retained − base", "mmlu"] == pytest.approx(-25)
-    assert found["router drift", ""] == pytest.approx(4.75) and found["router drift, layer 1", ""] == pytest.approx(8)
+    by_key = {(row["measure"], row["task"]): float(row["mean"]) for row in rows if row["mean"]}
+    assert by_key["retained", "mmlu"] == pytest.approx(50) and by_key["retained − base", "mmlu"] == pytest.approx(-25)
+    assert by_key["router drift", ""] == pytest.approx(4.75) and by_key["router drift, layer 1", ""] == pytest.approx(8)
 
 
 def test_what_was_not_measured_has_no_table_and_no_column():
@@ -289,7 +289,7 @@ def test_what_was_not_measured_has_no_table_and_no_column():
     )
 
 
-def test_each_client_has_its_line_for_each_task_and_all_count_alike_in_the_mean():
+def test_each_client_has_its_line_for_each_task_and_all_have_the_same_weight_in_the_mean():
     evaluations = (
         *(Evaluation(round, "a", "sort", 30, "rougeL", value) for round, value in ((0, 0.1), (5, 0.2))),
         *(Evaluation(round, "b", "sort", 2, "rougeL", value) for round, value in ((0, 0.2), (5, 0.4))),
@@ -305,12 +305,12 @@ def test_each_client_has_its_line_for_each_task_and_all_count_alike_in_the_mean(
         ("b", "sort", "2", "20.0", "40.0", "rougeL (%)"),
         ("b", "copy", "2", "40.0", "80.0", "rougeL (%)"),
         ("b", "text", "2", "9.00", "9.00", "perplexity"),
-        ("mean over clients", "", "", "20.0", "40.0", "each client alike (%)"),  # a 10 and 20; b 30 and 60
+        ("mean over clients", "", "", "20.0", "40.0", "equal weights (%)"),  # a 10 and 20; b 30 and 60
     )
 
 
-@pytest.mark.parametrize(("score", "said"), [("after_aggregation", "After"), ("before_aggregation", "Before"), (None, "After")])
-def test_it_is_said_with_which_model_clients_were_scored(score: str | None, said: str):
-    told = replace(run(), run_file=f'[evaluation]\nscore = "{score}"\n' if score else "")
-    assert f" {said} aggregation: each client" in run_tables.quality(told).note
-    assert f" {said} aggregation: each client" in comparison_tables.final({"fedmoe": [told]}).note
+@pytest.mark.parametrize(("score", "moment"), [("after_aggregation", "After"), ("before_aggregation", "Before"), (None, "After")])
+def test_tables_say_which_model_of_each_client_was_scored(score: str | None, moment: str):
+    results = replace(run(), run_file=f'[evaluation]\nscore = "{score}"\n' if score else "")
+    assert f" {moment} aggregation: each client" in run_tables.quality(results).note
+    assert f" {moment} aggregation: each client" in comparison_tables.final({"fedmoe": [results]}).note
