@@ -52,7 +52,7 @@ def write(
 
     A folder that is not a run's stands for the runs below it; several runs of a method are its seeds; runs of a comparison over
     several run files belong to several settings. Only finished runs are compared, unless none is finished. Differences are
-    relative to `baseline`, by default fedavg, else the first method.
+    relative to `baseline`, by default the first federated method.
 
     Raises:
         BadRun: a folder contains no run, or a file in it cannot be read.
@@ -61,7 +61,8 @@ def write(
     runs = read_all(folders)
     settings = by_setting(_compared(runs))
     groups = next(iter(settings.values()))
-    base = comparison_tables.baseline_of(groups, baseline)
+    by_method = {method: [run for each in settings.values() for run in each[method]] for method in groups}
+    base = comparison_tables.baseline_of(by_method, baseline)
     unfinished = _unfinished(runs) if len(runs) > 1 else ()
     make_page: Callable[[], str]
     make_figures: Callable[[], Mapping[str, Sequence[Figure]]]

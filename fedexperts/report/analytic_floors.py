@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fedexperts.report import expert_sets, resources
+from fedexperts.report import client_metrics, expert_sets, resources
 from fedexperts.report.read import RunResults
 from fedexperts.report.resources import MB
 
@@ -35,7 +35,7 @@ def floors(run: RunResults) -> list[Floor]:
     down, up = ([patch.of(which[row.round, row.client]) for row in rows] for which in (assigned, sent))
     both = [_floor("down", [row.bytes_down for row in rows], down), _floor("up", [row.bytes_up for row in rows], up)]
     measured = [row.peak_bytes for row in rows]
-    if (memory := run.plan.memory) is None or not all(measured) or expert_sets.reported_metrics(run, "reached"):
+    if (memory := run.plan.memory) is None or not all(measured) or client_metrics.reached(run):
         return both
     floor = [
         memory.of(assigned[row.round, row.client]) + max(memory.activation_bytes - gradients, 0)

@@ -74,14 +74,15 @@ def differences(groups: Groups, baseline: str) -> Table:
 
 
 def baseline_of(groups: Groups, given: str | None = None) -> str:
-    """The method others are compared with: the given one, else fedavg, else the first.
+    """The method that others are compared with: the given one, else the first federated one, else the first.
 
     Raises:
         BadValue: the given one is not among the methods.
     """
     if given is not None and given not in groups:
         raise BadValue(f"baseline {given!r} is not one of {', '.join(groups)}{nearest(given, groups)}; name one of those")
-    return given or ("fedavg" if "fedavg" in groups else next(iter(groups)))
+    federated = (label for label, runs in groups.items() if not any(run.plan.reference for run in runs))
+    return given or next(federated, next(iter(groups)))
 
 
 def against_base(groups: Groups) -> tuple[Table, ...]:

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
-from typing import Any
 
-from fedexperts.report import resources
 from fedexperts.report.read import Holds, Round, RunResults
 from fedexperts.report.stats import mean_or_none
 
@@ -26,16 +24,6 @@ class Overlap:
 
     same_task: float | None
     other_task: float | None
-
-
-def reported_metrics(run: RunResults, name: str) -> list[Any]:
-    """What the method told under `name`, of each client's part in a training round; empty where it told nothing."""
-    return [row.metrics[name] for row in resources.training_rows(run) if name in row.metrics]
-
-
-def reached(run: RunResults) -> list[list[float]]:
-    """For each layer the experts that backward reached in a step, of each client's part in a round."""
-    return [list(layer) for layer in zip(*reported_metrics(run, "reached"), strict=True)]
 
 
 def assigned_by_client(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
@@ -58,6 +46,13 @@ def trained_by_client(run: RunResults) -> dict[str, list[tuple[int, Holds]]]:
         for client in (client for client in row.holds if client not in row.failed):
             rounds.setdefault(client, []).append((row.round, row.sends.get(client, row.holds[client])))
     return rounds
+
+
+def num_sent(run: RunResults) -> list[int]:
+    """The number of experts in each update that was used; empty if every client always sent the experts it was assigned."""
+    if not any(row.sends for row in training_rounds(run)):
+        return []
+    return [num_experts(experts) for rounds in trained_by_client(run).values() for _, experts in rounds]
 
 
 def training_rounds(run: RunResults) -> list[Round]:

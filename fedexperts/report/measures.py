@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from statistics import fmean
 
-from fedexperts.report import axes, expert_sets, resources, retention, scores
+from fedexperts.report import axes, client_metrics, expert_sets, resources, retention, scores
 from fedexperts.report.expert_sets import ExpertCounts
 from fedexperts.report.read import RunResults
 from fedexperts.report.resources import MB
@@ -30,12 +30,20 @@ class Measure:
 
 def measures(runs: Sequence[RunResults]) -> list[Measure]:
     """All measures for comparing `runs`: quality overall, of each task and over clients, retained knowledge and router drift if
-    any run has them, costs, and virtual time if any run has a clock.
+    any run has them, costs, virtual time if any run has a clock, and what methods report.
     """
     mean = Measure("mean over clients", scores.unit(runs, None), scores.clients_mean)
     spread = [mean, spread_of(runs, "lower"), spread_of(runs, "worst")]
     by_client = spread if any(scores.clients_mean(run) is not None for run in runs) else []
-    return [*quality_measures(runs), *by_client, *against_base(runs), *COSTS, *times(runs), *choices(runs)]
+    return [
+        *quality_measures(runs),
+        *by_client,
+        *against_base(runs),
+        *COSTS,
+        *times(runs),
+        *expert_measures(runs),
+        *method_metrics(runs),
+    ]
 
 
 def against_base(runs: Sequence[RunResults]) -> list[Measure]:
@@ -83,9 +91,15 @@ def drift_layers(runs: Sequence[RunResults]) -> list[Measure]:
     return [Measure(f"router drift, {label}", DRIFT.unit, _drift_in(block)) for block, label in labels.items()]
 
 
-def choices(runs: Sequence[RunResults]) -> list[Measure]:
-    """How few experts clients trained and sent, where any of the runs tells (HFedMoE)."""
-    return [measure for measure in CHOICES if any(measure.of(run) is not None for run in runs)]
+def expert_measures(runs: Sequence[RunResults]) -> list[Measure]:
+    """How many experts backward reached and clients sent, each if any run has it."""
+    return [measure for measure in (REACHED, SENT_EXPERTS) if any(measure.of(run) is not None for run in runs)]
+
+
+def method_metrics(runs: Sequence[RunResults]) -> list[Measure]:
+    """The metrics that methods report, each as the mean over clients and training rounds."""
+    names = dict.fromkeys(name for run in runs for name in client_metrics.of_method(run))
+    return [Measure(f"metric: {name}", "", _mean_metric(name)) for name in names]
 
 
 def times(runs: Sequence[RunResults]) -> list[Measure]:
@@ -143,6 +157,10 @@ def _drift_in(block: str) -> Callable[[RunResults], float | None]:
     return lambda run: mean_or_none(retention.drift(run).get(block, []))
 
 
+def _mean_metric(name: str) -> Callable[[RunResults], float | None]:
+    return lambda run: mean_or_none(client_metrics.of_method(run).get(name, []))
+
+
 def _in_mb(value: float | None) -> float | None:
     return None if value is None else value / MB
 
@@ -171,15 +189,9 @@ FAILURES = Measure("failures", "", lambda run: float(len(resources.failures(run)
 REACHED = Measure(
     "experts reached per layer and step",
     "",
-    lambda run: fmean(map(fmean, expert_sets.reached(run))) if expert_sets.reached(run) else None,
+    lambda run: mean_or_none([fmean(each) for each in client_metrics.reached(run).values()]),
 )
-QUALIFIED = Measure(
-    "experts that qualified per client and round", "", lambda run: mean_or_none(expert_sets.reported_metrics(run, "qualified"))
-)
-SENT_EXPERTS = Measure(
-    "experts sent per client and round", "", lambda run: mean_or_none(expert_sets.reported_metrics(run, "sent"))
-)
-CHOICES = (REACHED, QUALIFIED, SENT_EXPERTS)
+SENT_EXPERTS = Measure("experts sent per client and round", "", lambda run: mean_or_none(expert_sets.num_sent(run)))
 TIME = Measure("virtual time", "s", axes.virtual_seconds)
 DRIFT = Measure(
     "router drift", "10^-3 nats", lambda run: mean_or_none([each for layer in retention.drift(run).values() for each in layer])

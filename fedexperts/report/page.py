@@ -79,7 +79,12 @@ def one_run(run: RunResults) -> str:
     drawn = run_figures.one_run(run)
     maps = _maps({run.plan.method: [run]})
     costs = (run_cost_tables.costs(run), run_cost_tables.floors(run), run_cost_tables.over_memory(run))
-    experts = (run_cost_tables.assigned_experts(run), run_cost_tables.overlap(run), run_cost_tables.trained_and_sent(run))
+    experts = (
+        run_cost_tables.assigned_experts(run),
+        run_cost_tables.overlap(run),
+        run_cost_tables.trained_and_sent(run),
+        run_cost_tables.reported_metrics(run),
+    )
     sections = {
         "Quality": [*_figures(drawn["quality"]), *_tables(run_tables.all_metrics(run))],
         "Quality across clients": [*_figures(drawn["clients"]), *_tables(run_tables.by_client(run))],

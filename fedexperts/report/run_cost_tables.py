@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from fedexperts.report import analytic_floors, expert_sets, resources
+from fedexperts.report import analytic_floors, client_metrics, expert_sets, resources
 from fedexperts.report.read import LedgerRow, RunResults
 from fedexperts.report.table_format import NONE, Table, count, megabytes, number
 
@@ -104,27 +104,32 @@ def assigned_experts(run: RunResults) -> Table:
 
 
 def trained_and_sent(run: RunResults) -> Table:
-    """How many experts backward reached in each layer, and how many qualified and were sent; no rows where nothing is told."""
-    layers = run.plan.model.blocks
-    found = {
-        **{
-            f"reached in {name}": (block.num_experts, each)
-            for (name, block), each in zip(layers.items(), expert_sets.reached(run), strict=False)
-        },
-        "qualified": (expert_sets.total_experts(run), expert_sets.reported_metrics(run, "qualified")),
-        "sent": (expert_sets.total_experts(run), expert_sets.reported_metrics(run, "sent")),
+    """How many experts backward reached in each layer, and how many clients sent, if that differs from what they held."""
+    blocks = run.plan.model.blocks
+    counts: dict[str, tuple[int, Sequence[float]]] = {
+        **{f"reached in {name}": (blocks[name].num_experts, each) for name, each in client_metrics.reached(run).items()},
+        "sent": (expert_sets.total_experts(run), expert_sets.num_sent(run)),
     }
     return Table(
         "Experts that clients trained and sent",
         ("experts", "of", "mean", "least", "most"),
-        tuple(
-            (name, count(number), f"{fmean(each):.1f}", f"{min(each):.1f}", f"{max(each):.1f}")
-            for name, (number, each) in found.items()
-            if each
-        ),
-        note="Of each client and round. Reached: by backward in a step, the mean over its steps. Qualified: used "
-        "above the floor. Sent: those of them that were trained.",
+        tuple((name, count(total), *_mean_least_most(each)) for name, (total, each) in counts.items() if each),
+        note="Per client and round. Reached: by backward in a step, as the mean over the client's steps.",
     )
+
+
+def reported_metrics(run: RunResults) -> Table:
+    """The metrics of the method that clients reported with their updates."""
+    return Table(
+        "Metrics that the method reports",
+        ("metric", "mean", "least", "most"),
+        tuple((name, *map(number, (fmean(each), min(each), max(each)))) for name, each in client_metrics.of_method(run).items()),
+        note="Per client and training round, under the names that the method gives them.",
+    )
+
+
+def _mean_least_most(values: Sequence[float]) -> tuple[str, ...]:
+    return tuple(f"{value:.1f}" for value in (fmean(values), min(values), max(values)))
 
 
 def over_memory(run: RunResults) -> Table:

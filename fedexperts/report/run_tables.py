@@ -25,6 +25,7 @@ def one_run(run: RunResults) -> tuple[Table, ...]:
         run_cost_tables.assigned_experts,
         run_cost_tables.overlap,
         run_cost_tables.trained_and_sent,
+        run_cost_tables.reported_metrics,
         run_cost_tables.over_memory,
         run_cost_tables.failures,
         clients,

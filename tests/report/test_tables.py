@@ -7,7 +7,18 @@ import pytest
 from rich.console import Console
 
 from fedexperts.errors import BadValue
-from fedexperts.report import axes, comparison_tables, csv_export, measures, resources, run_cost_tables, run_tables, scores
+from fedexperts.report import (
+    axes,
+    client_metrics,
+    comparison_tables,
+    csv_export,
+    expert_sets,
+    measures,
+    resources,
+    run_cost_tables,
+    run_tables,
+    scores,
+)
 from fedexperts.report.read import BlockPlan, ClientPlan, Evaluation, LedgerRow, ModelPlan, OnRetained, Plan, Round, RunResults
 from fedexperts.report.stats import Interval
 from fedexperts.report.table_format import Table, plus_minus, to_markdown, to_rich
@@ -83,32 +94,53 @@ def test_experts_held_are_counted_over_layers_at_each_clients_first_and_last_tra
     assert table.title.endswith("of 8")
 
 
-CHOSEN = (
-    LedgerRow(0, "a", "count", metrics={"sent": 100}),
-    LedgerRow(1, "a", "train", metrics={"reached": [2.0, 1.0], "qualified": 4, "sent": 3}),
+REPORTED = (
+    LedgerRow(0, "a", "count", metrics={"qualified": 100}),
+    LedgerRow(1, "a", "train", metrics={"reached": [2.0, 1.0], "qualified": 4}),
     LedgerRow(1, "b", "train", failed="killed"),
-    LedgerRow(2, "b", "train", metrics={"reached": [1.0, 1.0], "qualified": 2, "sent": 0}),
+    LedgerRow(2, "b", "train", metrics={"reached": {"layers.1": 1.0, "layers.0": 1.0}, "qualified": 2}),
+)
+WHOLE = {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}
+SELECTIVE = (
+    Round(1, holds={"a": WHOLE, "b": WHOLE}, sends={"a": {"layers.0": (0, 3), "layers.1": (1,)}}, failed={"b": "killed"}),
+    Round(2, holds={"a": WHOLE, "b": WHOLE}, sends={"b": {"layers.0": (), "layers.1": ()}}),
 )
 
 
-def test_what_clients_trained_and_sent_is_told_by_layer_and_over_all():
-    table = run_cost_tables.trained_and_sent(run(ledger=CHOSEN))
+def test_experts_reached_are_shown_by_layer_and_experts_sent_over_all_layers():
+    table = run_cost_tables.trained_and_sent(run(ledger=REPORTED, rounds=SELECTIVE))
     assert table.columns == ("experts", "of", "mean", "least", "most")
     assert table.rows == (
         ("reached in layers.0", "4", "1.5", "1.0", "2.0"),
         ("reached in layers.1", "4", "1.0", "1.0", "1.0"),
-        ("qualified", "8", "3.0", "2.0", "4.0"),
-        ("sent", "8", "1.5", "0.0", "3.0"),
+        ("sent", "8", "3.7", "0.0", "8.0"),  # a sent 3, then all it holds; b failed, then sent none
     )
-    assert run_cost_tables.trained_and_sent(run(ledger=WORK)).rows == ()
 
 
-def test_runs_that_tell_what_they_chose_are_compared_by_it_and_others_have_no_such_column():
-    groups = {"hfedmoe": [run("hfedmoe", ledger=CHOSEN)], "fedavg": [run("fedavg", ledger=WORK)]}
+def test_clients_that_send_what_they_hold_need_no_table_of_what_they_sent():
+    rounds = (Round(1, holds={"a": WHOLE}),)
+    assert run_cost_tables.trained_and_sent(run(ledger=WORK, rounds=rounds)).rows == ()
+    assert expert_sets.num_sent(run(rounds=rounds)) == []
+
+
+def test_metrics_of_any_name_are_shown_as_the_method_reports_them():
+    assert run_cost_tables.reported_metrics(run(ledger=REPORTED)).rows == (("qualified", "3.00", "2.00", "4.00"),)
+    assert run_cost_tables.reported_metrics(run(ledger=WORK)).rows == ()
+
+
+@pytest.mark.parametrize("value", ["x", None, True, [1.0], {"layers.0": 1.0}, float("nan"), 10**400, [[1.0], [2.0]]])
+def test_a_metric_that_is_not_what_its_name_promises_is_left_out(value: object):
+    results = run(ledger=(*REPORTED, LedgerRow(3, "a", "train", metrics={"reached": value, "qualified": value})))
+    assert client_metrics.reached(results) == {"layers.0": [2.0, 1.0], "layers.1": [1.0, 1.0]}
+    assert client_metrics.of_method(results) == {"qualified": [4.0, 2.0]}
+
+
+def test_runs_are_compared_by_the_metrics_that_any_of_them_has():
+    groups = {"selective": [run("selective", ledger=REPORTED, rounds=SELECTIVE)], "fedavg": [run("fedavg", ledger=WORK)]}
     table = comparison_tables.comparison(groups)
-    assert cell(table, "hfedmoe", "experts reached per layer and step") == "1.25"  # 1.5 and 1
-    assert cell(table, "hfedmoe", "experts that qualified per client and round") == "3"
-    assert cell(table, "hfedmoe", "experts sent per client and round") == "1.50"
+    assert cell(table, "selective", "experts reached per layer and step") == "1.25"  # 1.5 and 1
+    assert cell(table, "selective", "experts sent per client and round") == "3.67"
+    assert cell(table, "selective", "metric: qualified") == "3"
     assert cell(table, "fedavg", "experts sent per client and round") == "–"
     alone = comparison_tables.comparison({"fedavg": groups["fedavg"]})
     assert len(alone.columns) == len(table.columns) - 3
@@ -166,12 +198,14 @@ def test_differences_are_paired_over_the_shared_seeds():
     assert (cell(table, "local", "shared seeds"), cell(table, "local", "overall (%)")) == ("1", "-50.0")
 
 
-def test_the_baseline_is_the_given_one_else_fedavg_else_the_first():
-    assert comparison_tables.baseline_of({"local": [], "fedavg": []}) == "fedavg"
-    assert comparison_tables.baseline_of({"local": [], "fedmoe": []}) == "local"
-    assert comparison_tables.baseline_of({"local": [], "fedavg": []}, "local") == "local"
+def test_the_baseline_is_the_given_method_else_the_first_federated_one_else_the_first():
+    reference = replace(run("local"), plan=replace(run("local").plan, reference=True))
+    groups = {"local": [reference], "ditto": [run("ditto")], "fedavg": [run("fedavg")]}
+    assert comparison_tables.baseline_of(groups) == "ditto"
+    assert comparison_tables.baseline_of({"local": [reference]}) == "local"
+    assert comparison_tables.baseline_of(groups, "local") == "local"
     with pytest.raises(BadValue, match="did you mean fedavg"):
-        comparison_tables.baseline_of({"local": [], "fedavg": []}, "fedavgg")
+        comparison_tables.baseline_of(groups, "fedavgg")
 
 
 def test_csv_gives_interval_and_difference_of_each_measure():
