@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from fedexperts.report import (
     comparison_figures,
     comparison_tables,
     csv_export,
+    empty_updates,
     facts,
     figure_numbers,
     page,
@@ -22,8 +23,8 @@ from fedexperts.report import (
     run_tables,
     settings_tables,
 )
-from fedexperts.report.read import RunResults, by_setting, read_all
-from fedexperts.report.table_format import Table, cells_csv, to_markdown, to_rich
+from fedexperts.report.read import RunResults, by_label, by_setting, read_all
+from fedexperts.report.table_format import Table, cells_csv, markdown_text, to_markdown, to_rich
 from fedexperts.report.table_format import width as table_width
 from fedexperts.report.traces import Figure
 
@@ -35,6 +36,7 @@ class Report:
     runs: tuple[RunResults, ...]
     tables: tuple[Table, ...]
     written: tuple[Path, ...]
+    warnings: tuple[str, ...] = ()
     unfinished: tuple[str, ...] = ()  # runs that are left out of the comparison, unless none is finished
 
 
@@ -64,6 +66,7 @@ def write(
     by_method = {method: [run for each in settings.values() for run in each[method]] for method in groups}
     base = comparison_tables.baseline_of(by_method, baseline)
     unfinished = _unfinished(runs) if len(runs) > 1 else ()
+    warning = empty_updates.warning(by_label(settings))
     make_page: Callable[[], str]
     make_figures: Callable[[], Mapping[str, Sequence[Figure]]]
     if len(settings) > 1:
@@ -83,8 +86,8 @@ def write(
     if csv is not None:
         texts[csv] = csv_export.to_csv(settings, base)
     if markdown is not None:
-        remarks = [f"Not finished: {'; '.join(unfinished)}. {facts.UNFINISHED}\n"] if unfinished else []
-        texts[markdown] = "\n".join([*map(to_markdown, tables), *remarks])
+        remarks = [warning, f"Not finished: {'; '.join(unfinished)}. {facts.UNFINISHED}" if unfinished else ""]
+        texts[markdown] = "\n".join([*map(to_markdown, tables), *(f"{markdown_text(each)}\n" for each in remarks if each)])
     pngs: tuple[Path, ...] = ()
     if pictures is not None:
         drawings = [figure for group in make_figures().values() for figure in group]
@@ -93,17 +96,19 @@ def write(
         texts |= {path.with_suffix(".csv"): text for path, text in zip(pngs, numbers, strict=True)}
     for path, text in texts.items():
         write_text(path, text)
-    return Report(runs, tables, (*texts, *pngs), unfinished)
+    return Report(runs, tables, (*texts, *pngs), (warning,) if warning else (), unfinished)
 
 
 def table(folders: Sequence[Path], width: int | None = None) -> RichTable:
     """The table printed at the end of a run or comparison: quality overall and of each task, bytes, memory, experts held,
     failures; for several settings, the overall quality in each.
 
-    Methods are rows, or columns if that fits `width` characters (by default the terminal's) better.
+    Methods are rows, or columns if that fits `width` characters (by default the terminal's) better. The note warns of clients
+    that sent no expert.
     """
     settings = by_setting(_compared(read_all(folders)))
-    upright = comparison_tables.final(settings[""]) if len(settings) == 1 else settings_tables.overall(settings)
+    results = comparison_tables.final(settings[""]) if len(settings) == 1 else settings_tables.overall(settings)
+    upright = replace(results, note=f"{empty_updates.warning(by_label(settings))} {results.note}".strip())
     wide = width or shutil.get_terminal_size().columns
     fits = table_width(upright) <= max(wide, table_width(upright.transposed()))
     return to_rich(upright if fits else upright.transposed())

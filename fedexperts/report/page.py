@@ -20,6 +20,7 @@ from fedexperts.report import (
     axes,
     comparison_figures,
     comparison_tables,
+    empty_updates,
     experts_map,
     facts,
     figure_numbers,
@@ -28,7 +29,7 @@ from fedexperts.report import (
     run_tables,
     settings_tables,
 )
-from fedexperts.report.read import Groups, RunResults, Settings, all_runs
+from fedexperts.report.read import Groups, RunResults, Settings, all_runs, by_label
 from fedexperts.report.table_format import Table
 from fedexperts.report.traces import Figure
 
@@ -100,6 +101,7 @@ def one_run(run: RunResults) -> str:
     return _page(
         title=f"{run.plan.method} on {run.plan.model.name}",
         facts=facts.of_run(run),
+        warning=empty_updates.warning({run.plan.method: [run]}),
         cards=facts.headline(run),
         overview=_tables(run_tables.quality(run)),
         sections=sections,
@@ -126,6 +128,7 @@ def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> st
     return _page(
         title=f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds",
         facts=facts.of_comparison(list(groups), all_runs(groups), unfinished),
+        warning=empty_updates.warning(groups),
         cards={},
         overview=_tables(comparison_tables.final(groups)),
         sections=sections,
@@ -138,7 +141,7 @@ def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str
     """The page of several settings; `unfinished` names the runs that are not finished."""
     methods = settings_tables.methods(settings)
     drawn = comparison_figures.several_settings(settings)
-    every = {f"{name}: {label}": runs for name, groups in settings.items() for label, runs in groups.items() if runs}
+    every = by_label(settings)
     maps = _maps(every)
     over_axes = [part for axis in axes.AXES for part in _figures(drawn[axis])]
     within = {
@@ -158,6 +161,7 @@ def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str
     return _page(
         title=f"{len(methods)} methods in {len(settings)} settings",
         facts=facts.of_comparison(methods, all_runs(every), unfinished),
+        warning=empty_updates.warning(every),
         cards={},
         overview=_tables(settings_tables.overall(settings)),
         sections=sections,
@@ -188,6 +192,7 @@ def _all_failures(groups: Groups) -> Table:
 def _page(
     title: str,
     facts: Mapping[str, str],
+    warning: str,
     cards: Mapping[str, str],
     overview: Sequence[Part],
     sections: Mapping[str, Sequence[Part]],
@@ -206,6 +211,7 @@ def _page(
             policy=f"default-src 'none'; script-src {hashes}; {POLICY}",
             style=_text_of("page.css"),
             facts=facts,
+            warning=warning,
             cards=cards,
             overview=overview,
             sections=[Section(name, _anchor(name), parts) for name, parts in sections.items() if parts],

@@ -254,6 +254,16 @@ def by_setting(runs: Sequence[RunResults]) -> dict[str, dict[str, tuple[RunResul
     return {name: {method: groups.get(method, ()) for method in methods} for name, groups in by_name.items()}
 
 
+def by_label(settings: Settings) -> dict[str, Sequence[RunResults]]:
+    """`setting: method`, or the method alone in a setting without a name → its runs, where there are any."""
+    return {
+        f"{name}: {method}" if name else method: runs
+        for name, groups in settings.items()
+        for method, runs in groups.items()
+        if runs
+    }
+
+
 def all_runs(groups: Groups) -> list[RunResults]:
     """The runs of all methods."""
     return [run for runs in groups.values() for run in runs]

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from fedexperts.report import axes, comparison_tables, expert_sets, measures, scores, targets
 from fedexperts.report.axes import Axis
 from fedexperts.report.expert_sets import ExpertCounts
-from fedexperts.report.read import Groups, RunResults, Settings, all_runs
+from fedexperts.report.read import Groups, RunResults, Settings, all_runs, by_label
 from fedexperts.report.table_format import NONE, Table, count, number, plus_minus, with_unit
 from fedexperts.report.targets import Target
 
@@ -180,5 +180,5 @@ def percent(share: float) -> str:
 
 def _note(settings: Settings) -> str:
     """What ± means, and what was scored."""
-    every = {f"{name}: {method}": runs for name, groups in settings.items() for method, runs in groups.items()}
+    every = by_label(settings)
     return f"{comparison_tables.interval_note(every)} {scores.scored_note(all_runs(every))}"

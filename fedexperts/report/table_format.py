@@ -77,8 +77,14 @@ def plus_minus(value: Interval | None, unit: str, sign: str = "") -> str:
 def to_markdown(table: Table) -> str:
     """A GitHub Markdown table under its title."""
     marks = ["---" if index in table.text_columns else "---:" for index in range(len(table.columns))]
-    lines = [f"### {_markdown(table.title)}", "", _line(table.columns), f"| {' | '.join(marks)} |", *map(_line, table.rows)]
-    return "\n".join([*lines, *(["", _markdown(table.note)] if table.note else [])]) + "\n"
+    lines = [f"### {markdown_text(table.title)}", "", _line(table.columns), f"| {' | '.join(marks)} |", *map(_line, table.rows)]
+    return "\n".join([*lines, *(["", markdown_text(table.note)] if table.note else [])]) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """`text` on one line, with the characters escaped that have a meaning in Markdown or HTML."""
+    safe = escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{char}" if char in "\\`*_[]|~" else char for char in safe)
 
 
 def to_rich(table: Table) -> RichTable:
@@ -116,13 +122,7 @@ def _bare(cell: str) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_markdown, cells))} |"
-
-
-def _markdown(text: str) -> str:
-    """`text` on one line, with the characters escaped that have a meaning in Markdown or HTML."""
-    safe = escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{char}" if char in "\\`*_[]|~" else char for char in safe)
+    return f"| {' | '.join(map(markdown_text, cells))} |"
 
 
 def _plain(text: str) -> Text:
