@@ -128,8 +128,11 @@ def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:
 
 def keys(model: type, prefix: str = "") -> Iterator[str]:
     """All settings of `model`, a pydantic model or a dataclass, by their full names."""
-    types = {name: each.annotation for name, each in model.model_fields.items()} if issubclass(model, BaseModel) else {}
-    types |= {each.name: each.type for each in fields(model)} if is_dataclass(model) else {}
+    types: dict[str, Any] = {}
+    if issubclass(model, BaseModel):
+        types = {name: each.annotation for name, each in model.model_fields.items()}
+    elif is_dataclass(model):
+        types = {each.name: each.type for each in fields(model)}
     for name, annotation in types.items():
         yield f"{prefix}{name}"
         inner = get_args(annotation)[0] if get_origin(annotation) in (tuple, Annotated) else annotation
