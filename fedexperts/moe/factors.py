@@ -91,6 +91,6 @@ def norm(b: Float[Tensor, "rows out rank"], a: Float[Tensor, "rows rank in"]) ->
 
 
 def add_to_base(model: nn.Module, change: Tensors) -> None:
-    """Adds a `base_change` to the weights of `model` under its adapters, in its own memory."""
+    """Adds to the weights of `model` under its adapters, in its own memory, each product BA of `change`, by the name of its A."""
     if change:
-        lora.add_beneath(model, rows.paired(model, {name.removeprefix("change/"): t for name, t in change.items()}))
+        lora.add_beneath(model, rows.paired(model, change))

@@ -129,14 +129,3 @@ def run(experts: nn.Module, rows: Float[Tensor, "tokens hidden"], ids: Sequence[
 def is_personal(name: str) -> bool:
     """Whether what is so called is one client's own: a weight of a personal expert or its gate, or which experts they were."""
     return CHILD in re.split(r"[./]", name)
-
-
-def kept(ids: Experts) -> dict[str, Tensor]:
-    """`ids` as a client keeps them: `grafted/<block>` → int64 [grafts]."""
-    return {f"{CHILD}/{name}": torch.tensor(chosen) for name, chosen in ids.items()}
-
-
-def chosen(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The ids that `kept` made tensors of, among whatever else a client keeps; nothing where it has no personal expert."""
-    start = f"{CHILD}/"
-    return {key.removeprefix(start): tuple(ids.tolist()) for key, ids in tensors.items() if key.startswith(start)}

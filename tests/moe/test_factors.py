@@ -101,7 +101,7 @@ def test_what_is_added_beneath_fresh_adapters_does_what_adapters_of_that_product
     before = {name: each.clone() for name, each in base.state_dict().items()}
     reference = adapted(base)
     trained = rows.read(reference)
-    change = {f"change/{a}": trained[b] @ trained[a] for a, b in factors.pairs(trained).items()}
+    change = {a: trained[b] @ trained[a] for a, b in factors.pairs(trained).items()}
     fresh = prepare(shrink(base, {}), LORA, "s")
     started = rows.read(fresh)
     assert not torch.allclose(logits(fresh, family), logits(reference, family), atol=1e-3)

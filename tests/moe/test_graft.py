@@ -129,8 +129,3 @@ def written(model: nn.Module, tensors):
 def test_experts_that_are_not_there_or_named_twice(ids):
     with pytest.raises(BadValue, match=r"model\.layers\.0\.mlp has experts 0 to 7"):
         grafted("olmoe", grafts=ids)
-
-
-def test_ids_are_kept_as_tensors_and_found_among_others():
-    ids = {"model.layers.0.mlp": (3, 1), "model.layers.1.mlp": (0, 2)}
-    assert graft.chosen({"model.layers.0.mlp.grafted.own_gate.weight": torch.zeros(1), **graft.kept(ids)}) == ids
