@@ -268,12 +268,16 @@ def add_beneath(model: nn.Module, products: Iterable[tuple[nn.Parameter, Tensor]
 
 
 def beneath(model: nn.Module, base: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Each frozen weight of `model` under an adapter, and what `base`, a model of the same shape, has in its place."""
-    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]:
-        yield layer.get_base_layer().weight, base.get_submodule(path).weight
-    for path, experts in [(path, module) for path, module in model.named_modules() if "lora" in module._modules]:
-        if isinstance(experts.lora, nn.ModuleDict):
-            yield from ((getattr(experts, name), getattr(base.get_submodule(path), name)) for name in experts.lora)
+    """Each frozen weight of `model` under an adapter, and what `base`, of which it is made, has in its place.
+
+    Personal experts, which `base` does not have, are left out.
+    """
+    there = dict(base.named_modules())
+    for path, module in model.named_modules():
+        if path in there and isinstance(module, LinearLoRA):
+            yield module.get_base_layer().weight, there[path].weight
+        elif path in there and isinstance(adapters := module._modules.get("lora"), nn.ModuleDict):
+            yield from ((getattr(module, name), getattr(there[path], name)) for name in adapters)
 
 
 def linears(model: nn.Module) -> list[tuple[str, int, float]]:

@@ -89,7 +89,7 @@ def test_drift_is_told_of_each_layer_and_is_not_nothing_after_training(measured)
 
 def test_a_method_that_trains_nothing_retains_what_the_base_knows_and_does_not_drift(tiny_tree, quiz, tmp_path):
     asked = config(tiny_tree, rounds=1, retained=[quiz], drift=True)
-    still = asked.model_copy(update={"training": asked.training.model_copy(update={"lr": 1e-12, "optimizer": "sgd"})})
+    still = asked.model_copy(update={"training": replace(asked.training, lr=1e-12, optimizer="sgd")})
     base, *clients = [row for row in lines(run(still, tmp_path / "out")) if "retained" in row]
     assert len(clients) == 4
     for row in clients:
@@ -142,11 +142,11 @@ def test_a_run_killed_before_its_last_checkpoint_writes_nothing_twice(tiny_tree,
 
     original = checkpoint.save
 
-    def save(out, server, answered):
+    def save(out, server):
         if server.round == 3 and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             raise Killed
-        original(out, server, answered)
+        original(out, server)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(Killed):
@@ -233,7 +233,7 @@ def test_a_run_goes_on_with_the_public_text_it_began_with(tiny_tree, tmp_path):
     asked = checked(RunConfig, {**tiny_tree, "method": method, "training": training, "federation": {"rounds": 1}})
     out = run(asked, tmp_path / "out")
     text.write_text("another text")
-    with pytest.raises(BadRun, match="began with other files: the public text changed"):
+    with pytest.raises(BadRun, match="began with other files: a file that the method names changed"):
         run(asked, out, resume=True)
     told = json.loads((out / "versions.json").read_text())
     before = {name: each for name, each in told.items() if name not in ("text_hash", "config_hash")}
