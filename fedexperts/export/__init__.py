@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
-from fedexperts.io.files import even_start, locked, require_room, whole_folder
+from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
 from fedexperts.models.load import align, place, without_bars
 from fedexperts.moe import lora
 from fedexperts.moe.kernel import choose_kernel
@@ -52,7 +52,7 @@ def export(
         BadValue: no such client, nothing that could be an adapter, `to` holds something, `kept` or `merge` without a client, or
             `merge` where adapters are asked for or there are none.
     """
-    require_room(to)
+    require_empty(to)
     run = open_run(folder)
     if kept is not None and client is None:
         raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
@@ -73,7 +73,7 @@ def export(
     if merge:
         lora.merge(found.model)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))
-    with whole_folder(to) as made, without_bars():
+    with atomic_folder(to) as made, without_bars():
         if adapter:
             write_adapter(run, found, made)
         elif kind.needs_code:
@@ -83,7 +83,7 @@ def export(
             del plain.config.kept_experts
             plain.save_pretrained(made)
         for file in made.glob("*.safetensors"):
-            even_start(file)
+            align_tensors(file)
         found.base.tokenizer.save_pretrained(made)
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
         (made / "README.md").write_text(card.text(run, found, client, adapter, kind.needs_code, merge))
