@@ -197,7 +197,7 @@ def test_a_folder_that_is_a_file_is_left_alone(fedexperts, run_file, tmp_path):
         ("training.lr", ["'training.lr' is not of the form", "a.b=c"]),
         ("devices.memory_gb=0.00001", ["client c01 has 0.0 MB", "takes", "MB to train", "give it more memory"]),
         ("devices.memory_gb=[1, 1]", ["2 numbers for 4 clients"]),
-        ("data.clients=100", ["50 clients", "there are 12", "ask for at most 3 clients"]),
+        ("data.clients=100", ["50 clients", "there are 12", "use at most 3 clients"]),
         ("model.name=/no/such/folder", ["/no/such/folder", "does not exist"]),
         ('data.sources=["none.jsonl"]', ["none.jsonl"]),
         ('data.sources=["ag_nwes"]', ["ag_nwes", "did you mean ag_news?"]),

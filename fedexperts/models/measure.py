@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexperts.core import evaluation
 from fedexperts.core.training import cross_entropy
-from fedexperts.data import sources
 from fedexperts.data.encode import Encoder
+from fedexperts.data.pack import PACKS, data_folder
+from fedexperts.data.readers import read
 from fedexperts.data.synthetic import examples
 from fedexperts.models.load import Base
 from fedexperts.models.settings import PretrainSettings, Stream, Texts
@@ -71,14 +72,14 @@ def held_out(name: str) -> Path | None:
     if path.is_file():
         beside = path.with_name(path.name.replace(".train.", ".test."))
         return beside if beside != path and beside.is_file() else None
-    stem = next((pack.test for pack in sources.PACKS.values() if name in pack.train and pack.test), name)
-    beside = sources.data_folder() / f"{stem}.test.jsonl.gz"
+    stem = next((pack.test for pack in PACKS.values() if name in pack.train and pack.test), name)
+    beside = data_folder() / f"{stem}.test.jsonl.gz"
     return beside if beside.is_file() else None
 
 
 def held_out_texts(file: Path, texts: Texts, number: int) -> list[str]:
     """At most `number`, as far apart as there are others between them."""
-    found = texts_of(sources.read(file), texts)
+    found = texts_of(read(file), texts)
     return found[:: math.ceil(len(found) / number)] if found and number else []
 
 

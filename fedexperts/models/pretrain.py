@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM, PreTraine
 
 from fedexperts.core.training import cross_entropy
 from fedexperts.data.encode import Encoder
-from fedexperts.data.synthetic import draw, text
+from fedexperts.data.synthetic import draw_example, sentences
 from fedexperts.errors import BadRun
 from fedexperts.io.files import locked, write_tensors, write_text
 from fedexperts.io.toml import different
@@ -330,10 +330,15 @@ def mixed(step: int, rank: int, settings: PretrainSettings) -> list[Example]:
     mixture, size = settings.mixture, settings.batch_size // settings.workers
     kind = Random(f"{settings.seed}/pretrain/{step}").random()  # the same for all workers
     if kind < mixture.text_share:
-        return text(size, f"{settings.seed}/{step}/{rank}")
+        return sentences(size, f"{settings.seed}/{step}/{rank}")
     rng = Random(f"{settings.seed}/pretrain/{step}/{rank}")
-    exposed = mixture.exposed_share if step >= mixture.exposed_from * settings.steps else 0.0
-    return [draw(rng.choice(mixture.exposed if rng.random() < exposed else mixture.tasks), rng, "train") for _ in range(size)]
+    exposed_share = mixture.exposed_share if step >= mixture.exposed_from * settings.steps else 0.0
+
+    def next_example() -> Example:
+        tasks = mixture.exposed if rng.random() < exposed_share else mixture.tasks
+        return draw_example(rng.choice(tasks), rng, "train")
+
+    return [next_example() for _ in range(size)]
 
 
 def average_gradients(model: nn.Module) -> None:

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexperts.data import sources
 from fedexperts.data.encode import end_token, special_tokens
+from fedexperts.data.pack import data_folder
+from fedexperts.data.readers import LocatedRow, at_location, hash_of, read
 from fedexperts.data.settings import DataSettings, SourceSettings
-from fedexperts.data.sources import Placed
 from fedexperts.data.synthetic import examples
-from fedexperts.data.templates import text_of
+from fedexperts.data.templates import field_text
 from fedexperts.errors import BadData
 from fedexperts.models.settings import PretrainSettings, Stream, Texts
 from fedexperts.types import Example
@@ -95,7 +96,7 @@ def read_parts(stream: Stream, seed: int) -> tuple[dict[str, list[Example]], dic
         BadData, BadValue: a source is missing, empty, damaged, unknown or no plain text.
     """
     loaded = [sources.load(SourceSettings(name=name), DataSettings(sources=(name,))) for name in stream.instructions]
-    hashes = {texts.name: sources.hash_of([text_file(texts.name)]) for texts in stream.texts}
+    hashes = {texts.name: hash_of([text_file(texts.name)]) for texts in stream.texts}
     number = stream.generated_examples
     parts = {
         "texts": [as_example(text) for texts in stream.texts for text in read_texts(texts)],
@@ -118,21 +119,21 @@ def read_texts(texts: Texts) -> list[str]:
     Raises:
         BadData: the file cannot be read, or one of `without` leaves nothing out.
     """
-    rows = sources.read(text_file(texts.name))
+    rows = read(text_file(texts.name))
     for prefix in texts.without:
         if not any(origin(row).startswith(prefix) for row in rows):
             raise BadData(f"stream.texts: no row of {texts.name} has a source that begins with {prefix!r}; mend its without")
     return texts_of(rows, texts)
 
 
-def texts_of(rows: Iterable[Placed], texts: Texts) -> list[str]:
+def texts_of(rows: Iterable[LocatedRow], texts: Texts) -> list[str]:
     """The `text` of each row whose `source` begins with none of `texts.without`."""
     return [
-        sources.at_place(row, lambda fields: text_of(fields, "text")) for row in rows if not origin(row).startswith(texts.without)
+        at_location(row, lambda fields: field_text(fields, "text")) for row in rows if not origin(row).startswith(texts.without)
     ]
 
 
-def origin(row: Placed) -> str:
+def origin(row: LocatedRow) -> str:
     return str(row.row.get("source", ""))
 
 
@@ -144,7 +145,7 @@ def text_file(name: str) -> Path:
     """
     path = Path(name)
     if not path.is_file():
-        path = sources.data_folder() / f"{name}.train.jsonl.gz"
+        path = data_folder() / f"{name}.train.jsonl.gz"
     if not path.is_file():
         raise BadData(f"stream.texts: neither {name} nor {path} is a file; give a path, or set FEDEXPERTS_DATA")
     return path

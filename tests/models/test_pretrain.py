@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fedexperts.data.encode import Encoder
-from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, side
+from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, split_of
 from fedexperts.errors import BadData, BadRun, BadValue, Busy
 from fedexperts.io.files import locked
 from fedexperts.models import pretrain as pretraining
@@ -110,7 +110,7 @@ def test_batches_hold_training_prompts_only_and_new_tasks_only_late_and_rarely(t
     early = [example for step in range(80) for example in mixed(step, 0, settings)]
     late = [example for step in range(80, 100) for example in mixed(step, 0, settings)]
     assert len(early) == 3200 and len(late) == 800
-    assert all(side(example.prompt) == "train" for example in early + late if example.task != "text")
+    assert all(split_of(example.prompt) == "train" for example in early + late if example.task != "text")
     assert {example.task for example in early} == {*BASE_TASKS, "text"}
     assert 2 <= sum(example.task in NEW_TASKS for example in late) <= 40
 

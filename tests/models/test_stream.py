@@ -99,5 +99,5 @@ def test_the_parts_are_those_named_mixed_but_for_the_texts_and_their_hashes_are_
     assert len(parts["generated"]) == 30
     assert hashes[str(tales)] == hashlib.sha256(tales.read_bytes()).hexdigest() and len(hashes) == 2
     assert list(read_parts(Stream(texts=({"name": str(tales)},)), seed=0)[0]) == ["texts"]
-    with pytest.raises(BadValue, match=r"'agnews' is not one of .*; did you mean ag_news"):
+    with pytest.raises(BadValue, match=r"'agnews' is no set of the data pack .*; did you mean ag_news"):
         read_parts(Stream(texts=({"name": str(tales)},), instructions=("agnews",), instruction_share=0.5), seed=0)
