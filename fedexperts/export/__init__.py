@@ -13,7 +13,7 @@ from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
 from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
-from fedexperts.models.load import align, place, without_bars
+from fedexperts.models.load import align_parameters, location_of, without_progress_bars
 from fedexperts.moe import lora
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.shrink import shrink
@@ -73,7 +73,7 @@ def export(
     if merge:
         lora.merge(found.model)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))
-    with atomic_folder(to) as made, without_bars():
+    with atomic_folder(to) as made, without_progress_bars():
         if adapter:
             write_adapter(run, found, made)
         elif kind.needs_code:
@@ -121,7 +121,7 @@ def write_adapter(run: Run, found: Exported, folder: Path) -> None:
     if why:
         raise BadValue(f"the model {why}; leave out --adapter")
     bare = shrink(found.base.model, {})
-    lora.save_adapter(found.model, bare, folder, place(run.config.model.name))
+    lora.save_adapter(found.model, bare, folder, location_of(run.config.model.name))
 
 
 def about(run: Run, client: str | None) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def load(folder: Path | str) -> PreTrainedModel:
             )
         raise BadValue(f"{folder} holds no model; give a folder that fedexperts export wrote")
     try:
-        with without_bars():
+        with without_progress_bars():
             model = _read(folder)
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -166,5 +166,5 @@ def _read(folder: Path) -> Any:
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_pretrained(folder, config=config)
     choose_kernel(model)
-    align(model)
+    align_parameters(model)
     return model
