@@ -61,7 +61,7 @@ def install(job: Job, context: ClientContext) -> nn.Module:
         tuning = replace(tuning, rank=rank, alpha=tuning.alpha * rank / tuning.rank)
     model = prepare(shrink(context.model, job.experts), tuning, seed=start_of(job), only=adapted(job))
     factors.add_to_base(model, factors.base_change(job.extra, context.client_state))
-    if grafts := graft.chosen(context.client_state):
+    if grafts := graft.ids_from_tensors(context.client_state):
         graft.attach(model, grafts, tuning, seed=job.seed)
     own = rows.layout(model)
     rows.write(model, job.patch.tensors)

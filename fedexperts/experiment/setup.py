@@ -88,7 +88,7 @@ class Parts:
         places = target_places(self.longest_response(config), size, base.encoder_decoder)
         key = config.model, training.tuning, size, training.optimizer, places, grafts
         make = partial(
-            footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_places=places, grafts=grafts
+            footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_positions=places, grafts=grafts
         )
         return kept(self.footprints, 8, key, make)
 

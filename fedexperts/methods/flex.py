@@ -77,9 +77,9 @@ class FLEx:
         The first time it is asked it selects the experts to graft, by the base as it came.
         """
         flops = 0.0
-        if not graft.chosen(context.client_state):
+        if not graft.ids_from_tensors(context.client_state):
             ids, flops = self.selected(job, context)
-            context.client_state.update(graft.kept(ids))
+            context.client_state.update(graft.ids_as_tensors(ids))
         model = install(job, context)
         fitted = fit(model, context, seed=job.seed)
         keep(job, context, model)

@@ -64,13 +64,13 @@ def test_what_is_evaluated_has_the_clients_own_experts():
 def test_experts_are_selected_once_and_stay():
     first = {name: context.client_state for name, context in one_round(FLEx(select="random"))[0].items()}
     later = {name: context.client_state for name, context in one_round(FLEx(select="random"), rounds=3)[0].items()}
-    assert all(graft.chosen(first[name]) == graft.chosen(later[name]) for name in first)
-    assert graft.chosen(first["a"]) != graft.chosen(first["b"])
+    assert all(graft.ids_from_tensors(first[name]) == graft.ids_from_tensors(later[name]) for name in first)
+    assert graft.ids_from_tensors(first["a"]) != graft.ids_from_tensors(first["b"])
 
 
 def test_each_selection_selects_what_it_says(tmp_path):
     def chosen(method):
-        return {name: graft.chosen(context.client_state) for name, context in one_round(method)[0].items()}
+        return {name: graft.ids_from_tensors(context.client_state) for name, context in one_round(method)[0].items()}
 
     context = tiny_context(tiny_model("olmoe"), CLIENTS[0], TRAINING)
     batches = [context.encoder.batch(context.data.train[start : start + 4]) for start in (0, 4)]

@@ -67,7 +67,8 @@ def test_it_equals_peft_with_the_same_weights(family):
     batch = tiny_batch(family)
     out, reference = ours.eval()(**batch), theirs.eval()(**batch)
     assert not torch.equal(out.logits, logits(tiny_model(family), family))
-    assert (out.logits - reference.logits).abs().max() <= 1e-6 * max(1.0, float(reference.logits.detach().abs().max()))
+    # Sums are in another order, and how far they differ depends on the processor.
+    assert (out.logits - reference.logits).abs().max() <= 3e-6 * max(1.0, float(reference.logits.detach().abs().max()))
     out.loss.backward()
     reference.loss.backward()
     name, matrix, adapter = adapters(ours)[0]

@@ -86,7 +86,7 @@ def test_an_encoder_that_generation_runs_by_itself_is_counted():
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_the_order_of_a_router_s_outputs_does_not_matter(order):
-    """It has changed between versions of transformers; they are told apart by type and shape."""
+    """It has changed between versions of transformers; they are distinguished by type and shape."""
     block = blocks(tiny_model("granitemoe"))["model.layers.0.block_sparse_moe"]
     output = block.router(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
     turned = tuple(output[part] for part in order)

@@ -123,8 +123,8 @@ def test_rows_cut_from_a_model_are_those_of_the_shrunk_model(family):
     small = rows.read(shrink(model, experts))
     assert tensors.keys() == small.keys()
     assert all(torch.equal(tensor, small[name]) for name, tensor in tensors.items())
-    assert all(tuple(kept.tolist()) == experts[rows.layout(model)[name]] for name, kept in ids.items())
-    assert len({id(kept) for kept in ids.values()}) == len(experts), "one tensor of ids for each block"
+    assert all(tuple(row_ids.tolist()) == experts[rows.layout(model)[name]] for name, row_ids in ids.items())
+    assert len({id(row_ids) for row_ids in ids.values()}) == len(experts), "one tensor of ids for each block"
 
 
 def test_a_block_that_is_not_named_is_cut_whole_and_without_ids():
@@ -136,12 +136,12 @@ def test_a_block_that_is_not_named_is_cut_whole_and_without_ids():
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
-    with pytest.raises(BadValue, match=r"norm.wieght is no trained parameter of this model; did you mean"):
+    with pytest.raises(BadValue, match=r"norm.wieght is no trained parameter of this model; give the name of one; did you mean"):
         rows.write(tiny_model("mixtral"), {"model.norm.wieght": torch.zeros(1, 32)})
 
 
 def test_rows_of_another_shape_are_refused():
-    with pytest.raises(BadValue, match=r"model.norm.weight is \[32\], but the model takes \[1, 32\]"):
+    with pytest.raises(BadValue, match=r"model.norm.weight has shape \[32\]; give \[1, 32\]"):
         rows.write(tiny_model("mixtral"), {"model.norm.weight": torch.zeros(32)})
 
 
@@ -188,7 +188,7 @@ def no_room(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_large_sums_are_not_held_in_memory(monkeypatch):
+def test_large_sums_are_not_in_memory(monkeypatch):
     monkeypatch.setattr(rows, "AT_ONCE", 2**16)
     sent = torch.randn(4, 2**21)
     before = resident_bytes()
@@ -213,8 +213,8 @@ senders = st.lists(
 
 def mean_of(clients):
     mean = RowMean(torch.tensor([[7.0], [8.0], [9.0]]))
-    for values, kept, weight in clients:
-        ids = torch.tensor(sorted(kept))
+    for values, sent_ids, weight in clients:
+        ids = torch.tensor(sorted(sent_ids))
         mean.add(torch.tensor(values)[ids][:, None], ids=ids, weight=float(weight))
     return mean.result()
 
