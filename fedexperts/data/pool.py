@@ -77,7 +77,7 @@ def without_retained(pool: Pool, retained: Retained) -> Pool:
 
 
 def deduplicated_pool(train: Sequence[Example], test: Sequence[Example], hashes: Mapping[str, str] | None = None) -> Pool:
-    """`train` and `test` without repeats: the first of equal examples stays, and a test example rather than a training one."""
+    """`train` and `test` without repeats: of repeats the first stays, in the place of the last, or else the test example."""
     tests = {duplicate_key(example): example for example in reversed(test)}
     trains = {duplicate_key(example): example for example in reversed(train) if duplicate_key(example) not in tests}
     left_out = len(train) + len(test) - len(tests) - len(trains)

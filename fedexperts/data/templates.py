@@ -178,7 +178,7 @@ def kind_of(row: Row) -> str:
         if needed_names <= names:
             return kind
     raise BadData(
-        f"its fields are {listed(sorted(names), 3)}, but known are only instruction and output, prompt and response, text and"
+        f"its fields are {listed(sorted(names), 2)}, but known are only instruction and output, prompt and response, text and"
         ' label, or text; name them: { name = "…", prompt = "field", response = "field" }'
     )
 

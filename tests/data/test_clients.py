@@ -353,6 +353,36 @@ def test_retained_examples_are_a_sample_of_the_test_examples_and_choices_are_sco
     assert {example.metric for example in with_metric.examples} == {"accuracy"}
 
 
+def test_a_task_whose_sources_have_different_prompts_has_an_empty_frame(tmp_path):
+    for name, form in (("one", "Say {}"), ("two", "Tell {}"), ("same", "Say {}")):
+        rows = [json.dumps({"word": f"{name} {number}", "answer": "x"}) for number in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        (tmp_path / f"{name}.form").write_text(form.format("{word}"))
+
+    def frames(*names):
+        sources = [
+            {
+                "name": str(tmp_path / f"{name}.jsonl"),
+                "prompt": (tmp_path / f"{name}.form").read_text(),
+                "response": "answer",
+                "task": "t",
+            }
+            for name in names
+        ]
+        return load_pool(settings(sources=sources)).frames
+
+    assert frames("one", "same") == {"t": ("Say ", "")}
+    assert frames("one", "two") == frames("one", "two", "same") == {"t": ("", "")}
+
+
+def test_clients_are_as_many_as_their_names():
+    assert settings(clients=2, names=["a", "b"]).clients == 2
+    data = DataSettings.model_validate({"sources": TASKS, "names": ["north", "east", "south"]})
+    assert data.clients == 3 and list(make_clients(data, 0)) == ["north", "east", "south"]
+    with pytest.raises(ValidationError, match="names gives 1 different names for 2 clients; give each its own"):
+        settings(clients=2, names=["a", "a"])
+
+
 def test_no_client_trains_on_a_retained_example():
     pool = load_pool(settings(sources="synthetic/sort", limit=40))
     retained = tuple(replace(example, task="other") for example in pool.train[:5])

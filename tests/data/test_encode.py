@@ -193,3 +193,25 @@ def test_a_batch_of_nothing_and_too_few_tokens_are_refused():
         Encoder(PLAIN, 64).batch([])
     with pytest.raises(BadValue, match="at least 4 tokens"):
         Encoder(PLAIN, 3)
+
+
+def test_choices_longer_than_all_tokens_leave_the_prompt_a_quarter():
+    example = Example("word " * 200, "yes", "any", choices=("yes", "no " * 100))
+    assert Encoder(PLAIN, 64).prompts([example])["input_ids"].shape[1] == 16
+
+
+def test_a_response_may_reserve_all_but_two_tokens():
+    free = Example("word " * 200, "yes", "any")
+    assert Encoder(PLAIN, 7, response_tokens=99).prompts([free])["input_ids"].shape[1] == 2
+
+
+def test_of_an_odd_number_of_tokens_the_end_of_a_prompt_has_one_more():
+    assert without_middle([1, 2, 3, 4, 5, 6], 5) == [1, 2, 4, 5, 6]
+    assert without_middle([1, 2, 3], 3) == [1, 2, 3]
+    assert without_middle([1, 2, 3], 1) == [3]
+
+
+def test_the_end_token_with_which_an_encoder_decoder_starts_does_not_end_its_answer():
+    ids, end = PLAIN(" Business")["input_ids"], PLAIN.eos_token_id
+    assert Encoder(PLAIN, 64, encoder_decoder=True).decode(torch.tensor([[end, *ids, end, *ids]])) == ["Business"]
+    assert Encoder(PLAIN, 64, encoder_decoder=True).decode(torch.tensor([[end, *ids, *ids]])) == ["Business Business"]

@@ -282,3 +282,108 @@ def test_settings_survive_being_written_and_read():
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         DataSettings.model_validate(settings)
+
+
+def write_pack(folder: Path, stem: str, rows: dict[str, list[dict]]) -> None:
+    for split, content in rows.items():
+        path = folder / f"{stem}.{split}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jsonl(path, content)
+
+
+def test_a_task_of_a_pack_is_named_in_full_or_by_the_start_of_its_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDEXPERTS_DATA", str(tmp_path))
+    tasks = ("task1", "task1_long", "task1_short", "task12_other", "task875_emotion_classification")
+    rows = [
+        {"task": task, "instruction": "Do", "input": f"{task} {n}", "output": f"answer {n % 2}"}
+        for task in tasks
+        for n in range(3)
+    ]
+    write_pack(tmp_path, "instruct/superni", {"train": rows, "test": rows[::3]})
+    assert {example.task for example in source("superni").train} == {f"superni/{task}" for task in tasks}
+    assert {example.task for example in source("superni/task1").train} == {"superni/task1"}
+    assert {example.task for example in source("superni/task12").train} == {"superni/task12"}
+    emotions = source("superni/task875_emotion_classification", task="mood")
+    assert {(each.task, each.metric, each.choices) for each in emotions.train} == {("mood", "accuracy", ("answer 0", "answer 1"))}
+    with pytest.raises(BadValue, match=r"has no task 'task2', only task1, task12_other, task1_long, task1_short, … \(5 in all\)"):
+        source("superni/task2")
+
+
+def test_a_sample_keeps_the_order_of_its_source(tmp_path):
+    path = jsonl(tmp_path / "sums.jsonl", ROWS)
+    prompts = [example.prompt for example in source(path).train]
+    sampled = [example.prompt for example in source(path, limit=9).train]
+    assert len(sampled) == 9 and sampled == [prompt for prompt in prompts if prompt in sampled]
+    assert source(path, limit=18) == source(path)
+
+
+def test_at_least_one_row_is_for_testing_and_a_single_row_is_for_training(tmp_path):
+    assert [len(rows) for rows in vars(source(jsonl(tmp_path / "three.jsonl", ROWS[:3]))).values() if isinstance(rows, list)] == [
+        2,
+        1,
+    ]
+    single = source(jsonl(tmp_path / "one.jsonl", ROWS[:1]))
+    assert (len(single.train), single.test) == (1, [])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_field(tmp_path):
+    (tmp_path / "excel.csv").write_bytes(b"\xef\xbb\xbfprompt,response\na,b\nc,d\n")
+    assert {example.response for example in source(tmp_path / "excel.csv").train + source(tmp_path / "excel.csv").test} == {
+        "b",
+        "d",
+    }
+
+
+def test_a_hub_set_whose_test_split_is_empty_is_divided_itself(monkeypatch):
+    rows = datasets.Dataset.from_list(ROWS)
+    splits = datasets.DatasetDict({"train": rows, "test": rows.select([])})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits)
+    assert [len(part) for part in (source("hub:a/b").train, source("hub:a/b").test)] == [18, 2]
+
+
+@pytest.mark.parametrize(
+    ("gold", "message"), [(-1, "its gold is -1"), (2, "its gold is 2, but it has 2 choices"), (None, "no field gold")]
+)
+def test_a_question_without_its_right_choice_is_refused_with_the_line(tmp_path, gold, message):
+    rows = [{"instruction": "Choose.", "input": f"{n}", "choices": ["a", "b"], "gold": 0, "output": "A"} for n in range(4)]
+    path = jsonl(tmp_path / "quiz.jsonl", [*rows, {**rows[0], "gold": gold}])
+    with pytest.raises(BadData, match=f"quiz.jsonl, line 5: .*{message}"):
+        source(path)
+
+
+def test_a_row_that_breaks_its_template_is_named_in_one_sentence(tmp_path):
+    path = jsonl(tmp_path / "quiz.jsonl", [{"instruction": "Choose.", "input": "?", "choices": 7, "gold": 0, "output": "A"}] * 2)
+    with pytest.raises(
+        BadData, match=r"quiz.jsonl, line [12]: its fields do not fit together \(TypeError: .*\); correct or remove"
+    ) as refused:
+        source(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_labels_may_have_blanks_around_them(tmp_path):
+    rows = [{"prompt": f"say {n}", "response": "x", "kind": (" riddle", "sum ")[n % 2]} for n in range(20)]
+    loaded = source(csv(tmp_path / "kinds.csv", rows), prompt="prompt", response="response", label="kind")
+    assert {(example.label, int(example.prompt[-1]) % 2) for example in loaded.train} == {(0, 0), (1, 1)}
+
+
+def test_classes_that_are_numbers_keep_their_order_and_come_before_names(tmp_path):
+    rows = [{"text": f"text {n}", "label": (10, 9, "b", "a")[n % 4]} for n in range(40)]
+    loaded = source(jsonl(tmp_path / "mixed.jsonl", rows))
+    assert loaded.train[0].choices == ("9", "10", "a", "b")
+
+
+def long_names(number: int) -> dict:
+    return {f"a_rather_long_name_of_a_field_{index}": "x" for index in range(number)}
+
+
+def test_error_sentences_stay_short_whatever_they_name(tmp_path):
+    paths = {
+        "fields": jsonl(tmp_path / "fields.jsonl", [long_names(60)]),
+        "missing": jsonl(tmp_path / "missing.jsonl", [{"prompt": "a", **long_names(60)}]),
+    }
+    sources = [{"name": str(paths["fields"])}, {"name": str(paths["missing"]), "prompt": "prompt", "response": "answer"}]
+    sources += [{"name": "not/a source"}, {"name": "synthetic/srot"}]
+    for settings in sources:
+        with pytest.raises(BadValue) as refused:
+            source(**settings)
+        assert len(str(refused.value).replace(str(tmp_path), "")) <= 300

@@ -11,7 +11,7 @@ from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
 from fedexperts.errors import BadValue, NoExperts
 from fedexperts.models import summary
-from fedexperts.models.load import BUNDLED, load
+from fedexperts.models.load import BUNDLED, align_parameters, load, load_or_explain
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.testing import tiny_model
@@ -140,3 +140,25 @@ def test_a_model_with_code_of_its_own_runs_only_on_trust(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
     with pytest.raises(BadValue, match=r"set model\.trust_remote_code = true if you trust its authors"):
         load(str(tmp_path))
+
+
+def test_parameters_that_start_anywhere_are_moved_to_multiples_of_64_bytes_and_others_stay():
+    model = torch.nn.Linear(8, 8, bias=False)
+    memory = torch.arange(100.0)
+    shifted = next(start for start in range(17) if memory[start:].data_ptr() % 64 == 4)
+    values = memory[shifted : shifted + 64].view(8, 8)
+    model.weight = torch.nn.Parameter(values)
+    align_parameters(model)
+    assert model.weight.data_ptr() % 64 == 0 and torch.equal(model.weight, values)
+    address = model.weight.data_ptr()
+    align_parameters(model)
+    assert model.weight.data_ptr() == address
+
+
+def test_error_sentences_about_a_model_stay_short(tmp_path, monkeypatch):
+    def fail():
+        raise OSError("reason " * 200)
+
+    with pytest.raises(BadValue) as refused:
+        load_or_explain("someone/model", fail)
+    assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)

@@ -325,3 +325,22 @@ def test_the_recorder_sees_the_same_routing():
     with SelectiveBackward(model), Recorder(model) as recorder:
         model(**batch)
     assert all(torch.equal(each, plain.routing().counts[name]) for name, each in recorder.routing().counts.items())
+
+
+def test_before_experts_are_chosen_all_are_left_out():
+    for family in ("olmoe", "switch_transformers"):
+        model = trained(family, Tuning())
+        with SelectiveBackward(model) as selective:
+            everything = {
+                id(parameter) for part in selective._parts.values() for e in range(8) for parameter in part.parameters_of(e)
+            }
+            assert {id(parameter) for parameter in selective.left_out()} == everything
+            selective.choose(dict.fromkeys(blocks(model), tuple(range(8))))
+            assert not list(selective.left_out())
+
+
+@pytest.mark.parametrize("ids", [(1, 0), (2, 2), (-1, 0), (7, 8)])
+def test_chosen_experts_ascend_and_exist(ids):
+    model = trained("switch_transformers", Tuning())
+    with SelectiveBackward(model) as selective, pytest.raises(BadValue, match="ascending, each once"):
+        selective.choose({next(iter(blocks(model))): ids})

@@ -136,3 +136,8 @@ def test_ids_are_restored_from_among_other_tensors():
     assert (
         graft.ids_from_tensors({"model.layers.0.mlp.grafted.own_gate.weight": torch.zeros(1), **graft.ids_as_tensors(ids)}) == ids
     )
+
+
+def test_what_is_personal_has_the_name_as_a_whole_part_of_its_path():
+    assert graft.is_personal("model.layers.0.mlp.grafted.copies.up") and graft.is_personal("grafted/model.layers.0.mlp")
+    assert not graft.is_personal("model.layers.0.mlp.regrafted.up") and not graft.is_personal("grafted_heads.weight")

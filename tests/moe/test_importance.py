@@ -191,3 +191,13 @@ def test_random_scores_come_from_their_seed_alone():
     before = torch.get_rng_state()
     assert torch.equal(at_random(5, "a"), at_random(5, "a")) and not torch.equal(at_random(5, "a"), at_random(5, "b"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_block_that_saw_no_token_has_no_importance_and_is_never_selected():
+    model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers")
+    with Recorder(model, keep_logits=True) as recorder, torch.no_grad():
+        model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    scores = importance(recorder)
+    for vector in (scores.usage, scores.combined, scores.bottleneck, scores.picked, scores.tokens):
+        assert vector[:8].any() and not vector[8:].any()
+    assert not select(scores.combined, scores.picked, [8, 8], 16)[8:].any()

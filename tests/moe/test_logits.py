@@ -24,3 +24,10 @@ def test_predictions_are_the_logits_before_each_target_and_leave_out_places_with
     assert torch.equal(targets[targets != IGNORED], batch["labels"][batch["labels"] != IGNORED])
     if family != "switch_transformers":
         assert logits.shape[1] == targets.shape[1] == 5
+
+
+def test_a_batch_without_any_target_has_no_predictions():
+    batch = tiny_batch("olmoe")
+    batch["labels"][:] = IGNORED
+    logits, targets = predictions(tiny_model("olmoe"), batch)
+    assert logits.shape == (2, 0, 64) and targets.shape == (2, 0)

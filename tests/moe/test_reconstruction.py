@@ -177,3 +177,38 @@ def test_a_selection_costs_a_pass_and_each_expert_each_token_that_it_looks_at(fa
     assert plain > 0
     assert selection_flops_estimated(model, [batch], passes=1) == plain + 2 * looked
     assert selection_flops_estimated(model, [batch], passes=3, stride=2) == 3 * plain + 3 * looked
+
+
+def same_experts(model):
+    """Makes the experts of each block equal, and each router prefer the first ones."""
+    with torch.no_grad():
+        for block in blocks(model).values():
+            for weight in block.experts.parameters():
+                weight.copy_(weight[:1].expand_as(weight))
+    return model
+
+
+def test_of_experts_with_equal_losses_the_lower_is_selected():
+    model, batches = same_experts(tiny_model("olmoe")), [tiny_batch("olmoe")]
+    losses = reconstruction_losses(model, batches, {})
+    assert all(len(set(loss.tolist())) == 1 for loss in losses.values())
+    assert by_reconstruction(model, batches) == dict.fromkeys(blocks(model), (0,))
+
+
+def test_of_experts_that_are_picked_equally_often_the_lower_are_selected():
+    model, batch = tiny_model("olmoe", num_experts=64), tiny_batch("olmoe", batch_size=1, tokens=1, padding=0)
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(**batch)
+    for name, ids in most_used(model, [batch], 32).items():
+        picked = recorder.routing().counts[name].nonzero().flatten().tolist()
+        others = [expert for expert in range(64) if expert not in picked]
+        assert ids == tuple(sorted([*picked, *others[: 32 - len(picked)]]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_selection_is_made_without_dropout_and_leaves_the_mode_of_the_model(training):
+    model, batch = tiny_model("switch_transformers", dropout_rate=0.5), tiny_batch("switch_transformers")
+    reference = by_reconstruction(model.eval(), [batch]), most_used(model, [batch])
+    model.train(training)
+    assert by_reconstruction(model, [batch]) == reference[0] and model.training == training
+    assert most_used(model, [batch]) == reference[1] and model.training == training

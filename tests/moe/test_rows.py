@@ -230,3 +230,37 @@ def test_the_order_of_arrival_does_not_show(clients, chance):
 @given(st.lists(floats, min_size=3, max_size=3), st.integers(1, 1000))
 def test_one_client_is_taken_at_its_word(values, weight):
     assert mean_of([(values, {0, 1, 2}, weight)]).flatten().tolist() == values
+
+
+def test_rows_that_are_whole_are_not_copied_when_they_are_cut():
+    model = tiny_model("mixtral")
+    tensors, layout = rows.read(model), rows.layout(model)
+    cut, ids = rows.cut(tensors, layout, {"model.layers.0.mlp": tuple(range(8)), "model.layers.1.mlp": (0, 1)})
+    for name, tensor in cut.items():
+        assert (tensor is tensors[name]) == (layout[name] != "model.layers.1.mlp"), name
+    assert len({name.split(".")[2] for name in ids}) == 2
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "switch_transformers", "gpt_oss"])
+def test_rows_that_are_taken_are_those_that_are_read_and_share_memory_where_they_can(family):
+    model = tiny_model(family)
+    taken, read = rows.take(model), rows.read(model)
+    assert taken.keys() == read.keys()
+    assert all(torch.equal(tensor, read[name]) and tensor.is_contiguous() for name, tensor in taken.items())
+    stacked = [name for name in taken if ".experts." in name and family != "switch_transformers"]
+    assert all(taken[name].data_ptr() == model.get_parameter(name).data_ptr() for name in stacked)
+
+
+def test_only_the_named_rows_are_written():
+    model = tiny_model("switch_transformers")
+    name = "encoder.block.1.layer.1.mlp.experts.wi.weight"
+    before = rows.read(model)[name]
+    rows.write(model, {name: torch.zeros(2, 24, 32)}, {name: torch.tensor([6, 1])})
+    after = rows.read(model)[name]
+    assert [index for index in range(8) if not torch.equal(before[index], after[index])] == [1, 6]
+    assert not after[[1, 6]].any()
+
+
+def test_a_mean_of_no_client_is_what_it_started_from():
+    start = torch.randn(3, 2).T  # not contiguous
+    assert torch.equal(RowMean(start).result(), start) and RowMean(start).result().is_contiguous()

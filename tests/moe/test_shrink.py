@@ -190,3 +190,26 @@ def test_loading_leaves_the_random_generator_alone(tmp_path):
     before = torch.get_rng_state()
     shrink.load(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("number_of_groups", [1, 2])
+def test_fewer_groups_than_the_router_would_pick_are_all_picked(number_of_groups):
+    model = tiny_model("deepseek_v3", n_group=4, topk_group=2)
+    small = shrink.shrink(model, {"model.layers.1.mlp": tuple(range(2 * number_of_groups))})
+    router = blocks(small)["model.layers.1.mlp"].router
+    assert (router.num_group, router.topk_group) == (number_of_groups, min(2, number_of_groups))
+    assert blocks(model)["model.layers.1.mlp"].router.topk_group == 2
+
+
+def test_the_generation_settings_of_a_folder_are_loaded(tmp_path):
+    model = tiny_model("mixtral")
+    model.generation_config.max_new_tokens = 7
+    shrink.save(model, tmp_path)
+    assert shrink.load(tmp_path).generation_config.max_new_tokens == 7
+
+
+def test_error_sentences_name_few_of_many_experts():
+    model = tiny_model("olmoe", num_experts=256)
+    with pytest.raises(BadValue) as refused:
+        shrink.shrink(model, {FIRST: tuple(range(300))})
+    assert len(str(refused.value)) <= 300 and "(300 in all); give ids from 0 to 255" in str(refused.value)
