@@ -62,7 +62,7 @@ from fedexperts.experiment.runtime import clock_for
 from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.federation import federate, jobs_for
 from fedexperts.io.toml import checked, to_toml
-from fedexperts.models.load import place
+from fedexperts.models.load import location_of
 from fedexperts.types import Engine, Job
 
 ADAPTERS = {"train": "lora", "parts": ["attention"], "attention_modules": ["q_proj", "k_proj", "v_proj"], "rank": 32, "alpha": 64}
@@ -359,7 +359,7 @@ def weigh_deployment(sent: str) -> tuple[int, int, str]:
 
     with tempfile.TemporaryDirectory(prefix="engines-") as temporary:
         folder = Path(temporary)
-        model = Path(shutil.copytree(place("small"), folder / "model"))
+        model = Path(shutil.copytree(location_of("small"), folder / "model"))
         prepared = prepare_run(settings(sent, str(model)))
 
         def after_first() -> None:
@@ -397,12 +397,12 @@ def memory(repeat: int) -> Table:
 
 def wide_model(folder: Path) -> Path:
     """A random model of 200 MB with the tokenizer of `small`."""
-    config = AutoConfig.from_pretrained(place("small"), intermediate_size=WIDE, dtype="float32")
+    config = AutoConfig.from_pretrained(location_of("small"), intermediate_size=WIDE, dtype="float32")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(place("small")) / name, folder)
+        shutil.copy(Path(location_of("small")) / name, folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedexperts.engines.message import Message, from_bytes, to_bytes
 from fedexperts.errors import BadMessage
-from fedexperts.io.files import encoded
+from fedexperts.io.files import safetensors_bytes
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 MOST_BYTES = 2**30
@@ -132,7 +132,7 @@ def written(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) 
     for name, tensor in ((f"{group}/{name}", tensor) for group, held in groups.items() for name, tensor in held.items()):
         shapes[name] = None if tensor.nbytes <= MOST_BYTES else list(tensor.shape)
         for number, piece in enumerate(pieces(tensor)):
-            parts[place(name, number)] = encoded({TENSOR: piece})
+            parts[place(name, number)] = safetensors_bytes({TENSOR: piece})
     return Message({**head, "tensors": shapes, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}, parts)
 
 

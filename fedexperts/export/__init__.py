@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
-from fedexperts.io.files import even_start, locked, require_room, whole_folder
-from fedexperts.models.load import align, place, without_bars
+from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
+from fedexperts.models.load import align_parameters, location_of, without_progress_bars
 from fedexperts.moe import lora
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.shrink import shrink
@@ -56,7 +56,7 @@ def export(
         BadValue: no such client, nothing that could be an adapter, `to` holds something, `kept` or `merge` without a client, or
             `merge` where adapters are asked for or there are none.
     """
-    require_room(to)
+    require_empty(to)
     run = open_run(folder)
     if kept is not None and client is None:
         raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
@@ -77,7 +77,7 @@ def export(
     if merge:
         lora.merge(found.model)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))
-    with whole_folder(to) as made, without_bars():
+    with atomic_folder(to) as made, without_progress_bars():
         if adapter:
             write_adapter(run, found, made)
         elif kind.needs_code:
@@ -87,7 +87,7 @@ def export(
             del plain.config.kept_experts
             plain.save_pretrained(made)
         for file in made.glob("*.safetensors"):
-            even_start(file)
+            align_tensors(file)
         if client is not None and not adapter and not run.config.build_method().is_ours:
             require_same_model(made, found.model)
         found.base.tokenizer.save_pretrained(made)
@@ -143,7 +143,7 @@ def write_adapter(run: Run, found: Exported, folder: Path) -> None:
     if why:
         raise BadValue(f"the model {why}; leave out --adapter")
     bare = shrink(found.base.model, {})
-    lora.save_adapter(found.model, bare, folder, place(run.config.model.name))
+    lora.save_adapter(found.model, bare, folder, location_of(run.config.model.name))
 
 
 def about(run: Run, client: str | None) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def load(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedModel
             )
         raise BadValue(f"{folder} holds no model; give a folder that fedexperts export wrote")
     try:
-        with without_bars():
+        with without_progress_bars():
             model = _read(folder, trust_remote_code)
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -194,5 +194,5 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_pretrained(folder, config=config)
     choose_kernel(model)
-    align(model)
+    align_parameters(model)
     return model

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedexperts.config import RunConfig
 from fedexperts.core import evaluation
-from fedexperts.data.clients import key
+from fedexperts.data.pool import duplicate_key
 from fedexperts.errors import BadRun
 from fedexperts.experiment.client_task import apply_update, bits
 from fedexperts.experiment.runner import run
@@ -128,9 +129,9 @@ def test_nobody_trains_on_a_retained_example(tiny_tree, tmp_path):
     for side, some in (("train", rows[4:]), ("test", rows[:4])):
         (tmp_path / f"held.{side}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in some))
     with_held = prepare_run(config(tiny_tree, retained=[str(tmp_path / "held.train.jsonl")]))
-    held = {key(example) for example in with_held.retained.examples}
-    trained = {key(example) for name in with_held.clients for example in with_held.clients[name].train}
-    assert len(held) == 4 and held == {key(example) for example in pool.train[:4]}
+    held = {duplicate_key(example) for example in with_held.retained.examples}
+    trained = {duplicate_key(example) for name in with_held.clients for example in with_held.clients[name].train}
+    assert len(held) == 4 and held == {duplicate_key(example) for example in pool.train[:4]}
     assert not held & trained and len(with_held.clients.pool.train) == len(pool.train) - 4
 
 
