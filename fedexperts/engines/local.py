@@ -1,9 +1,9 @@
 """Clients on this machine: one after the other in this process, or side by side in worker processes."""
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from math import inf
@@ -12,13 +12,13 @@ from time import perf_counter
 from typing import Self, cast
 
 import torch
-import torch.multiprocessing as processes
 from torch import nn
 
 from fedexperts.core.ledger import Clock, answered, asked, not_finite
 from fedexperts.engines.base import validate_update
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Training, Update
 
 JobHandler = Callable[[Job, ClientContext], Update]
@@ -75,10 +75,10 @@ class LocalEngine:
 
     def __init__(self, runtime: ClientRuntime, workers: int = 1) -> None:
         self.runtime = runtime
-        self.workers: list[Worker] = []
+        self.workers: list[WorkerProcess] = []
         if workers > 1:
             runtime.model.share_memory()
-            self.workers = [Worker(runtime) for _ in range(workers)]
+            self.workers = [WorkerProcess(partial(answer_packed, runtime), daemon=True) for _ in range(workers)]
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +97,7 @@ class LocalEngine:
         wait for their turn.
         """
         numbered = enumerate(jobs)
-        busy: dict[Connection, tuple[int, Job, Worker]] = {}
+        busy: dict[Connection, tuple[int, Job, WorkerProcess]] = {}
         answers: list[Update | Failure] = []
         started = 0
         while True:
@@ -106,59 +106,28 @@ class LocalEngine:
                 if started - oldest >= 2 * len(self.workers):
                     break
                 for number, job in islice(numbered, 1):
-                    worker.send(job)
+                    worker.send(pack_job(job))
                     busy[worker.pipe] = (number, job, worker)
                     started = number + 1
             yield from answers
             if not busy:
                 return
             done = [busy.pop(cast("Connection", pipe)) for pipe in wait(list(busy))]  # wait returns what it was given
-            answers = [worker.receive(job) for _, job, worker in done]
+            answers = [answer_of(worker, job) for _, job, worker in done]
 
 
-class Worker:
-    """A process that answers one job at a time."""
-
-    def __init__(self, runtime: ClientRuntime) -> None:
-        self.runtime = runtime
-        self.start()
-
-    def start(self) -> None:
-        context = processes.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(self.runtime, theirs), daemon=True)
-        self.process.start()
-        theirs.close()  # so that the end of the process ends the pipe
-
-    def send(self, job: Job) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died idle: receive will say so
-            self.pipe.send_bytes(pack_job(job))
-
-    def receive(self, job: Job) -> Update | Failure:
-        try:
-            return unpack_answer(self.pipe.recv_bytes())
-        except (EOFError, OSError):  # it died before its answer, or in the middle of it
-            self.process.join()
-            reason = f"its worker process died ({death(self.process.exitcode)})"
-            self.pipe.close()
-            self.start()
-            return Failure(job.client, job.round, job.task, reason)
-
-    def stop(self) -> None:
-        self.pipe.close()
-        self.process.join(timeout=5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
-def serve(runtime: ClientRuntime, pipe: Connection) -> None:
-    """A worker's life: it ends with the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def answer_packed(runtime: ClientRuntime, receive: Receive) -> bytes:
+    """What a worker process does: the packed answer to the packed job that it receives."""
     torch.set_num_threads(runtime.training.threads)
-    with suppress(EOFError, BrokenPipeError):
-        while True:
-            pipe.send_bytes(pack_answer(runtime.answer(unpack_job(pipe.recv_bytes()))))
+    return pack_answer(runtime.answer(unpack_job(receive())))
+
+
+def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
+    """The answer of `worker` to `job`, which it was sent; a failure where it died of it."""
+    try:
+        return unpack_answer(worker.receive())
+    except ProcessDied as death:
+        return Failure(job.client, job.round, job.task, f"its worker process died ({death})")
 
 
 @contextmanager
@@ -167,9 +136,3 @@ def own_chance(seed: str) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(int.from_bytes(sha256(seed.encode()).digest()[:8], "big"))
         yield
-
-
-def death(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return signal.Signals(-exitcode).name
-    return f"exit code {exitcode}"

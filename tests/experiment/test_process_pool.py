@@ -48,8 +48,8 @@ def busy(_):
 def test_processes_end_with_whoever_started_them(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(
-        "from fedexperts.lanes import side_by_side\n"
-        "from test_lanes import busy\n"
+        "from fedexperts.experiment.process_pool import side_by_side\n"
+        "from test_process_pool import busy\n"
         "if __name__ == '__main__':\n"
         "    list(side_by_side(busy, [1, 2], 2))\n"
     )
