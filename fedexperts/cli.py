@@ -259,7 +259,7 @@ def server(
     end_as_if_interrupted()
     home = out.with_name(f"{out.name}.flower")
     with Federation(home, host=host, port=port, keys=secured(keys, insecure)) as federation:
-        server.serve(told, out, federation, resume=resume, setting="", progress=progress(quiet), tell=say, patience=patience)
+        server.serve(told, out, federation, resume=resume, setting="", progress=progress(quiet), announce=say, patience=patience)
     finish([out], out)
 
 

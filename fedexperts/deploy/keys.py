@@ -53,7 +53,7 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
         if not NAME.fullmatch(name) or name in OURS:
             taken = ", ".join(OURS)
             raise BadValue(
-                f"no client can be called {name!r}; give messages, digits, dots, dashes and underscores, and none of {taken}"
+                f"no client can be called {name!r}; give letters, digits, dots, dashes and underscores, and none of {taken}"
             )
     server = folder / "server"
     known = {name: server / "clients" / f"{name}.pub" for name in clients}

@@ -69,6 +69,14 @@ def no_rows_of(patch: Patch, name: str, ids: Tensor) -> str | None:
     return None if bool(torch.isin(ids, there).all()) else "were not in its job"
 
 
+def answer_limit(job: Job) -> int:
+    """Bytes that the answer to `job` may take as it travels, all tensors and their framing together.
+
+    What is larger is refused before it is decoded.
+    """
+    return 2 * job.nbytes + 2**24
+
+
 def outline(job: Job) -> Job:
     """`job` without its numbers: names, dtypes, shapes and row ids, which is what an answer is held against."""
     return replace(job, patch=Patch(shapes(job.patch.tensors), job.patch.rows), extra=shapes(job.extra))

@@ -18,6 +18,7 @@ from fedexperts.core.ledger import Clock, answered, asked, not_finite
 from fedexperts.engines.base import validate_update
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.errors import BadMessage
 from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Training, Update
 
@@ -123,11 +124,13 @@ def answer_packed(runtime: ClientRuntime, receive: Receive) -> bytes:
 
 
 def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
-    """The answer of `worker` to `job`, which it was sent; a failure where it died of it."""
+    """The answer of `worker` to `job`, which it was sent; a failure where it died of it, or where its answer cannot be read."""
     try:
         return unpack_answer(worker.receive())
     except ProcessDied as death:
         return Failure(job.client, job.round, job.task, f"its worker process died ({death})")
+    except BadMessage as error:
+        return Failure(job.client, job.round, job.task, str(error))
 
 
 @contextmanager
