@@ -27,8 +27,8 @@ class Processes:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *arguments: object) -> None:
-        command = [sys.executable, "-c", ENDING_WITH_US, *map(str, arguments)]
+    def start(self, name: str, *arguments: object, code: str = ENDING_WITH_US) -> None:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
         with (self.folder / f"{name}.log").open("ab") as output:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_VARIABLE: str(os.getpid())}
             self.running[name] = subprocess.Popen(
