@@ -8,7 +8,7 @@ rounds     three clients of the shipped `small`, five rounds of FedAvg: seconds 
            the rounds after the first) and of the start (until the first round's end, less a round), for the local engine and
            Flower's simulation with two workers each, and a deployment on loopback with TLS and node keys; engines take turns.
 wire       bytes that such rounds send, both ways, over the ledger's. Local: what goes through the pipes; simulation: messages as
-           Ray serialises them; deployment: all that goes over TCP between SuperNodes and SuperLink (a proxy between them
+           Ray serializes them; deployment: all that goes over TCP between SuperNodes and SuperLink (a proxy between them
            counts), heartbeats and polls included. After the first round its clients' model folder is removed, so that nobody can
            load it again.
 memory     ten clients × 200 MB, a whole run of two rounds, from loading the base to the last checkpoint: the peak of the process

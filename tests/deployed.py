@@ -1,4 +1,4 @@
-"""Processes of a deployment on this machine, for tests: they are started, found and killed, and none is left at the end."""
+"""Processes of a deployment on this machine, for tests: starts them, lists them, kills them, and leaves none at the end."""
 
 import os
 import signal

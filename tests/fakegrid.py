@@ -77,7 +77,7 @@ class FakeGrid(Grid):
 
 @pytest.fixture(autouse=True)
 def identity():
-    """Whoever makes messages has one; Flower sets it where it starts a ServerApp."""
+    """Flower sets it where it starts a ServerApp, and messages need it."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 

@@ -52,7 +52,7 @@ class SuperLinkGrid(HttpGrid):
     has a message in memory twice.
 
     Raises:
-        BadRun: the SuperLink has not answered for as long as it is asked.
+        BadRun: the SuperLink has not answered any of its retries.
     """
 
     def get_nodes(self) -> Iterable[NodeInfo]:

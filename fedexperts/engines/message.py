@@ -1,4 +1,4 @@
-"""What travels between server and clients, whoever carries it: values and bytes. Needs no more than the standard library."""
+"""Messages between server and clients, of values and bytes, over any carrier. Needs no more than the standard library."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ PROTOCOL = 5
 """Raised by every change that makes messages unreadable to a version without it."""
 VERSION = version("fedexperts")
 MAX_DEPTH = 32
-"""How many lists and objects of a message's JSON may lie inside each other: whoever writes them again recurses."""
+"""How many lists and objects of a message's JSON may lie inside each other: writing them again recurses."""
 MAX_DIGITS = 19
 """Of a whole number in a message's JSON, which has 64 bits: one of 400 digits fits no float, one of 5,000 cannot be printed."""
 

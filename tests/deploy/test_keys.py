@@ -124,7 +124,7 @@ def test_killed_before_any_file_it_makes_the_rest_when_it_is_called_again(tmp_pa
             assert (
                 after[f"{name}/node.pub"]
                 == after[f"server/clients/{name}.pub"]
-                == keys_module.public_of(folder / name / "node.key")
+                == keys_module.public_key_of(folder / name / "node.key")
             )
 
 
