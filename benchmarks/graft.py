@@ -119,7 +119,7 @@ def step_of(base: nn.Module, grafts: int) -> tuple[Callable[[Batch], None], tupl
     model = prepare(shrink(base, shape.all_experts), TUNING, seed="0")
     if grafts:
         graft.attach(model, dict.fromkeys(blocks(model), tuple(range(grafts))), TUNING, seed="0")
-    optimizer = optimizer_for([each for each in model.parameters() if each.requires_grad], Training(tuning=TUNING))
+    optimizer = optimizer_for([each for each in model.parameters() if each.requires_grad], Training(**vars(TUNING)))
     model.train()
 
     def step(batch: Batch) -> None:

@@ -1,9 +1,9 @@
-"""Data of your own: a CSV file with your own column names, divided among clients who see different things.
+"""Your own data: a CSV file with your own column names, divided among clients with different label distributions.
 
     python examples/own_data.py
 
-It writes messages.csv (messages to a hotel, and the department that each is for), says which columns are asked and answered,
-looks at who would get what before anything runs, and trains. Half a minute; everything is in results/own-data.
+It writes messages.csv (messages to a hotel and the responsible departments), names the columns of prompt and label, shows which
+client would get what before anything runs, and trains. It takes half a minute; all results are in results/own-data.
 """
 
 import csv
@@ -28,7 +28,7 @@ SAYINGS = ("The {} is bad", "We need {}", "Where is the {}?", "No {} today", "Mo
 
 
 def write_messages(path: Path) -> None:
-    """Every saying about everything, from some rooms: a row each, in any order."""
+    """Writes a row for each combination of a saying and a thing, some with several room numbers, sorted by text."""
     rng = Random(0)
     rows = {
         (saying.format(thing, number=rng.randint(100, 400)), department)
@@ -56,9 +56,9 @@ if __name__ == "__main__":
         "federation": {"rounds": 8},
         "evaluation": {"every": 4, "generate_tokens": 8},
         "data": {
-            # `label` is the column of a class: its names are then the possible answers. Free answers have `response` instead.
+            # `label` is the column of the class; the class names are the possible answers. For free answers use `response`.
             "sources": [{"name": str(messages), "prompt": "message", "label": "department", "task": "desk"}],
-            "partition": {"dirichlet": 0.5},  # over departments: the smaller, the more lopsided
+            "partition": {"dirichlet": 0.5},  # over departments: the smaller, the more skewed
             "clients": 4,
             "max_tokens": 64,
         },
@@ -66,9 +66,9 @@ if __name__ == "__main__":
 
     prepared = prepare_run(RunConfig(**run))
     for name, split in prepared.clients.items():
-        held = Counter(example.response for example in split.train)
-        print(f"{name}: {len(split.train)} examples to train on, {dict(held.most_common())}")
-    print("The first is asked as", repr(split.train[0].prompt))
+        labels = Counter(example.response for example in split.train)
+        print(f"{name}: {len(split.train)} training examples, {dict(labels.most_common())}")
+    print("The first prompt:", repr(split.train[0].prompt))
 
     folder = fedexperts.run(run, out / "run", resume=True)
     report.write([folder], html=folder / "report.html")

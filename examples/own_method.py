@@ -1,9 +1,9 @@
-"""A method of your own in one file, compared with FedMoE and FedAvg over the same clients and data.
+"""Your own method in one file, compared with FedMoE and FedAvg over the same clients and data.
 
     python examples/own_method.py
 
-The method, `rotating`: in each round a client trains another random part of every layer's experts, so it downloads, trains and
-sends only that part, and sooner or later trains every expert. Half a minute; the report is results/own-method/report.html.
+The method, `rotating`: in each round a client gets a new random subset of every layer's experts. It downloads, trains and sends
+only that subset, and trains every expert over time. It takes half a minute; the report is results/own-method/report.html.
 """
 
 from collections.abc import Iterable
@@ -22,29 +22,29 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class Rotating:
-    """Its fields are settings: a run file says method.share = 0.5, a comparison rotating:share=0.5."""
+    """The fields are settings: method.share = 0.5 in a run file, rotating:share=0.5 in a comparison."""
 
-    share: float = 0.5  # of each layer's experts
-    setup_tasks: ClassVar[tuple[str, ...]] = ()  # no stage before the rounds
-    centralized: ClassVar[bool] = False  # the data stay where they are
+    share: float = 0.5  # of the experts of each layer
+    setup_tasks: ClassVar[tuple[str, ...]] = ()  # nothing to do before the rounds
+    centralized: ClassVar[bool] = False  # the data stay on the clients
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """What the client works with: some experts of each layer. It is scored with all of them."""
+        """Some experts of each layer to train with, all of them for evaluation."""
         if server.task == "evaluate":
             return all_experts(server)
-        rng = Random(f"{server.seed}/{server.round}/{client.name}")  # every draw has its own seed, so runs can be repeated
+        rng = Random(f"{server.seed}/{server.round}/{client.name}")  # every draw has its own seed: reproducible
         chosen = {}
         for name, layer in server.anatomy.blocks.items():
-            number = max(layer.fewest, round(self.share * layer.num_experts))  # a router needs as many as it picks
+            number = max(layer.fewest, round(self.share * layer.num_experts))  # at least the router's top-k
             chosen[name] = tuple(sorted(rng.sample(range(layer.num_experts), number)))
         return Assignment(chosen)
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """On the client: the run's local steps on what was sent, all of which goes back."""
+        """On the client: train all received weights for the run's local steps and send all of them back."""
         return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """On the server: each expert becomes the mean over those who trained it, by their numbers of examples."""
+        """On the server: each expert becomes the mean over the clients that trained it, weighted by their examples."""
         return mean_rows(server, updates, by_examples)
 
 
@@ -66,7 +66,7 @@ RUN = {
 METHODS = ["rotating", "rotating:share=0.25", "fedmoe:profile_rounds=1", "fedavg"]
 
 if __name__ == "__main__":
-    fedexperts.METHODS["rotating"] = Rotating  # from here on its name can stand wherever a method's can
+    fedexperts.METHODS["rotating"] = Rotating  # now `rotating` works like any other method name
     out = Path("results/own-method")
     compared = fedexperts.compare(RUN, METHODS, out=out)
     report.write([out], html=out / "report.html")

@@ -1,10 +1,10 @@
-"""A model folder of your own: any Mixture-of-Experts model of transformers with its tokenizer; here a tiny new Mixtral.
+"""Your own model folder: any Mixture-of-Experts model of transformers with its tokenizer; here a tiny new Mixtral.
 
     python examples/own_model.py
 
-What such a folder needs is config.json, the weights and a tokenizer, as `save_pretrained` leaves them; layers with experts are
-found by their structure. The model here starts from random weights and learns two generated tasks. Half a minute; everything is
-in results/own-model.
+Such a folder needs config.json, the weights and a tokenizer, as `save_pretrained` writes them; MoE layers are found by their
+structure. The model here starts from random weights and learns two generated tasks. It takes half a minute; all results are in
+results/own-model.
 """
 
 from pathlib import Path
@@ -24,12 +24,12 @@ TASKS = ("room", "feeling")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte pairs learnt from the tasks' texts."""
+    """A byte-pair tokenizer trained on the texts of the tasks."""
     texts = [f"{example.prompt}{example.response}" for task in TASKS for example in synthetic.examples(task, 300, seed=0)]
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # so that it reads any text
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # so that it can encode any text
     special = ["<pad>", "<s>", "</s>"]
     made.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
@@ -38,7 +38,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(folder: Path) -> None:
-    """A Mixtral with two layers of eight experts, of which each token visits two."""
+    """Saves a Mixtral with two layers of eight experts, top-2, and its tokenizer in `folder`."""
     tokenizer = make_tokenizer()
     config = MixtralConfig(
         vocab_size=len(tokenizer),
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     base, taken = out / "base", out / "global"
     if not base.exists():
         make_model(base)
-    print(render(inspect(base, keep=4)))  # what was found, and what a client with four experts a layer would hold
+    print(render(inspect(base, keep=4)))  # the MoE layers, and what a client with four experts per layer would hold
 
     run = {
         "model": {"name": str(base)},
@@ -86,6 +86,6 @@ if __name__ == "__main__":
     print(report.table([folder]))
 
     if not taken.exists():
-        export(folder, taken)  # the global model: a plain folder again, which needs nothing of ours
+        export(folder, taken)  # the global model: a plain transformers folder, independent of fedexperts
     model, tokenizer = AutoModelForCausalLM.from_pretrained(taken), AutoTokenizer.from_pretrained(taken)
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {len(tokenizer)} tokens, in {taken}")

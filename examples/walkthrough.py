@@ -1,12 +1,12 @@
-"""A run from its settings to a client's model that answers, in cells: step through it in VS Code, Spyder or Jupyter (jupytext).
+"""From a run's settings to an exported client model, in cells: step through it in VS Code, Spyder or Jupyter (jupytext).
 
     python examples/walkthrough.py
 
-Four clients with two tasks, FedMoE, then the results as tables of pandas, and the model of one client taken away. Half a minute;
-everything is in results/walkthrough.
+Four clients with two tasks, FedMoE, then the results as pandas tables, and the export of one client's model. It takes half a
+minute; all results are in results/walkthrough.
 """
 
-# %% What the run needs
+# %% The settings of the run
 import json
 from pathlib import Path
 
@@ -24,7 +24,7 @@ RUN = {
     "method": {"name": "fedmoe", "profile_rounds": 1},
     "training": {"lr": 3e-3, "batch_size": 8, "local_steps": 12},
     "federation": {"rounds": 6},
-    "devices": {"memory_share": {"uniform": [0.8, 1.2]}},  # of what training the whole model takes
+    "devices": {"memory_share": {"uniform": [0.8, 1.2]}},  # of the memory that training the whole model takes
     "evaluation": {"every": 3, "generate_tokens": 8},
     "data": {
         "sources": ["synthetic/last", "synthetic/feeling"],
@@ -36,15 +36,15 @@ RUN = {
     },
 }
 
-# %% Run it. It can be killed and started again: it goes on where it was, and one that is done stays as it is
+# %% Run it. If it is killed and started again, it continues; a finished run is not repeated
 folder = fedexperts.run(RUN, OUT / "run", resume=True)
 
-# %% Quality: a line for each evaluation of a client and task; without a client, of all together; without a task, overall
+# %% Quality: a row for each evaluation, client and task; no client means all clients together, no task means overall
 scores = pd.read_json(folder / "evals.jsonl", lines=True)
 by_task = scores[scores.client.isna() & scores.task.notna()].pivot(index="round", columns="task", values="value")
 print(by_task.round(2))
 
-# %% Cost: a line for each client's work in each round
+# %% Cost: a row for each client and round
 ledger = pd.read_json(folder / "ledger.jsonl", lines=True)
 trained = ledger[ledger.task == "train"]
 print(trained.groupby("client")[["bytes_up", "peak_bytes", "experts"]].mean().round())
@@ -54,20 +54,20 @@ rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().spl
 for client, layers in sorted(rounds[-1]["holds"].items()):
     print(client, [len(experts) for experts in layers.values()], "of 16 in each layer")
 
-# %% All of that, with figures, on a page that opens from disk
+# %% The same, with figures, as a self-contained page
 report.write([folder], html=folder / "report.html")
 
-# %% Take away the model of the first client, as it was scored
+# %% Export the model of the first client, exactly as it was scored
 taken = OUT / "model-of-c01"
 if not taken.exists():
     export(folder, taken, client="c01")
 own = scores[scores.client == "c01"].iloc[-1]
 print(f"c01 answers {own.value:.0%} of its {own.examples} examples of {own.task!r}; its model is in {taken}")
 
-# %% Load it: a model of transformers, smaller than the base
+# %% Load it: a transformers model, smaller than the base model
 model = fedexperts.load(taken)
 print(f"{type(model).__name__} with {model.num_parameters():,} parameters")
 
-# %% Ask it: its task is the last letter of a word, and `generate` puts the word between what all its prompts begin and end with
+# %% Prompt it: its task is the last letter of a word, and `generate` adds the beginning and end that all its prompts share
 answer = generate(taken, "garden")
 print("garden:", answer)

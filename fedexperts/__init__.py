@@ -3,7 +3,7 @@
     run(run_file, out)                      one run, into a results folder
     compare(run_file, methods, seeds, out=) several methods over the same data and clients
     load(folder)                            a model that `fedexperts export` wrote
-    Method                                  what a federated method is: three functions
+    Method                                  what a federated method is: a base class for your own
     METHODS                                 the methods by name; one of your own is entered here
     partition                               who gets which examples: iid, dirichlet, pathological, quantity, by_task, …
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from fedexperts.data import partition
     from fedexperts.export import load
     from fedexperts.methods import METHODS
-    from fedexperts.types import Method
+    from fedexperts.methods.contract import Method
 
 __all__ = ["METHODS", "Method", "__version__", "compare", "load", "partition", "run"]
 __version__ = version("fedexperts")
 
 _WHERE = {
     "METHODS": "fedexperts.methods",
-    "Method": "fedexperts.types",
+    "Method": "fedexperts.methods.contract",
     "compare": "fedexperts.api",
     "load": "fedexperts.export",
     "run": "fedexperts.api",

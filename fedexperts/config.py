@@ -2,20 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from math import cos, pi
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from fedexperts.core.devices import UTILISATION, Profile, profiles
 from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.errors import BadValue, nearest
 from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, without_none
-from fedexperts.methods import METHODS, enter_installed
+from fedexperts.methods import FORMER_NAMES, METHODS, enter_installed
+from fedexperts.methods.contract import Method
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
-from fedexperts.moe.tuning import Part, Tuning
-from fedexperts.types import Method, Training
+from fedexperts.types import Training
 
 Kind = TypeVar("Kind")
 RENAMED = {"training.balance": "training.router_aux_loss_coef", "training.clip": "training.max_grad_norm"}
@@ -35,52 +34,19 @@ class ModelSettings(Settings):
     trust_remote_code: bool = False
 
 
-class TrainingSettings(Settings):
-    """How every client trains, whatever the method; the defaults are those of `Training` and `Tuning`."""
+def possible(training: Training) -> Training:
+    """`training`, where a model can be trained so.
 
-    train: Literal["full", "lora"] = "full"
-    parts: tuple[Part, ...] | None = None  # None: all that `train` reaches
-    rank: int = Field(Tuning.rank, ge=1)
-    alpha: float = Field(Tuning.alpha, gt=0)
-    attention_modules: tuple[str, ...] = Tuning.attention_modules  # that get LoRA
-    dropout: float = Field(Tuning.dropout, ge=0, lt=1)  # of what LoRA's adapters read while they are trained
-    lr: float = Field(Training.lr, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, over rounds; inside a round it is constant
-    final_lr: float = Field(1e-6, gt=0)  # where the cosine ends
-    batch_size: int = Field(Training.batch_size, ge=1)
-    local_steps: int = Field(Training.local_steps, ge=1)
-    optimizer: Literal["adamw", "sgd"] = Training.optimizer
-    weight_decay: float = Field(Training.weight_decay, ge=0)
-    max_grad_norm: float = Field(Training.max_grad_norm, ge=0)  # largest norm of the gradient; 0: no clipping
-    label_smoothing: float = Field(Training.label_smoothing, ge=0, lt=1)
-    router_aux_loss_coef: float = Field(Training.router_aux_loss_coef, ge=0)  # weight of the load-balance loss
-    validation_examples: int = Field(Training.validation_examples, ge=1)
-    threads: int = Field(Training.threads, ge=1)  # of each worker; the bits of a result depend on it
-
-    def build(self) -> Training:
-        tuning = {"train", "parts", "rank", "alpha", "attention_modules", "dropout"}
-        of_the_run = {"schedule", "final_lr"}
-        return Training(tuning=Tuning(**self.model_dump(include=tuning)), **self.model_dump(exclude=tuning | of_the_run))
-
-    def lr_in(self, round: int, rounds: int) -> float:
-        """The learning rate of a round: under "cosine" `lr` in the first one, and in stages before it; `final_lr` in the last."""
-        if self.schedule == "constant" or round <= 1:
-            return self.lr
-        return self.final_lr + (self.lr - self.final_lr) * (1 + cos(pi * (round - 1) / (rounds - 1))) / 2
-
-    @model_validator(mode="after")
-    def tuning_is_possible(self) -> Self:
-        self.build().tuning.check()
-        return self
-
-    @model_validator(mode="after")
-    def cosine_falls(self) -> Self:
-        if self.schedule == "cosine" and self.final_lr > self.lr:
-            raise BadValue(
-                f"training.final_lr = {self.final_lr:g} is above training.lr = {self.lr:g}, but the cosine falls from lr to it; "
-                "lower it"
-            )
-        return self
+    Raises:
+        BadValue: parts or adapters that do not go together, or a cosine that rises.
+    """
+    training.check()
+    if training.schedule == "cosine" and training.final_lr > training.lr:
+        raise BadValue(
+            f"training.final_lr = {training.final_lr:g} is above training.lr = {training.lr:g}, but the cosine falls from lr to "
+            "final_lr; lower it"
+        )
+    return training
 
 
 class FederationSettings(Settings):
@@ -176,7 +142,7 @@ class RunConfig(Settings):
     seed: int = 0
     model: ModelSettings = ModelSettings()
     method: Tree = Field({"name": "fedmoe"})
-    training: TrainingSettings = TrainingSettings()
+    training: Annotated[Training, AfterValidator(possible)] = Training()
     federation: FederationSettings = FederationSettings()
     data: DataSettings
     devices: DeviceSettings = DeviceSettings()
@@ -190,8 +156,8 @@ class RunConfig(Settings):
         if not isinstance(tree, dict):
             return tree
         method = tree.get("method")
-        if isinstance(method, dict) and method.get("name") == "centralised":
-            tree = {**tree, "method": {**method, "name": "centralized"}}
+        if isinstance(method, dict) and method.get("name") in FORMER_NAMES:
+            tree = {**tree, "method": {**method, "name": FORMER_NAMES[method["name"]]}}
         return with_new_names(tree, RENAMED)
 
     @model_validator(mode="after")

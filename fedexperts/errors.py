@@ -24,7 +24,11 @@ class BadData(BadValue):
     """Data that cannot be read, or cannot be divided as asked."""
 
 
-class Leak(FedExpertsError):
+class Undeclared(FedExpertsError):
+    """A method keeps, sends or reports something under a name that it does not declare: a mistake in its code."""
+
+
+class Leak(Undeclared):
     """What a client keeps to itself was about to leave it."""
 
 

@@ -1,32 +1,76 @@
 """The round, written once: who takes part, what goes out, what comes back, what becomes of it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 
+import torch
+
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import reorder_and_validate
+from fedexperts.engines.base import Check, Reports, expectation, reorder_and_validate
+from fedexperts.errors import BadRun
 from fedexperts.methods.base import patch_for
-from fedexperts.types import Assignment, Client, Engine, Job, Method, Server
+from fedexperts.methods.contract import Method
+from fedexperts.types import Assignment, Client, Engine, Job, Server, Tensors, Update, job_key
+
+
+def no_reports(job: Job) -> Mapping[str, Check]:
+    """A run that asks clients for no metrics but their method's."""
+    return {}
 
 
 def federate(
-    server: Server, method: Method, engine: Engine, ledger: Ledger, *, rounds: int, clients_per_round: int, by_task: bool = False
+    server: Server,
+    method: Method,
+    engine: Engine,
+    ledger: Ledger,
+    *,
+    rounds: int,
+    clients_per_round: int,
+    by_task: bool = False,
+    reports: Reports = no_reports,
 ) -> Iterator[Server]:
-    """The server after each stage and round; picks up after the round that `server` has behind it.
+    """The server after each setup task and round; picks up after the round that `server` has behind it.
 
-    Stages (`method.setup_tasks`) are round 0 and ask every client once; a round asks `clients_per_round` of them.
+    Setup tasks are round 0 and go to every client once; a round goes to `clients_per_round` of them. `reports`: the metrics
+    that the run asks for beside the method's.
+
+    Raises:
+        BadRun: a merge gave weights that are not finite.
     """
     for round, task in steps(method, rounds)[done(server, method, rounds) :]:
         server = replace(server, round=round, task=task)
         clients = list(server.clients.values())
         chosen = choose(clients, clients_per_round, Random(f"{server.seed}/{round}"), by_task) if round else clients
-        jobs = jobs_for(server, method, chosen)
-        updates = reorder_and_validate(engine.run, ledger.sent(jobs))
-        merged = method.merge(server, ledger.received(updates))
+        merged = method.merge(server, answers(server, method, engine, ledger, chosen, reports))
         if not ledger.lost:  # a round of which nothing can be used changes nothing
-            server = merged
+            require_finite(server.weights, merged)
+            server = replace(merged, accepted={**server.accepted, **accepted(ledger)})
         yield server
+
+
+def answers(
+    server: Server, method: Method, engine: Engine, ledger: Ledger, clients: Iterable[Client], reports: Reports = no_reports
+) -> Iterator[Update]:
+    """The jobs of `server.task` for `clients`, carried out by `engine`: the updates that can be used, as a stream, in order."""
+    expect = partial(expectation, server, method, reports)
+    return reorder_and_validate(engine.run, jobs_for(server, method, clients), expect, ledger)
+
+
+def accepted(ledger: Ledger) -> dict[str, str]:
+    """Client → the key of its job in the round under way, of those whose answers were used."""
+    return {entry.client: job_key(entry.round, entry.task) for entry in ledger.entries if not entry.failed}
+
+
+def require_finite(before: Tensors, merged: Server) -> None:
+    """Raises BadRun when a weight that changed is not finite: it must not take the place of one that was."""
+    for name, tensor in merged.weights.items():
+        if tensor is not before.get(name) and not bool(torch.isfinite(tensor).all()):
+            raise BadRun(
+                f"round {merged.round}: the merged weights hold NaN or infinity in {name}; the round before is saved: lower the "
+                "learning rate (training.lr or that of federation.server_optimizer), and go on from it with another --out"
+            )
 
 
 def steps(method: Method, rounds: int) -> list[tuple[int, str]]:
@@ -66,4 +110,5 @@ def job_for(server: Server, client: Client, assignment: Assignment) -> Job:
         experts=assignment.experts,
         patch=patch_for(server, assignment) if assignment.patch is None else assignment.patch,
         extra=assignment.extra,
+        accepted=server.accepted.get(client.name, ""),
     )

@@ -1,10 +1,12 @@
-"""The values that travel between server, engine and clients, and the bench, which stays with its client."""
+"""The values that travel between server, engine and clients, and the client's context, which stays with it."""
 
 import json
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, fields
+from math import cos, pi
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from fedexperts.moe.anatomy import Anatomy, Experts
@@ -83,7 +85,8 @@ class Server:
     seed: str = "0"
     method_state: Tensors = field(default_factory=dict)  # what the method must remember
     round: int = 0
-    task: str = "start"  # of the round under way, or of the last one: one of method.setup_tasks, or "train"
+    task: str = "start"  # of the round under way, or of the last one: a setup task of the method, or "train"
+    accepted: Mapping[str, str] = field(default_factory=dict)  # client → `job_key` of its last job whose answer was merged
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ class Job:
     experts: Experts
     patch: Patch
     extra: Tensors = field(default_factory=dict)
+    accepted: str = ""  # `job_key` of the client's last job whose answer was merged: the client goes on from its state after that
+
+    most_bytes_up: int = 0  # that its answer may take in all; stays on the server
+
+    @property
+    def key(self) -> str:
+        return job_key(self.round, self.task)
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +161,7 @@ class Failure:
     round: int
     task: str
     reason: str
+    bytes_up: int = 0  # of an answer that came and cannot be used
 
 
 class Encoder(Protocol):
@@ -164,25 +175,39 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a client trains: the same for every method of a comparison."""
+class Training(Tuning):
+    """How a client trains: what is trained (`Tuning`), and with which steps. A run file's `[training]` table, key by key."""
 
-    tuning: Tuning = Tuning()
-    lr: float = 1e-3
-    batch_size: int = 8
-    local_steps: int = 20
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, over rounds; it is constant inside a round
+    final_lr: Annotated[float, Field(gt=0)] = 1e-6  # where the cosine ends
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    local_steps: Annotated[int, Field(ge=1)] = 20
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # largest norm of the gradient; 0 for none
-    label_smoothing: float = 0.1
-    router_aux_loss_coef: float = 0.01  # weight of the load-balance loss, c_lb of FedMoE
-    validation_examples: int = 64  # at most, in each round
-    threads: int = 1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # largest norm of the gradient; 0: no clipping
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.01  # weight of the load-balance loss, c_lb of FedMoE
+    validation_examples: Annotated[int, Field(ge=1)] = 64  # at most, in each round
+    threads: Annotated[int, Field(ge=1)] = 1  # of each worker process; the bits of a result depend on it
+
+    @property
+    def tuning(self) -> Tuning:
+        """What is trained, without the steps."""
+        return Tuning(**{each.name: getattr(self, each.name) for each in fields(Tuning)})
+
+    def lr_in(self, round: int, rounds: int) -> float:
+        """The learning rate of a round: under "cosine" `lr` in the first one and in setup tasks, `final_lr` in the last."""
+        if self.schedule == "constant" or round <= 1:
+            return self.lr
+        return self.final_lr + (self.lr - self.final_lr) * (1 + cos(pi * (round - 1) / (rounds - 1))) / 2
 
 
 @dataclass(frozen=True)
 class ClientContext:
-    """What lies before a client at work; all but the update stays there."""
+    """What a client works with; of all this only its update leaves it."""
 
     client: Client
     model: nn.Module  # the base, shared by all clients of a process, never written
@@ -192,36 +217,15 @@ class ClientContext:
     client_state: MutableMapping[str, Tensor]  # what this client keeps to itself, from round to round
 
 
-class Method(Protocol):
-    """A federated method: three functions and its hyperparameters, no state."""
-
-    @property
-    def setup_tasks(self) -> tuple[str, ...]:
-        """Tasks that every client does once, before the first round."""
-        ...
-
-    @property
-    def centralized(self) -> bool:
-        """Whether all clients' training data lie in one place, which then is the only participant of a round."""
-        ...
-
-    def assign(self, server: Server, client: Client) -> Assignment | None:
-        """What `client` works with for `server.task`; None when it has no part in it."""
-        ...
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        """The client's side."""
-        ...
-
-    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """The next server. `updates` is a stream: read it once."""
-        ...
-
-
 class Engine(Protocol):
     """Carries jobs out and updates back, and decides nothing."""
 
     def run(self, jobs: Iterable[Job]) -> Iterable[Update | Failure]: ...
+
+
+def job_key(round: int, task: str) -> str:
+    """What a client's job of a round is called; keys sort as jobs follow one another."""
+    return f"{round:06d}-{task}"
 
 
 def size(tensors: Tensors) -> int:

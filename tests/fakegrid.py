@@ -10,12 +10,15 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedexperts.config import EvaluationSettings
 from fedexperts.engines import remote
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.flower.client_app import client_app
 from fedexperts.engines.flower.codec import from_records
 from fedexperts.engines.flower.engine import FlowerEngine
 from fedexperts.engines.local import ClientRuntime
+from fedexperts.experiment.client_task import ClientTask
+from fedexperts.methods.contract import Declaration, Method, Metric
 from fedexperts.types import Client, Failure, Job, Patch, Split, Training, Update
 
 CLIENTS = {f"c{number:02d}": Client(f"c{number:02d}", 10 * number, "t") for number in (1, 2, 3, 4)}
@@ -81,21 +84,34 @@ def identity():
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
 
 
-def job(client, round=1, task="train"):
-    return Job(client, round, task, f"0/{round}/{client}", {}, Patch({"w": torch.tensor([float(round)])}))
+def job(client, round=1, task="train", accepted=""):
+    return Job(client, round, task, f"0/{round}/{client}", {}, Patch({"w": torch.tensor([float(round)])}), accepted=accepted)
 
 
-def jobs(*clients, round=1):
-    return [job(client, round) for client in clients or CLIENTS]
+def jobs(*clients, round=1, accepted=None):
+    return [job(client, round, accepted=(accepted or {}).get(client, "")) for client in clients or CLIENTS]
+
+
+class Doubling(Method):
+    """Each client doubles its weight, and counts its jobs in its client state."""
+
+    def declare(self):
+        return Declaration(metrics={"before": Metric()}, client_state=("rounds",))
+
+    def train(self, job, context):
+        before = context.client_state.get("rounds", torch.tensor(0.0))
+        context.client_state["rounds"] = before + 1
+        patch = Patch({"w": job.patch.tensors["w"] * 2})
+        return Update(job.client, job.round, job.task, patch, context.client.examples, metrics={"before": before.item()})
 
 
 class FakeClients:
-    """The whole side of the clients: each doubles its weight and counts its jobs in its client state."""
+    """The whole side of the clients."""
 
     def __init__(self, folder, names=tuple(CLIENTS)):
         data = dict.fromkeys(CLIENTS, Split([], [], []))
-        store = ClientStateStore(folder)
-        self.runtime = ClientRuntime(torch.nn.Linear(1, 1), None, Training(), CLIENTS, data, double, store)
+        task, store = ClientTask(Doubling(), EvaluationSettings(score="after_aggregation"), rounds=9), ClientStateStore(folder)
+        self.runtime = ClientRuntime(torch.nn.Linear(1, 1), None, Training(), CLIENTS, data, task, store)
         self.grid = FakeGrid(self.answer, names)
 
     def answer(self, message, name):
@@ -110,13 +126,6 @@ class FakeClients:
         self.grid.apps[node] = client_app(lambda sent, _: self.answer(sent, client) if "hello" in sent.head else message)
 
 
-def double(job, context):
-    before = context.client_state.get("rounds", torch.tensor(0.0))
-    context.client_state["rounds"] = before + 1
-    patch = Patch({"w": job.patch.tensors["w"] * 2})
-    return Update(job.client, job.round, job.task, patch, context.client.examples, metrics={"before": before.item()})
-
-
 @pytest.fixture
 def clients(tmp_path):
     return FakeClients(tmp_path)
@@ -129,8 +138,12 @@ def engine(clients):
     return engine
 
 
-def answers(engine, *clients, round=1):
-    return {answer.client: answer for answer in engine.run(jobs(*clients, round=round))}
+def answers(engine, *clients, round=1, accepted=None):
+    """accepted: client → the key of its last job whose answer counted, which this brings up to date."""
+    by_client = {answer.client: answer for answer in engine.run(jobs(*clients, round=round, accepted=accepted))}
+    if accepted is not None:
+        accepted |= {client: job(client, round).key for client, answer in by_client.items() if isinstance(answer, Update)}
+    return by_client
 
 
 def failed(client, reason, round=1):

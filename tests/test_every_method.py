@@ -18,7 +18,6 @@ from fedexperts.federation import jobs_for, steps
 from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 from fedexperts.moe import shrink
-from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 
@@ -45,8 +44,8 @@ def training_of(name):
     if name == "fedrep":
         return replace(TRAINING, local_steps=2)  # one for the head, one for the rest
     if name == "flex":
-        return replace(TRAINING, tuning=Tuning("lora", ("attention",), rank=8))
-    return replace(TRAINING, tuning=Tuning("lora", rank=8)) if name in ADAPTERS else TRAINING
+        return replace(TRAINING, train="lora", parts=("attention",), rank=8)
+    return replace(TRAINING, train="lora", rank=8) if name in ADAPTERS else TRAINING
 
 
 class Round:

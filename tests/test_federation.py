@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import reorder_and_validate
-from fedexperts.errors import Leak
-from fedexperts.federation import choose, done, federate, jobs_for, steps
+from fedexperts.engines.base import expectation, reorder_and_validate
+from fedexperts.errors import BadRun
+from fedexperts.federation import choose, done, federate, jobs_for, no_reports, steps
 from fedexperts.methods.base import mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.types import Assignment, Client, Failure, Job, Patch, Server, Update
@@ -33,18 +35,21 @@ def first_server(number=6):
 
 
 @dataclass(frozen=True)
-class AddsOne:
+class AddsOne(Method):
     """Each client sends what it got plus one, weighed alike."""
 
-    setup_tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     sits_out: tuple[str, ...] = ()
+
+    def declare(self):
+        return Declaration(setup_tasks=self.tasks)
 
     def assign(self, server, client):
         return None if client.name in self.sits_out else Assignment({"mlp": (0, 2)})
 
     def train(self, job, context):
         patch = Patch({name: tensor + 1 for name, tensor in job.patch.tensors.items()}, job.patch.rows)
-        return Update(job.client, job.round, job.task, patch, examples=1)
+        return Update(job.client, job.round, job.task, patch, examples=int(job.client[1:]) + 1)
 
     def merge(self, server, updates):
         return mean_rows(server, updates, lambda update: 1.0)
@@ -68,6 +73,12 @@ class Notes:
         return self.method.train(job, None)
 
 
+def received(engine, jobs, server=None, ledger=None):
+    """The updates that pass the boundary, of a method that declares nothing."""
+    expect = partial(expectation, server or first_server(), AddsOne(), no_reports)
+    return reorder_and_validate(engine, jobs, expect, ledger or Ledger())
+
+
 def run(method, engine=None, server=None, rounds=2, clients_per_round=2, **settings):
     engine = engine or Notes(method)
     servers = federate(
@@ -77,7 +88,7 @@ def run(method, engine=None, server=None, rounds=2, clients_per_round=2, **setti
 
 
 def test_stages_ask_every_client_once_before_the_first_round():
-    engine, servers = run(AddsOne(setup_tasks=("profile", "vote")))
+    engine, servers = run(AddsOne(tasks=("profile", "vote")))
     assert [(server.round, server.task) for server in servers] == [(0, "profile"), (0, "vote"), (1, "train"), (2, "train")]
     asked = [(job.round, job.task) for job in engine.jobs]
     assert asked == [(0, "profile")] * 6 + [(0, "vote")] * 6 + [(1, "train")] * 2 + [(2, "train")] * 2
@@ -85,7 +96,7 @@ def test_stages_ask_every_client_once_before_the_first_round():
 
 
 def test_every_job_has_a_seed_of_its_own_that_says_what_it_is_for():
-    engine, _ = run(AddsOne(setup_tasks=("profile",)), rounds=4)
+    engine, _ = run(AddsOne(tasks=("profile",)), rounds=4)
     seeds = [job.seed for job in engine.jobs]
     assert len(set(seeds)) == len(seeds) == 6 + 4 * 2
     assert seeds[0] == "5/0/profile/c00"
@@ -119,7 +130,7 @@ def test_who_takes_part_depends_on_the_seed_and_the_round_alone():
 
 
 def test_a_run_that_is_picked_up_goes_on_as_if_it_had_never_stopped():
-    method = AddsOne(setup_tasks=("profile", "vote"))
+    method = AddsOne(tasks=("profile", "vote"))
     whole_engine, whole = run(method, rounds=3)
     for stopped in range(len(whole)):
         engine, rest = run(method, server=whole[stopped], rounds=3)
@@ -132,7 +143,7 @@ def test_a_run_that_is_picked_up_goes_on_as_if_it_had_never_stopped():
 
 
 def test_done_counts_the_steps_behind_a_server():
-    method = AddsOne(setup_tasks=("profile",))
+    method = AddsOne(tasks=("profile",))
     start = first_server()
     assert done(start, method, 2) == 0
     places = [done(replace(start, round=round, task=task), method, 2) for round, task in steps(method, 2)]
@@ -195,22 +206,23 @@ def test_answers_come_in_the_order_of_their_jobs_however_the_engine_shuffles_the
                 yield method.train(taken.pop(0), None)
         yield from (method.train(job, None) for job in sorted(taken, key=lambda job: order[int(job.client[1:])]))
 
-    assert [answer.client for answer in reorder_and_validate(engine, jobs)] == [job.client for job in jobs]
+    assert [answer.client for answer in received(engine, jobs)] == [job.client for job in jobs]
 
 
 def test_an_answer_goes_on_as_soon_as_all_before_it_are_there():
     jobs = [Job(name, 1, "train", "0", {}, Patch({})) for name in ("a", "b", "c")]
-    tee_without_weights = []
+    happened = []
+    a_b_c = replace(first_server(), clients={name: Client(name, 1) for name in "abc"})
 
     def engine(asked):
         a, b, c = asked
         for job in (b, a, c):
-            tee_without_weights.append(f"answered {job.client}")
+            happened.append(f"answered {job.client}")
             yield Update(job.client, 1, "train", Patch({}), 1)
 
-    for answer in reorder_and_validate(engine, jobs):
-        tee_without_weights.append(f"got {answer.client}")
-    assert tee_without_weights == ["answered b", "answered a", "got a", "got b", "answered c", "got c"]
+    for answer in received(engine, jobs, a_b_c):
+        happened.append(f"got {answer.client}")
+    assert happened == ["answered b", "answered a", "got a", "got b", "answered c", "got c"]
 
 
 def test_the_order_of_arrival_does_not_show_in_the_weights():
@@ -220,8 +232,20 @@ def test_the_order_of_arrival_does_not_show_in_the_weights():
     assert torch.equal(forwards[-1].weights["expert"], backwards[-1].weights["expert"])
 
 
-def test_an_engine_that_brings_a_weight_the_server_never_sent_is_stopped():
-    job = Job("a", 1, "train", "0", {}, Patch({"shared": torch.zeros(1)}))
-    update = Update("a", 1, "train", Patch({"shared": torch.zeros(1), "own": torch.zeros(1)}), 1)
-    with pytest.raises(Leak, match="client a would send own, which is not among the weights that it got"):
-        list(reorder_and_validate(lambda jobs: [update for _ in jobs], [job]))
+def test_an_answer_with_a_weight_the_server_never_sent_is_its_clients_failure():
+    job = Job("c00", 1, "train", "0", {}, Patch({"shared": torch.zeros(1)}))
+    update = Update("c00", 1, "train", Patch({"shared": torch.zeros(1), "own": torch.zeros(1)}), 1)
+    ledger = Ledger()
+    assert list(received(lambda jobs: [update for _ in jobs], [job], ledger=ledger)) == []
+    assert [entry.failed for entry in ledger.entries] == ["its update has own, which was not in its job"]
+
+
+def test_merged_weights_that_are_not_finite_do_not_take_the_servers_place():
+    @dataclass(frozen=True)
+    class Explodes(AddsOne):
+        def merge(self, server, updates):
+            merged = super().merge(server, updates)
+            return replace(merged, weights={**merged.weights, "dense": torch.full((1, 2), torch.inf)})
+
+    with pytest.raises(BadRun, match="round 1: the merged weights hold NaN or infinity in dense"):
+        run(Explodes())

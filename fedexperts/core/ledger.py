@@ -1,15 +1,13 @@
 """What was sent and what it took, counted on the very objects that travel."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
 
-import torch
-
 from fedexperts.core.devices import Profile
 from fedexperts.moe.anatomy import Experts
-from fedexperts.types import Failure, Job, Tensors, Update
+from fedexperts.types import Failure, Job, Update
 
 
 @dataclass(frozen=True)
@@ -79,30 +77,23 @@ class Ledger:
 
     @property
     def lost(self) -> bool:
-        """Whether clients were asked, and none gave an answer that can be used."""
+        """Whether jobs were sent, and none got an answer that can be used."""
         return bool(self.entries) and all(entry.failed for entry in self.entries)
 
-    def sent(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        """`jobs`, each entered as it passes."""
-        for job in jobs:
-            self.entries.append(asked(job))
-            self.holds[job.client] = job.experts
-            yield job
+    def sent(self, job: Job) -> None:
+        """Enters a job as it leaves."""
+        self.entries.append(entry_of(job))
+        self.holds[job.client] = job.experts
 
-    def received(self, answers: Iterable[Update | Failure]) -> Iterator[Update]:
-        """The updates that can be used, all of `answers` entered.
-
-        A failure is entered with its reason and goes no further, and so does an update with a number that is not finite, or one
-        that comes after the deadline.
-        """
-        for answer in answers:
-            i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (answer.client, answer.task))
-            self.entries[i] = answered(self.entries[i], answer, self.clock)
-            if isinstance(answer, Update) and not self.entries[i].failed:
-                self.note_experts(answer)
-                self.note_uses(answer)
-                yield answer
-            del answer  # or it would be held until the next one has come
+    def received(self, answer: Update | Failure) -> tuple[Update, ...]:
+        """Enters an answer; the update in it, where it can be used: it is no failure and came before the deadline."""
+        i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (answer.client, answer.task))
+        self.entries[i] = answered(self.entries[i], answer, self.clock)
+        if isinstance(answer, Failure) or self.entries[i].failed:
+            return ()
+        self.note_experts(answer)
+        self.note_uses(answer)
+        return (answer,)
 
     def note_experts(self, update: Update) -> None:
         """Which experts came with `update`, where some did, and others than its client held."""
@@ -115,21 +106,12 @@ class Ledger:
             self.sends[update.client] = sent
 
     def note_uses(self, update: Update) -> None:
-        """Whom the client's model routed tokens to, where it tells that of just the experts that it held."""
-        held = self.holds[update.client]
-        told = update.metrics.get("routed")
-        if not isinstance(told, Mapping) or told.keys() != held.keys():  # who wrote it may be anyone
-            return
-        if all(counts_of(told[block], len(ids)) for block, ids in held.items()):
-            self.uses[update.client] = told
+        """The tokens that the client's model routed to each expert that it held, where routers were recorded."""
+        if routed := update.metrics.get("routed"):
+            self.uses[update.client] = routed
 
 
-def counts_of(told: object, number: int) -> bool:
-    """Whether it is a list of `number` counts."""
-    return isinstance(told, list) and len(told) == number and all(isinstance(count, int) and count >= 0 for count in told)
-
-
-def asked(job: Job) -> Entry:
+def entry_of(job: Job) -> Entry:
     """The entry of a job without its answer."""
     experts = sum(len(ids) for ids in job.experts.values())
     return Entry(job.round, job.client, job.task, experts, bytes_down=job.nbytes)
@@ -138,15 +120,8 @@ def asked(job: Job) -> Entry:
 def answered(entry: Entry, answer: Update | Failure, clock: Clock) -> Entry:
     """`entry` with what its answer took; it has `failed` where the answer cannot be used."""
     if isinstance(answer, Failure):
-        return clock.timed(replace(entry, failed=answer.reason))
-    broken = not_finite({**answer.patch.tensors, **answer.extra})
-    failed = f"its update holds NaN or infinity in {broken}" if broken else None
-    told = {} if failed or entry.task == "evaluate" else dict(answer.metrics)  # an evaluation's stand in evals.jsonl
-    loss = told.pop("loss", None)
-    told.pop("routed", None)  # stands in rounds.jsonl, beside who held what
-    return clock.timed(replace(entry, bytes_up=answer.nbytes, failed=failed, loss=loss, metrics=told, **asdict(answer.cost)))
-
-
-def not_finite(tensors: Tensors) -> str | None:
-    """The name of the first tensor that holds NaN or infinity."""
-    return next((name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+        return clock.timed(replace(entry, failed=answer.reason, bytes_up=answer.bytes_up))
+    metrics = {} if entry.task == "evaluate" else dict(answer.metrics)  # an evaluation's stand in evals.jsonl
+    loss = metrics.pop("loss", None)
+    metrics.pop("routed", None)  # stands in rounds.jsonl, beside who held what
+    return clock.timed(replace(entry, bytes_up=answer.nbytes, loss=loss, metrics=metrics, **asdict(answer.cost)))

@@ -1,9 +1,9 @@
-"""What a client can do: install what was sent, fit it to its examples, validate it."""
+"""A client's step: build the model of a job, fit it to the client's examples, validate it."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedexperts.errors import BadData
-from fedexperts.moe import factors, graft, rows
+from fedexperts.errors import BadData, Undeclared
+from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.backward import SelectiveBackward
 from fedexperts.moe.flops import flops_estimated
@@ -21,7 +21,7 @@ from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.routing import Recorder, Routing, balance_loss
 from fedexperts.moe.shrink import shrink
-from fedexperts.moe.tuning import prepare
+from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.types import ClientContext, Cost, Example, Job, Training
 
 
@@ -47,38 +47,33 @@ class Validation:
     routing: Routing
 
 
-def install(job: Job, context: ClientContext) -> nn.Module:
-    """The sub-model of `job`, ready to train: the bench's base holding the job's experts, weights and what the client kept.
+def sub_model(
+    job: Job, context: ClientContext, *, tuning: Tuning | None = None, seed: str | None = None, adapted: Experts | None = None
+) -> nn.Module:
+    """The base with the experts of `job` alone, its trained parameters or adapters as they start.
 
-    What is trained is the model's own; everything frozen is shared with the base. Where clients' adapters differ in rank, the
-    job tells this one's as `extra["rank"]`; all have the scale of the run's. What was added to frozen weights under adapters
-    (`factors.base_change`) makes them the model's own, too. Personal experts that the client keeps are grafted
-    on.
+    tuning: what is trained; None: what the run says. seed: that adapters are drawn from; None: the job's. adapted: the experts
+    that get adapters, by their places in the sub-model; None: all.
     """
-    tuning = context.training.tuning
-    if "rank" in job.extra:
-        rank = int(job.extra["rank"])
-        tuning = replace(tuning, rank=rank, alpha=tuning.alpha * rank / tuning.rank)
-    model = prepare(shrink(context.model, job.experts), tuning, seed=start_of(job), only=adapted(job))
-    factors.add_to_base(model, factors.base_change(job.extra, context.client_state))
-    if grafts := graft.chosen(context.client_state):
-        graft.attach(model, grafts, tuning, seed=job.seed)
-    own = rows.layout(model)
+    return prepare(shrink(context.model, job.experts), tuning or context.training.tuning, seed=seed or job.seed, only=adapted)
+
+
+def load_weights(model: nn.Module, job: Job, context: ClientContext) -> nn.Module:
+    """`model` with the weights that came with `job` and then those that the client keeps, in place.
+
+    Raises:
+        Undeclared: the client keeps something under a name that is neither a trained weight of `model` nor has a "/".
+    """
+    names = rows.layout(model)
+    own = {name: tensor for name, tensor in context.client_state.items() if "/" not in name}
+    if unknown := [name for name in own if name not in names]:
+        raise Undeclared(
+            f"client {context.client.name} keeps {unknown[0]}, which is no trained weight of its model; keep what is no weight "
+            'under a name with a "/" that the method declares in client_state'
+        )
     rows.write(model, job.patch.tensors)
-    rows.write(model, {name: tensor for name, tensor in context.client_state.items() if name in own})
+    rows.write(model, own)
     return model
-
-
-def start_of(job: Job) -> str:
-    """What adapters start from: the job's seed, or the one that it tells as `extra["seed"]`, text as bytes, the same for all."""
-    return bytes(job.extra["seed"].tolist()).decode() if "seed" in job.extra else job.seed
-
-
-def adapted(job: Job) -> Experts | None:
-    """The experts that get adapters: all (None), or one in each block, as the whole model's job tells in `extra["adapted"]`."""
-    if "adapted" not in job.extra:
-        return None
-    return {block: (expert,) for block, expert in zip(job.experts, job.extra["adapted"].tolist(), strict=True)}
 
 
 def examples(context: ClientContext) -> int:
@@ -105,7 +100,7 @@ def fit(
     what the method holds through all steps: it counts in the peak.
 
     `watch` sees what the routers did with each batch; what it returns is added to the loss. `select_experts` then says which
-    experts backward reaches (HFedMoE, equation 15): only they get gradients and move; the optimizer drops its state of the others.
+    experts backward reaches (HFedMoE, equation 15): only they get gradients and move; the optimizer drops its state of the rest.
 
     With a load-balance loss, a `watch` or a `select_experts`, the routers are recorded; `routed` then counts the tokens that they
     gave each expert.

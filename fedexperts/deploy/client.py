@@ -29,7 +29,6 @@ from fedexperts.deploy.processes import POLL_SECONDS, end_with_parent
 from fedexperts.deploy.socket_rpc import serve
 from fedexperts.deploy.supervisor import UNUSABLE
 from fedexperts.engines import remote
-from fedexperts.engines.client_store import key
 from fedexperts.engines.local import ClientRuntime
 from fedexperts.engines.message import Message
 from fedexperts.engines.serialization import answer_message
@@ -38,7 +37,7 @@ from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Own, Parts, prepare_run
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked, different
-from fedexperts.types import Failure
+from fedexperts.types import Failure, job_key
 
 LOCK_SECONDS = 30.0
 """For a process that was killed, or whose supervisor was, to release the folder of its client."""
@@ -88,7 +87,8 @@ class ClientWorker:
         reply = remote.answer(runtime, self.name, message, data_counts)
         if "update" not in reply.head:
             return reply
-        job, accepted = message.head["job"], message.head["accepted"]
+        job = message.head["job"]
+        accepted = job["accepted"]
         record = runtime.client_store.folder.with_name("answered")
         if accepted and accepted not in answered_jobs(record) and runtime.client_store.versions(self.name):
             runtime.client_store.drop_newer(self.name, accepted)
@@ -100,7 +100,7 @@ class ClientWorker:
             self.log(reason)
             return answer_message(Failure(self.name, job["round"], job["task"], reason))
         if job["task"] != "evaluate":
-            record_answered(record, key(job["round"], job["task"]))
+            record_answered(record, job_key(job["round"], job["task"]))
         return reply
 
     @lru_cache(maxsize=1)  # noqa: B019  # there is one ClientWorker in a process
@@ -142,8 +142,9 @@ class ClientWorker:
             "devices": {**own["devices"], **self.devices},
             "evaluation": {**server_settings["evaluation"], "retained": own["evaluation"].get("retained", [])},
         }
-        if "public_text" in server_settings["method"]:  # a file of this machine
-            settings["method"] = {**server_settings["method"], "public_text": own["method"].get("public_text")}
+        server_method = checked(RunConfig, server_settings).build_method()  # the server must not name a file of this machine
+        own_files = {name: own["method"].get(name) for name in server_method.declare().local_files}
+        settings["method"] = {**server_settings["method"], **own_files}
         return settings
 
     def log(self, sentence: str) -> None:

@@ -1,84 +1,315 @@
-"""What every engine keeps to: one answer for each job, in any order, and none that does not fit its job."""
+"""The boundary: an answer from a client is foreign input, and this is the one place that checks it.
 
-from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import replace
+What an answer may hold is drawn up when its job is sent (`expectation`): the job's own names, shapes and rows, what the method
+declares, and the metrics that the run asks for. An answer that does not fit is that client's failure, with the reason; nothing
+behind the boundary checks again.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedexperts.errors import Leak
+from fedexperts.core.ledger import Ledger
+from fedexperts.methods.contract import Declaration, Expected, ExtraTensor, ExtraTensors, Method
 from fedexperts.moe import factors, graft
-from fedexperts.types import Failure, Job, Patch, Tensors, Update
+from fedexperts.types import Cost, Failure, Job, Patch, Server, Tensors, Update
 
-WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-DTYPES = frozenset((*WHOLE, torch.float16, torch.bfloat16, torch.float32, torch.float64))
-"""Of what a client may say beside its weights."""
+Check = Callable[[object], str | None]
+"""Of a metric's value: why it is none, as the rest of a sentence; None where it is one."""
 
+Reports = Callable[[Job], Mapping[str, Check]]
+"""The metrics that a run, rather than its method, asks for in the answer to a job."""
 
-def require_shared(sent: Set[str], update: Update) -> None:
-    """Raises Leak when `update` holds a weight that is not in `sent`, the names of its job: it is the client's own.
+LARGEST_CHANGE = 100.0
+"""A weight may come back with at most this many times the norm that it had, or that it would have with all elements at 1."""
 
-    What is said beside the weights may have any name, but that of a personal expert.
-    """
-    beside = (name for name in update.extra if graft.is_personal(name))
-    if own := [*sorted(update.patch.tensors.keys() - sent), *beside]:
-        raise Leak(
-            f"client {update.client} would send {own[0]}, which is not among the weights that it got: what is its own must not "
-            "leave it; let the method's train answer with the names in job.patch only"
-        )
-
-
-def update_error(job: Job, update: Update) -> str | None:
-    """Why `update`, which names no other weights than `job`, does not fit them; None where it does.
-
-    Each weight has the dtype that it has in the job, and the shape, but for rows that are left out, and for ranks, where the job
-    says that clients have their own.
-    """
-    ranks = factors.rank_axes(job.patch.tensors) if "rank" in job.extra and job.task != "evaluate" else {}
-    if missing := [name for name in ranks if name not in update.patch.tensors]:
-        return f"its update lacks {missing[0]}"
-    for name, ids in update.patch.rows.items():
-        if why := no_rows_of(job.patch, name, ids):
-            return f"its update has rows of {name} that {why}"
-    for name, tensor in update.patch.tensors.items():
-        wanted, chosen = job.patch.tensors[name], update.patch.rows.get(name)
-        if tensor.dtype != wanted.dtype:
-            return f"its update has {name} as {tensor.dtype}, and its job had it as {wanted.dtype}"
-        if chosen is None and name in job.patch.rows:
-            return f"its update does not say which rows of {name} it has"
-        fits = [*wanted.shape] if chosen is None else [len(chosen), *wanted.shape[1:]]
-        if name in ranks and tensor.ndim == len(fits):
-            fits[ranks[name]] = min(tensor.shape[ranks[name]], fits[ranks[name]])
-        if [*tensor.shape] != fits:
-            return f"its update has {name} of shape {[*tensor.shape]}, and {fits} would fit its job"
-    if len({update.patch.tensors[name].shape[axis] for name, axis in ranks.items()}) > 1:
-        return "its update has adapters of different ranks"
-    strange = (name for name, tensor in update.extra.items() if tensor.dtype not in DTYPES)
-    return next((f"its update has {name} as {update.extra[name].dtype}, which no method reads" for name in strange), None)
+LARGEST_LOSS = 1e6
+LARGEST_COST = 1e30
+MOST_TOKENS = 10**15
+MOST_JSON = 2**20
+"""Characters of an answer's metrics as JSON."""
+FRAMING = 2**16
+"""Bytes that the form of an answer may take beside its tensors and metrics."""
+LONGEST_REASON = 500
 
 
-def no_rows_of(patch: Patch, name: str, ids: Tensor) -> str | None:
-    """Why `ids` are not those of some of the rows that `patch` has of `name`; None where they are."""
-    if name not in patch.tensors:
-        return "was not in its job"
-    if ids.dtype != torch.int64 or ids.ndim != 1:
-        return "are no list of whole numbers"
-    if len(ids) > 1 and not bool((ids[1:] > ids[:-1]).all()):
-        return "do not ascend"
-    there = patch.rows.get(name, torch.arange(len(patch.tensors[name])))
-    return None if bool(torch.isin(ids, there).all()) else "were not in its job"
+@dataclass(frozen=True)
+class Expectation:
+    """What an answer to one job may hold."""
+
+    job: Job  # its outline: names, dtypes, shapes and row ids, without numbers
+    declaration: Declaration
+    examples: int | None = None  # of the client's training split; None: not known
+    norms: Mapping[str, float] = field(default_factory=dict)  # of each weight of the job
+    extra: Mapping[str, Expected] = field(default_factory=dict)
+    metrics: Mapping[str, Check] = field(default_factory=dict)
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that the answer may take in all: known before anything of it is decoded."""
+        extra = sum(math.prod(each.shape) * each.dtype.itemsize for each in self.extra.values())
+        names = sum(len(name) + 200 for name in (*self.job.patch.tensors, *self.extra))  # headers of as many small files
+        return self.job.patch.nbytes + extra + names + MOST_JSON + FRAMING
+
+
+def expectation(server: Server, method: Method, reports: Reports, job: Job) -> Expectation:
+    """What an answer to `job`, as `server` sends it, may hold."""
+    declaration, client = method.declare(), server.clients.get(job.client)
+    training = job.task != "evaluate"
+    fields = {name: each for name, each in declaration.extra.items() if job.task in each.tasks}
+    checks: dict[str, Check] = {"loss": finite_number, "routed": counts_of_tokens(job), "reached": numbers_of_experts(job)}
+    checks |= {
+        name: lambda value, each=each: each.error(value, server, job)  # type: ignore[misc]
+        for name, each in declaration.metrics.items()
+        if job.task in each.tasks
+    }
+    return Expectation(
+        outline(job),
+        declaration,
+        client.examples if client else None,
+        {name: norm_of(tensor) for name, tensor in job.patch.tensors.items()},
+        {} if not training else expected_extra(fields, server, job),
+        {**(checks if training else {}), **reports(job)},
+    )
+
+
+def expected_extra(fields: Mapping[str, ExtraTensor | ExtraTensors], server: Server, job: Job) -> dict[str, Expected]:
+    """Name → the extra tensor of the answer to `job`."""
+    return {full: each for name, field in fields.items() for full, each in field.expected(name, server, job).items()}
 
 
 def answer_limit(job: Job) -> int:
-    """Bytes that the answer to `job` may take as it travels, all tensors and their framing together.
+    """Bytes that an answer to `job` may take in all, as the boundary wrote into the job; else a multiple of the job's."""
+    return job.most_bytes_up or 2 * job.nbytes + MOST_JSON + FRAMING
 
-    What is larger is refused before it is decoded.
+
+def reorder_and_validate(
+    run: Callable[[Iterable[Job]], Iterable[Update | Failure]],
+    jobs: Iterable[Job],
+    expect: Callable[[Job], Expectation],
+    ledger: Ledger,
+) -> Iterator[Update]:
+    """The updates that `run` brings and that can be used, in the order of their jobs; all answers are entered in `ledger`.
+
+    A sum in float64 shows the order of its terms once in some 10⁸ elements, and a large model has more than that; so one that
+    comes early waits for its turn.
     """
-    return 2 * job.nbytes + 2**24
+    waiting: list[str] = []
+    sent: dict[str, Expectation] = {}
+    early: dict[str, Update | Failure] = {}
+
+    def note(job: Job) -> Job:
+        ledger.sent(job)
+        waiting.append(job.client)
+        sent[job.client] = expect(job)
+        return replace(job, most_bytes_up=sent[job.client].most_bytes)
+
+    def admit(answer: Update | Failure) -> None:
+        early[answer.client] = validate_update(sent.pop(answer.client), answer)
+
+    for _ in map(admit, run(map(note, jobs))):  # no answer is bound to a name here, where it would outlive its turn
+        while waiting and waiting[0] in early:
+            yield from ledger.received(early.pop(waiting.pop(0)))
+    assert not early and not waiting, f"an engine answered for {sorted(early)} and not for {waiting}"
+
+
+def validate_update(expected: Expectation, answer: Update | Failure) -> Update | Failure:
+    """`answer`, or the failure of its client, with the reason, where it does not fit."""
+    job, bytes_up = expected.job, 0
+    try:
+        if isinstance(answer, Failure):
+            why: str | None = answer.reason
+        elif (why := update_error(expected, answer)) is None:
+            return answer
+        else:
+            bytes_up = answer.nbytes
+    except Exception as error:  # foreign input may break any assumption of the checks themselves
+        why = f"its update cannot be checked ({type(error).__name__}: {error})"
+    return Failure(job.client, job.round, job.task, printable(str(why)), bytes_up)
+
+
+def update_error(expected: Expectation, update: Update) -> str | None:
+    """Why `update` cannot be used; None where it can."""
+    job = expected.job
+    if (update.client, update.round, update.task) != (job.client, job.round, job.task):
+        return f"it answered for {update.client} in round {update.round}, {update.task}, which was not asked"
+    return (
+        count_error(expected, update)
+        or cost_error(update.cost)
+        or names_error(expected, update.patch)
+        or weights_error(expected, update.patch)
+        or extra_error(expected, update.extra)
+        or metrics_error(expected, update.metrics)
+    )
+
+
+def count_error(expected: Expectation, update: Update) -> str | None:
+    """Examples weigh a client in means, so they must be those that it came with."""
+    if type(update.examples) is not int or update.examples < 0:
+        return f"it says it has {str(update.examples)[:40]!r} training examples, and that is no count"
+    if expected.examples is not None and update.examples != expected.examples:
+        return f"it says it has {update.examples} training examples, and when it came it had {expected.examples}"
+    return None
+
+
+def cost_error(cost: Cost) -> str | None:
+    numbers = astuple(cost)
+    fit = all(isinstance(each, int | float) and not isinstance(each, bool) and 0 <= each <= LARGEST_COST for each in numbers)
+    return None if fit else f"its cost is {str(numbers)[:80]}, and should be numbers from 0 to {LARGEST_COST:g}"
+
+
+def names_error(expected: Expectation, patch: Patch) -> str | None:
+    """Which weights come back: all of the job when it trained, none after an evaluation."""
+    wanted = expected.job.patch.tensors
+    if strange := sorted(patch.tensors.keys() - wanted.keys()):
+        return f"its update has {strange[0]}, which was not in its job"
+    if strange := sorted(patch.rows.keys() - patch.tensors.keys()):
+        return f"its update has rows of {strange[0]}, and not the weight itself"
+    if expected.job.task == "evaluate" and patch.tensors:
+        return f"its update has {next(iter(patch.tensors))}, and an evaluation sends no weights"
+    missing = sorted(wanted.keys() - patch.tensors.keys())
+    if missing and (expected.job.task == "train" or patch.tensors) and expected.job.task != "evaluate":
+        return f"its update lacks {missing[0]}"
+    return None
+
+
+def weights_error(expected: Expectation, patch: Patch) -> str | None:
+    """Rows, dtypes, shapes, finite numbers of a likely size."""
+    ranks = factors.rank_axes(expected.job.patch.tensors) if expected.declaration.lowers_rank else {}
+    for name, tensor in patch.tensors.items():
+        if why := rows_error(expected, name, patch.rows.get(name)) or weight_error(expected, name, tensor, patch, ranks):
+            return f"its update has {why}"
+    if len({patch.tensors[name].shape[axis] for name, axis in ranks.items() if name in patch.tensors}) > 1:
+        return "its update has adapters of different ranks"
+    return None
+
+
+def rows_error(expected: Expectation, name: str, ids: Tensor | None) -> str | None:
+    """Why `ids` are not rows that can come back of the weight `name`; None where they are."""
+    patch = expected.job.patch
+    brought = patch.rows.get(name)
+    if ids is None:
+        return None if brought is None else f"{name} and does not say which of its rows"
+    if ids.dtype != torch.int64 or ids.ndim != 1:
+        return f"rows of {name} that are no list of whole numbers"
+    if len(ids) > 1 and not bool((ids[1:] > ids[:-1]).all()):
+        return f"rows of {name} that do not ascend"
+    there = torch.arange(len(patch.tensors[name])) if brought is None else brought
+    if not bool(torch.isin(ids, there).all()):
+        return f"rows of {name} that were not in its job"
+    if len(ids) < len(there) and not expected.declaration.selects_experts:
+        return f"{len(ids)} of the {len(there)} rows of {name}, and its method sends all"
+    return None
+
+
+def weight_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch, ranks: Mapping[str, int]) -> str | None:
+    """Why `tensor` cannot come back as the weight `name`; None where it can."""
+    wanted, chosen = expected.job.patch.tensors[name], patch.rows.get(name)
+    if tensor.dtype != wanted.dtype:
+        return f"{name} as {tensor.dtype}, and its job had it as {wanted.dtype}"
+    fits = [*wanted.shape] if chosen is None else [len(chosen), *wanted.shape[1:]]
+    if name in ranks and tensor.ndim == len(fits):
+        axis = ranks[name]
+        fits[axis] = min(max(tensor.shape[axis], 1), fits[axis])
+    if [*tensor.shape] != fits:
+        return f"{name} of shape {[*tensor.shape]}, and {fits} would fit its job"
+    if not tensor.is_floating_point():
+        return None
+    norm, most = norm_of(tensor), LARGEST_CHANGE * max(expected.norms[name], math.sqrt(wanted.numel()))
+    if not math.isfinite(norm):
+        return f"NaN or infinity in {name}" if not bool(torch.isfinite(tensor).all()) else f"{name} with numbers too large to add"
+    return None if norm <= most else f"{name} with a norm of {norm:.3g}, and at most {most:.3g} would be a change of what it got"
+
+
+def norm_of(tensor: Tensor) -> float:
+    """The 2-norm over all elements, summed in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def extra_error(expected: Expectation, extra: Tensors) -> str | None:
+    """Whether the extra tensors are those that the method declares."""
+    if strange := sorted(extra.keys() - expected.extra.keys()):
+        own = (
+            "a personal expert's, which must not leave its client"
+            if graft.is_personal(strange[0])
+            else "not declared by its method"
+        )
+        return f"its update has an extra tensor {strange[0]}, which is {own}"
+    for name, wanted in expected.extra.items():
+        if name not in extra:
+            if wanted.required:
+                return f"its update lacks the extra tensor {name}"
+            continue
+        tensor = extra[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (wanted.dtype, wanted.shape):
+            return (
+                f"its update has the extra tensor {name} as {tensor.dtype} {[*tensor.shape]}, and it should be "
+                f"{wanted.dtype} {[*wanted.shape]}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            return f"its update has NaN or infinity in the extra tensor {name}"
+        if tensor.numel() and not (wanted.low <= tensor.min().item() and tensor.max().item() <= wanted.high):
+            return f"its update has numbers in the extra tensor {name} beyond {wanted.low:g} to {wanted.high:g}"
+    return None
+
+
+def metrics_error(expected: Expectation, metrics: Mapping[str, Any]) -> str | None:
+    """Whether the metrics are known ones with values that they can have."""
+    if strange := sorted(str(name) for name in metrics if name not in expected.metrics):
+        return f"its update reports {strange[0][:80]!r}, a metric that neither the run nor its method declares"
+    for name, value in metrics.items():
+        if why := expected.metrics[name](value):
+            return f"its metric {name} {why}"
+    length = len(json.dumps(dict(metrics)))
+    return None if length <= MOST_JSON else f"its metrics take {length:,} characters, and may take {MOST_JSON:,}"
+
+
+def finite_number(value: object) -> str | None:
+    """Of a loss."""
+    fit = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST_LOSS <= value <= LARGEST_LOSS
+    return None if fit else f"is {str(value)[:40]!r}, and should be a number from {-LARGEST_LOSS:g} to {LARGEST_LOSS:g}"
+
+
+def counts_of_tokens(job: Job) -> Check:
+    """Of `routed`: MoE block → tokens that each of the job's experts got."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, Mapping) or value.keys() != job.experts.keys():
+            return f"is {str(value)[:40]!r}, and should hold the blocks of its job"
+        for block, ids in job.experts.items():
+            counts = value[block]
+            fit = isinstance(counts, list) and len(counts) == len(ids)
+            if not fit or not all(type(each) is int and 0 <= each <= MOST_TOKENS for each in counts):
+                return f"should hold {len(ids)} counts for {block}"
+        return None
+
+    return check
+
+
+def numbers_of_experts(job: Job) -> Check:
+    """Of `reached`: experts that backward reached in a step, on average, one number a block."""
+    most = [len(ids) for ids in job.experts.values()]
+
+    def check(value: object) -> str | None:
+        fit = isinstance(value, list) and len(value) == len(most)
+        if fit and all(is_number(each) and 0 <= each <= number for each, number in zip(list(value), most, strict=True)):  # type: ignore[call-overload]
+            return None
+        return f"is {str(value)[:40]!r}, and should be a number of experts for each of {len(most)} blocks"
+
+    return check
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def outline(job: Job) -> Job:
-    """`job` without its numbers: names, dtypes, shapes and row ids, which is what an answer is held against."""
+    """`job` without its numbers: names, dtypes, shapes and row ids."""
     return replace(job, patch=Patch(shapes(job.patch.tensors), job.patch.rows), extra=shapes(job.extra))
 
 
@@ -87,44 +318,7 @@ def shapes(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
-def reorder_and_validate(
-    run: Callable[[Iterable[Job]], Iterable[Update | Failure]], jobs: Iterable[Job]
-) -> Iterator[Update | Failure]:
-    """The answers of `run` in the order of their jobs; an update that does not fit its job is a failure.
-
-    A sum in float64 shows the order of its terms once in some 10⁸ elements, and a large model has more than that; so one
-    that comes early waits for its turn.
-
-    Raises:
-        Leak: an update holds a weight that its job did not.
-    """
-    waiting: list[str] = []
-    sent: dict[str, Job] = {}
-    early: dict[str, Update | Failure] = {}
-    for answer in run(noted(jobs, waiting, sent)):
-        early[answer.client] = validate_update(sent.pop(answer.client), answer)
-        del answer  # or it would be held until the next one has come
-        while waiting and waiting[0] in early:
-            yield early.pop(waiting.pop(0))
-    assert not early and not waiting, f"an engine answered for {sorted(early)} and not for {waiting}"
-
-
-def validate_update(job: Job, answer: Update | Failure) -> Update | Failure:
-    """`answer`, or a failure where it does not fit `job`.
-
-    Raises:
-        Leak: it holds a weight that `job` did not.
-    """
-    if isinstance(answer, Failure):
-        return answer
-    require_shared(job.patch.tensors.keys(), answer)
-    why = update_error(job, answer)
-    return Failure(job.client, job.round, job.task, why) if why else answer
-
-
-def noted(jobs: Iterable[Job], names: list[str], sent: dict[str, Job]) -> Iterator[Job]:
-    """`jobs`, leaving the name of each client in `names`, and the outline of its job in `sent`, as it passes."""
-    for job in jobs:
-        names.append(job.client)
-        sent[job.client] = outline(job)
-        yield job
+def printable(reason: str) -> str:
+    """`reason` as one line of text that a terminal and a report can show."""
+    line = " ".join("".join(each if each.isprintable() else " " for each in reason).split())
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"

@@ -15,33 +15,35 @@ from fedexperts.types import Job
 class ClientStateStore:
     """A folder for each client.
 
-    A job reads the newest version that an earlier one wrote. So a round that is done again after a kill starts from the
-    same state as the first time, whatever it had written by then.
+    A job reads the version of the client's last job whose answer counted. So a round that is done again after a kill starts from
+    the same state as the first time, whatever it had written by then.
     """
 
     folder: Path
 
     def load(self, job: Job) -> dict[str, Tensor]:
-        earlier = [path for path in self.versions(job.client) if key(job.round, "~") >= path.stem and path.stem != own(job)]
-        return load_file(earlier[-1]) if earlier else {}
+        """What the client kept in the last of its jobs whose answer the server merged (`job.accepted`)."""
+        counted = self.counted(job)
+        return load_file(counted[-1]) if counted else {}
 
-    def save(self, job: Job, kept: Mapping[str, Tensor]) -> None:
-        """A new version; the one before stays, in case this round is done again, and older ones go.
+    def save(self, job: Job, client_state: Mapping[str, Tensor]) -> None:
+        """A new version. The one that this job started from stays, in case its answer does not count; all others go.
 
         It outlives a power cut: whoever hears of the round may count on it.
         """
-        earlier, folder = [path for path in self.versions(job.client) if path.stem < own(job)], self.folder / job.client
+        folder, stays = self.folder / job.client, self.counted(job)[-1:]
         for path in folder.glob(".*"):  # half written, by a process that was killed
             path.unlink()
-        write_tensors(folder / f"{own(job)}.safetensors", kept)
+        earlier = self.versions(job.client)
+        write_tensors(folder / f"{job.key}.safetensors", client_state)
         sync(folder)
-        for path in earlier[:-1]:
-            path.unlink()
+        for path in earlier:
+            if path not in stays and path.stem != job.key:
+                path.unlink()
 
-    def drop_after(self, round: int) -> None:
-        """Removes what rounds after `round` wrote: they will be done again."""
-        for client in self.folder.iterdir() if self.folder.is_dir() else ():
-            self.drop_newer(client.name, key(round, "~"))
+    def counted(self, job: Job) -> list[Path]:
+        """The versions that the server counts on, or did; the newest last. Later ones are of answers that it did not merge."""
+        return [path for path in self.versions(job.client) if path.stem <= job.accepted and path.stem != job.key]
 
     def drop_newer(self, client: str, last: str) -> None:
         """Removes what `client` kept after the job whose key is `last`; all, where that is empty."""
@@ -53,11 +55,3 @@ class ClientStateStore:
         """Oldest first."""
         folder = self.folder / client
         return sorted(path for path in folder.iterdir() if path.name[0].isdigit()) if folder.is_dir() else []
-
-
-def own(job: Job) -> str:
-    return key(job.round, job.task)
-
-
-def key(round: int, task: str) -> str:
-    return f"{round:06d}-{task}"

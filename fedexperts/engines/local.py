@@ -1,6 +1,6 @@
 """Clients on this machine: one after the other in this process, or side by side in worker processes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,20 +9,35 @@ from itertools import islice
 from math import inf
 from multiprocessing.connection import Connection, wait
 from time import perf_counter
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fedexperts.core.ledger import Clock, answered, asked, not_finite
-from fedexperts.engines.base import validate_update
+from fedexperts.core.devices import Profile
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.errors import BadMessage
+from fedexperts.errors import BadMessage, Undeclared
 from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
-from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Training, Update
+from fedexperts.methods.contract import Method, require_declared
+from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Tensors, Training, Update
 
-JobHandler = Callable[[Job, ClientContext], Update]
+
+class ClientTask(Protocol):
+    """What every client of a run does with a job (experiment.client_task)."""
+
+    @property
+    def method(self) -> Method: ...
+
+    def scheduled(self, job: Job, context: ClientContext) -> ClientContext:
+        """`context` with what changes from round to round, such as the learning rate."""
+        ...
+
+    def scored(self, job: Job, update: Update, context: ClientContext) -> Update:
+        """`update` with the scores of what it would send, where the run asks for them."""
+        ...
+
+    def evaluate(self, job: Job, context: ClientContext) -> Update: ...
 
 
 @dataclass(frozen=True)
@@ -34,37 +49,54 @@ class ClientRuntime:
     training: Training
     clients: Mapping[str, Client]
     data: Mapping[str, Split]
-    work: JobHandler
+    task: ClientTask
     client_store: ClientStateStore
-    clock: Clock = Clock()
+    profiles: Mapping[str, Profile] = field(default_factory=dict)  # client → its device, where the run has a clock
     limits: Mapping[str, int] = field(default_factory=dict)  # client → bytes of memory; a job that takes more fails
 
     def answer(self, job: Job) -> Update | Failure:
-        """The client's update and the seconds it took. Whatever goes wrong on a client is its failure, with the reason."""
-        started = perf_counter()
+        """The client's update and the seconds it took. Whatever goes wrong on a client is its failure, with the reason.
+
+        Raises:
+            Undeclared: the method sends, reports or keeps what it does not declare: its code is at fault, and no client.
+        """
+        started, client_state = perf_counter(), {}
         try:
-            kept = self.client_store.load(job)
-            context = ClientContext(
-                self.clients[job.client], self.model, self.data[job.client], self.encoder, self.training, kept
-            )
+            client_state = self.client_store.load(job)
+            context = self.context(job.client, client_state)
             with own_chance(job.seed):
-                update = self.work(job, context)
-            answer = validate_update(job, update)
-            if isinstance(answer, Failure):
-                return answer
-            if broken := not_finite(kept):
-                return Failure(job.client, job.round, job.task, f"what it keeps to itself holds NaN or infinity in {broken}")
-            if job.task != "evaluate" and update.cost.peak_bytes > self.limits.get(job.client, inf):
-                needed, has = update.cost.peak_bytes / 1e6, self.limits[job.client] / 1e6
-                reason = f"out of memory: it needs {needed:,.1f} MB and has {has:,.1f} MB"
-                return Failure(job.client, job.round, job.task, reason)
-            usable = not answered(asked(job), update, self.clock).failed
-            if kept and job.task != "evaluate" and usable:  # or server and client would remember different rounds
-                self.client_store.save(job, kept)
+                if job.task == "evaluate":
+                    update = self.task.evaluate(job, context)
+                else:
+                    update = self.task.method.train(job, self.task.scheduled(job, context))
+                    require_declared(self.task.method, job, update, client_state)
+                    update = self.task.scored(job, update, context)
+            self.require_possible(job, update, client_state)
+            if client_state and job.task != "evaluate":
+                self.client_store.save(job, client_state)
+        except Undeclared:
+            raise
         except Exception as error:  # a client's device may fail in any way, and the round goes on without it
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return Failure(job.client, job.round, job.task, reason)
+            reason = " ".join(str(error).split())
+            named = reason if isinstance(error, Impossible) else f"{type(error).__name__}: {reason}"
+            return Failure(job.client, job.round, job.task, named)
         return replace(update, cost=replace(update.cost, seconds=perf_counter() - started))
+
+    def context(self, client: str, client_state: MutableMapping[str, Tensor]) -> ClientContext:
+        """What `client` works with."""
+        return ClientContext(self.clients[client], self.model, self.data[client], self.encoder, self.training, client_state)
+
+    def require_possible(self, job: Job, update: Update, client_state: Tensors) -> None:
+        """Raises Impossible for work that the client's device could not have done, or whose state cannot be gone on from."""
+        if broken := next((name for name, t in client_state.items() if not bool(torch.isfinite(t).all())), None):
+            raise Impossible(f"what it keeps to itself holds NaN or infinity in {broken}")
+        if job.task != "evaluate" and update.cost.peak_bytes > self.limits.get(job.client, inf):
+            needed, has = update.cost.peak_bytes / 1e6, self.limits[job.client] / 1e6
+            raise Impossible(f"out of memory: it needs {needed:,.1f} MB and has {has:,.1f} MB")
+
+
+class Impossible(Exception):
+    """Why a client's work does not count, as a sentence."""
 
 
 class LocalEngine:
@@ -72,6 +104,9 @@ class LocalEngine:
 
     The base model lies in shared memory, so workers do not multiply it. A worker that dies is its client's failure, and
     another takes its place.
+
+    Raises:
+        Undeclared: from `run`, where the method's code keeps, sends or reports what it does not declare.
     """
 
     def __init__(self, runtime: ClientRuntime, workers: int = 1) -> None:
@@ -117,16 +152,31 @@ class LocalEngine:
             answers = [answer_of(worker, job) for _, job, worker in done]
 
 
+UNDECLARED = b"undeclared "
+"""The beginning of a worker's answer when not the client but the method's code is at fault, which ends the run."""
+
+
 def answer_packed(runtime: ClientRuntime, receive: Receive) -> bytes:
     """What a worker process does: the packed answer to the packed job that it receives."""
     torch.set_num_threads(runtime.training.threads)
-    return pack_answer(runtime.answer(unpack_job(receive())))
+    job = unpack_job(receive())
+    try:
+        return pack_answer(runtime.answer(job))
+    except Undeclared as error:
+        return UNDECLARED + str(error).encode()
 
 
 def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
-    """The answer of `worker` to `job`, which it was sent; a failure where it died of it, or where its answer cannot be read."""
+    """The answer of `worker` to `job`, which it was sent; a failure where it died of it, or where its answer cannot be read.
+
+    Raises:
+        Undeclared: the method sends, reports or keeps what it does not declare.
+    """
     try:
-        return unpack_answer(worker.receive())
+        data = worker.receive()
+        if data.startswith(UNDECLARED):
+            raise Undeclared(data.removeprefix(UNDECLARED).decode())
+        return unpack_answer(data)
     except ProcessDied as death:
         return Failure(job.client, job.round, job.task, f"its worker process died ({death})")
     except BadMessage as error:

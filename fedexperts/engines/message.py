@@ -99,8 +99,8 @@ def require_size(size: int, limit: float) -> None:
     """Raises BadMessage where an answer, of which `size` bytes are known, is larger than `limit`, what its job allows."""
     if size > limit:
         raise BadMessage(
-            f"its answer takes at least {size:,} bytes, and its job allows {limit:,}; install the server's version of FedExperts "
-            "and of the method on the client"
+            f"its answer takes at least {size:,} bytes, and its job allows {limit:,.0f}; install the server's version of "
+            "FedExperts and of the method on the client"
         )
 
 

@@ -40,17 +40,14 @@ def greeting_request(run: str) -> Message:
     return Message({"hello": {}, "run": run}, {})
 
 
-def job_request(job: Job, run: str, accepted: str) -> Message:
-    """`job`, and the key of the client's last job whose answer the server accepted; empty before the first."""
+def job_request(job: Job, run: str) -> Message:
+    """`job`, with what clients need to know of the run."""
     message = job_message(job)
-    return replace(message, head={**message.head, "run": run, "accepted": accepted})
+    return replace(message, head={**message.head, "run": run})
 
 
 def answer(runtime: ClientRuntime, name: str, message: Message, counts: Mapping[str, Any] | None = None) -> Message:
     """What the client `name` of `runtime` answers to a `greeting_request` or a `job_request`.
-
-    Client state of a job whose answer the server did not accept (it came too late, or never) is dropped first, or server and
-    client would be at different rounds.
 
     Raises:
         BadMessage: it is neither, or is meant for another client.
@@ -58,11 +55,10 @@ def answer(runtime: ClientRuntime, name: str, message: Message, counts: Mapping[
     if name not in runtime.clients:
         raise BadMessage(f"no client of the run is called {name}; its clients are {', '.join(runtime.clients)}")
     if "hello" in message.head:
-        return greeting_message(Greeting(runtime.clients[name], runtime.clock.profiles.get(name), versions(), counts))
+        return greeting_message(Greeting(runtime.clients[name], runtime.profiles.get(name), versions(), counts))
     job = read_job(message)
     if job.client != name:
         raise BadMessage(f"a job of {job.client} came to {name}")
-    runtime.client_store.drop_newer(name, message.head["accepted"])
     return answer_message(runtime.answer(job))
 
 

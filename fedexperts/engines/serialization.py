@@ -35,6 +35,7 @@ class JobHead:
     task: Name
     seed: str
     experts: dict[str, tuple[int, ...]]
+    accepted: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,14 @@ def unpack_answer(data: bytes) -> Update | Failure:
 
 
 def job_message(job: Job) -> Message:
-    head = {"client": job.client, "round": job.round, "task": job.task, "seed": job.seed, "experts": dict(job.experts)}
+    head = {
+        "client": job.client,
+        "round": job.round,
+        "task": job.task,
+        "seed": job.seed,
+        "experts": dict(job.experts),
+        "accepted": job.accepted,
+    }
     return message_with_tensors({"job": head}, job.patch, job.extra)
 
 

@@ -1,4 +1,4 @@
-"""What a client does with a job: what its method says, or an evaluation."""
+"""What a client of a run does with a job: what its method says, or an evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedexperts.config import EvaluationSettings, TrainingSettings
+from fedexperts.config import EvaluationSettings
 from fedexperts.core import evaluation
-from fedexperts.core.training import install
+from fedexperts.engines.base import Check
+from fedexperts.methods.contract import Method
 from fedexperts.moe.routing import router_drift
 from fedexperts.moe.shrink import shrink
-from fedexperts.types import ClientContext, Example, Job, Method, Patch, Update
+from fedexperts.types import ClientContext, Example, Job, Patch, Split, Update
 
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What every client of a run does.
+    """What every client of a run does with a job: what its method says, or an evaluation.
 
     known: what was measured at the end of models that have been seen, by their bits: where all clients have one model, a
     process measures it once.
@@ -28,18 +29,41 @@ class ClientTask:
     evaluation: EvaluationSettings
     rounds: int  # of the whole run
     retained: Sequence[Example] = ()
-    training: TrainingSettings = TrainingSettings()  # for its schedule; the rest is in the bench
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
-    def __call__(self, job: Job, context: ClientContext) -> Update:
-        if job.task == "evaluate":
-            return self.evaluate(job, context)
-        lr = self.training.lr_in(job.round, self.rounds)
-        update = self.method.train(job, replace(context, training=replace(context.training, lr=lr)))
-        if not (job.task == "train" and self.scores_after_training and is_eval_round(job.round, self.evaluation, self.rounds)):
+    def scheduled(self, job: Job, context: ClientContext) -> ClientContext:
+        """`context` with the learning rate of the job's round."""
+        lr = context.training.lr_in(job.round, self.rounds)
+        return replace(context, training=replace(context.training, lr=lr))
+
+    def scored(self, job: Job, update: Update, context: ClientContext) -> Update:
+        """`update` with the scores of what it would send, in rounds in which clients are scored before aggregation."""
+        if not self.scores_with(job):
             return update
-        model = install(apply_update(job, update), context)
+        model = self.method.build_model(apply_update(job, update), context)
         return replace(update, metrics={**update.metrics, "scores": self.scores(model, context)})
+
+    def scores_with(self, job: Job) -> bool:
+        """Whether the answer to a training job brings scores."""
+        due = job.task == "train" and is_eval_round(job.round, self.evaluation, self.rounds)
+        return due and self.scores_after_training
+
+    def reports(self, data: Mapping[str, Split], tasks: dict[str, str], job: Job) -> dict[str, Check]:
+        """The metrics that the answer to `job` may have beside those of the method.
+
+        data: of each client; of one that brings its own, stand-ins as many as its examples. tasks: task → its main metric, as far
+        as known; an answer that brings another task makes its metric known.
+        """
+        number = len(self.scored_examples(data[job.client]))
+        scores: dict[str, Check] = {"scores": lambda value: evaluation.scores_error(value, tasks, number)}
+        if job.task != "evaluate":
+            return scores if self.scores_with(job) else {}
+        retained = {example.task: example.metric for example in self.retained}
+        return {
+            **scores,
+            "retained": lambda value: evaluation.by_example_error(value, retained, len(self.retained)),
+            "drift": lambda value: evaluation.drift_error(value, job.experts),
+        }
 
     @property
     def scores_after_training(self) -> bool:
@@ -55,7 +79,7 @@ class ClientTask:
         """The client's model, under what the server sent and what the client keeps, on its own examples; at the end also
         what it retained, and how far its routers drifted.
         """
-        model = install(job, context)
+        model = self.method.build_model(job, context)
         metrics: dict[str, Any] = {}
         if job.round == 0 or not self.scores_after_training:
             metrics["scores"] = self.scores(model, context)
@@ -66,11 +90,13 @@ class ClientTask:
     def scores(self, model: nn.Module, context: ClientContext) -> dict[str, Any]:
         """On the client's own examples, as JSON."""
         asked = self.evaluation
-        return evaluation.score(model, self.own(context), context.encoder, asked.generate_tokens, asked.batch_size).to_json()
+        return evaluation.score(
+            model, self.scored_examples(context.data), context.encoder, asked.generate_tokens, asked.batch_size
+        ).to_json()
 
-    def own(self, context: ClientContext) -> Sequence[Example]:
+    def scored_examples(self, data: Split) -> Sequence[Example]:
         """The client's examples that are scored."""
-        return context.data.validation if self.evaluation.split == "validation" else context.data.test
+        return data.validation if self.evaluation.split == "validation" else data.test
 
     def against_base(self, model: nn.Module, job: Job, context: ClientContext) -> Mapping[str, Any]:
         """`retained`: the scores on the retained examples; `drift`: of the routers, on their text, or where there are none
@@ -86,7 +112,7 @@ class ClientTask:
                 size = (asked.generate_tokens, asked.batch_size)
                 found["retained"] = evaluation.by_example(model, self.retained, context.encoder, *size)
             if asked.drift:
-                texts = self.retained or self.own(context)
+                texts = self.retained or self.scored_examples(context.data)
                 base = shrink(context.model, job.experts)
                 found["drift"] = router_drift(base, model, batches(texts, context, asked.batch_size))
             self.known[key] = found

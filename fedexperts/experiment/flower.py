@@ -17,7 +17,6 @@ from fedexperts.engines.flower.simulation import Simulation
 from fedexperts.engines.local import ClientRuntime
 from fedexperts.engines.message import Message
 from fedexperts.errors import BadMessage
-from fedexperts.experiment import checkpoint
 from fedexperts.experiment.runtime import everyone, runtime_for
 from fedexperts.experiment.setup import Parts, Prepared, prepare_run
 from fedexperts.io.files import identity
@@ -60,8 +59,7 @@ def connected(
     options = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **options}
     on_dropped = partial(log_dropped, out / "dropped.jsonl")
     run = about(prepared.config, prepared.base.identity, out)
-    accepted = checkpoint.accepted(out)
-    engine = FlowerEngine(grid, run, everyone(prepared), accepted=accepted, check=check, on_dropped=on_dropped, **options)
+    engine = FlowerEngine(grid, run, everyone(prepared), check=check, on_dropped=on_dropped, **options)
     fewest = federation.min_clients if patience is not None else None
     del prepared  # it has the base, and this frame is here until the run ends
     engine.connect(patience, fewest)

@@ -6,9 +6,7 @@ from typing import Any
 
 from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
-from fedexperts.methods import REFERENCES
 from fedexperts.methods.submodel import even_number, evenly
-from fedexperts.moe import graft
 from fedexperts.moe.flops import as_trained, per_step
 from fedexperts.types import Client, Example, Server
 
@@ -27,7 +25,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     return {
         "method": prepared.label,
         "setting": prepared.setting,
-        "reference": prepared.config.method["name"] in REFERENCES,
+        "reference": prepared.method.declare().reference,
         "seed": prepared.config.seed,
         "model": {
             "name": prepared.base.name,
@@ -61,7 +59,7 @@ def round_flops(prepared: Prepared) -> float:
     What a method does beside them is not counted, such as FLEx's selection in a client's first round.
     """
     config, base, training = prepared.config, prepared.base, prepared.training
-    model = as_trained(base.model, training.tuning, graft.number(prepared.method))
+    model = as_trained(base.model, training.tuning, prepared.method.declare().personal_experts)
     lengths = [config.data.max_tokens] * training.batch_size
     return per_step(model)(lengths, lengths) * training.local_steps
 
@@ -110,7 +108,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
     first = replace(server, task=steps(method, 1)[0][1])
     assignment = method.assign(first, client) if client.name in prepared.participants else None
     held = assignment.experts if assignment else {}
-    budget = int(assignment.extra["budget"]) if assignment and "budget" in assignment.extra else None
+    budget = method.budget_of(assignment) if assignment else None
     shared = server.footprint.of(held) if budget is None else server.footprint.reaching(budget)
     needed = shared + prepared.personal_bytes
     return {

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +17,7 @@ from fedexperts.config import RunConfig
 from fedexperts.core import evaluation
 from fedexperts.core.devices import UTILISATION
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.client_store import ClientStateStore, key
+from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import checkpoint, trackers
@@ -25,10 +26,11 @@ from fedexperts.experiment.plan import plan
 from fedexperts.experiment.progress import Progress, Quiet
 from fedexperts.experiment.runtime import clock_for, encoder_for, runtime_for, task_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
-from fedexperts.federation import done, federate, jobs_for, steps
+from fedexperts.federation import answers, federate, steps
 from fedexperts.io.files import locked, write_text
 from fedexperts.io.toml import different, flattened, to_toml
-from fedexperts.types import Engine, Method, Server
+from fedexperts.methods.contract import Method
+from fedexperts.types import Engine, Server
 
 MAY_DIFFER = (
     "federation.workers",
@@ -89,61 +91,75 @@ def run(
     claim(config, out, resume)
     prepared = prepare_run(config, label, setting, parts)
     require_same_inputs(prepared, out)
+    total, ledger = len(steps(prepared.method, config.federation.rounds)), Ledger(clock_for(prepared))
     with locked(out), progress or Quiet() as shown:
         write_start(prepared, out)
-        begun = checkpoint.load(out, prepared.server)
-        behind, total = (
-            done(begun, prepared.method, config.federation.rounds),
-            len(steps(prepared.method, config.federation.rounds)),
-        )
-        if behind < total:
-            checkpoint.require_kept(out)
+        behind = checkpoint.rewind(out, prepared.method, config.federation.rounds)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
         with trackers.tracking(config.track.to, about, done=behind == total) as tell:
-            if behind < total:
-                ClientStateStore(out / "clients").drop_after(begun.round)
-                if begun.task == "start" and prepared.retained.examples:
-                    assess_base(prepared, out)
-                with (engine or engine_for)(prepared, out) as running:
-                    prepared, servers = without_weights(prepared), [begun]
-                    del begun  # or the first weights would stay until the last round
-                    rounds(prepared, servers, out, shown.watch(running), shown, tell)
+            if behind == total:
+                return out
+            with (engine or engine_for)(prepared, out) as opened:
+                running = shown.watch(opened)
+                course, prepared = begin(prepared, running, ledger, out, shown), without_weights(prepared)
+                started, noted = perf_counter(), False
+                for server in course:
+                    if not noted and no_expert_sent(ledger):
+                        shown.noted(server, NO_EXPERT_SENT)
+                        noted = True
+                    finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
+                    tell()  # after the checkpoint: no line that a tracker has is cut off again
+                    shown.round(server)
+                    started = perf_counter()
     return out
 
 
-def rounds(
-    prepared: Prepared, servers: list[Server], out: Path, engine: Engine, progress: Progress, tell: Callable[[], None]
+def begin(prepared: Prepared, engine: Engine, ledger: Ledger, out: Path, progress: Progress) -> Iterator[Server]:
+    """The rounds that are still to be done, from the last checkpoint in `out`; nothing else holds their first weights."""
+    checkpoint.require_kept(out)
+    federation, method = prepared.config.federation, prepared.method
+    server = checkpoint.load(out, prepared.server)
+    if server.task == "start":
+        if prepared.retained.examples:
+            assess_base(prepared, out)
+        if not method.setup_tasks:
+            assess(prepared, server, engine, ledger, out, progress, {})
+    return federate(
+        replace(server, clients=prepared.participants),
+        method,
+        engine,
+        ledger,
+        rounds=federation.rounds,
+        clients_per_round=federation.clients_per_round or len(server.clients),
+        by_task=federation.sampling == "by task",
+        reports=reports_of(prepared),
+    )
+
+
+def finish_round(
+    prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, out: Path, progress: Progress, seconds: float
 ) -> None:
-    """All rounds after the server that it takes out of `servers`, each with its evaluation, its lines in the logs and its
-    checkpoint; then a tracker may `tell`.
+    """What follows on a round: its lines in the logs, an evaluation where one is due, the checkpoint.
+
+    Raises:
+        BadRun: too few clients answered.
     """
-    federation, method, server = prepared.config.federation, prepared.method, servers.pop()
-    ledger = Ledger(clock_for(prepared))
-    if server.task == "start" and not method.setup_tasks:
-        assess(prepared, server, engine, ledger, out, progress)
-    number = federation.clients_per_round or len(server.clients)
-    by_task = federation.sampling == "by task"
-    started, noted = perf_counter(), False
-    server = replace(server, clients=prepared.participants)
-    answered = checkpoint.accepted(out)
-    course = federate(server, method, engine, ledger, rounds=federation.rounds, clients_per_round=number, by_task=by_task)
-    for server in course:
-        progress.failed(server, failures(ledger))
-        if not noted and no_expert_sent(ledger):
-            progress.noted(server, NO_EXPERT_SENT)
-            noted = True
-        told = scores_told(ledger)
-        require_answers(server, ledger, federation.min_clients if server.round else max(federation.min_clients, 1))
-        counted = [entry for entry in ledger.entries if checkpoint.counts(entry.task, entry.failed)]
-        answered |= {entry.client: key(entry.round, entry.task) for entry in counted}
-        record(out, server, ledger, perf_counter() - started)
-        if due(server, method, prepared.config):
-            assess(prepared, server, engine, ledger, out, progress, told)
-        checkpoint.save(out, server, answered)
-        tell()  # after it: no line that a tracker has is cut off again
-        progress.round(server)
-        started = perf_counter()
+    fewest = prepared.config.federation.min_clients
+    progress.failed(server, failures(ledger))
+    scores = reported_scores(ledger)
+    require_answers(server, ledger, fewest if server.round else max(fewest, 1))
+    record(out, server, ledger, seconds)
+    if due(server, prepared.method, prepared.config):
+        assess(prepared, server, engine, ledger, out, progress, scores)
+    checkpoint.save(out, server)
+
+
+def reports_of(prepared: Prepared) -> Reports:
+    """The metrics that the run asks clients for; each task's is known from the data, or from the first who reports it."""
+    examples = (example for split in prepared.data.values() for part in (split.validation, split.test) for example in part)
+    tasks = {} if prepared.config.data.own else {example.task: example.metric for example in examples}
+    return partial(task_for(prepared).reports, prepared.data, tasks)
 
 
 def due(server: Server, method: Method, config: RunConfig) -> bool:
@@ -189,9 +205,9 @@ def require_answers(server: Server, ledger: Ledger, fewest: int = 1) -> None:
 
 
 def no_expert_sent(ledger: Ledger) -> bool:
-    """Whether clients of the round under way chose which experts to send (HFedMoE), and all chose none."""
-    sent = [entry.metrics["sent"] for entry in ledger.entries if "qualified" in entry.metrics]
-    return bool(sent) and not any(sent)
+    """Whether clients of the round under way chose which of their experts to send, and all chose none."""
+    used = [entry.client for entry in ledger.entries if not entry.failed]
+    return bool(used) and all(client in ledger.sends and not any(ledger.sends[client].values()) for client in used)
 
 
 def failures(ledger: Ledger) -> dict[str, str]:
@@ -199,10 +215,10 @@ def failures(ledger: Ledger) -> dict[str, str]:
     return {entry.client: entry.failed for entry in ledger.entries if entry.failed}
 
 
-def scores_told(ledger: Ledger) -> dict[str, evaluation.Scores]:
+def reported_scores(ledger: Ledger) -> dict[str, evaluation.Scores]:
     """The scores that clients gave with what they trained in the round under way: none but before aggregation."""
-    told = {entry.client: entry.metrics["scores"] for entry in ledger.entries if "scores" in entry.metrics}
-    return {client: evaluation.Scores.from_json(scores) for client, scores in told.items()}
+    reported = {entry.client: entry.metrics["scores"] for entry in ledger.entries if "scores" in entry.metrics}
+    return {client: evaluation.Scores.from_json(scores) for client, scores in reported.items()}
 
 
 def assess_base(prepared: Prepared, out: Path) -> None:
@@ -220,33 +236,33 @@ def assess(
     ledger: Ledger,
     out: Path,
     progress: Progress,
-    told: Mapping[str, evaluation.Scores] | None = None,
+    reported: Mapping[str, evaluation.Scores],
 ) -> None:
     """Every client's scores on its own examples of `evaluation.split`, and those of all clients together, into evals.jsonl.
 
-    After the last round also how each client's model stands against the base. Where clients are scored before aggregation, their
-    scores are `told` already, and of who took no part the last ones count.
+    After the last round also how each client's model stands against the base. Where clients are scored before aggregation, they
+    have `reported` their scores already, and of who took no part the last ones count.
     """
-    asked, work = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
-    answers: dict[str, Mapping[str, Any]] = {}
-    if work.evaluates(server.round):
-        progress.evaluating(len(asked.clients))
-        jobs = ledger.sent(jobs_for(asked, prepared.method, asked.clients.values()))
-        answers = {update.client: update.metrics for update in ledger.received(engine.run(jobs))}
-        require_answers(asked, ledger)
-    given = {client: found["scores"] for client, found in answers.items() if "scores" in found}
-    scores = {client: evaluation.Scores.from_json(found) for client, found in given.items()} | dict(told or {})
-    latest = {**last_scores(out), **scores} if work.scores_after_training else scores
-    together = evaluation.merge(latest[client] for client in asked.clients if client in latest)
-    kept = work.scores_after_training  # sums: the next rounds count on them, also of a resumed run
-    own = [line for client in asked.clients if client in scores for line in score_lines(scores[client], client, kept)]
+    server, task = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
+    metrics: dict[str, Mapping[str, Any]] = {}
+    if task.evaluates(server.round):
+        progress.evaluating(len(server.clients))
+        updates = answers(server, prepared.method, engine, ledger, server.clients.values(), reports_of(prepared))
+        metrics = {update.client: update.metrics for update in updates}
+        require_answers(server, ledger)
+    given = {client: found["scores"] for client, found in metrics.items() if "scores" in found}
+    scores = {client: evaluation.Scores.from_json(found) for client, found in given.items()} | dict(reported)
+    latest = {**last_scores(out), **scores} if task.scores_after_training else scores
+    together = evaluation.merge(latest[client] for client in server.clients if client in latest)
+    with_sums = task.scores_after_training  # the next rounds count on them, also of a resumed run
+    own = [line for client in server.clients if client in scores for line in score_lines(scores[client], client, with_sums)]
     count = sum(part.examples for part in together.tasks.values())
     whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
     lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), whole]]
-    ends = [against_base(server.round, client, found) for client, found in answers.items() if found.keys() - {"scores"}]
+    ends = [against_base(server.round, client, found) for client, found in metrics.items() if found.keys() - {"scores"}]
     append(out / "evals.jsonl", [*lines, *ends])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
-    progress.failed(asked, failures(ledger))
+    progress.failed(server, failures(ledger))
     progress.scored(server, together)
     ledger.clear()
 

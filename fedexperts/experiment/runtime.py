@@ -20,9 +20,9 @@ def runtime_for(prepared: Prepared, out: Path) -> ClientRuntime:
         training=prepared.training,
         clients=everyone(prepared),
         data=prepared.data,
-        work=task_for(prepared),
+        task=task_for(prepared),
         client_store=ClientStateStore(out / "clients"),
-        clock=clock_for(prepared),
+        profiles=clock_for(prepared).profiles,
         limits=limits(prepared),
     )
 
@@ -34,7 +34,7 @@ def everyone(prepared: Prepared) -> dict[str, Client]:
 
 def task_for(prepared: Prepared) -> ClientTask:
     config = prepared.config
-    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples, config.training)
+    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples)
 
 
 def encoder_for(prepared: Prepared) -> Encoder:

@@ -30,14 +30,12 @@ from fedexperts.data.clients import (
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue
 from fedexperts.federation import steps
-from fedexperts.methods import UNSTEPPED
+from fedexperts.methods.contract import Method
 from fedexperts.models.load import Base, load
-from fedexperts.moe import graft, rows
+from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, footprint, on_meta
-from fedexperts.moe.shrink import shrink
-from fedexperts.moe.tuning import prepare
-from fedexperts.types import Client, Example, Method, Server, Split, Training
+from fedexperts.types import Client, Example, Server, Split, Training
 
 T = TypeVar("T")
 Kept = dict[Hashable, T]
@@ -92,7 +90,7 @@ class Parts:
 
     def footprint(self, config: RunConfig, grafts: int = 0) -> Footprint:
         """Of the whole model with so many personal experts a layer, on batches as long as they can be."""
-        training, base = config.training.build(), self.base(config.model)
+        training, base = config.training, self.base(config.model)
         size = (training.batch_size, config.data.max_tokens)
         places = target_places(self.longest_response(config), size, base.encoder_decoder)
         key = config.model, training.tuning, size, training.optimizer, places, grafts
@@ -234,25 +232,26 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
         BadValue: the model, the data, the devices or the method do not allow the run.
     """
     method = config.build_method()
-    require_steps(config)
+    require_steps(config, method)
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
     profiles, cost = parts.profiles(config), parts.footprint(config)
     full = cost.of(anatomy(base.model).all_experts)
     memory = parts.memories(config, full)
-    server = first_server(config, base, clients, cost, memory)
+    server = first_server(config, method, base, clients, cost, memory)
     for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
-    label, training = label or str(config.method["name"]), config.training.build()
+    label, training = label or str(config.method["name"]), config.training
     known, retained = server.clients, parts.retained(config)
-    own = parts.footprint(config, grafts=graft.number(method)).of(anatomy(base.model).all_experts) - full
+    own = parts.footprint(config, grafts=method.declare().personal_experts).of(anatomy(base.model).all_experts) - full
     prepared = Prepared(config, method, label, base, clients, server, profiles, training, known, clients, setting, retained, own)
     return centralized(prepared) if method.centralized else prepared
 
 
-def require_steps(config: RunConfig) -> None:
+def require_steps(config: RunConfig, method: Method) -> None:
     """Raises BadValue for a server optimiser around a method whose merge gives nothing that it could go on from."""
-    if config.federation.server_optimizer is not None and (name := config.method["name"]) in UNSTEPPED:
+    name = config.method["name"]
+    if config.federation.server_optimizer is not None and "server_optimizer" not in method.declare().wrappers:
         raise BadValue(
             f"federation.server_optimizer goes on from the weights that a merge gives, and {name} gives none that it could go on "
             f"from; leave it out (in a comparison {name}:federation.server_optimizer.name=none), or take another method"
@@ -274,11 +273,13 @@ def centralized(prepared: Prepared) -> Prepared:
     )
 
 
-def first_server(config: RunConfig, base: Base, clients: Clients, cost: Footprint, memory: Mapping[str, int | None]) -> Server:
+def first_server(
+    config: RunConfig, method: Method, base: Base, clients: Clients, cost: Footprint, memory: Mapping[str, int | None]
+) -> Server:
     """The server before the first round: the base's weights that will be trained, or fresh adapters."""
     seed = str(config.seed)
     shape = anatomy(base.model)
-    model = prepare(shrink(base.model, shape.all_experts), config.training.build().tuning, seed=f"{seed}/start")
+    model = method.global_model(base.model, config.training.tuning, None, seed=f"{seed}/start")
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
     return Server(weights=rows.take(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
 
@@ -293,7 +294,7 @@ INPUTS = {
     "model_hash": "the model's weights",
     "config_hash": "the model's configuration or tokenizer",
     "data_hashes": "the data",
-    "text_hash": "the public text",
+    "text_hash": "a file that the method names",
 }
 """What `versions` tells of files that a run works with: it goes on, and is exported, only with the same."""
 
@@ -311,13 +312,15 @@ def versions(prepared: Prepared) -> dict[str, Any]:
             **prepared.retained.hashes,
             **trace_hash(config.devices.profile),
         },
-        "text_hash": text_hash(config.method.get("public_text")),
+        "text_hash": local_files_hash(prepared),
     }
 
 
-def text_hash(path: str | None) -> str | None:
-    """sha256 of the text that all clients have, if there is one."""
-    return None if path is None else sha256(Path(path).read_bytes()).hexdigest()
+def local_files_hash(prepared: Prepared) -> str | None:
+    """sha256 of the files that the method has on every machine; None where it has none."""
+    settings = prepared.config.method
+    paths = [path for name in prepared.method.declare().local_files if (path := settings.get(name)) is not None]
+    return sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest() if paths else None
 
 
 def git_commit() -> str | None:

@@ -20,7 +20,7 @@ from fedexperts.experiment.progress import Progress, Shown
 from fedexperts.experiment.runner import claim, require_same_inputs, run
 from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.io.toml import checked, with_settings
-from fedexperts.methods import METHODS, enter_installed
+from fedexperts.methods import FORMER_NAMES, METHODS, enter_installed
 
 REPORTS = ("report.html", "report.csv", "report.md")
 DEEPEST = 4  # levels below a folder that a report looks for runs in
@@ -51,7 +51,14 @@ class Variant:
         """
         method = dict(config.method) if config.method["name"] == self.method else {"name": self.method}
         tree = config.model_dump(mode="json", exclude_none=True)
-        return checked(RunConfig, with_settings({**tree, "method": method}, self.changes))
+        changes = [with_new_name(change) for change in self.changes]
+        return checked(RunConfig, with_settings({**tree, "method": method}, changes))
+
+
+def with_new_name(change: str) -> str:
+    """`a.b=c`, where a.b is the former name of a setting, under its new one."""
+    key, equals, value = change.partition("=")
+    return f"{configs.RENAMED.get(key.strip(), key)}{equals}{value}"
 
 
 @dataclass(frozen=True)
@@ -230,6 +237,7 @@ def read_variant(text: str) -> Variant:
     """One of `read_variants`."""
     head, *settings = pieces(text, ":")
     name, equals, method = (part.strip() for part in head.rpartition("="))
+    method = FORMER_NAMES.get(method, method)
     if method not in METHODS:
         raise BadValue(f"{method!r} is not one of {', '.join(METHODS)}{nearest(method, METHODS)}")
     if equals and not re.match(r"\w", name):

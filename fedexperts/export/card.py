@@ -102,7 +102,7 @@ def origin(run: Run, found: Exported, client: str | None, licence: str | None) -
     method = config.resolved()["method"]
     settings = ", ".join(f"{key} = {value}" for key, value in method.items() if key != "name")
     training = config.training
-    trained = f"{training.train}: {', '.join(training.build().tuning.trained)}"
+    trained = f"{training.train}: {', '.join(training.trained)}"
     if training.train == "lora":
         trained += f" (rank {training.rank}, alpha {training.alpha:g})"
     told = {

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import install
 from fedexperts.data.encode import Encoder
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
@@ -24,8 +23,8 @@ from fedexperts.methods.personal import parts
 from fedexperts.models.load import Base, load
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
+from fedexperts.moe.flops import Footprint
 from fedexperts.moe.shrink import shrink
-from fedexperts.moe.tuning import prepare
 from fedexperts.types import ClientContext, Server, Tensors
 
 PERSONAL_EXPERTS = "personal experts and their gates"
@@ -97,21 +96,25 @@ def of_server(run: Run) -> Exported:
         BadRun: the base is another one now, or nothing has been merged into the model.
     """
     config = run.config
-    base = load(config.model.name, config.model.trust_remote_code)
+    base, method = load(config.model.name, config.model.trust_remote_code), config.build_method()
     require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash})
-    everything = anatomy(base.model).all_experts
-    model = prepare(shrink(base.model, everything), config.training.build().tuning, seed=f"{config.seed}/start")
-    start = rows.read(model)
-    weights, memory = checkpoint.tensors(run.saved)
-    change = factors.base_change({}, memory)
-    if not change and not moved(start, weights):
+    shape, seed, tuning = anatomy(base.model), f"{config.seed}/start", config.training.tuning
+    start = method.global_model(base.model, tuning, None, seed)
+    weights, method_state = checkpoint.tensors(run.saved)
+    server = Server(weights, rows.layout(start), shape, Footprint(0, {}, 0), {}, str(config.seed), method_state)
+    model = method.global_model(base.model, tuning, server, seed)
+    changed = base_changed(base.model, model)
+    if not changed and not moved(rows.read(start), weights):
         raise BadRun(
             f"the server of {run.folder} still holds the base as it was after round {run.round}: nothing has been merged into it "
             f"({config.method['name']}); take a client's model with --client, such as {next(iter(run.clients))}"
         )
-    rows.write(model, weights)
-    factors.add_to_base(model, change)
-    return Exported(model.eval(), base, added=bool(change))
+    return Exported(model.eval(), base, added=changed)
+
+
+def base_changed(base: nn.Module, model: nn.Module) -> bool:
+    """Whether a frozen weight under an adapter of `model` differs from what `base` has there."""
+    return any(not torch.equal(ours, theirs) for ours, theirs in lora.beneath(model, base))
 
 
 def moved(start: Tensors, weights: Tensors) -> bool:
@@ -141,10 +144,10 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     if job is None:
         raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
     held = client_store.load(job)
-    model = install(job, context_of(prepared, server, name, held)).eval()
+    model = prepared.method.build_model(job, context_of(prepared, server, name, held)).eval()
     part = parts(rows.layout(model))
     personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in held if each in part}
-    return Exported(model, prepared.base, personal, added=bool(factors.base_change(job.extra, held)))
+    return Exported(model, prepared.base, personal, added=base_changed(shrink(prepared.base.model, job.experts), model))
 
 
 def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
@@ -166,7 +169,7 @@ def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
     found = kept / named.read_text() if named.exists() else None
     if found is None or not found.is_dir():
         raise BadRun(f"{kept} holds nothing of the run in {run.folder}; give the --out that {name} had with fedexperts client")
-    client_store, last = ClientStateStore(found / "clients"), checkpoint.accepted(run.folder, run.round).get(name, "")
+    client_store, last = ClientStateStore(found / "clients"), checkpoint.accepted_in(run.saved).get(name, "")
     there = [path.stem for path in client_store.versions(name)]
     if there and last not in there:
         raise BadRun(

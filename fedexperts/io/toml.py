@@ -3,8 +3,9 @@
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -98,7 +99,7 @@ def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, .
     place = (*prefix, *(str(part) for part in first["loc"]))
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing; a run cannot do without it"
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{'.'.join(place)} is not a setting{closest_setting(place, root)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
@@ -125,13 +126,15 @@ def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:
     return f"; settings there are {', '.join(beside)}" if beside else ""
 
 
-def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """All settings of `model` by their full names."""
-    for name, field in model.model_fields.items():
+def keys(model: type, prefix: str = "") -> Iterator[str]:
+    """All settings of `model`, a pydantic model or a dataclass, by their full names."""
+    types = {name: each.annotation for name, each in model.model_fields.items()} if issubclass(model, BaseModel) else {}
+    types |= {each.name: each.type for each in fields(model)} if is_dataclass(model) else {}
+    for name, annotation in types.items():
         yield f"{prefix}{name}"
-        held = get_args(field.annotation)[0] if get_origin(field.annotation) is tuple else field.annotation
-        if isinstance(held, type) and issubclass(held, BaseModel):
-            yield from keys(held, f"{prefix}{name}.")
+        inner = get_args(annotation)[0] if get_origin(annotation) in (tuple, Annotated) else annotation
+        if isinstance(inner, type) and (issubclass(inner, BaseModel) or is_dataclass(inner)):
+            yield from keys(inner, f"{prefix}{name}.")
 
 
 def different(one: Tree, other: Tree) -> list[str]:

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 from fedexperts.errors import BadValue
 from fedexperts.methods.centralized import Centralized
+from fedexperts.methods.contract import Method
 from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedit import FedIT
@@ -26,7 +27,6 @@ from fedexperts.methods.random_expert import RandomExpert
 from fedexperts.methods.random_moe import RandomMoE
 from fedexperts.methods.scaffold import Scaffold
 from fedexperts.methods.seer_moe import SEERMoE
-from fedexperts.types import Method
 
 METHODS: dict[str, type[Method]] = {
     "fedmoe": FedMoE,
@@ -52,11 +52,8 @@ METHODS: dict[str, type[Method]] = {
     "centralized": Centralized,
 }
 
-REFERENCES = frozenset({"local", "centralized"})
-"""What federated methods are held against, the floor and the ceiling: no method's target is theirs."""
-
-UNSTEPPED = frozenset({"local", "flora", "flexlora"})
-"""Whose merge gives no weights that a server's optimiser could go on from: none, or factors that are chosen anew each time."""
+FORMER_NAMES = {"centralised": "centralized"}
+"""Former name of a method → its name now."""
 
 GROUP = "fedexperts.methods"
 """The entry points by which an installed package brings methods: `median = "its_module:Median"`."""
@@ -79,8 +76,7 @@ def enter_installed() -> None:
             found = point.load()
         except Exception as error:  # whatever its module does
             raise BadValue(f"{where} cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
-        lacking = [name for name in ("setup_tasks", "centralized", "assign", "train", "merge") if not hasattr(found, name)]
-        if lacking or not is_dataclass(found):
-            raise BadValue(f"{where} is no method: it {f'lacks {lacking[0]}' if lacking else 'is no dataclass'}; {remedy}")
-        methods[point.name] = found  # type: ignore[assignment]  # what lacks nothing is one
+        if not (isinstance(found, type) and issubclass(found, Method) and is_dataclass(found)):
+            raise BadValue(f"{where} is no method: a method is a frozen dataclass below fedexperts.Method; {remedy}")
+        methods[point.name] = found
     METHODS.update(methods)

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import torch
 from pydantic import BeforeValidator
+from torch import nn
 
+from fedexperts.core.training import sub_model
 from fedexperts.errors import BadValue
 from fedexperts.methods.base import Count, all_experts, patch_for
 from fedexperts.moe import factors, lora
-from fedexperts.types import Assignment, Client, Patch, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Update
 
 
 def ranks_like(given: object) -> object:
@@ -72,12 +74,21 @@ def at_rank(server: Server, rank: int) -> Assignment:
     return replace(whole, extra={"rank": torch.tensor(rank)}, patch=patch)
 
 
+def at_rank_of(job: Job, context: ClientContext) -> nn.Module:
+    """The job's model with adapters of the rank that it says, whose scale is that of the run's."""
+    tuning, rank = context.training.tuning, int(job.extra["rank"])
+    return sub_model(job, context, tuning=replace(tuning, rank=rank, alpha=tuning.alpha * rank / tuning.rank))
+
+
 def set_aside(updates: Iterable[Update], adapters: list[Update]) -> Iterator[Update]:
     """`updates` without their adapters; with nothing else they go into `adapters`."""
-    for update in updates:
-        held = factors.rank_axes(update.patch.tensors).keys()
-        adapters.append(replace(update, patch=among(update.patch, held)))
-        yield replace(update, patch=among(update.patch, update.patch.tensors.keys() - held))
+
+    def part(update: Update) -> Update:
+        names = factors.rank_axes(update.patch.tensors).keys()
+        adapters.append(replace(update, patch=among(update.patch, names)))
+        return replace(update, patch=among(update.patch, update.patch.tensors.keys() - names))
+
+    return map(part, updates)
 
 
 def among(patch: Patch, names: Set[str]) -> Patch:

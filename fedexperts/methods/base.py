@@ -8,7 +8,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from fedexperts.core.training import Fitted, examples, fit, install
+from fedexperts.core.training import Fitted, examples
 from fedexperts.errors import BadValue
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts
@@ -56,12 +56,6 @@ def patch_for(server: Server, assignment: Assignment) -> Patch:
     names = server.weights.keys() if assignment.names is None else assignment.names
     weights = {name: tensor for name, tensor in server.weights.items() if name in names}
     return Patch(*rows.cut(weights, server.layout, assignment.experts))
-
-
-def train_assigned(job: Job, context: ClientContext) -> Update:
-    """Train what was sent on the client's own examples, and send it all back."""
-    model = install(job, context)
-    return answer(job, context, model, fit(model, context, seed=job.seed))
 
 
 def answer(
@@ -142,21 +136,27 @@ def mean_rows(
     `weigh_router`: what a client weighs in the mean of the router of a block; None: the same as everywhere.
     """
     means: dict[str, rows.RowMean] = {}
-    for update in updates:
+
+    def add(update: Update) -> None:
         for name, tensor in update.patch.tensors.items():
             block = rows.router_of(name, server.layout) if weigh_router else None
             weight = weigh_router(update, block) if weigh_router and block else weigh(update)
             mean = means.setdefault(name, rows.RowMean(server.weights[name]))
             mean.add(tensor, ids=update.patch.rows.get(name), weight=weight)
-        del update  # or it would be held until the next one has come
+
+    for _ in map(add, updates):  # no update is bound to a name here, where it would live until the next one has come
+        pass
     return replace(server, weights={**server.weights, **{name: mean.result() for name, mean in means.items()}})
 
 
 def tee_without_weights(updates: Iterable[Update], notes: list[Update]) -> Iterator[Update]:
     """`updates`, leaving each in `notes` without its weights as it passes."""
-    for update in updates:
-        yield update
+
+    def note(update: Update) -> Update:
         notes.append(replace(update, patch=Patch({})))
+        return update
+
+    return map(note, updates)
 
 
 def of(kind: str, method_state: Mapping[str, Tensor]) -> dict[str, Tensor]:

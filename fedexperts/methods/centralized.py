@@ -2,27 +2,24 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
-from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.methods.base import all_experts, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
+from fedexperts.types import Assignment, Client, Server, Update
 
 
 @dataclass(frozen=True)
-class Centralized:
+class Centralized(Method):
     """One participant with everybody's examples trains the whole model, as many steps a round as a round's clients would.
 
     What `centralized` asks for is seen to before the run (start.pooled); the rest is FedAvg with one client.
     """
 
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = True
+    def declare(self) -> Declaration:
+        return Declaration(centralized=True, reference=True)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return all_experts(server)
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

@@ -6,12 +6,12 @@ https://arxiv.org/abs/2012.04221, Algorithm 1. What it leaves open is marked (ou
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
-from fedexperts.core.training import Fitted, install
-from fedexperts.methods.base import Positive, all_experts, by_examples, mean_rows, train_assigned
+from fedexperts.core.training import Fitted
+from fedexperts.methods.base import Positive, all_experts, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.fedprox import fit_near
 from fedexperts.methods.personal import one_after_the_other
 from fedexperts.moe import rows
@@ -19,7 +19,7 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 
 @dataclass(frozen=True)
-class Ditto:
+class Ditto(Method):
     """Client k has two models: wᵗ, which it trains and sends, and v_k, which it keeps and is scored with.
 
     hold: λ of h_k(v; wᵗ) = F_k(v) + λ/2 · ‖v − wᵗ‖². The paper's choice of it is among 0.1, 1 and 2 on each client's own
@@ -27,8 +27,9 @@ class Ditto:
     """
 
     hold: Positive = 1.0
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(keeps_weights=True)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return all_experts(server)
@@ -40,12 +41,12 @@ class Ditto:
         """
         with torch.random.fork_rng():
             personal = self.personalised(job, context)
-        update = train_assigned(job, replace(context, client_state={}))
+        update = super().train(job, replace(context, client_state={}))
         return replace(update, cost=one_after_the_other(personal.cost, update.cost))
 
     def personalised(self, job: Job, context: ClientContext) -> Fitted:
         """v_k ← v_k − η (∇F_k(v_k) + λ (v_k − wᵗ)), as many steps as wᵗ gets; v_k begins as the first wᵗ it sees (ours)."""
-        model = install(job, context)
+        model = self.build_model(job, context)
         fitted = fit_near(model, context, rows.paired(model, job.patch.tensors), self.hold, seed=f"{job.seed}/personal")
         context.client_state.update(rows.read(model))
         return fitted

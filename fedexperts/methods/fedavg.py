@@ -6,29 +6,24 @@ AISTATS 2017, https://arxiv.org/abs/1602.05629, Algorithm 1.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
-from fedexperts.methods.base import Count, by_examples, mean_rows, train_assigned
+from fedexperts.methods.base import Count, by_examples, mean_rows
+from fedexperts.methods.contract import Method
 from fedexperts.methods.submodel import same_for_all
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.types import Assignment, Client, Server, Update
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Method):
     """Every client trains the same model; the server weighs clients by their number of examples.
 
     experts_per_layer: of random experts, the same in every client; None: all experts, whatever the client's memory.
     """
 
     experts_per_layer: Count | None = None
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return Assignment(same_for_all(server, client, self.experts_per_layer))
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

@@ -6,19 +6,16 @@ https://arxiv.org/abs/2305.05644, Algorithm 1.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedexperts.methods.adapters import adapters_of
-from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.methods.base import all_experts, by_examples, mean_rows
+from fedexperts.methods.contract import Method
+from fedexperts.types import Assignment, Client, Server, Update
 
 
 @dataclass(frozen=True)
-class FedIT:
+class FedIT(Method):
     """FedAvg that is sure to average adapters. The mean of A times the mean of B is not the mean of BA."""
-
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained.
@@ -28,9 +25,6 @@ class FedIT:
         """
         adapters_of(server, "fedit")
         return all_experts(server)
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

@@ -8,14 +8,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedexperts.core.training import examples, fit, install, validate
+from fedexperts.core.training import examples, fit, validate
 from fedexperts.errors import TooSmall
 from fedexperts.methods.base import Count, Share, all_experts, by_examples, mean_rows, of, tee_without_weights
+from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric, number_of_experts
 from fedexperts.methods.recommend import recommend
 from fedexperts.methods.submodel import at_random, by_block, mask, predict, require_minimum, search, unmask
 from fedexperts.moe import rows
@@ -24,7 +25,7 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Serv
 
 
 @dataclass(frozen=True)
-class FedMoE:
+class FedMoE(Method):
     """Stage 1 finds each client a sub-model from its routing; stage 2 trains, merges and adjusts them.
 
     initial: "profile" is stage 1; "random" leaves it out, and clients start from random experts (the paper's ablation).
@@ -48,11 +49,16 @@ class FedMoE:
     experts_per_layer: Count | None = None
     patience: Count = 3
     neighbours: Count = 3
-    centralized: ClassVar[bool] = False
 
-    @property
-    def setup_tasks(self) -> tuple[str, ...]:
-        return ("profile",) if self.initial == "profile" else ()
+    def declare(self) -> Declaration:
+        return Declaration(
+            setup_tasks=("profile",) if self.initial == "profile" else (),
+            extra={
+                "p": ExtraTensor(number_of_experts, low=0.0, high=1.001, tasks=("profile", "train")),
+                "score": ExtraTensor(lambda server, job: (), torch.float64, high=0.0),
+            },
+            metrics={"validation_loss": Metric(low=0.0)},
+        )
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
         """Stage 1: the whole model, where the memory holds it. Stage 2: the client's experts.
@@ -92,7 +98,7 @@ class FedMoE:
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """The client's round: train all of the sub-model, measure its routing and its loss on the validation split, send them."""
-        model = install(job, context)
+        model = self.build_model(job, context)
         if job.task == "profile":
             return self.profile(model, job, context)
         fitted = fit(model, context, seed=job.seed)

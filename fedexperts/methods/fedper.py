@@ -6,23 +6,24 @@ https://arxiv.org/abs/1912.00818, Algorithms 1 (client) and 2 (server). What it 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedexperts.methods.base import by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import Personal, shared_names, train_and_keep
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
-class FedPer:
+class FedPer(Method):
     """Base and personal layers are trained together, W_B and W_P; only W_B travels.
 
     personal: the parts of the model whose trained weights are W_P (ours: the routers; the paper's are a network's last layers).
     """
 
     personal: Personal = ("router",)
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(keeps_weights=True)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """W_B.
@@ -34,7 +35,7 @@ class FedPer:
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """Algorithm 1. W_P starts as the base has it (ours; the paper's at random)."""
-        return train_and_keep(job, context)
+        return train_and_keep(self, job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Algorithm 2: W_B is the mean by examples, γ_j = n_j / Σ n_j."""

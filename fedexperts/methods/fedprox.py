@@ -6,14 +6,14 @@ https://arxiv.org/abs/1812.06127, Algorithm 2.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedexperts.core.training import Fitted, fit, install
+from fedexperts.core.training import Fitted, fit
 from fedexperts.methods.base import Count, Positive, add_gradient, answer, by_examples, mean_rows
+from fedexperts.methods.contract import Method
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe.tuning import trainable
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
@@ -23,7 +23,7 @@ Anchors = Sequence[tuple[nn.Parameter, Tensor]]
 
 
 @dataclass(frozen=True)
-class FedProx:
+class FedProx(Method):
     """FedAvg, but each client minimises h(w) = F(w) + μ/2 · ‖w − wᵗ‖², wᵗ what it received (equation 2).
 
     mu: μ. The authors' code says to tune it among 0.001, 0.01, 0.1, 0.5 and 1 for each dataset, and names no default; 0.01 (ours)
@@ -33,14 +33,12 @@ class FedProx:
 
     mu: Positive = 0.01
     experts_per_layer: Count | None = None
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         return Assignment(same_for_all(server, client, self.experts_per_layer))
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        model = install(job, context)
+        model = self.build_model(job, context)
         received = [(parameter, parameter.detach().clone()) for parameter in trainable(model)]
         return answer(job, context, model, fit_near(model, context, received, self.mu, seed=job.seed))
 

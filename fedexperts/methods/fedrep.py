@@ -6,20 +6,21 @@ https://arxiv.org/abs/2102.07078, Algorithm 1. What it leaves open is marked (ou
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import nn
 
-from fedexperts.core.training import Fitted, fit, install
+from fedexperts.core.training import Fitted, fit
 from fedexperts.methods.base import answer, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import Personal, keep, one_after_the_other, shared_names
 from fedexperts.moe import rows
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
-class FedRep:
+class FedRep(Method):
     """The head h_i stays with client i, the representation φ travels; a round's local steps go to h_i first, then to φ.
 
     personal: the parts of the model whose trained weights are the head (ours: the routers; the paper's is the last layer).
@@ -28,8 +29,9 @@ class FedRep:
 
     personal: Personal = ("router",)
     head_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(keeps_weights=True)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """φ.
@@ -41,7 +43,7 @@ class FedRep:
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """τ steps of the head from where it was, with φ as it came; then steps of φ, with that head."""
-        model = install(job, context)
+        model = self.build_model(job, context)
         steps, own = context.training.local_steps, rows.layout(model).keys() - job.patch.tensors.keys()
         of_head = self.head_steps(steps)
         head = fit_only(own, model, context, f"{job.seed}/head", of_head) if of_head else None

@@ -6,20 +6,20 @@ https://arxiv.org/abs/2410.01463.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedexperts.methods.adapters import adapters_of
 from fedexperts.methods.base import by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import train_and_keep
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
-class FedSALoRA:
+class FedSALoRA(Method):
     """Clients train A and B and send A. A client that has not trained yet has B at zero: the base, with the shared routers."""
 
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+    def declare(self) -> Declaration:
+        return Declaration(keeps_weights=True)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained, without B.
@@ -31,7 +31,7 @@ class FedSALoRA:
         return Assignment(server.anatomy.all_experts, names)
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        return train_and_keep(job, context)
+        return train_and_keep(self, job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

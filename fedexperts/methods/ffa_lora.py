@@ -5,23 +5,28 @@ Sun, Li, Li, Ding, "Improving LoRA in Privacy-preserving Federated Learning", IC
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from torch import nn
 
-from fedexperts.core.training import fit, install
+from fedexperts.core.training import fit, load_weights, sub_model
 from fedexperts.methods.adapters import adapters_of
 from fedexperts.methods.base import answer, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe import factors
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
-class FFALoRA:
+class FFALoRA(Method):
     """Clients draw A themselves, from the seed that the server's own A comes from: its few bytes travel in place of A (ours)."""
 
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+    def declare(self) -> Declaration:
+        return Declaration(job_extra=("seed",))
+
+    def build_model(self, job: Job, context: ClientContext) -> nn.Module:
+        """The whole model with A drawn from the seed that came, the same for all."""
+        return load_weights(sub_model(job, context, seed=bytes(job.extra["seed"].tolist()).decode()), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained, without A, and what A starts from.
@@ -34,7 +39,7 @@ class FFALoRA:
         return Assignment(server.anatomy.all_experts, names, extra={"seed": seed})
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        model = install(job, context)
+        model = self.build_model(job, context)
         for name in factors.pairs(name for name, _ in model.named_parameters()):
             model.get_parameter(name).requires_grad_(False)
         return answer(job, context, model, fit(model, context, seed=job.seed))

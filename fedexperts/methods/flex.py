@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedexperts.core.training import fit, install, stratified_first_n
+from fedexperts.core.training import fit, load_weights, stratified_first_n, sub_model
 from fedexperts.errors import BadData, BadValue
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import keep
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
@@ -29,7 +30,7 @@ WINDOW = 2000
 
 
 @dataclass(frozen=True)
-class FLEx:
+class FLEx(Method):
     """The server averages what the run trains of the model itself (attention adapters in the paper) and knows of nothing else.
 
     num_grafted: personal experts of each layer.
@@ -44,8 +45,22 @@ class FLEx:
     calibration_examples: Count = 128
     calibration_stride: Count = 2  # every so many-th token is looked at; 1: all, as in the paper (ours: half the time)
     public_text: str | None = None  # a text file that every client has, for "shared"
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(
+            job_extra=("public_text",),
+            client_state=(f"{graft.CHILD}/",),
+            keeps_weights=True,
+            personal_experts=self.num_grafted,
+            local_files=("public_text",),
+        )
+
+    def build_model(self, job: Job, context: ClientContext) -> nn.Module:
+        """The whole model with the personal experts that the client has selected, if it has."""
+        model = sub_model(job, context)
+        if ids := graft.chosen(context.client_state):
+            graft.attach(model, ids, context.training.tuning, seed=job.seed)
+        return load_weights(model, job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The whole model; what the run trains of it travels.
@@ -80,7 +95,7 @@ class FLEx:
         if not graft.chosen(context.client_state):
             ids, flops = self.selected(job, context)
             context.client_state.update(graft.kept(ids))
-        model = install(job, context)
+        model = self.build_model(job, context)
         fitted = fit(model, context, seed=job.seed)
         keep(job, context, model)
         cost = replace(fitted.cost, flops_estimated=fitted.cost.flops_estimated + flops)

@@ -6,18 +6,19 @@ NeurIPS 2024, https://arxiv.org/abs/2402.11505. What it leaves open is marked (o
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedexperts.methods.adapters import Ranks, at_rank, rank_for, set_aside
-from fedexperts.methods.base import by_examples, mean_rows, train_assigned
+from fedexperts.core.training import load_weights
+from fedexperts.methods.adapters import Ranks, at_rank, at_rank_of, rank_for, set_aside
+from fedexperts.methods.base import by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe import factors
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
-class FlexLoRA:
+class FlexLoRA(Method):
     """ΔW = Σ p_k B_k A_k; a client of rank r gets U_r Σ_r and V_rᵀ of its singular value decomposition.
 
     The server holds the factors of the run's rank, which is the highest: the first r of them are what r gives (ours; the paper
@@ -27,17 +28,19 @@ class FlexLoRA:
     """
 
     ranks: Ranks | None = None
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(job_extra=("rank",), wrappers=frozenset())  # its factors are chosen anew in each merge
+
+    def build_model(self, job: Job, context: ClientContext) -> nn.Module:
+        """The whole model with adapters of the client's rank."""
+        return load_weights(at_rank_of(job, context), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """Raises:
         BadValue: no adapters, or a rank that cannot be.
         """
         return at_rank(server, rank_for(server, client, self.ranks, "flexlora"))
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """All that is no adapter is the mean by examples (ours)."""

@@ -6,19 +6,21 @@ NeurIPS 2024, https://arxiv.org/abs/2409.05976. What it leaves open is marked (o
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
+from torch import Tensor, nn
 
-from fedexperts.core.training import fit, install
-from fedexperts.methods.adapters import Ranks, rank_for
+from fedexperts.core.training import fit, load_weights
+from fedexperts.methods.adapters import Ranks, at_rank_of, rank_for
 from fedexperts.methods.base import answer, by_examples, mean_rows, of, tee_without_weights
+from fedexperts.methods.contract import Declaration, ExtraTensors, Method
 from fedexperts.moe import factors, rows
+from fedexperts.moe.tuning import Tuning
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update, size
 
 
 @dataclass(frozen=True)
-class FLoRA:
+class FLoRA(Method):
     """ΔW = Σ p_k B_k A_k is exact: stacked, A_k above one another and p_k B_k side by side, no A meets another client's B.
 
     The server remembers each round's stack as `stack/<round>/<name>`, the sum of all products as `change/<name of A>`, and as
@@ -29,8 +31,27 @@ class FLoRA:
     """
 
     ranks: Ranks | None = None
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(
+            extra={"stack/": ExtraTensors(sent_factors)},
+            job_extra=("rank", "change/", "stack/"),
+            client_state=("change/",),
+            wrappers=frozenset(),  # a merge gives no weights to go on from: factors are drawn anew each round
+        )
+
+    def build_model(self, job: Job, context: ClientContext) -> nn.Module:
+        """Adapters of the client's rank on the base with all that former rounds added to it."""
+        model = at_rank_of(job, context)
+        factors.add_to_base(model, base_change(job.extra, context.client_state))
+        return load_weights(model, job, context)
+
+    def global_model(self, base: nn.Module, tuning: Tuning, server: Server | None, seed: str) -> nn.Module:
+        """With the sum of all products in the base's weights."""
+        model = super().global_model(base, tuning, server, seed)
+        if server is not None:
+            factors.add_to_base(model, base_change({}, server.method_state))
+        return model
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """What is trained besides adapters; the client's rank; what its base lacks.
@@ -46,8 +67,8 @@ class FLoRA:
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """Fresh adapters, A drawn from the job's seed, on the base as it now is; all of both goes up."""
-        model = install(job, context)
-        context.client_state.update(factors.base_change(job.extra, context.client_state))
+        model = self.build_model(job, context)
+        context.client_state.update(base_change(job.extra, context.client_state))
         fitted = fit(model, context, seed=job.seed)
         trained = rows.read(model)
         return answer(job, context, model, fitted, extra={f"stack/{name}": trained[name] for name in factors.rank_axes(trained)})
@@ -59,7 +80,7 @@ class FLoRA:
         if not notes:
             return merged
         stack = factors.stacked([(by_examples(note), of("stack", note.extra)) for note in notes])
-        change = factors.base_change(named("stack", stack), server.method_state)
+        change = base_change(named("stack", stack), server.method_state)
         has = {f"has/{note.client}": torch.tensor(server.round - 1) for note in notes}
         method_state = {**server.method_state, **change, **named(f"stack/{server.round}", stack), **has}
         return replace(merged, method_state=without_long_past(method_state, server.round))
@@ -95,3 +116,22 @@ def without_long_past(method_state: Tensors, newest: int) -> dict[str, torch.Ten
     past = tuple(f"stack/{round}/" for round in range(forgotten + 1))
     kept = {key: tensor for key, tensor in method_state.items() if not key.startswith(past)}
     return {**kept, "forgotten": torch.tensor(forgotten)}
+
+
+def base_change(extra: Tensors, client_state: Tensors) -> dict[str, Tensor]:
+    """What was added to a client's frozen weights so far: `change/<name of an A>` → Σ BA under it, [rows, out, in].
+
+    That is what the client kept of it, or what a job's `extra` has in its place; and the products of the factors that came since,
+    which `extra` calls `stack/<name of an A or B>`.
+    """
+    change = {name: tensor for name, tensor in {**client_state, **extra}.items() if name.startswith("change/")}
+    for a, b in factors.pairs(name for name in extra if name.startswith("stack/")).items():
+        name, product = a.replace("stack/", "change/", 1), extra[b] @ extra[a]
+        change[name] = change[name] + product if name in change else product
+    return change
+
+
+def sent_factors(server: Server, job: Job) -> dict[str, torch.Tensor]:
+    """Adapters of the rank that `job` says, as its client sends them; only their shapes count."""
+    cut = factors.cut(server.weights, int(job.extra["rank"]))
+    return {name: cut[name] for name in factors.rank_axes(cut)}

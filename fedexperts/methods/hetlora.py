@@ -7,21 +7,22 @@ https://arxiv.org/abs/2401.06432. What it leaves open is marked (ours).
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedexperts.core.training import fit, install
-from fedexperts.methods.adapters import Ranks, at_rank, rank_for, set_aside
-from fedexperts.methods.base import Share, Weight, answer, by_examples, mean_rows, train_assigned
+from fedexperts.core.training import fit, load_weights
+from fedexperts.methods.adapters import Ranks, at_rank, at_rank_of, rank_for, set_aside
+from fedexperts.methods.base import Share, Weight, answer, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, ExtraTensor, Method
 from fedexperts.moe import factors
 from fedexperts.moe.rows import RowMean
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update
 
 
 @dataclass(frozen=True)
-class HetLoRA:
+class HetLoRA(Method):
     """The server's adapters have the run's rank, the highest; a client of rank r gets their first r ranks.
 
     ranks: where clients start: one for all, or some that go in turn over clients by name; None: the run's.
@@ -34,8 +35,14 @@ class HetLoRA:
     aggregate: Literal["sparsity", "examples"] = "sparsity"
     prune: Weight = 0.005
     decay: Share = 0.99
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        rank = ExtraTensor(lambda server, job: (), torch.int64, low=1, required=False)
+        return Declaration(extra={"rank": rank}, job_extra=("rank",), lowers_rank=True)
+
+    def build_model(self, job: Job, context: ClientContext) -> nn.Module:
+        """The whole model with adapters of the client's rank."""
+        return load_weights(at_rank_of(job, context), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The adapters truncated to the client's rank: the one it last sent, else where it starts.
@@ -50,8 +57,8 @@ class HetLoRA:
         """Local steps on F_k + λ ‖B[:, γr:]‖·‖A[γr:]‖; where that product is less than it was, these ranks are cut off."""
         low = lower(self.decay, job.patch.tensors)
         if not self.prune or low == int(job.extra["rank"]):
-            return train_assigned(job, context)
-        model = install(job, context)
+            return super().train(job, context)
+        model = self.build_model(job, context)
         before = tail(model, low).item()
         fitted = fit(model, context, seed=job.seed, penalty=lambda model: self.prune * tail(model, low))
         update = answer(job, context, model, fitted)

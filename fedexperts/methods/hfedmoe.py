@@ -6,13 +6,14 @@ https://arxiv.org/abs/2601.00583. Equation numbers are the paper's; what it leav
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedexperts.core.training import fit, install
+from fedexperts.core.training import fit
 from fedexperts.methods.base import Budget, Share, Weight, answer, budget_for, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric, number_of_experts
 from fedexperts.methods.submodel import by_block, unmask
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy
 from fedexperts.moe.importance import Importance, at_random, importance, select
@@ -21,7 +22,7 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 
 @dataclass(frozen=True)
-class HFedMoE:
+class HFedMoE(Method):
     """A client whose budget does not cover all experts chooses, batch by batch, whom backward reaches; forward stays as it is.
 
     select: what is chosen by: "importance"; "usage", tokens routed to an expert; "random"; "none": nobody is limited.
@@ -40,8 +41,20 @@ class HFedMoE:
     absolute_floor: Weight | None = None  # τ itself, in place of usage_floor
     aggregate: Literal["selective+weighted router", "selective", "fedavg"] = "selective+weighted router"
     alpha: Literal["client", "layer"] = "client"
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(
+            extra={
+                "usage": ExtraTensor(number_of_experts, low=0.0, high=1.001),
+                "preference": ExtraTensor(lambda server, job: (len(job.experts),), torch.float64, low=0.0),
+            },
+            metrics={"qualified": Metric(low=0, whole=True), "sent": Metric(low=0, whole=True)},
+            job_extra=("budget",),
+            selects_experts=self.aggregate != "fedavg",
+        )
+
+    def budget_of(self, assignment: Assignment) -> int | None:
+        return int(assignment.extra["budget"]) if "budget" in assignment.extra else None
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The whole model, and C_k.
@@ -54,7 +67,7 @@ class HFedMoE:
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """The client's round: (3) to (5), (14) and (15) on each batch; then S_k, and its preference for each layer."""
-        model = install(job, context)
+        model = self.build_model(job, context)
         shape = anatomy(model)
         budget = int(job.extra.get("budget", shape.num_experts))
         batches: list[Importance] = []

@@ -6,9 +6,10 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from fedexperts.core.training import fit, install
+from fedexperts.core.training import fit
 from fedexperts.errors import BadValue
 from fedexperts.methods.base import answer
+from fedexperts.methods.contract import Method
 from fedexperts.moe import rows
 from fedexperts.moe.rows import Layout
 from fedexperts.moe.tuning import PROJECTIONS, Part
@@ -58,9 +59,9 @@ def with_projection(names: Iterable[str], kind: str) -> set[str]:
     return {name.partition(f".{alias}.")[0] for name in names for alias in PROJECTIONS[kind] if f".{alias}." in name}
 
 
-def train_and_keep(job: Job, context: ClientContext) -> Update:
+def train_and_keep(method: Method, job: Job, context: ClientContext) -> Update:
     """Train what was sent and what the client has of its own, together; send back the one and keep the other."""
-    model = install(job, context)
+    model = method.build_model(job, context)
     update = answer(job, context, model, fit(model, context, seed=job.seed))
     keep(job, context, model)
     return update

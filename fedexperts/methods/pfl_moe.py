@@ -7,12 +7,12 @@ global one, and has no experts of that kind; so this is HFedMoE's reading, and w
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from fedexperts.core.training import fit, install
+from fedexperts.core.training import fit
 from fedexperts.methods.base import Budget, answer, budget_for, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.submodel import unmask
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.importance import at_random, select
@@ -20,15 +20,19 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 
 @dataclass(frozen=True)
-class PFLMoE:
+class PFLMoE(Method):
     """A client's subset is drawn once, at random, with one expert of each layer at least; HFedMoE without its choice.
 
     budget: experts in every client's subset, a count or a share of all; None: as many as its memory lets it train.
     """
 
     budget: Budget | None = None
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        return Declaration(job_extra=("budget", "subset"), selects_experts=True)
+
+    def budget_of(self, assignment: Assignment) -> int:
+        return int(assignment.extra["budget"])
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The whole model, and the subset.
@@ -44,7 +48,7 @@ class PFLMoE:
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """The subset and all that is no expert; a client whose subset is everything trains as in FedAvg."""
-        model = install(job, context)
+        model = self.build_model(job, context)
         subset = unmask(anatomy(model), job.extra["subset"])
         limited = not job.extra["subset"].all()
         fitted = fit(model, context, seed=job.seed, select_experts=(lambda _: subset) if limited else None)

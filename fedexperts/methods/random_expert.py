@@ -3,22 +3,29 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from random import Random
-from typing import ClassVar
 
 import torch
+from torch import nn
 
+from fedexperts.core.training import load_weights, sub_model
 from fedexperts.errors import BadValue
-from fedexperts.methods.base import all_experts, by_examples, mean_rows, of_experts, patch_for, train_assigned
+from fedexperts.methods.base import all_experts, by_examples, mean_rows, of_experts, patch_for
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe import factors
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
 @dataclass(frozen=True)
-class RandomExpert:
+class RandomExpert(Method):
     """The same expert for all clients and rounds, drawn from the run's seed; no other has an adapter, or sends one."""
 
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+    def declare(self) -> Declaration:
+        return Declaration(job_extra=("adapted",))
+
+    def build_model(self, job: Job, context: ClientContext) -> nn.Module:
+        """The whole model with adapters on one expert of each layer."""
+        adapted = {block: (expert,) for block, expert in zip(job.experts, job.extra["adapted"].tolist(), strict=True)}
+        return load_weights(sub_model(job, context, adapted=adapted), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All that is trained, but of the experts' adapters only those of the chosen.
@@ -37,9 +44,6 @@ class RandomExpert:
         adapted = torch.tensor([expert for (expert,) in chosen.values()])
         patch = of_experts(patch_for(server, whole), server.layout, chosen)
         return replace(whole, extra={"adapted": adapted}, patch=patch)
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

@@ -3,15 +3,15 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar
 
-from fedexperts.methods.base import Count, Share, by_examples, mean_rows, train_assigned
+from fedexperts.methods.base import Count, Share, by_examples, mean_rows
+from fedexperts.methods.contract import Method
 from fedexperts.methods.submodel import at_random
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.types import Assignment, Client, Server, Update
 
 
 @dataclass(frozen=True)
-class RandomMoE:
+class RandomMoE(Method):
     """Each client holds the same random experts in all rounds; modular aggregation as in FedMoE.
 
     experts_per_layer: how many; None (ours): as many as fit into `reserve` of the client's memory, so that it differs from
@@ -20,15 +20,10 @@ class RandomMoE:
 
     experts_per_layer: Count | None = None
     reserve: Share = 0.7
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
 
     def assign(self, server: Server, client: Client) -> Assignment:
         rng = Random(f"{server.seed}/{client.name}/experts")
         return Assignment(at_random(server, client, self.reserve, self.experts_per_layer, rng))
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        return train_assigned(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         return mean_rows(server, updates, by_examples)

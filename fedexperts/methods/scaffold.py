@@ -6,20 +6,20 @@ https://arxiv.org/abs/1910.06378, Algorithm 1. Line numbers are the paper's; wha
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fedexperts.core.training import fit, install
+from fedexperts.core.training import fit
 from fedexperts.methods.base import Count, add_gradient, answer, by_examples, mean_rows, of
+from fedexperts.methods.contract import Declaration, ExtraTensors, Method
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe import rows
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update
 
 
 @dataclass(frozen=True)
-class Scaffold:
+class Scaffold(Method):
     """A step goes along g + c − c_k: c_k is the client's own mean gradient of the last time, c the mean of all clients' c_k.
 
     The server remembers c and a client keeps c_k, each as `control/<name of a weight>`; what is not there yet is zero.
@@ -28,8 +28,10 @@ class Scaffold:
     """
 
     experts_per_layer: Count | None = None
-    setup_tasks: ClassVar[tuple[str, ...]] = ()
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        controls = ExtraTensors(lambda server, job: job.patch.tensors)
+        return Declaration(extra={"control/": controls}, job_extra=("control/",), client_state=("control/",))
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """The experts, and the rows of c that go with them (line 5)."""
@@ -43,7 +45,7 @@ class Scaffold:
         c_k⁺ is the mean over the steps of g as it was before the correction. For plain SGD this is the paper's option II,
         (x − y_k) / (K·η) − c + c_k; unlike that formula it holds for any optimiser (ours). Clipping comes after the correction.
         """
-        model = install(job, context)
+        model = self.build_model(job, context)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in job.patch.tensors.items()}
         shared, own = zeros | of("control", job.extra), zeros | of("control", context.client_state)  # c, c_k
         correction = {name: shared[name] - own[name] for name in zeros}
@@ -80,9 +82,12 @@ def controls(tensors: Tensors) -> dict[str, Tensor]:
 
 def adding_up(updates: Iterable[Update], weights: Tensors, sums: dict[str, Tensor]) -> Iterator[Update]:
     """`updates`, adding the Δc_k of each to `sums`, in float64, as it passes."""
-    for update in updates:
+
+    def add(update: Update) -> Update:
         for name, moved in of("control", update.extra).items():
             total = sums.setdefault(name, torch.zeros(weights[name].shape, dtype=torch.float64))
             ids = update.patch.rows.get(name, torch.arange(len(total)))
             total.index_add_(0, ids, moved.double())
-        yield update
+        return update
+
+    return map(add, updates)

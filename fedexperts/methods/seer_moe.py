@@ -8,14 +8,15 @@ https://arxiv.org/abs/2404.05089, which prunes one model for one device. A feder
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedexperts.core.training import cross_entropy, examples, fit, install, seen
+from fedexperts.core.training import cross_entropy, examples, fit, seen
 from fedexperts.errors import TooSmall
 from fedexperts.methods.base import Weight, all_experts, answer, by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, ExtraTensor, Method, number_of_experts
 from fedexperts.methods.submodel import by_block, require_minimum, search
 from fedexperts.moe.flops import flops_estimated
 from fedexperts.moe.importance import importance
@@ -25,7 +26,7 @@ from fedexperts.types import Assignment, Client, ClientContext, Cost, Job, Patch
 
 
 @dataclass(frozen=True)
-class SEERMoE:
+class SEERMoE(Method):
     """Before the rounds every client counts whom its data is routed to; from the sum each keeps what its memory can train.
 
     counting: "hard": tokens that picked an expert; "soft": the sum of its probability over all tokens.
@@ -36,8 +37,10 @@ class SEERMoE:
 
     counting: Literal["hard", "soft"] = "hard"
     entropy: Weight = 0.01
-    setup_tasks: ClassVar[tuple[str, ...]] = ("count",)
-    centralized: ClassVar[bool] = False
+
+    def declare(self) -> Declaration:
+        counts = ExtraTensor(number_of_experts, torch.float64, low=0.0, high=1e15, tasks=("count",))
+        return Declaration(setup_tasks=("count",), extra={"counts": counts})
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
         """To count: the whole model, where the memory holds its weights and a training step's activations, more than counting
@@ -60,7 +63,7 @@ class SEERMoE:
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """Stage 1 counts. Stage 2 trains the pruned model, gating entropy added to the loss."""
-        model = install(job, context)
+        model = self.build_model(job, context)
         if job.task == "count":
             counts, cost = self.count(model, context)
             return Update(job.client, job.round, job.task, Patch({}), examples(context), {"counts": counts}, {}, cost)

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedexperts.methods.base import Positive, of
-from fedexperts.moe import graft
-from fedexperts.types import Assignment, Client, ClientContext, Job, Method, Server, Tensors, Update
+from fedexperts.methods.contract import Wrapper
+from fedexperts.types import Assignment, Client, Server, Tensors, Update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """How much of what was there before a new value leaves."""
@@ -122,33 +122,17 @@ SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
 
 
 @dataclass(frozen=True)
-class WithServerOptimizer:
-    """`method`, whose merge in each round becomes a step of `optimizer`. Stages before the rounds stay as they are.
+class WithServerOptimizer(Wrapper):
+    """`method`, whose merge in each round becomes a step of `optimizer`. Setup tasks stay as they are.
 
     Δ is the merged weights minus those before, whatever weighing the method merges with. A row that the merge left as it was,
     since nobody sent it, stays where it is, and so do its m and v: its next step follows on its last one (ours).
     """
 
-    method: Method
     optimizer: ServerOptimizer
-
-    @property
-    def setup_tasks(self) -> tuple[str, ...]:
-        return self.method.setup_tasks
-
-    @property
-    def centralized(self) -> bool:
-        return self.method.centralized
-
-    @property
-    def num_grafted(self) -> int:
-        return graft.number(self.method)
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
         return self.method.assign(without_ours(server), client)
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        return self.method.train(job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         merged = self.method.merge(without_ours(server), updates)
@@ -179,7 +163,7 @@ class WithServerOptimizer:
 
 
 def without_ours(server: Server) -> Server:
-    """`server` with the memory that is the method's own."""
+    """`server` with the state that is the method's own."""
     return replace(server, method_state={key: tensor for key, tensor in server.method_state.items() if not is_ours(key)})
 
 

@@ -128,7 +128,7 @@ def inspect(model: str | Path, keep: int | None = None, keep_total: int | None =
 def lora_option(parts: str, rank: int, modules: str | None = None) -> Tuning:
     """The Tuning of `--lora attention+experts --rank 8 --lora-modules q,k,v`."""
     names = tuple(modules.split(",")) if modules else Tuning().attention_modules
-    tuning = Tuning("lora", tuple(parts.split("+")), rank, attention_modules=names)
+    tuning = Tuning("lora", cast("Any", tuple(parts.split("+"))), rank, attention_modules=names)
     tuning.check()
     return tuning
 

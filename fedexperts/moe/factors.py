@@ -90,19 +90,6 @@ def norm(b: Float[Tensor, "rows out rank"], a: Float[Tensor, "rows rank in"]) ->
     return ((b.mT @ b) * (a @ a.mT)).sum((1, 2)).clamp(min=0).sqrt()
 
 
-def base_change(extra: Tensors, kept: Tensors) -> dict[str, Tensor]:
-    """What was added to a client's frozen weights so far: `change/<name of an A>` → Σ BA under it, [rows, out, in].
-
-    That is what the client kept of it, or what a job's `extra` has in its place; and the products of the factors that came since,
-    which `extra` calls `stack/<name of an A or B>`.
-    """
-    change = {name: tensor for name, tensor in {**kept, **extra}.items() if name.startswith("change/")}
-    for a, b in pairs(name for name in extra if name.startswith("stack/")).items():
-        name, product = a.replace("stack/", "change/", 1), extra[b] @ extra[a]
-        change[name] = change[name] + product if name in change else product
-    return change
-
-
 def add_to_base(model: nn.Module, change: Tensors) -> None:
     """Adds a `base_change` to the weights of `model` under its adapters, in its own memory."""
     if change:

@@ -126,11 +126,6 @@ def run(experts: nn.Module, rows: Float[Tensor, "tokens hidden"], ids: Sequence[
     return lora.expert_outputs(experts, rows.repeat(len(ids), 1), expert).view(len(ids), *rows.shape)
 
 
-def number(method: object) -> int:
-    """How many personal experts `method` grafts beside each block: its field `num_grafted`, where it has one."""
-    return int(getattr(method, "num_grafted", 0))
-
-
 def is_personal(name: str) -> bool:
     """Whether what is so called is one client's own: a weight of a personal expert or its gate, or which experts they were."""
     return CHILD in re.split(r"[./]", name)

@@ -267,6 +267,15 @@ def add_beneath(model: nn.Module, products: Iterable[tuple[nn.Parameter, Tensor]
                 add_to_stack(experts, name, adapter.ids, adapter.scale * product)
 
 
+def beneath(model: nn.Module, base: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Each frozen weight of `model` under an adapter, and what `base`, a model of the same shape, has in its place."""
+    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]:
+        yield layer.get_base_layer().weight, base.get_submodule(path).weight
+    for path, experts in [(path, module) for path, module in model.named_modules() if "lora" in module._modules]:
+        if isinstance(experts.lora, nn.ModuleDict):
+            yield from ((getattr(experts, name), getattr(base.get_submodule(path), name)) for name in experts.lora)
+
+
 def linears(model: nn.Module) -> list[tuple[str, int, float]]:
     """Path, rank and scale of each linear layer of `model` that has an adapter."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]

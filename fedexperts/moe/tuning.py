@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from pydantic import Field
 from torch import nn
 
 from fedexperts.errors import BadValue, nearest
@@ -35,12 +36,12 @@ class Tuning:
     Under "full" each part is trained whole. Under "lora" attention and experts get adapters and the router is trained whole.
     """
 
-    train: str = "full"  # or lora
-    parts: tuple[str, ...] | None = None  # None: all four, or under lora all but dense
-    rank: int = 8
-    alpha: float = 16.0
+    train: Literal["full", "lora"] = "full"
+    parts: tuple[Part, ...] | None = None  # None: all four, or under lora all but dense
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
     attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # that get an adapter
-    dropout: float = 0.0  # of what adapters read in training, from torch's global generator
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what adapters read in training, from torch's global generator
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ const maps = JSON.parse(document.getElementById("maps").textContent);
 const coarse = matchMedia("(pointer: coarse)").matches;
 const config = {
   responsive: true, displaylogo: false, displayModeBar: coarse ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d"],
-  // plotly.js 4 shows a button that uploads the chart to its maker's cloud unless told not to
+  // plotly.js 4 shows a button that uploads the chart to its maker's cloud unless this is off
   showSendToCloud: false, plotlyServerURL: "",
 };
 const PAPER = 640; // pixels across a printed page
@@ -33,18 +33,18 @@ function themedTrace(trace) {
 }
 
 function draw(id, data, layout) {
-  // plotly writes into what it is given, and the next theme needs it as it was
+  // plotly modifies its arguments, and the next theme needs the original
   const fresh = structuredClone({ data, layout });
   const place = document.getElementById(id);
   Plotly.react(place, fresh.data.map(themedTrace), themedLayout(fresh.layout), config);
   place.querySelectorAll("svg.main-svg").forEach((svg, layer) => { // plotly draws in layers: one stands for all
     svg.setAttribute(layer ? "aria-hidden" : "role", layer ? "true" : "img");
-    if (!layer) svg.setAttribute("aria-label", place.dataset.told);
+    if (!layer) svg.setAttribute("aria-label", place.dataset.description);
   });
 }
 
-/** The masks of what a client last worked with by the end of `round`; null before its first. */
-function heldAt(client, round) {
+/** The masks of the experts that a client was assigned in its last round up to `round`; null before its first. */
+function assignedAt(client, round) {
   const until = client.holds.filter(([from]) => from <= round);
   return until.length ? until[until.length - 1][1] : null;
 }
@@ -62,56 +62,56 @@ function fillMapControls() {
   pick.client.replaceChildren(new Option("all clients", ""), ...map.clients.map((client, index) => new Option(client.name, index)));
   pick.round.max = map.rounds.length - 1;
   pick.round.value = pick.round.max;
-  const told = map.clients.some((client) => client.uses.length);
-  pick.what.querySelectorAll("[value=used], [value=shifted]").forEach((option) => { option.hidden = option.disabled = !told; });
-  if (!told && (pick.what.value === "used" || pick.what.value === "shifted")) pick.what.value = "held";
+  const hasUses = map.clients.some((client) => client.uses.length);
+  pick.what.querySelectorAll("[value=used], [value=shifted]").forEach((option) => { option.hidden = option.disabled = !hasUses; });
+  if (!hasUses && (pick.what.value === "used" || pick.what.value === "shifted")) pick.what.value = "assigned";
 }
 
-const TOLD = {
-  held: "Colour: how many clients worked with the expert when they last trained, by the end of the chosen round.",
-  used: "Colour: how often routers picked the expert while clients last trained, by the end of the chosen round, in % of all picks of its layer; the mean over clients.",
-  trained: "Colour: in how many clients' rounds the expert was trained, up to the end of the chosen round.",
-  moved: "Colour: how many clients more (blue) or fewer (orange) have the expert than when each first trained.",
-  shifted: "Colour: how much more (blue) or less (orange) of its layer's picks the expert gets than when each client first trained, in percentage points; the mean over clients.",
+const DESCRIPTION = {
+  assigned: "Color: number of clients that held the expert in the last round each trained in, up to the chosen round.",
+  used: "Color: share of its layer's routed tokens that the expert received in the last round each client trained in, up to the chosen round, in %; mean over clients.",
+  trained: "Color: number of client rounds in which the expert was trained, up to the chosen round.",
+  moved: "Color: how many more (blue) or fewer (orange) clients hold the expert than in the first round each trained in.",
+  shifted: "Color: how much more (blue) or less (orange) of its layer's routed tokens the expert receives than in the first round each client trained in, in percentage points; mean over clients.",
 };
 const UNIT = {
-  held: "clients", used: "% of the layer's picks", trained: "clients' rounds", moved: "clients, more or fewer",
+  assigned: "clients", used: "% of the layer's routed tokens", trained: "client rounds", moved: "clients, more or fewer",
   shifted: "percentage points, more or less",
 };
 const BOTH_WAYS = ["moved", "shifted"];
 
-/** What the map shows: for each layer and expert the sum over `sets` of masks, each with its weight. */
+/** For each layer and expert the sum of the weights of the `sets` of masks that contain it. */
 function sums(map, sets) {
   const widest = Math.max(...map.blocks.map((block) => block.experts));
   return map.blocks.map((block, row) => Array.from({ length: widest }, (_, expert) => expert >= block.experts ? null
     : sets.reduce((sum, [masks, weight]) => sum + (holdsExpert(masks[row], expert) ? weight : 0), 0)));
 }
 
-/** Masks and their weights for `sums`, of one client by the end of `round`. */
+/** Masks and their weights for `sums`, of one client up to `round`. */
 function setsOf(client, what, round) {
-  if (what === "trained") return client.trained.filter(([at]) => at <= round).map(([at, masks]) => [masks ?? heldAt(client, at), 1]);
-  const held = heldAt(client, round);
-  if (held === null) return [];
-  return what === "held" ? [[held, 1]] : [[held, 1], [client.holds[0][1], -1]];
+  if (what === "trained") return client.trained.filter(([at]) => at <= round).map(([at, masks]) => [masks ?? assignedAt(client, at), 1]);
+  const assigned = assignedAt(client, round);
+  if (assigned === null) return [];
+  return what === "assigned" ? [[assigned, 1]] : [[assigned, 1], [client.holds[0][1], -1]];
 }
 
-/** How often experts were picked the last time by the end of `round`, in % of their layer, the mean over those of the `clients`
- * that tell it; or `shifted`: what that is more than the first time. */
+/** Experts' shares of routed tokens in the last round up to `round`, in % of their layer, as the mean over those of the `clients`
+ * that have them; with `shifted`, their difference from the first round. */
 function usesOf(map, clients, round, shifted) {
-  const told = clients.map((client) => client.uses.filter(([at]) => at <= round)).filter((rounds) => rounds.length);
+  const recorded = clients.map((client) => client.uses.filter(([at]) => at <= round)).filter((rounds) => rounds.length);
   const share = (rounds, row, expert) => rounds.at(-1)[1][row][expert] - (shifted ? rounds[0][1][row][expert] : 0);
   const widest = Math.max(...map.blocks.map((block) => block.experts));
-  return map.blocks.map((block, row) => Array.from({ length: widest }, (_, expert) => expert >= block.experts || !told.length ? null
-    : Math.round(told.reduce((sum, rounds) => sum + share(rounds, row, expert), 0) / told.length) / 10));
+  return map.blocks.map((block, row) => Array.from({ length: widest }, (_, expert) => expert >= block.experts || !recorded.length ? null
+    : Math.round(recorded.reduce((sum, rounds) => sum + share(rounds, row, expert), 0) / recorded.length) / 10));
 }
 
-/** What the map shows of the `clients`. */
+/** The numbers of the map for the `clients`. */
 const shownOf = (map, clients, what, round) => what === "used" || what === "shifted" ? usesOf(map, clients, round, what === "shifted")
   : sums(map, clients.flatMap((client) => setsOf(client, what, round)));
 
-/** The end of a colour scale: large enough for the whole run, so that rounds can be compared. */
+/** The end of a color scale: large enough for the whole run, so that rounds can be compared. */
 function largest(map, clients, what) {
-  if (what === "held") return Math.max(1, clients.length);
+  if (what === "assigned") return Math.max(1, clients.length);
   const every = map.rounds.flatMap((round) => what !== "trained" || round === map.rounds[map.rounds.length - 1] ? [round] : []);
   return Math.max(1, ...every.map((round) => Math.max(...shownOf(map, clients, what, round).flat().map(Math.abs))));
 }
@@ -123,21 +123,21 @@ function drawMap() {
   const round = map.rounds[pick.round.value];
   const chosen = all ? map.clients : [map.clients[pick.client.value]];
   const z = shownOf(map, chosen, what, round);
-  const present = chosen.filter((client) => heldAt(client, round) !== null).length;
+  const present = chosen.filter((client) => assignedAt(client, round) !== null).length;
   document.getElementById("map-shown").textContent = `round ${round}`;
   pick.round.setAttribute("aria-valuetext", `round ${round}`);
-  document.getElementById("map-told").textContent = TOLD[what];
+  document.getElementById("map-description").textContent = DESCRIPTION[what];
   document.getElementById("map-note").textContent = all
     ? `${present} of ${map.planned} clients have trained by round ${round}.`
     : present ? "" : "This client has not trained by this round.";
   const client = all ? "all clients" : chosen[0].name;
-  document.getElementById("map").dataset.told =
-    `Experts × layers of ${map.run}, ${client}, round ${round}. ${TOLD[what]} Its numbers stand in the table below it.`;
+  document.getElementById("map").dataset.description =
+    `Experts × layers of ${map.run}, ${client}, round ${round}. ${DESCRIPTION[what]} The numbers are in the table below.`;
   fillMapNumbers(map, z);
   const most = largest(map, chosen, what);
   draw("map", [{
     type: "heatmap", z, y: map.blocks.map((block) => escaped(block.label)), zmin: BOTH_WAYS.includes(what) ? -most : 0, zmax: most,
-    meta: { theme: BOTH_WAYS.includes(what) ? "shift" : "heat" }, xgap: 1, ygap: 1, showscale: all || (what !== "held" && what !== "moved"),
+    meta: { theme: BOTH_WAYS.includes(what) ? "shift" : "heat" }, xgap: 1, ygap: 1, showscale: all || (what !== "assigned" && what !== "moved"),
     colorbar: { title: { text: UNIT[what], side: "right" }, thickness: 12, ...(most < 6 ? { dtick: 1 } : {}) },
     hovertemplate: `%{y}, expert %{x}: %{z} ${UNIT[what]}<extra></extra>`,
   }], {
@@ -148,30 +148,30 @@ function drawMap() {
 }
 
 function cell(kind, text, scope, name) {
-  const made = document.createElement(kind);
-  made.textContent = text;
-  if (scope) made.scope = scope;
-  if (name) made.className = name;
-  return made;
+  const element = document.createElement(kind);
+  element.textContent = text;
+  if (scope) element.scope = scope;
+  if (name) element.className = name;
+  return element;
 }
 
 function fillMapNumbers(map, z) {
   const heads = document.createElement("tr");
   heads.append(cell("th", "layer", "col", "text"), ...z[0].map((_, expert) => cell("th", expert, "col")));
   const rows = z.map((numbers, row) => {
-    const made = document.createElement("tr");
-    made.append(cell("th", map.blocks[row].label, "row"), ...numbers.map((number) => cell("td", number === null ? "–" : number)));
-    return made;
+    const line = document.createElement("tr");
+    line.append(cell("th", map.blocks[row].label, "row"), ...numbers.map((number) => cell("td", number === null ? "–" : number)));
+    return line;
   });
   const table = document.getElementById("map-numbers");
-  const caption = cell("caption", document.getElementById("map").dataset.told.split(". ")[0]);
+  const caption = cell("caption", document.getElementById("map").dataset.description.split(". ")[0]);
   const [head, body] = [document.createElement("thead"), document.createElement("tbody")];
   head.append(heads);
   body.append(...rows);
   table.replaceChildren(caption, head, body);
 }
 
-/** Cells that say a number by it, others as text; those without come last either way. */
+/** Compares numbers as numbers and other cells as text; cells without a number come last in both directions. */
 function compare(one, other, column, turn) {
   const [a, b] = [one, other].map((row) => row.cells[column]);
   if (a.classList.contains("text") || a.tagName === "TH") return turn * a.textContent.localeCompare(b.textContent, "en", { numeric: true });
@@ -179,7 +179,7 @@ function compare(one, other, column, turn) {
   return Number.isNaN(x) || Number.isNaN(y) ? Number.isNaN(x) - Number.isNaN(y) : turn * (x - y);
 }
 
-/** Makes each head a button: upwards, downwards, as it was. */
+/** Makes each head a button: ascending, descending, original order. */
 function sortable(table) {
   const body = table.tBodies[0];
   const before = [...body.rows];
@@ -215,7 +215,7 @@ drawAll();
 document.querySelectorAll("table:not(.plain)").forEach((table) => { if (table.tBodies[0].rows.length > 1) sortable(table); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
-/** On paper: light, as wide as a page, long tables whole. */
+/** On paper: light colors, as wide as a page, long tables unfolded. */
 function onPaper(printed) {
   document.documentElement.classList.toggle("printed", printed);
   document.querySelectorAll("details.long").forEach((long) => { long.open = printed || long.dataset.opened === "true"; });

@@ -1,4 +1,4 @@
-"""Figures as PNG files, for documents that cannot hold a page: drawn by kaleido in a browser on this machine, without network."""
+"""Figures as PNG files: drawn by kaleido in a browser on this machine, without network access."""
 
 import asyncio
 import re
@@ -9,18 +9,18 @@ import plotly.graph_objects as go
 
 from fedexperts.errors import BadValue
 from fedexperts.io.files import write_bytes
-from fedexperts.report.figures import INK, Figure, safe
+from fedexperts.report.traces import INK, Figure, safe
 
 WIDTH, SCALE = 760, 2  # pixels of the layout, and of the file for each of them
-TEXT, LINE = "#1d2530", "#d5dae1"  # these and those of maps are those of the page when it is light
+TEXT, LINE = "#1d2530", "#d5dae1"  # these and those of maps are the colors of the light page
 MAPS = {"heat": "#14508f", "cells": "#8fbbe8"}
 
 
 def write(figures: Iterable[Figure], folder: Path) -> tuple[Path, ...]:
-    """Writes each figure to `folder`, under its title in small letters, and returns the files.
+    """Writes each figure to `folder`, named after its title, and returns the files.
 
     Raises:
-        BadValue: kaleido is not installed, or finds no browser.
+        BadValue: kaleido is not installed, or does not find a browser.
     """
     every = list(figures)
     images = asyncio.run(images_of([still(figure) for figure in every]))
@@ -31,7 +31,7 @@ def write(figures: Iterable[Figure], folder: Path) -> tuple[Path, ...]:
 
 
 def file_name(title: str) -> str:
-    """`title` in small letters and digits, with hyphens for all else."""
+    """`title` in lower case, with hyphens for all but letters and digits."""
     return re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
 
 
@@ -43,7 +43,7 @@ async def images_of(drawings: Sequence[go.Figure]) -> list[bytes]:
     except ImportError:
         raise BadValue("PNG files need kaleido, which is not installed: pip install 'fedexperts[png]'") from None
     try:
-        browser = Kaleido(mathjax=False)  # which it would load from the network
+        browser = Kaleido(mathjax=False)  # mathjax would be loaded from the network
     except ChromeNotFoundError:
         raise BadValue(
             "PNG files need a browser, and there is none: install Chromium or Chrome, or name one in BROWSER_PATH"
@@ -53,7 +53,7 @@ async def images_of(drawings: Sequence[go.Figure]) -> list[bytes]:
 
 
 def still(figure: Figure) -> go.Figure:
-    """The drawing in the colours of the light page, under its title."""
+    """The drawing in the colors of the light page, under its title."""
     drawing = go.Figure(figure.drawing)
     title = {"text": safe(figure.title), "x": 0, "xref": "paper", "font": {"size": 16}}
     drawing.update_layout(title=title, margin_t=56, paper_bgcolor="white", plot_bgcolor="white", font={"color": TEXT, "size": 13})

@@ -1,4 +1,4 @@
-"""A results folder as frozen values, also while its run is still writing to it."""
+"""Reads a results folder into frozen values, also while its run is still writing to it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedexperts.errors import BadRun
 
-Holds = Mapping[str, Sequence[int]]  # MoE block → the experts a client works with there
+Holds = Mapping[str, Sequence[int]]  # MoE block → ids of its experts that a client was assigned, or sent
 
-DEPTH = 4  # how far below a given folder runs are looked for: `compare` writes OUT/<setting>/<method>/seed-<s>/
-NO_SETTING = "no setting"  # what a run is in that no comparison made, beside those of several settings
+DEPTH = 4  # folders below a given one that are searched for runs: `compare` writes OUT/<setting>/<method>/seed-<s>/
+NO_SETTING = "no setting"  # the setting of a single run that is reported beside comparisons of several settings
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """What was planned for a client before the run."""
+    """A client as planned before the run."""
 
     name: str
     task: str = ""
     examples: int = 0
     validation: int = 0
     test: int = 0
-    memory_bytes: int | None = None  # None: as much as it takes
+    memory_bytes: int | None = None  # None: unlimited
     experts_fit: int | None = None
     full_fits: bool = True
     tasks: Mapping[str, int] = field(default_factory=dict)  # training examples of each task
@@ -51,56 +51,54 @@ class ClientPlan:
 
 @dataclass(frozen=True)
 class Weighed:
-    """Bytes of all that is no expert, and of one expert of each MoE block with its router row."""
+    """Bytes of everything but the experts, and of one expert of each MoE block with its router row."""
 
     dense_bytes: int
     expert_bytes: Mapping[str, int]
     activation_bytes: int = 0
 
     def of(self, holds: Holds) -> int:
-        """Bytes of a client that works with `holds`, activations apart."""
+        """Bytes for the experts in `holds`, without activations."""
         return self.dense_bytes + sum(len(set(experts)) * self.expert_bytes.get(block, 0) for block, experts in holds.items())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """plan.json: what was asked."""
+    """plan.json: what was planned before the run."""
 
     method: str
     seed: int
     model: ModelPlan
     clients: tuple[ClientPlan, ...] = ()
     setting: str = ""  # the run file of a comparison, by its name
-    reference: bool = False  # no federated method, but what those are held against
+    reference: bool = False  # not a federated method but a reference for them: a floor or a ceiling
     partition: Mapping[str, Any] = field(default_factory=dict)
-    full_bytes: int | None = None  # memory that training with all experts takes
-    personal_bytes: int = 0  # that a client's personal experts take beside it
-    patch: Weighed | None = None  # what travels
-    memory: Weighed | None = None  # weights, gradients and optimiser state in training, and activations
-    round_flops_estimated: float | None = None  # of a client's round on the whole model and full-length examples
-    warnings: tuple[str, ...] = ()  # what was said not to fit
+    full_bytes: int | None = None  # memory for training with all experts
+    personal_bytes: int = 0  # memory for a client's personal experts on top of it
+    patch: Weighed | None = None  # weights that are sent
+    memory: Weighed | None = None  # weights, gradients, optimizer state and activations in training
+    round_flops_estimated: float | None = None  # for a client's round on the whole model and examples of full length
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Round:
-    """A line of rounds.jsonl; round 0 holds the stages before the rounds."""
+    """A line of rounds.jsonl; the setup tasks before the first round are round 0."""
 
     round: int
     task: str = "train"
     clients: tuple[str, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)  # client → reason
-    loss: float | None = None
     seconds: float = 0.0
     clock_seconds: float | None = None  # virtual; None: no clock
-    holds: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → Holds
-    sends: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → what it sent, where not that
-    uses: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → tokens of each expert that it held
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    holds: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → its assigned experts
+    sends: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → the experts it sent, if others
+    uses: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → tokens of each assigned expert
 
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """A line of ledger.jsonl: what one client's work of one round took."""
+    """A line of ledger.jsonl: the cost of one client's job in one round."""
 
     round: int
     client: str
@@ -114,24 +112,27 @@ class LedgerRow:
     experts: int = 0
     failed: str | None = None
     clock_seconds: float | None = None  # virtual; None: no clock
-    metrics: Mapping[str, Any] = field(default_factory=dict)  # what the method told of itself
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # reported by the client
 
 
 @dataclass(frozen=True)
 class OnRetained:
-    """What a model scored on the retained examples of a task."""
+    """A model's score on the retained examples of a task."""
 
     metric: str
     examples: int
     value: float | None
-    values: tuple[float, ...] = ()  # of each example, in one order for all models of a run; none where the metric is no mean
+    values: tuple[
+        float, ...
+    ] = ()  # one per example, in the same order for all models of a run; empty if the metric is not a mean
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A line of evals.jsonl: of a client and task, of a task (client None), or overall (both None).
 
-    A line that has `retained` or `drift` has no value: it tells of a client's model at the end, or (client None) of the base.
+    A line with `retained` or `drift` has no value: it is about a client's model after the last round or, with client None, about
+    the base model.
     """
 
     round: int
@@ -147,7 +148,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunResults:
-    """Everything a report says about one run."""
+    """All that a report needs to know about one run."""
 
     folder: Path
     plan: Plan
@@ -159,33 +160,40 @@ class RunResults:
 
     @cached_property
     def evaluations_of(self) -> Mapping[tuple[str | None, str | None], Sequence[Evaluation]]:
-        """(client, task) → its evaluations, as they were written."""
-        found: dict[tuple[str | None, str | None], list[Evaluation]] = {}
+        """(client, task) → its evaluations, in the order of the file."""
+        rows: dict[tuple[str | None, str | None], list[Evaluation]] = {}
         for row in self.evaluations:
-            found.setdefault((row.client, row.task), []).append(row)
-        return found
+            rows.setdefault((row.client, row.task), []).append(row)
+        return rows
+
+    @cached_property
+    def client_names(self) -> Sequence[str]:
+        """The names of all clients: the planned ones, then any that are only in the ledger."""
+        return list(dict.fromkeys([*(client.name for client in self.plan.clients), *self.work_of]))
 
     @cached_property
     def work_of(self) -> Mapping[str, Sequence[LedgerRow]]:
-        """Client → its rows of the ledger, as they were written."""
-        found: dict[str, list[LedgerRow]] = {}
+        """Client → its rows of the ledger, in the order of the file."""
+        rows: dict[str, list[LedgerRow]] = {}
         for row in self.ledger:
-            found.setdefault(row.client, []).append(row)
-        return found
+            rows.setdefault(row.client, []).append(row)
+        return rows
 
 
+Groups = Mapping[str, Sequence[RunResults]]  # method → its runs, one of each seed
+Settings = Mapping[str, Groups]  # setting → method → its runs; all settings name the same methods, some without runs
 Row = TypeVar("Row")
 
 
 def read(folder: Path) -> RunResults:
-    """The run in `folder`; what a run in progress has not written yet is empty.
+    """The run in `folder`; files that a run in progress has not written yet are read as empty.
 
     Raises:
-        BadRun: no run is there, or one of its files cannot be read.
+        BadRun: the folder is not a run's, or one of its files cannot be read.
     """
     plan = folder / "plan.json"
     if not plan.is_file():
-        raise BadRun(f"{folder} holds no run (it has no plan.json); give a folder that `fedexperts run` wrote")
+        raise BadRun(f"{folder} is not the folder of a run (it has no plan.json); give a folder that `fedexperts run` wrote")
     return RunResults(
         folder=folder,
         plan=_parse(TypeAdapter(Plan), _text(plan), str(plan)),
@@ -198,31 +206,31 @@ def read(folder: Path) -> RunResults:
 
 
 def read_all(folders: Sequence[Path]) -> tuple[RunResults, ...]:
-    """The runs of all `folders`, each once; a folder that is no run stands for the runs below it.
+    """The runs of all `folders`, each once; a folder that is not a run's stands for the runs below it.
 
     Raises:
-        BadRun: a folder does not exist, or holds no run.
+        BadRun: a folder does not exist, or has no run in it.
     """
-    found = {path.resolve(): path for folder in folders for path in run_folders(Path(folder))}
-    if not found:
-        raise BadRun("a report needs at least one results folder, got none; name the folder that `fedexperts run` wrote")
-    return tuple(read(path) for path in found.values())
+    paths = {path.resolve(): path for folder in folders for path in run_folders(Path(folder))}
+    if not paths:
+        raise BadRun("no results folder was given, and a report needs at least one; give a folder that `fedexperts run` wrote")
+    return tuple(read(path) for path in paths.values())
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """`folder` when it is a run, else the runs below it, in order of their names (seed-2 before seed-10)."""
+    """`folder` itself if it is a run's, else those of the runs below it, in order of their names (seed-2 before seed-10)."""
     if not folder.is_dir():
         raise BadRun(f"{folder} is not a folder; give one that `fedexperts run` or `fedexperts compare` wrote")
-    found = sorted(_below(folder, DEPTH), key=lambda path: _natural(str(path)))
-    if not found:
-        raise BadRun(f"{folder} holds no run (no plan.json in it or below); give a folder that `fedexperts run` wrote")
-    return found
+    paths = sorted(_below(folder, DEPTH), key=lambda path: _natural(str(path)))
+    if not paths:
+        raise BadRun(f"{folder} contains no run (no plan.json in it or below); give a folder that `fedexperts run` wrote")
+    return paths
 
 
 def grouped(runs: Sequence[RunResults]) -> dict[str, tuple[RunResults, ...]]:
-    """Runs of one method as its seeds, in the order in which the methods first come.
+    """Method → its runs, one per seed, in the order in which the methods first come.
 
-    Where a method was run twice with one seed (with other settings, then), its runs are told apart by their folders.
+    If a method was run twice with the same seed (with different settings, then), the folder of its runs joins the label.
     """
     keys = [(run.plan.method, run.plan.seed) for run in runs]
     twice = {method for method, seed in keys if keys.count((method, seed)) > 1}
@@ -234,20 +242,35 @@ def grouped(runs: Sequence[RunResults]) -> dict[str, tuple[RunResults, ...]]:
 
 
 def by_setting(runs: Sequence[RunResults]) -> dict[str, dict[str, tuple[RunResults, ...]]]:
-    """Setting → method → its runs. Every setting names all methods in one order; one that was not run there has no runs.
+    """Setting → method → its runs. Every setting lists all methods in the same order; one that was not run there has no runs.
 
-    Runs of fewer than two settings are all of one, which has no name.
+    Runs of fewer than two settings form a single one, whose name is empty.
     """
     names = dict.fromkeys(run.plan.setting for run in runs)
     if len([name for name in names if name]) < 2:
         return {"": grouped(runs)}
-    found = {name or NO_SETTING: grouped([run for run in runs if run.plan.setting == name]) for name in names}
-    methods = dict.fromkeys(method for groups in found.values() for method in groups)
-    return {name: {method: groups.get(method, ()) for method in methods} for name, groups in found.items()}
+    by_name = {name or NO_SETTING: grouped([run for run in runs if run.plan.setting == name]) for name in names}
+    methods = dict.fromkeys(method for groups in by_name.values() for method in groups)
+    return {name: {method: groups.get(method, ()) for method in methods} for name, groups in by_name.items()}
+
+
+def by_label(settings: Settings) -> dict[str, Sequence[RunResults]]:
+    """`setting: method`, or the method alone in a setting without a name → its runs, where there are any."""
+    return {
+        f"{name}: {method}" if name else method: runs
+        for name, groups in settings.items()
+        for method, runs in groups.items()
+        if runs
+    }
+
+
+def all_runs(groups: Groups) -> list[RunResults]:
+    """The runs of all methods."""
+    return [run for runs in groups.values() for run in runs]
 
 
 def _home(run: RunResults) -> Path:
-    """The folder that the seeds of one comparison have in common."""
+    """The folder that the seeds of a comparison share."""
     seeded = re.fullmatch(r"seed-?\d+", run.folder.name)
     return run.folder.parent if seeded else run.folder
 
@@ -267,12 +290,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _text(path: Path) -> str:
-    """What stands in `path`; nothing when it is not there yet. Bytes that are no UTF-8 are shown as such."""
+    """The text of `path`, empty if it does not exist yet; bytes that are not UTF-8 are replaced."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _lines(adapter: TypeAdapter[Row], path: Path) -> Iterator[Row]:
-    """The rows of a jsonl file; a last line without its end is still being written and is left out."""
+    """The rows of a jsonl file. A last line without a newline is still being written and is left out."""
     complete = _text(path).split("\n")[:-1]
     for number, line in enumerate(complete, start=1):
         if line.strip():
@@ -286,4 +309,6 @@ def _parse(adapter: TypeAdapter[Row], text: str, where: str) -> Row:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         reason = f"{key}: {first['msg']}" if key else first["msg"]
-        raise BadRun(f"{where} is not what a run writes ({reason}); mend it, or run again into a new folder") from error
+        raise BadRun(
+            f"{where} does not have the format that a run writes ({reason}); repair it, or run again into a new folder"
+        ) from error

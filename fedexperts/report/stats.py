@@ -1,4 +1,4 @@
-"""Means over seeds and how sure one can be of them."""
+"""Means over seeds and their confidence intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half width of its 95 % interval; None where one value cannot give one."""
+    """A mean of `n` values and the half width of its 95 % confidence interval, which is None for a single value."""
 
     mean: float
     half: float | None
@@ -20,7 +20,7 @@ class Interval:
 def interval(values: Sequence[float]) -> Interval:
     """Mean ± t(0.975, n − 1) · s / √n: the two-sided 95 % Student t interval of a mean.
 
-    s is the sample standard deviation (divided by n − 1); the n values are taken as independent draws from a normal.
+    s is the sample standard deviation (divided by n − 1); the n values are assumed to be independent and normally distributed.
     """
     n = len(values)
     half = float(stdtrit(n - 1, 0.975)) * stdev(values) / sqrt(n) if n > 1 else None
@@ -28,9 +28,14 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Interval | None:
-    """`interval` of the differences values[seed] − baseline[seed] over the seeds both have; None when they share none.
+    """`interval` of the differences values[seed] − baseline[seed] over the seeds that both have; None if there are none.
 
-    Pairing takes out what a seed does to both alike (its data, its clients), so it is narrower than two intervals apart.
+    Pairing removes the effect of a seed on both (its data, its clients), so the interval is narrower than that of unpaired means.
     """
     shared = sorted(values.keys() & baseline.keys())
     return interval([values[seed] - baseline[seed] for seed in shared]) if shared else None
+
+
+def mean_or_none(numbers: Sequence[float]) -> float | None:
+    """The mean of `numbers`; None if there are none."""
+    return fmean(numbers) if numbers else None

@@ -15,6 +15,7 @@ from fedexperts.experiment.plan import plan
 from fedexperts.experiment.runner import clock_for, run
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked
+from fedexperts.report import axes, resources
 from fedexperts.report.read import read
 
 # A megabyte takes the first client a second down and two up, and a GFLOP a tenth of one; the others are ten times as slow.
@@ -75,7 +76,7 @@ def test_stages_before_the_rounds_count_in_the_time_of_the_run(tiny_tree, tmp_pa
     stage, first = lines(out / "rounds.jsonl")
     assert (stage["round"], stage["task"]) == (0, "profile")
     assert min(stage["clock_seconds"], first["clock_seconds"]) > 0
-    until = report.measures.clock_until(read(out))
+    until = axes.clock_until(read(out))
     assert [until(0), until(1)] == [stage["clock_seconds"], stage["clock_seconds"] + first["clock_seconds"]]
 
 
@@ -108,7 +109,8 @@ def test_who_is_late_is_left_out_and_keeps_nothing_of_the_round(tiny_tree, tmp_p
     assert line["clock_seconds"] == deadline
     assert line["failed"].keys() == {"c02", "c03", "c04"}
     assert all("later than the deadline of" in reason for reason in line["failed"].values())
-    assert [folder.name for folder in (out / "clients").iterdir()] == ["c01"]
+    state = json.loads(next(out.glob("checkpoint/*/state.json")).read_text())
+    assert state["accepted"] == state["kept"] == {"c01": "000001-train"}
 
 
 def test_a_round_that_all_are_late_for_ends_the_run_with_the_reason(tiny_tree, tmp_path):
@@ -148,7 +150,7 @@ def test_a_job_that_takes_more_memory_than_its_client_has_fails_and_the_others_g
         assert entry["clock_seconds"] == pytest.approx(entry["bytes_down"] * 1e-5)
     assert not (out / "clients/c02").exists()
     assert {entry["failed"] for entry in lines(out / "ledger.jsonl", task="evaluate")} == {None}
-    assert [(row.client, row.round) for row in report.measures.failures(read(out))] == [("c02", 1), ("c02", 2)]
+    assert [(row.client, row.round) for row in resources.failures(read(out))] == [("c02", 1), ("c02", 2)]
     said = plan(prepare_run(asked))["warnings"][0]
     assert "their jobs fail where the measured peak is above it" in said
 
@@ -157,7 +159,7 @@ def test_memory_may_be_left_to_the_report(tiny_tree, tmp_path, peak):
     asked = config(tiny_tree, rounds=1, each=4, memory_gb=0.5 * peak / 1e9, out_of_memory="train anyway")
     out = run(asked, tmp_path / "out")
     assert lines(out / "rounds.jsonl")[0]["failed"] == {}
-    assert len(report.measures.over_memory(read(out))) == 4
+    assert len(resources.over_memory(read(out))) == 4
     assert "it trains there all the same, and the report marks them" in plan(prepare_run(asked))["warnings"][0]
 
 

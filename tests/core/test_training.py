@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import batches, cross_entropy, fit, install, seen, stratified_first_n, validate
-from fedexperts.errors import BadData
+from fedexperts.core.training import batches, cross_entropy, fit, seen, stratified_first_n, validate
+from fedexperts.errors import BadData, Undeclared
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked
-from fedexperts.methods.base import patch_for, train_assigned
+from fedexperts.methods.base import patch_for
+from fedexperts.methods.contract import Method
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_batch, tiny_model
@@ -47,21 +48,25 @@ def equal(one, other):
 def test_an_installed_model_holds_what_was_sent(prepared, context):
     sent = job(prepared)
     doubled = replace(sent, patch=replace(sent.patch, tensors={name: 2 * t for name, t in sent.patch.tensors.items()}))
-    assert equal(rows.read(install(doubled, context)), doubled.patch.tensors)
+    assert equal(rows.read(Method().build_model(doubled, context)), doubled.patch.tensors)
 
 
 def test_what_the_client_kept_takes_the_place_of_what_was_sent(prepared, context):
-    kept = {ROUTER: torch.full((2, 32), 7.0), "of another method": torch.ones(1)}
-    held = rows.read(install(job(prepared), replace(context, client_state=kept)))
-    assert torch.equal(held[ROUTER], kept[ROUTER])
-    assert kept.keys() == {ROUTER, "of another method"}
+    state = {ROUTER: torch.full((2, 32), 7.0), "control/x": torch.ones(1)}
+    built = rows.read(Method().build_model(job(prepared), replace(context, client_state=state)))
+    assert torch.equal(built[ROUTER], state[ROUTER])
+
+
+def test_what_a_client_keeps_and_is_neither_a_weight_nor_declared_is_refused_by_name(prepared, context):
+    with pytest.raises(Undeclared, match="client c01 keeps rooter, which is no trained weight of its model"):
+        Method().build_model(job(prepared), replace(context, client_state={"rooter": torch.ones(1)}))
 
 
 def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepared, context):
-    tuned = replace(context, training=replace(context.training, tuning=Tuning(parts=("router",))))
+    tuned = replace(context, training=replace(context.training, parts=("router",)))
     whole = prepared.server.anatomy.all_experts
     sent = Job("c01", 1, "train", "s", whole, patch_for(prepared.server, Assignment(whole, frozenset({ROUTER}))))
-    model = install(sent, tuned)
+    model = Method().build_model(sent, tuned)
     base = dict(context.model.named_parameters())
     shared = {name: p.data_ptr() == base[name].data_ptr() for name, p in model.named_parameters()}
     assert shared == {name: not name.endswith("gate.weight") for name in base}
@@ -71,8 +76,8 @@ def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepa
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 def test_training_never_writes_the_base(prepared, context, tuning):
     before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
-    tuned = replace(context, training=replace(context.training, tuning=tuning))
-    model = install(replace(job(prepared), patch=replace(job(prepared).patch, tensors={}, rows={})), tuned)
+    tuned = replace(context, training=replace(context.training, **vars(tuning)))
+    model = Method().build_model(replace(job(prepared), patch=replace(job(prepared).patch, tensors={}, rows={})), tuned)
     started = rows.read(model)
     fit(model, tuned, seed="s")
     assert not equal(rows.read(model), started)
@@ -80,14 +85,14 @@ def test_training_never_writes_the_base(prepared, context, tuning):
 
 
 def test_the_same_job_gives_the_same_bits_and_another_seed_gives_others(prepared, context):
-    one, again, other = (train_assigned(job(prepared, seed=seed), context) for seed in ("a", "a", "b"))
+    one, again, other = (Method().train(job(prepared, seed=seed), context) for seed in ("a", "a", "b"))
     assert equal(one.patch.tensors, again.patch.tensors)
     assert one.metrics == again.metrics
     assert not equal(one.patch.tensors, other.patch.tensors)
 
 
 def test_fit_counts_what_it_did(prepared, context):
-    fitted = fit(install(job(prepared), context), context, seed="s", steps=3)
+    fitted = fit(Method().build_model(job(prepared), context), context, seed="s", steps=3)
     chosen = [context.encoder.batch(batch) for batch in batches(context.data.train, 2, 3, "s")]
     assert fitted.cost.tokens == sum(int(batch["attention_mask"].sum()) for batch in chosen)
     assert fitted.cost.flops_estimated > 0
@@ -96,40 +101,45 @@ def test_fit_counts_what_it_did(prepared, context):
 
 
 def test_fit_counts_whom_each_token_was_routed_to_where_routers_are_looked_at(prepared, context):
-    fitted = fit(install(job(prepared), context), context, seed="s", steps=3)
+    fitted = fit(Method().build_model(job(prepared), context), context, seed="s", steps=3)
     held, top_k = job(prepared).experts, {block: shape.top_k for block, shape in prepared.server.anatomy.blocks.items()}
     assert {block: len(counts) for block, counts in fitted.routed.items()} == {block: len(ids) for block, ids in held.items()}
     assert all(sum(fitted.routed[block]) == fitted.cost.tokens * min(top_k[block], len(ids)) for block, ids in held.items())
     unseen = replace(context, training=replace(context.training, router_aux_loss_coef=0.0))
-    assert fit(install(job(prepared), context), unseen, seed="s", steps=1).metrics.keys() == {"loss"}
-    watched = fit(install(job(prepared), context), unseen, seed="s", steps=1, watch=lambda recorder: None)
+    assert fit(Method().build_model(job(prepared), context), unseen, seed="s", steps=1).metrics.keys() == {"loss"}
+    watched = fit(Method().build_model(job(prepared), context), unseen, seed="s", steps=1, watch=lambda recorder: None)
     assert watched.metrics.keys() == {"loss", "routed"}
 
 
 def test_the_peak_counts_what_a_method_holds_beside_the_model(prepared, context):
     held = [torch.zeros(1000), torch.zeros(10, 100)]
-    plain, more = (fit(install(job(prepared), context), context, seed="s", steps=2, beside=each) for each in ([], held))
+    plain, more = (
+        fit(Method().build_model(job(prepared), context), context, seed="s", steps=2, beside=each) for each in ([], held)
+    )
     assert more.cost.peak_bytes == plain.cost.peak_bytes + 8000
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, context, place):
-    short = fit(install(job(prepared), context), context, seed="s", steps=4).cost.peak_bytes
+    short = fit(Method().build_model(job(prepared), context), context, seed="s", steps=4).cost.peak_bytes
     long = replace(context.data.train[0], prompt="a rather long prompt " * 3)
     one_at_a_time = replace(context, training=replace(context.training, batch_size=1))
     order = [example for (example,) in batches(context.data.train, 1, 4, "s")]
     train = [long if example is order[place + 1] else example for example in context.data.train]
     peak = fit(
-        install(job(prepared), context), replace(one_at_a_time, data=replace(context.data, train=train)), seed="s", steps=4
+        Method().build_model(job(prepared), context),
+        replace(one_at_a_time, data=replace(context.data, train=train)),
+        seed="s",
+        steps=4,
     )
-    plain = fit(install(job(prepared), context), one_at_a_time, seed="s", steps=4)
+    plain = fit(Method().build_model(job(prepared), context), one_at_a_time, seed="s", steps=4)
     assert peak.cost.peak_bytes > plain.cost.peak_bytes
     assert short > plain.cost.peak_bytes  # two at a time take more than one
 
 
 def test_the_first_loss_is_that_of_the_model_that_was_sent(prepared, context):
     plain = replace(context, training=replace(context.training, label_smoothing=0.0, router_aux_loss_coef=0.0))
-    model = install(job(prepared), plain)
+    model = Method().build_model(job(prepared), plain)
     (first,) = batches(plain.data.train, 2, 1, "s")
     expected = float(cross_entropy(model, plain.encoder.batch(first)).detach())
     assert fit(model, plain, seed="s", steps=1).loss == pytest.approx(expected, abs=1e-6)
@@ -142,8 +152,8 @@ def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_cl
         norms.append(max(float(p.grad.norm()) for p in model.parameters() if p.requires_grad))
 
     clipped = replace(context, training=replace(context.training, max_grad_norm=1e-6))
-    plain = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, after_backward=look)
-    fined = fit(install(job(prepared), clipped), clipped, seed="s", steps=1, penalty=lambda model: torch.tensor(5.0))
+    plain = fit(Method().build_model(job(prepared), clipped), clipped, seed="s", steps=1, after_backward=look)
+    fined = fit(Method().build_model(job(prepared), clipped), clipped, seed="s", steps=1, penalty=lambda model: torch.tensor(5.0))
     assert fined.loss == pytest.approx(plain.loss + 5.0, abs=1e-5)
     assert len(norms) == 1
     assert norms[0] > 1e-3
@@ -152,7 +162,7 @@ def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_cl
 def test_fit_learns_what_it_sees(prepared, context):
     data = replace(context.data, train=context.data.train[:1], validation=context.data.train[:1])
     one = replace(context, data=data, training=replace(context.training, lr=1e-2))
-    model = install(job(prepared), one)
+    model = Method().build_model(job(prepared), one)
     before = validate(model, one).loss
     fit(model, one, seed="s", steps=15)
     assert validate(model, one).loss < before / 2
@@ -162,7 +172,7 @@ def test_the_validation_loss_is_the_mean_over_the_tokens_of_all_responses(prepar
     """By hand: each example alone, no padding, the sum of -log p of its response tokens."""
     chosen = context.data.train[:5]  # batches of 2, 2 and 1, of unequal lengths
     assert len({len(example.response) for example in chosen}) > 1
-    model = install(job(prepared), context)
+    model = Method().build_model(job(prepared), context)
     total, count = 0.0, 0
     for example in chosen:
         batch = context.encoder.batch([example])
@@ -177,7 +187,7 @@ def test_the_validation_loss_is_the_mean_over_the_tokens_of_all_responses(prepar
 
 def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_token_once(prepared, context):
     few = replace(context, training=replace(context.training, validation_examples=1))
-    model = install(job(prepared), few)
+    model = Method().build_model(job(prepared), few)
     found = validate(model, few)
     tokens = int(few.encoder.batch(few.data.validation[:1])["attention_mask"].sum())
     assert found.routing.tokens == dict.fromkeys(EXPERTS, tokens)
@@ -238,7 +248,7 @@ def few(recorder):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, context, optimizer):
     context = replace(context, training=replace(context.training, optimizer=optimizer, weight_decay=0.1))
-    model = install(whole_job(prepared), context)
+    model = Method().build_model(whole_job(prepared), context)
     before, chosen = rows.read(model), {}
 
     def reach(recorder):
@@ -255,7 +265,7 @@ def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, contex
 
 
 def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches(prepared, context):
-    model, other = install(whole_job(prepared), context), install(whole_job(prepared), context)
+    model, other = Method().build_model(whole_job(prepared), context), Method().build_model(whole_job(prepared), context)
     sgd = replace(context, training=replace(context.training, optimizer="sgd", lr=0.1))
     plain = fit(model, sgd, seed="s")
     reached = fit(other, sgd, seed="s", select_experts=lambda recorder: prepared.server.anatomy.all_experts)
@@ -267,7 +277,7 @@ def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches
 def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, context):
     costs = []
     for reach in (None, lambda recorder: prepared.server.anatomy.all_experts, few):
-        costs.append(fit(install(whole_job(prepared), context), context, seed="s", select_experts=reach).cost)
+        costs.append(fit(Method().build_model(whole_job(prepared), context), context, seed="s", select_experts=reach).cost)
     full, whole, one = costs
     assert one.peak_bytes < min(whole.peak_bytes, full.peak_bytes)
     assert one.flops_estimated < full.flops_estimated == whole.flops_estimated
@@ -283,11 +293,11 @@ def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, co
         assert all(sum(len(each) for each in passes) == tokens[-1] for passes in recorder.logits.values())
         return 100.0 + 0.0 * next(iter(recorder.logits.values()))[0].sum()
 
-    model = install(whole_job(prepared), context)
+    model = Method().build_model(whole_job(prepared), context)
     fitted = fit(model, context, seed="s", watch=watch)
     assert len(tokens) == context.training.local_steps
     assert sum(tokens) == fitted.cost.tokens
-    other = install(whole_job(prepared), context)
+    other = Method().build_model(whole_job(prepared), context)
     plain = fit(other, context, seed="s", watch=lambda recorder: None)
     assert fitted.loss == pytest.approx(plain.loss + 100.0, rel=1e-4)
     assert equal(rows.read(model), rows.read(other))

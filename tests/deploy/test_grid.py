@@ -11,7 +11,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedexperts.deploy import grid
-from fedexperts.engines.flower.codec import from_records, to_records
+from fedexperts.engines.flower.codec import ABOUT, from_records, to_records
+from fedexperts.engines.flower.codec import PARTS as PARTS_RECORD
 from fedexperts.engines.message import Message
 from fedexperts.errors import BadMessage
 
@@ -107,12 +108,16 @@ def test_a_message_that_cannot_be_read_is_given_up(links):
 
 
 def test_a_message_of_just_the_bytes_that_are_allowed_is_fetched_and_a_larger_one_is_given_up_early(links):
-    links.push_messages([flower_message({"a": Random(0).randbytes(12_000_000), "b": Random(1).randbytes(12_000_000)})])
+    sent = flower_message({"a": Random(0).randbytes(12_000_000), "b": Random(1).randbytes(12_000_000)})
+    links.push_messages([sent])
     superlink = links._client
+    own = sum(len(array.data) for array in sent.content[PARTS_RECORD].values())
+    own += sum(len(value) for value in sent.content[ABOUT].values() if isinstance(value, bytes))
+    (message,) = links.fetch("m1", own)
+    assert len(from_records(message.content, own).parts) == 2
     everything = sum(map(len, superlink.objects.values()))
-    assert len(links.fetch("m1", everything)) == 1
     superlink.confirmed, superlink.pulled = [], 0
-    with pytest.raises(BadMessage, match="takes at least .* bytes, and its job allows 6,000,000; install"):
+    with pytest.raises(BadMessage, match=r"takes at least .* bytes, and its job allows 6,071,536; install"):
         links.fetch("m1", 6_000_000)
     assert superlink.pulled < 6_000_000 + 2 * 5_300_000 < everything, "an object beyond the limit, and one that is under way"
     assert superlink.confirmed == ["m1"]
@@ -127,7 +132,7 @@ def test_an_array_of_a_thousand_times_the_same_piece_is_refused_before_it_is_joi
     head, _, body = bomb.partition(b"\0")
     kind, children, _ = head.split(b" ")
     superlink.objects[name] = b" ".join([kind, children, str(len(body)).encode()]) + b"\0" + body
-    with pytest.raises(BadMessage, match=r"takes at least 100,0\d\d,\d\d\d bytes, and its job allows 1,000,000"):
+    with pytest.raises(BadMessage, match=r"takes at least 100,0\d\d,\d\d\d bytes, and its job allows 1,066,536"):
         links.fetch("m1", 1_000_000)
     (message,) = links.fetch("m1", 2 * 10**8)
     assert message.content["parts"]["0"].data == b"1" * 10**8

@@ -1,16 +1,19 @@
 """What an answer must be like to be merged, whichever engine brings it."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import outline, reorder_and_validate, validate_update
-from fedexperts.errors import Leak
+from fedexperts.engines.base import expectation, reorder_and_validate, validate_update
+from fedexperts.federation import no_reports
 from fedexperts.methods.base import by_examples, mean_rows
+from fedexperts.methods.contract import Declaration, ExtraTensor, ExtraTensors, Method, Metric
+from fedexperts.moe.anatomy import BlockShape
 from fedexperts.testing import bare_server
-from fedexperts.types import Client, Failure, Job, Patch, Update
+from fedexperts.types import Client, Cost, Failure, Job, Patch, Update
 
 IDS = torch.tensor([1, 3])
 A, B = "q.lora_A.weight", "q.lora_B.weight"
@@ -22,25 +25,45 @@ def update(tensors, rows=None, job=JOB, **more):
     return Update(job.client, job.round, job.task, Patch(tensors, rows or {}), 5, **more)
 
 
-def reason(answer, job=JOB):
-    """Why `answer` is none, where all that is known of its job is the outline."""
-    found = validate_update(outline(job), answer)
+@dataclass(frozen=True)
+class Plain(Method):
+    """Sends all that came and nothing else."""
+
+
+@dataclass(frozen=True)
+class Declares(Method):
+    """May send fewer experts, adapters of a lower rank, a vector, a rank, and a number."""
+
+    def declare(self):
+        return Declaration(
+            extra={
+                "p": ExtraTensor(lambda server, job: (2,), low=0.0, high=1.0),
+                "rank": ExtraTensor(lambda server, job: (), torch.int64, low=1, required=False),
+                "control/": ExtraTensors(lambda server, job: {"d": torch.zeros(1, 4)}, required=False),
+            },
+            metrics={"sent": Metric(low=0, whole=True), "each": Metric(length=lambda server, job: 1, low=0)},
+            selects_experts=True,
+            lowers_rank=True,
+        )
+
+
+P = {"p": torch.tensor([0.25, 1.0])}
+SERVER = bare_server([BlockShape(4, 1)], [Client("c01", 5)])
+
+
+def reason(answer, job=JOB, method=Plain()):
+    """Why `answer` to `job` is none, by the method's declaration; None where it is one."""
+    found = validate_update(expectation(SERVER, method, no_reports, job), answer)
+    assert found is answer or isinstance(found, Failure)
     return found.reason if isinstance(found, Failure) else None
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        update(JOB.patch.tensors, {"e": IDS}),
-        update({"e": torch.ones(1, 3)}, {"e": torch.tensor([3])}),  # a row less
-        update({"e": torch.ones(0, 3), "d": torch.ones(1, 4)}, {"e": torch.tensor([], dtype=torch.int64)}),
-        update({"d": torch.ones(1, 4)}, {"e": IDS}),
-        update({}),
-        update({}, extra={"p": torch.ones(9), "rank": torch.tensor(3)}),
-    ],
-)
-def test_what_fits_passes_as_it_is(answer):
-    assert validate_update(outline(JOB), answer) is answer
+def test_all_that_came_passes_and_of_a_method_that_selects_experts_fewer_rows():
+    assert reason(update(JOB.patch.tensors, {"e": IDS})) is None
+    for rows in (IDS[1:], IDS[:0]):
+        fewer = update({"e": torch.ones(len(rows), 3), "d": torch.ones(1, 4)}, {"e": rows}, extra=P)
+        assert reason(fewer, method=Declares()) is None
+        assert reason(replace(fewer, extra={})) == f"its update has {len(rows)} of the 2 rows of e, and its method sends all"
 
 
 @pytest.mark.parametrize(
@@ -54,32 +77,96 @@ def test_what_fits_passes_as_it_is(answer):
             update({"d": torch.ones(1, 4, dtype=torch.bfloat16)}),
             "its update has d as torch.bfloat16, and its job had it as torch.float32",
         ),
-        (update({"e": torch.ones(2, 3)}), "its update does not say which rows of e it has"),
+        (update({"e": torch.ones(2, 3)}), "its update has e and does not say which of its rows"),
         (update({"e": torch.ones(2, 3)}, {"e": torch.tensor([1, 1])}), "its update has rows of e that do not ascend"),
         (update({"e": torch.ones(2, 3)}, {"e": torch.tensor([1, 2])}), "its update has rows of e that were not in its job"),
         (update({"e": torch.ones(2, 3)}, {"e": torch.tensor([-1, 1])}), "its update has rows of e that were not in its job"),
         (update({"d": torch.ones(1, 4)}, {"d": torch.tensor([1])}), "its update has rows of d that were not in its job"),
         (update({"e": torch.ones(2, 3)}, {"e": IDS.double()}), "its update has rows of e that are no list of whole numbers"),
         (update({"e": torch.ones(2, 3)}, {"e": IDS[None]}), "its update has rows of e that are no list of whole numbers"),
-        (update({}, {"x": IDS}), "its update has rows of x that was not in its job"),
+        (update({}, {"x": IDS}), "its update has rows of x, and not the weight itself"),
         (
-            update({}, extra={"p": torch.ones(2).to(torch.float8_e4m3fn)}),
-            "its update has p as torch.float8_e4m3fn, which no method reads",
+            update({"d": torch.full((1, 4), 1e30)}),
+            "its update has d with a norm of 2e+30, and at most 200 would",
         ),
-        (
-            update({}, extra={"p": torch.ones(2).to(torch.complex64)}),
-            "its update has p as torch.complex64, which no method reads",
-        ),
+        (update({"d": torch.tensor([[1.0, 2.0, 3.0, torch.nan]])}), "its update has NaN or infinity in d"),
+        (update({"own": torch.ones(1)}), "its update has own, which was not in its job"),
+        (update({}), "its update lacks d"),
     ],
 )
 def test_what_does_not_fit_is_a_failure_that_names_the_tensor(answer, said):
-    assert reason(answer) == said
+    whole = {"d": torch.zeros(1, 4), "e": torch.ones(2, 3)}
+    rows = {"e": IDS, **answer.patch.rows} if "e" not in answer.patch.tensors else answer.patch.rows
+    filled = {**whole, **answer.patch.tensors} if answer.patch.tensors or answer.patch.rows else {"e": torch.ones(2, 3)}
+    assert (reason(replace(answer, patch=Patch(filled, rows))) or "").startswith(said)
 
 
-def test_a_client_may_lower_the_rank_of_its_adapters_where_its_job_gave_it_one_of_its_own():
-    lower = update({A: torch.ones(1, 2, 3), B: torch.ones(1, 3, 2)}, job=ADAPTERS)
-    assert reason(lower, ADAPTERS) is None
-    assert reason(lower, replace(ADAPTERS, extra={})) == f"its update has {A} of shape [1, 2, 3], and [1, 4, 3] would fit its job"
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({}, "its update lacks the extra tensor p"),
+        ({"p": torch.ones(3)}, "its update has the extra tensor p as torch.float32 [3], and it should be torch.float32 [2]"),
+        ({"p": torch.ones(2).double()}, "its update has the extra tensor p as torch.float64 [2], and it should be torch.float32"),
+        ({"p": torch.tensor([0.5, 1.5])}, "its update has numbers in the extra tensor p beyond 0 to 1"),
+        ({"p": torch.tensor([0.5, torch.inf])}, "its update has NaN or infinity in the extra tensor p"),
+        ({**P, "rank": torch.tensor(0)}, "its update has numbers in the extra tensor rank beyond 1 to 1e+06"),
+        ({**P, "q": torch.ones(1)}, "its update has an extra tensor q, which is not declared by its method"),
+        ({**P, "control/e": torch.ones(2, 3)}, "its update has an extra tensor control/e, which is not declared by its method"),
+        ({**P, "grafted/x": torch.ones(1)}, "its update has an extra tensor grafted/x, which is a personal expert's"),
+    ],
+)
+def test_extra_tensors_are_those_that_the_method_declares(extra, said):
+    sent = update(JOB.patch.tensors, {"e": IDS}, extra=extra)
+    assert (reason(sent, method=Declares()) or "").startswith(said)
+    fits = {**P, "rank": torch.tensor(3), "control/d": torch.ones(1, 4)}
+    assert reason(replace(sent, extra=fits), method=Declares()) is None
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"qualified": 1}, "its update reports 'qualified', a metric that neither the run nor its method declares"),
+        ({"sent": 1.5}, "its metric sent is '1.5', and should be a whole number"),
+        ({"sent": True}, "its metric sent is 'True', and should be a whole number"),
+        ({"sent": -1}, "its metric sent is -1, and should be from 0 to 1e+06"),
+        ({"each": 3}, "its metric each is '3', and should be a list of 1 numbers"),
+        ({"each": [float("nan")]}, "its metric each is nan, and should be from 0 to 1e+06"),
+        ({"loss": 10**400}, "its metric loss is '1000"),
+        ({"loss": "low"}, "its metric loss is 'low', and should be a number"),
+        ({"routed": {"m": [1]}}, "its metric routed should hold 2 counts for m"),
+        ({"routed": 3}, "its metric routed is '3', and should hold the blocks of its job"),
+        ({"reached": "x"}, "its metric reached is 'x', and should be a number of experts for each of 1 blocks"),
+        ({"scores": {}}, "its update reports 'scores', a metric that neither the run nor its method declares"),
+    ],
+)
+def test_metrics_are_known_and_have_values_that_they_can_have(metrics, said):
+    sent = update(JOB.patch.tensors, {"e": IDS}, extra=P, metrics=metrics)
+    assert (reason(sent, method=Declares()) or "").startswith(said)
+    sound = {"loss": 1.5, "sent": 2, "each": [0.5], "routed": {"m": [3, 4]}, "reached": [1.5]}
+    assert reason(replace(sent, metrics=sound), method=Declares()) is None
+
+
+@pytest.mark.parametrize("examples", [4, 6, 9_999_998, -1, 5.0, "5", None])
+def test_a_client_has_as_many_examples_as_it_came_with(examples):
+    assert "training examples, and" in reason(replace(update(JOB.patch.tensors, {"e": IDS}), examples=examples))
+
+
+@pytest.mark.parametrize(
+    "cost", [Cost(seconds=-1.0), Cost(tokens=float("nan")), Cost(peak_bytes=10**400), Cost(flops_estimated="x")]
+)
+def test_costs_are_numbers_that_can_be_added_up(cost):
+    assert reason(replace(update(JOB.patch.tensors, {"e": IDS}), cost=cost)).startswith("its cost is ")
+
+
+def test_an_answer_to_another_job_is_none():
+    sent = update(JOB.patch.tensors, {"e": IDS})
+    assert reason(replace(sent, round=2)) == "it answered for c01 in round 2, train, which was not asked"
+
+
+def test_a_client_may_lower_the_rank_of_its_adapters_where_its_method_says_so():
+    lower = update({A: torch.ones(1, 2, 3), B: torch.ones(1, 3, 2)}, job=ADAPTERS, extra=P)
+    assert reason(lower, ADAPTERS, Declares()) is None
+    assert reason(lower, ADAPTERS) == f"its update has {A} of shape [1, 2, 3], and [1, 4, 3] would fit its job"
 
 
 def test_an_evaluation_sends_no_adapters_back():
@@ -101,17 +188,20 @@ def test_an_evaluation_sends_no_adapters_back():
     ],
 )
 def test_adapters_of_a_rank_that_cannot_be_are_a_failure(tensors, said):
-    assert reason(update(tensors, job=ADAPTERS), ADAPTERS) == said
+    assert reason(update(tensors, job=ADAPTERS, extra=P), ADAPTERS, Declares()) == said
 
 
-def test_a_weight_that_was_not_in_the_job_is_no_mere_failure():
-    with pytest.raises(Leak):
-        validate_update(outline(JOB), update({"own": torch.ones(1)}))
+def test_a_failure_passes_with_its_reason_as_one_line_that_can_be_shown():
+    failed = Failure("c01", 1, "train", "no\n\x1b[31m power" + 9999 * "!", bytes_up=10**9)
+    (found,) = [validate_update(expectation(SERVER, Plain(), no_reports, JOB), failed)]
+    assert (found.client, found.round, found.task, found.bytes_up) == ("c01", 1, "train", 0)
+    assert found.reason.startswith("no [31m power!!!") and len(found.reason) == 501
 
 
-def test_a_failure_passes():
-    failed = Failure("c01", 1, "train", "no")
-    assert validate_update(outline(JOB), failed) is failed
+def test_an_answer_may_take_about_the_bytes_that_are_expected_and_no_more():
+    plain, declares = (expectation(SERVER, method, no_reports, JOB).most_bytes for method in (Plain(), Declares()))
+    sent = update(JOB.patch.tensors, {"e": IDS}, extra=P).nbytes
+    assert sent < plain < declares < plain + 2000 < 3 * 2**20
 
 
 def test_the_server_goes_on_without_an_update_that_does_not_fit_whichever_engine_brought_it():
@@ -125,7 +215,8 @@ def test_the_server_goes_on_without_an_update_that_does_not_fit_whichever_engine
             yield Update(job.client, 1, "train", Patch({"d": sent[job.client]}), 10)
 
     ledger = Ledger()
-    merged = mean_rows(server, ledger.received(reorder_and_validate(engine, ledger.sent(jobs))), by_examples)
+    expect = partial(expectation, server, Plain(), no_reports)
+    merged = mean_rows(server, reorder_and_validate(engine, jobs, expect, ledger), by_examples)
     assert merged.weights["d"].tolist() == [[3.0, 3.0]]
     assert [entry.failed for entry in ledger.entries] == [
         None,

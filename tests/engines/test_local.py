@@ -7,18 +7,20 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fedexperts.config import RunConfig
+from fedexperts.config import EvaluationSettings, RunConfig
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import require_shared
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.local import ClientRuntime, LocalEngine
-from fedexperts.errors import Leak
+from fedexperts.errors import Undeclared
+from fedexperts.experiment.client_task import ClientTask
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.federation import federate
 from fedexperts.io.toml import checked
-from fedexperts.methods.base import all_experts, mean_rows, train_assigned
+from fedexperts.methods.base import all_experts, mean_rows
+from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe import rows
 from fedexperts.testing import tiny_batch, tiny_model
@@ -28,11 +30,15 @@ SOME = "model.layers.0.mlp.gate.weight"
 
 
 @dataclass(frozen=True)
-class Obeys:
+class Obeys(Method):
     """Does what the job's task says, whatever the client."""
 
-    setup_tasks: tuple[str, ...] = ()
-    centralized = False
+    tasks: tuple[str, ...] = ()
+
+    def declare(self):
+        numbers = {name: Metric(tasks=("look",)) for name in ("pid", "shared", "seen", "threads")}
+        much = ExtraTensor(lambda server, job: (200_000_000,), torch.uint8, tasks=("die of a long answer",))
+        return Declaration(self.tasks, extra={"much": much}, metrics=numbers, keeps_weights=True)
 
     def assign(self, server, client):
         return all_experts(server)
@@ -51,9 +57,11 @@ class Obeys:
         if job.task == "keep nonsense":
             context.client_state["w"] = torch.tensor([float("nan")])
             return answer(job)
-        if job.task == "keep and send nonsense":
-            context.client_state["w"] = torch.ones(1)
-            return answer(job, extra={"w": torch.tensor([float("inf")])})
+        if job.task == "report what it does not declare":
+            return answer(job, {"mood": 3})
+        if job.task == "keep what it does not declare":
+            context.client_state["mood/x"] = torch.ones(1)
+            return answer(job)
         if job.task == "look":
             shared = all(parameter.is_shared() for parameter in context.model.parameters())
             seen = float(context.model.get_parameter(SOME).detach()[0, 0])
@@ -100,7 +108,7 @@ def two(prepared, tmp_path_factory):
 def federated(prepared, running, task):
     """The last server and what stood in the ledger, seconds aside, of one stage of `task` and two rounds."""
     ledger, entries, servers = Ledger(), [], []
-    for server in federate(prepared.server, Obeys(setup_tasks=(task,)), running, ledger, rounds=2, clients_per_round=3):
+    for server in federate(prepared.server, Obeys(tasks=(task,)), running, ledger, rounds=2, clients_per_round=3):
         servers.append(server)
         entries += [replace(entry, seconds=0.0) for entry in ledger.entries]
         ledger.clear()
@@ -116,7 +124,9 @@ def test_two_workers_give_the_same_bits_the_same_ledger_and_the_same_kept_state_
     assert len(entries) == 4 + 3 + 3
     assert all(entry.failed is None and entry.bytes_up > 0 and entry.tokens > 0 for entry in entries)
     for client in prepared.server.clients:
-        held, held_beside = (running.runtime.client_store.load(*jobs("train", [client], round=3)) for running in (one, two))
+        (job,) = jobs("train", [client], round=3)
+        job = replace(job, accepted=alone.accepted[client])
+        held, held_beside = (running.runtime.client_store.load(job) for running in (one, two))
         assert held.keys() == held_beside.keys() == prepared.server.weights.keys()
         assert all(torch.equal(held[name], held_beside[name]) for name in held)
 
@@ -173,26 +183,26 @@ def test_an_error_is_the_clients_failure_in_one_line(one, two):
         assert found == Failure("c02", 1, "raise", "RuntimeError: two lines of trouble")
 
 
-def test_what_is_the_clients_own_does_not_leave_it(one, two):
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("send its own", "client c02 would send own, which is not among the weights that it got"),
+        ("report what it does not declare", "Obeys reports a metric mood for task report what it does not declare, which"),
+        ("keep what it does not declare", "Obeys keeps mood/x at a client, which it does not declare"),
+    ],
+)
+def test_a_method_that_sends_or_keeps_what_it_does_not_declare_ends_the_run(one, two, task, said):
     for running in (one, two):
-        (found,) = running.run(jobs("send its own", ["c02"]))
-        assert isinstance(found, Failure)
-        assert found.reason.startswith("Leak: client c02 would send own, which is not among the weights that it got")
-
-
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.grafted.own_gate.weight", "grafted/model.layers.0.mlp"])
-def test_nothing_of_a_personal_expert_leaves_beside_the_weights_either(name):
-    update = Update("c02", 1, "train", Patch({}), 1, extra={"rank": torch.tensor(4), name: torch.zeros(1)})
-    with pytest.raises(Leak, match=f"client c02 would send {name}, which"):
-        require_shared(frozenset(), update)
-    require_shared(frozenset(), replace(update, extra={"rank": torch.tensor(4)}))
+        with pytest.raises(Undeclared, match=said):
+            list(running.run(jobs(task, ["c02"])))
+        assert len(list(running.run(jobs("look")))) == 4, "the engine is as it was"
 
 
 def test_a_client_whose_own_state_cannot_be_read_fails_alone(one):
     folder = one.runtime.client_store.folder / "c01"
     folder.mkdir(parents=True)
     (folder / "000000-train.safetensors").write_bytes(b"nonsense")
-    broken, sound = one.run(jobs("look", ["c01", "c02"]))
+    broken, sound = one.run([replace(job, accepted="000000-train") for job in jobs("look", ["c01", "c02"])])
     assert isinstance(broken, Failure)
     assert isinstance(sound, Update)
 
@@ -204,10 +214,17 @@ def test_a_client_never_keeps_a_number_that_is_not_finite(one):
     assert one.runtime.client_store.versions("c01") == []
 
 
-def test_what_a_client_keeps_beside_an_update_that_cannot_be_used_is_not_saved(one):
-    (found,) = one.run(jobs("keep and send nonsense", ["c01"]))
-    assert isinstance(found, Update), "it is the ledger that leaves it out, and counts its bytes"
-    assert one.runtime.client_store.versions("c01") == []
+def test_what_a_client_keeps_of_an_answer_that_did_not_count_is_not_gone_on_from(prepared, one):
+    weights = Patch(rows.read(one.runtime.model))
+    first, second, again = (replace(job_of(prepared, "c01", "keep", round), patch=weights) for round in (1, 2, 3))
+    for job in (first, replace(second, accepted=first.key)):  # the second answer is never merged
+        assert isinstance(next(iter(one.run([job]))), Update)
+    store = one.runtime.client_store
+    assert [path.stem for path in store.versions("c01")] == [first.key, second.key]
+    assert torch.equal(store.load(replace(again, accepted=first.key))[SOME], load_file(store.versions("c01")[0])[SOME])
+    assert store.load(replace(again, accepted="")) == {}
+    assert isinstance(next(iter(one.run([replace(again, accepted=first.key)]))), Update)
+    assert [path.stem for path in store.versions("c01")] == [first.key, again.key]
 
 
 def test_no_job_starts_far_ahead_of_the_oldest_that_is_not_answered(two):
@@ -233,9 +250,9 @@ def phimoe_site(tmp_path):
     split = Split([Example("a", "b", "t")] * 4, [], [])
     model = tiny_model("phimoe", router_jitter_noise=0.1)
     client = Client("c01", 4)
-    return ClientRuntime(
-        model, Encodes(), Training(local_steps=2), {"c01": client}, {"c01": split}, train_assigned, ClientStateStore(tmp_path)
-    )
+    task = ClientTask(FedAvg(), EvaluationSettings(), 1)
+    data, clients = {"c01": split}, {"c01": client}
+    return ClientRuntime(model, Encodes(), Training(local_steps=2), clients, data, task, ClientStateStore(tmp_path))
 
 
 def test_a_router_that_draws_random_numbers_draws_the_same_for_the_same_job(tmp_path):

@@ -47,7 +47,7 @@ def test_json_that_can_be_written_again_is_read(text):
     ["9223372036854775808", "-9223372036854775809", "1" + "0" * 400, "-" + "9" * 5000, '"\\udfff"', '{"\\ud800": 1}', "[", ""],
 )
 def test_numbers_of_more_than_64_bits_halves_of_characters_and_broken_json_are_refused(text):
-    with pytest.raises(BadMessage, match="^its JSON cannot be read"):
+    with pytest.raises(BadMessage, match=r"^its JSON cannot be read"):
         read_json(f'{{"a": [{text}]}}' if len(text) > 1 else text)
 
 
@@ -62,7 +62,7 @@ def test_lists_and_objects_may_lie_so_deep_inside_each_other_and_no_deeper(level
         if levels <= MAX_DEPTH:
             assert depth(read_json(text)) == levels
         else:
-            with pytest.raises(BadMessage, match="^its JSON (has lists and objects more than 32 deep|cannot be read)"):
+            with pytest.raises(BadMessage, match=r"^its JSON (has lists and objects more than 32 deep|cannot be read)"):
                 read_json(text)
 
 

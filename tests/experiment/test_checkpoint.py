@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.errors import BadRun
 from fedexperts.experiment import checkpoint
 from fedexperts.io import files
+from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.types import Server
@@ -41,6 +41,7 @@ def test_a_server_comes_back_as_it_was_saved(tmp_path):
 def test_a_server_that_was_never_saved_starts_anew_and_with_empty_logs(tmp_path):
     log(tmp_path, "of a round that was cut off\n")
     assert checkpoint.load(tmp_path, START) is START
+    assert checkpoint.rewind(tmp_path, FedAvg(), 3) == 0
     assert (tmp_path / "rounds.jsonl").read_text() == ""
 
 
@@ -49,7 +50,7 @@ def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
     checkpoint.save(tmp_path, server(1))
     log(tmp_path, "round 2\nhalf a li")
     (tmp_path / "evals.jsonl").write_text("of round 2\n")
-    checkpoint.load(tmp_path, START)
+    assert checkpoint.rewind(tmp_path, FedAvg(), 3) == 1
     assert (tmp_path / "rounds.jsonl").read_text() == "round 1\n"
     assert (tmp_path / "evals.jsonl").read_text() == ""
 
@@ -59,7 +60,8 @@ def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
         for round in rounds:
             files.write_tensors(tmp_path / "clients" / client / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
     answered = {"c01": "000002-train", "c02": "000001-train", "c03": "000002-train"}  # c03 keeps nothing
-    checkpoint.save(tmp_path, server(2), answered)
+    checkpoint.save(tmp_path, replace(server(2), accepted=answered))
+    assert checkpoint.load(tmp_path, START).accepted == answered
     assert json.loads((tmp_path / "checkpoint/000002-train/state.json").read_text())["kept"] == {
         "c01": "000002-train",
         "c02": "000001-train",
@@ -70,20 +72,6 @@ def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
     for name in (None, "c01"):
         with pytest.raises(BadRun, match=r"what c01 keeps to itself is gone: there is no .*000002-train\.safetensors; bring"):
             checkpoint.require_kept(tmp_path, name)
-
-
-def test_what_a_client_kept_of_an_answer_that_did_not_count_may_go(tmp_path):
-    """It answered round 2 too late, and dropped what it had kept of it when it heard so in round 3."""
-    lines = [{"client": "c01", "round": round, "task": task, "failed": why} for round, task, why in LEDGER]
-    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    client_store = ClientStateStore(tmp_path / "clients")
-    for round in (1, 2):
-        files.write_tensors(tmp_path / "clients/c01" / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
-    assert checkpoint.accepted(tmp_path) == {"c01": "000001-train"}
-    assert checkpoint.accepted(tmp_path, 0) == {}
-    checkpoint.save(tmp_path, server(2), checkpoint.accepted(tmp_path))
-    client_store.drop_newer("c01", "000001-train")
-    checkpoint.require_kept(tmp_path)
 
 
 def test_only_the_newest_checkpoint_stays(tmp_path):
@@ -98,7 +86,9 @@ def test_stages_before_the_first_round_follow_each_other(tmp_path):
         assert (checkpoint.load(tmp_path, START).round, checkpoint.load(tmp_path, START).task) == (number, task)
 
 
-@pytest.mark.parametrize("left", [(), ("weights.safetensors",), ("weights.safetensors", "memory.safetensors", ".state.json.x")])
+@pytest.mark.parametrize(
+    "left", [(), ("weights.safetensors",), ("weights.safetensors", "method_state.safetensors", ".state.json.x")]
+)
 def test_a_checkpoint_that_was_killed_half_way_does_not_count_and_is_written_again(tmp_path, left):
     checkpoint.save(tmp_path, server(3))
     partial = tmp_path / "checkpoint" / "000004-train"
@@ -109,7 +99,21 @@ def test_a_checkpoint_that_was_killed_half_way_does_not_count_and_is_written_aga
     checkpoint.save(tmp_path, server(4))
     assert checkpoint.load(tmp_path, START).round == 4
     names = sorted(path.name for path in partial.iterdir())
-    assert names == ["memory.safetensors", "state.json", "weights.safetensors"]
+    assert names == ["method_state.safetensors", "state.json", "weights.safetensors"]
+
+
+def test_a_checkpoint_of_version_0_1_0_is_read_and_which_answers_counted_is_taken_from_its_ledger(tmp_path):
+    lines = [{"client": "c01", "round": round, "task": task, "failed": why} for round, task, why in LEDGER]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    checkpoint.save(tmp_path, server(2))
+    (saved,) = (tmp_path / "checkpoint").iterdir()
+    (saved / "method_state.safetensors").rename(saved / "memory.safetensors")
+    state = json.loads((saved / "state.json").read_text())
+    del state["accepted"]
+    (saved / "state.json").write_text(json.dumps(state))
+    back = checkpoint.load(tmp_path, START)
+    assert back.method_state.keys() == server(2).method_state.keys()
+    assert back.accepted == {"c01": "000001-train"}
 
 
 def test_an_older_checkpoint_that_was_removed_half_way_does_not_count(tmp_path):

@@ -1,7 +1,7 @@
 """The learning rate over rounds."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,20 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedexperts.config import EvaluationSettings, RunConfig, TrainingSettings
+from fedexperts.config import EvaluationSettings, RunConfig
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment.client_task import ClientTask
 from fedexperts.experiment.runner import claim, engine_for, run, task_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked, with_settings
+from fedexperts.methods.fedavg import FedAvg
 from fedexperts.testing import tiny_context, tiny_model
 from fedexperts.types import Client, Job, Patch, Training
 
 
 def test_the_cosine_by_hand():
     """Five rounds, 0.5 → 0.1: halfway down in the third; (1 ± √½) / 2 of the way in between."""
-    settings = TrainingSettings(lr=0.5, schedule="cosine", final_lr=0.1)
+    settings = Training(lr=0.5, schedule="cosine", final_lr=0.1)
     half = 0.5**0.5
     expected = [0.5, 0.1 + 0.4 * (1 + half) / 2, 0.3, 0.1 + 0.4 * (1 - half) / 2, 0.1]
     assert [settings.lr_in(round, 5) for round in (1, 2, 3, 4, 5)] == pytest.approx(expected)
@@ -31,7 +32,7 @@ def test_the_cosine_by_hand():
 
 @given(st.integers(2, 300), st.floats(1e-6, 1.0))
 def test_the_cosine_falls_from_lr_to_final_lr(rounds, lr):
-    settings = TrainingSettings(lr=lr, schedule="cosine")
+    settings = Training(lr=lr, schedule="cosine")
     rates = [settings.lr_in(round, rounds) for round in range(1, rounds + 1)]
     assert rates[0] == lr
     assert rates[-1] == pytest.approx(1e-6)
@@ -39,37 +40,20 @@ def test_the_cosine_falls_from_lr_to_final_lr(rounds, lr):
 
 
 def test_without_a_schedule_the_rate_stays_to_the_bit():
-    settings = TrainingSettings(lr=0.3)
+    settings = Training(lr=0.3)
     assert {settings.lr_in(round, 7) for round in range(8)} == {0.3}
 
 
-@dataclass(frozen=True)
-class Notes:
-    """A method that notes what its clients train with."""
-
-    seen: list = field(default_factory=list)
-    before: tuple[str, ...] = ("profile",)
-    centralized: bool = False
-
-    def train(self, job, context):
-        self.seen.append((job.task, context.training))
-        context.client_state["seen"] = len(self.seen)
-
-
-def test_every_job_of_a_round_trains_at_its_rate_and_nothing_else_of_the_bench_changes():
-    method, training = Notes(), Training(batch_size=3, local_steps=8, lr=0.5)
-    work = ClientTask(method, EvaluationSettings(), 3, training=TrainingSettings(lr=0.5, schedule="cosine", final_lr=0.1))
+def test_every_job_of_a_round_trains_at_its_rate_and_nothing_else_of_the_context_changes():
+    task = ClientTask(FedAvg(), EvaluationSettings(), 3)
+    training = Training(batch_size=3, local_steps=8, lr=0.5, schedule="cosine", final_lr=0.1)
     context = tiny_context(tiny_model("olmoe", num_hidden_layers=1), Client("a", 4), training)
-    for task, number in (("profile", 0), ("train", 1), ("train", 2), ("train", 3)):
-        work(Job("a", number, task, "seed", {}, Patch({})), context)
-    assert [(task, round(seen.lr, 6)) for task, seen in method.seen] == [
-        ("profile", 0.5),
-        ("train", 0.5),
-        ("train", 0.3),
-        ("train", 0.1),
-    ]
-    assert all((seen.batch_size, seen.local_steps) == (3, 8) for _, seen in method.seen)
-    assert context.client_state["seen"] == 4, "what is kept is the client's own, not a copy"
+    jobs = [Job("a", number, "train" if number else "profile", "seed", {}, Patch({})) for number in range(4)]
+    found = [task.scheduled(job, context) for job in jobs]
+    assert [round(each.training.lr, 6) for each in found] == [0.5, 0.5, 0.3, 0.1]
+    assert all(replace(each, training=training) == context for each in found)
+    assert all(replace(each.training, lr=0.5) == training for each in found)
+    assert all(each.client_state is context.client_state for each in found), "what is kept is the client's own, not a copy"
 
 
 def asked(tree, *settings):
@@ -78,8 +62,8 @@ def asked(tree, *settings):
 
 def test_the_work_of_a_run_has_its_schedule_and_a_pooled_one_all_its_steps(tiny_tree, tmp_path):
     prepared = prepare_run(asked(tiny_tree, "method.name=centralized", "training.schedule=cosine", "training.lr=0.5"))
-    work = task_for(prepared)
-    assert [work.training.lr_in(round, work.rounds) for round in (1, 2, 3)] == pytest.approx([0.5, 0.25, 1e-6], abs=1e-6)
+    rounds = task_for(prepared).rounds
+    assert [prepared.training.lr_in(round, rounds) for round in (1, 2, 3)] == pytest.approx([0.5, 0.25, 1e-6], abs=1e-6)
     assert engine_for(prepared, tmp_path).runtime.training.local_steps == 2 * 2
 
 

@@ -70,7 +70,7 @@ def test_training_with_short_answers_takes_no_more_than_is_planned_and_not_much_
     examples = [asked(61 - 3 * (number % 4) if apart else 61, 1) for number in range(16)]
     data, client = Split(examples, examples[:1], examples[:1]), Client("c01", len(examples))
     context = ClientContext(
-        client, model, data, Encoder(tiny_tokenizer(), tokens), Training(tuning=tuning, batch_size=4), client_state={}
+        client, model, data, Encoder(tiny_tokenizer(), tokens), Training(**vars(tuning), batch_size=4), client_state={}
     )
     most = target_places(longest_response(tiny_tokenizer(), examples), (4, tokens), encoder_decoder=False)
 

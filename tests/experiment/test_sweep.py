@@ -17,7 +17,7 @@ from fedexperts.experiment.runner import run
 from fedexperts.experiment.sweep import Variant, compare, read_settings, read_variants
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked
-from fedexperts.methods import METHODS, REFERENCES
+from fedexperts.methods import METHODS
 
 
 @pytest.fixture
@@ -102,8 +102,13 @@ def test_a_variant_sets_what_it_names_and_leaves_what_the_run_file_says_of_its_m
 
 
 def test_references_are_told_from_methods_that_federate():
-    assert METHODS.keys() >= REFERENCES
-    assert METHODS.keys() - REFERENCES >= {"fedmoe", "random_moe", "fedavg"}
+    assert {name for name, method in METHODS.items() if method().declare().reference} == {"local", "centralized"}
+
+
+def test_former_names_of_settings_and_methods_name_the_same_variant(config):
+    (old,) = read_variants("centralised:training.clip=0")
+    assert old.method == "centralized"
+    assert old.of(config).training.max_grad_norm == 0
 
 
 def test_run_files_of_one_name_are_refused(tiny_tree, tmp_path):

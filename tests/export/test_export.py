@@ -20,7 +20,8 @@ import fedexperts
 from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
 from fedexperts.errors import BadRun, BadValue, Busy
-from fedexperts.experiment import client_task, runner
+from fedexperts.experiment import runner
+from fedexperts.experiment.client_task import ClientTask
 from fedexperts.export import card, export, load, modeling_fedexperts, write_changed
 from fedexperts.export.generate import asking, encoded, generate
 from fedexperts.export.models import Exported
@@ -108,13 +109,11 @@ def ended(bases, tmp_path_factory):
     def run(family, case):
         if (family, case) in done:
             return done[family, case]
-        seen, install = {}, client_task.install
+        seen, scores = {}, ClientTask.scores
 
-        def watched(job, context):
-            model = install(job, context)
-            if job.task == "evaluate":
-                seen[job.client] = logits(model, family)
-            return model
+        def watched(self, model, context):
+            seen[context.client.name] = logits(model, family)
+            return scores(self, model, context)
 
         tree = {
             "model": {"name": str(bases(family))},
@@ -132,7 +131,7 @@ def ended(bases, tmp_path_factory):
         tree["training"] = {**tree["training"], "batch_size": 2, "local_steps": 2, "lr": 0.01}
         folder = tmp_path_factory.mktemp("run") / "out"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(client_task, "install", watched)
+            patch.setattr(ClientTask, "scores", watched)
             runner.run(RunConfig.model_validate(tree), folder)
         done[family, case] = Ended(folder, seen, family, bases(family))
         return done[family, case]

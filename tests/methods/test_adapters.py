@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import install
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
@@ -16,6 +15,7 @@ from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedit import FedIT
 from fedexperts.methods.fedsa_lora import FedSALoRA
 from fedexperts.methods.ffa_lora import FFALoRA
+from fedexperts.methods.hetlora import HetLoRA
 from fedexperts.methods.random_expert import RandomExpert
 from fedexperts.moe import factors, rows
 from fedexperts.moe.tuning import Tuning
@@ -24,7 +24,7 @@ from fedexperts.types import Client, Training
 
 ADAPTERS = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert")
 CLIENTS = [Client("a", 8), Client("b", 12)]
-LORA = Training(tuning=Tuning("lora", rank=8), batch_size=4, local_steps=2)
+LORA = Training(train="lora", rank=8, batch_size=4, local_steps=2)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 
 
@@ -49,19 +49,19 @@ class Played:
     def evaluated(self):
         """The models that the clients would be scored with."""
         jobs = jobs_for(replace(self.server, task="evaluate"), self.method, CLIENTS)
-        return [install(job, context) for job, context in zip(jobs, self.contexts, strict=True)]
+        return [self.method.build_model(job, context) for job, context in zip(jobs, self.contexts, strict=True)]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", parts=("router",))], ids=["full", "routers"])
 def test_a_run_without_adapters_is_refused(name, tuning):
-    server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, replace(LORA, tuning=tuning))
+    server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, replace(LORA, **vars(tuning)))
     with pytest.raises(BadValue, match=f'^method {name} works on LoRA.*this run trains none; set training.train = "lora"'):
         METHODS[name]().assign(server, CLIENTS[0])
 
 
 def test_one_random_expert_needs_adapters_of_experts():
-    training = replace(LORA, tuning=Tuning("lora", parts=("attention",)))
+    training = replace(LORA, train="lora", parts=("attention",))
     server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, training)
     with pytest.raises(BadValue, match=r"random_expert works on LoRA's adapters of experts"):
         RandomExpert().assign(server, CLIENTS[0])
@@ -112,7 +112,7 @@ def test_under_fedsa_lora_b_never_leaves_its_client_and_is_what_it_goes_on_from(
         assert job.patch.tensors.keys() == update.patch.tensors.keys() == played.start.weights.keys() - own
         assert not job.extra and not update.extra
         assert context.client_state.keys() == own
-        again = rows.read(install(job, context))
+        again = rows.read(played.method.build_model(job, context))
         assert equal({name: again[name] for name in own}, context.client_state)
     one, other = (context.client_state for context in played.contexts)
     assert any(not torch.equal(one[name], other[name]) for name in own)
@@ -187,15 +187,18 @@ def test_a_client_of_a_lower_rank_has_the_first_ranks_of_the_servers_adapters_at
     reference = replace(server, weights={**server.weights, **zeroed})
     context = tiny_context(model, CLIENTS[0], LORA)
 
-    class Lower(FedIT):
+    method = FedIT()
+
+    class Lower(HetLoRA):
         def assign(self, server, client):
             return at_rank(server, 4)
 
     (short,), (whole,), (other,) = (
-        jobs_for(each, method, CLIENTS[:1]) for each, method in ((server, Lower()), (reference, FedIT()), (server, FedIT()))
+        jobs_for(each, method, CLIENTS[:1]) for each, method in ((server, Lower()), (reference, method), (server, method))
     )
     with torch.no_grad():
-        found, expected, full = (install(job, context)(**tiny_batch(family)).logits for job in (short, whole, other))
+        built = (each.build_model(job, context) for each, job in ((Lower(), short), (method, whole), (method, other)))
+        found, expected, full = (model(**tiny_batch(family)).logits for model in built)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, full, atol=1e-4)
     assert factors.rank_of(short.patch.tensors) == 4 and short.nbytes < 0.6 * whole.nbytes
@@ -216,7 +219,7 @@ def test_a_rank_that_cannot_be_is_refused():
         BadValue, match=r"method.ranks = 6, but adapters of stacked experts in float32 need a multiple of 4; try 8"
     ):
         rank_for(server, CLIENTS[0], 6, "flora")
-    attention = replace(LORA, tuning=Tuning("lora", rank=8, parts=("attention",)))
+    attention = replace(LORA, train="lora", rank=8, parts=("attention",))
     free = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, attention)
     assert rank_for(free, CLIENTS[0], 6, "flora") == 6
 

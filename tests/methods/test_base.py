@@ -14,8 +14,8 @@ from fedexperts.methods.base import (
     of,
     patch_for,
     tee_without_weights,
-    train_assigned,
 )
+from fedexperts.methods.contract import Method
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
@@ -129,7 +129,7 @@ def test_training_what_was_assigned_sends_the_same_rows_back_changed(family):
     server = tiny_server(model, [client], training)
     experts = dict.fromkeys(server.anatomy.blocks, (1, 2, 5))
     patch = patch_for(server, Assignment(experts))
-    update = train_assigned(Job("a", 1, "train", "seed", experts, patch), tiny_context(model, client, training))
+    update = Method().train(Job("a", 1, "train", "seed", experts, patch), tiny_context(model, client, training))
     assert {name: tensor.shape for name, tensor in update.patch.tensors.items()} == {n: t.shape for n, t in patch.tensors.items()}
     assert all(torch.equal(update.patch.rows[name], patch.rows[name]) for name in patch.rows)
     moved = [name for name, tensor in update.patch.tensors.items() if not torch.equal(tensor, patch.tensors[name])]

@@ -12,8 +12,9 @@ from fedexperts.experiment.plan import plan
 from fedexperts.experiment.runner import engine_for, run
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked
-from fedexperts.methods.base import patch_for, train_assigned
+from fedexperts.methods.base import patch_for
 from fedexperts.methods.centralized import Centralized
+from fedexperts.methods.contract import Method
 from fedexperts.types import Assignment, ClientContext, Job
 
 
@@ -65,7 +66,7 @@ def test_a_run_is_training_on_the_pooled_examples_scored_on_each_clients_own(tin
         runtime.clients["c01-c04"], runtime.model, prepared.clients.together()["c01-c04"], runtime.encoder, runtime.training, {}
     )
     assert context.training.local_steps == 4
-    assert equal(weights(out), train_assigned(job, context).patch.tensors)
+    assert equal(weights(out), Method().train(job, context).patch.tensors)
 
     (entry,) = [entry for entry in lines(out / "ledger.jsonl") if entry["task"] == "train"]
     sent = sum(tensor.nbytes for tensor in job.patch.tensors.values())

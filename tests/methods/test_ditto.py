@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import install
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
+from fedexperts.methods.contract import Method
 from fedexperts.methods.ditto import Ditto
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe import rows
@@ -51,7 +51,7 @@ class Alone:
 @every_tuning
 @pytest.mark.parametrize("with_own", [True, False])
 def test_what_goes_up_is_fedavgs_bit_for_bit_whatever_is_kept(family, tuning, with_own):
-    alone = Alone(replace(ADAMW, tuning=tuning), family, with_own)
+    alone = Alone(replace(ADAMW, **vars(tuning)), family, with_own)
     update, plain = Ditto().train(alone.job, alone.context), alone.fedavg(alone.w, alone.job.seed)
     assert equal(update.patch.tensors, plain.patch.tensors)
     assert equal(update.patch.rows, plain.patch.rows)
@@ -75,7 +75,7 @@ def test_what_goes_up_has_the_chances_of_fedavg_where_a_model_has_dropout():
 @every_tuning
 def test_a_step_of_the_clients_own_model_by_hand(family, tuning):
     """v ← v − η (∇F(v) + λ (v − wᵗ)): a step of SGD from v, and back along v − wᵗ by η λ."""
-    alone, hold = Alone(replace(SGD, tuning=tuning), family), 0.25
+    alone, hold = Alone(replace(SGD, **vars(tuning)), family), 0.25
     plain = alone.fedavg(alone.v, f"{alone.job.seed}/personal").patch.tensors
     Ditto(hold).train(alone.job, alone.context)
     assert alone.context.client_state.keys() == alone.w.keys()
@@ -105,9 +105,9 @@ def test_the_stronger_the_hold_the_nearer_it_stays():
 def test_what_is_scored_is_the_clients_own_model_or_what_it_is_sent_until_there_is_one():
     alone = Alone(ADAMW, with_own=False)
     (asked,) = jobs_for(replace(alone.server, task="evaluate"), Ditto(), [CLIENT])
-    assert equal(rows.read(install(asked, alone.context)), dict(alone.w))
+    assert equal(rows.read(Method().build_model(asked, alone.context)), dict(alone.w))
     Ditto().train(alone.job, alone.context)
-    assert equal(rows.read(install(asked, alone.context)), dict(alone.context.client_state))
+    assert equal(rows.read(Method().build_model(asked, alone.context)), dict(alone.context.client_state))
 
 
 @every_family

@@ -18,7 +18,7 @@ from fedexperts.methods.submodel import mask, unmask
 from fedexperts.moe import rows, shrink
 from fedexperts.moe.anatomy import BlockShape, blocks
 from fedexperts.moe.flops import Footprint
-from fedexperts.moe.tuning import Tuning, prepare
+from fedexperts.moe.tuning import prepare
 from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training, Update
 
@@ -112,7 +112,7 @@ def test_a_client_too_small_for_any_sub_model_is_refused_in_both_stages():
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_stage_one_sends_the_whole_model_down_gets_routing_alone_back_and_leaves_the_weights(train):
     model = small()
-    training = replace(TRAINING, tuning=Tuning(train, rank=4))
+    training = replace(TRAINING, train=train, rank=4)
     server = replace(tiny_server(model, [Client("a", 8), Client("b", 8)], training), task="profile")
     jobs = list(jobs_for(server, FedMoE(profile_rounds=1), server.clients.values()))
     assert [job.patch.tensors.keys() for job in jobs] == [server.weights.keys()] * 2
@@ -435,7 +435,7 @@ def test_a_client_that_gets_an_expert_gets_the_server_s_newest_weights_of_it():
 
 
 def test_a_run_that_trains_lora_measures_only_where_its_own_adapters_fit():
-    training = Training(tuning=Tuning("lora", rank=64), batch_size=2)
+    training = Training(train="lora", rank=64, batch_size=2)
     model = tiny_model("olmoe")
     cost = tiny_server(model, [], training).footprint
     assert cost.adapting(rank=8) == cost.of(tiny_server(model, [], training).anatomy.all_experts)

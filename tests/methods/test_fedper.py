@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.core.training import install
 from fedexperts.federation import jobs_for
+from fedexperts.methods.contract import Method
 from fedexperts.methods.fedper import FedPer
 from fedexperts.methods.local import Local
 from fedexperts.methods.personal import parts
@@ -45,7 +45,7 @@ class Federation:
 @every_tuning
 @pytest.mark.parametrize("personal", [("router",), ("router", "attention"), ("experts",)])
 def test_personal_weights_go_neither_down_nor_up(family, tuning, personal):
-    federation = Federation(FedPer(personal), CLIENTS, family, replace(TRAINING, tuning=tuning))
+    federation = Federation(FedPer(personal), CLIENTS, family, replace(TRAINING, **vars(tuning)))
     before = federation.server
     for _ in range(2):
         federation.round()
@@ -87,7 +87,7 @@ def test_clients_share_the_mean_by_examples_and_go_on_with_routers_of_their_own(
     assert not any(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     asked = replace(federation.server, task="evaluate")
     for job in jobs_for(asked, FedPer(), CLIENTS):
-        scored = rows.read(install(job, federation.contexts[job.client]))
+        scored = rows.read(Method().build_model(job, federation.contexts[job.client]))
         assert equal(scored, {**federation.server.weights, **federation.contexts[job.client].client_state})
 
 
@@ -98,6 +98,6 @@ def test_a_client_that_has_not_trained_yet_has_the_bases_routers():
     newcomer = Client("c", 8)
     context = tiny_context(federation.contexts["a"].model, newcomer, TRAINING)
     (job,) = jobs_for(federation.server, FedPer(), [newcomer])
-    installed = rows.read(install(job, context))
+    installed = rows.read(Method().build_model(job, context))
     for name, part in parts(start.layout).items():
         assert torch.equal(installed[name], (start if part == "router" else federation.server).weights[name])

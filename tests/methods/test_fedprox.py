@@ -44,7 +44,7 @@ def test_the_distance_by_hand():
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 def test_the_second_step_is_fedavgs_drawn_back_by_mu_times_the_way_so_far(family, tuning):
     """y₂ = y₁ − η (g(y₁) + μ (y₁ − x)); the first step is FedAvg's, since there the distance is 0."""
-    training, mu = replace(SGD, tuning=tuning), 0.25
+    training, mu = replace(SGD, **vars(tuning)), 0.25
     x, one = trained(FedAvg(), replace(training, local_steps=1), family)
     _, first = trained(FedProx(mu), replace(training, local_steps=1), family)
     _, two = trained(FedAvg(), training, family)

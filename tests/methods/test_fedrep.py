@@ -79,7 +79,7 @@ def test_a_single_step_is_the_representations():
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("personal", [("router",), ("attention", "router")])
 def test_the_head_never_leaves_and_nothing_else_is_kept(family, tuning, personal):
-    alone = Alone(FedRep(personal), replace(SGD, tuning=tuning), family)
+    alone = Alone(FedRep(personal), replace(SGD, **vars(tuning)), family)
     kept, sent, start = alone.context.client_state, alone.update.patch.tensors, alone.server.weights
     assert {name for name, part in parts(alone.server.layout).items() if part in personal} == kept.keys()
     assert sent.keys() == alone.job.patch.tensors.keys() == start.keys() - kept.keys()

@@ -5,17 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.core.training import install
 from fedexperts.errors import BadData, BadValue
 from fedexperts.federation import jobs_for
 from fedexperts.methods.flex import FLEx, pieces
 from fedexperts.moe import graft
 from fedexperts.moe.reconstruction import by_reconstruction, most_used
-from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Split, Training
 
-TRAINING = Training(tuning=Tuning("lora", ("attention",), rank=4), batch_size=4, local_steps=2, router_aux_loss_coef=0)
+TRAINING = Training(train="lora", parts=("attention",), rank=4, batch_size=4, local_steps=2, router_aux_loss_coef=0)
 CLIENTS = [Client("a", 8, "x"), Client("b", 12, "y")]
 
 
@@ -55,7 +53,7 @@ def test_the_server_takes_the_mean_by_examples():
 def test_what_is_evaluated_has_the_clients_own_experts():
     contexts, _, _, server = one_round(FLEx())
     (job, _) = jobs_for(replace(server, task="evaluate"), FLEx(), CLIENTS)
-    model = install(job, contexts["a"])
+    model = FLEx().build_model(job, contexts["a"])
     weights = dict(model.named_parameters())
     kept = {name: tensor for name, tensor in contexts["a"].client_state.items() if not name.startswith("grafted/")}
     assert kept and all(torch.equal(weights[name].reshape(tensor.shape), tensor) for name, tensor in kept.items())
@@ -94,7 +92,7 @@ def test_an_encoder_and_its_decoder_both_see_the_public_text(tmp_path):
 
 
 def test_under_full_training_the_experts_and_gates_themselves_are_the_clients_own():
-    training = replace(TRAINING, tuning=Tuning("full", ("attention",)))
+    training = replace(TRAINING, train="full", parts=("attention",))
     contexts, _, updates, _ = one_round(FLEx(), training=training)
     assert not any(graft.is_personal(name) for name in updates[0].patch.tensors)
     own = [name for name in contexts["a"].client_state if not name.startswith("grafted/")]
@@ -144,7 +142,7 @@ def test_a_client_with_another_public_text_than_the_servers_does_not_select_by_i
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 def test_a_rank_that_stacked_personal_experts_do_not_take_is_refused_before_the_run(family):
-    training = replace(TRAINING, tuning=Tuning("lora", ("attention",), rank=6))
+    training = replace(TRAINING, train="lora", parts=("attention",), rank=6)
     server = replace(tiny_server(tiny_model(family), CLIENTS, training), task="train")
     if family == "switch_transformers":  # whose experts are matrices like any other
         assert FLEx().assign(server, CLIENTS[0])

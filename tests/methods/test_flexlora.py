@@ -10,13 +10,12 @@ from fedexperts.methods.flexlora import FlexLoRA
 from fedexperts.moe import factors
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
 CLIENTS = [Client("a", 8), Client("b", 12)]
-LORA = Training(tuning=Tuning("lora", rank=8), batch_size=4, local_steps=2, lr=0.01)
+LORA = Training(train="lora", rank=8, batch_size=4, local_steps=2, lr=0.01)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 
 

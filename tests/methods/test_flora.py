@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.core.training import install
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
 from fedexperts.methods.base import of
-from fedexperts.methods.flora import FLoRA
+from fedexperts.methods.flora import FLoRA, base_change
 from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
@@ -21,7 +20,7 @@ from fedexperts.types import Client, Patch, Server, Training, Update, size
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
 CLIENTS = [Client("a", 8), Client("b", 12), Client("c", 4)]
-LORA = Training(tuning=Tuning("lora", rank=8), batch_size=4, local_steps=2, lr=0.01)
+LORA = Training(train="lora", rank=8, batch_size=4, local_steps=2, lr=0.01)
 RANKS = (8, 4, 4)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 
@@ -113,7 +112,7 @@ class Played:
         """Of the models that the clients would be scored with."""
         jobs = jobs_for(replace(self.server, task="evaluate"), FLoRA(RANKS), CLIENTS)
         with torch.no_grad():
-            return [install(job, self.contexts[job.client])(**tiny_batch(family)).logits for job in jobs]
+            return [FLoRA().build_model(job, self.contexts[job.client])(**tiny_batch(family)).logits for job in jobs]
 
 
 @every_family
@@ -145,7 +144,7 @@ def test_clients_that_took_part_in_different_rounds_have_the_same_model(family):
 
 def test_every_round_starts_on_fresh_adapters_which_do_not_go_down():
     played = Played("olmoe", ["ab", "ab"])
-    fresh = [rows.read(install(job, played.contexts[job.client])) for jobs in played.jobs for job in jobs]
+    fresh = [rows.read(FLoRA().build_model(job, played.contexts[job.client])) for jobs in played.jobs for job in jobs]
     pairs = factors.pairs(fresh[0])
     assert not any(each[b].any() for each in fresh for b in pairs.values())
     assert all(len({each[a][0, 0, 0].item() for each in fresh}) == 4 for a in pairs)
@@ -158,10 +157,10 @@ def test_a_client_scored_before_the_merge_has_its_base_and_its_own_adapters_on_i
     played = Played(family, ["ab", "a"])
     (job,), (update,) = played.jobs[1], played.updates[1]
     context = played.contexts["a"]
-    held = install(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
+    held = FLoRA().build_model(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
     rows.write(held, of("stack", update.extra))
     rows.write(held, update.patch.tensors)
-    scored = install(apply_update(job, update), context)
+    scored = FLoRA().build_model(apply_update(job, update), context)
     with torch.no_grad():
         found, expected = (model(**tiny_batch(family)).logits for model in (scored, held))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -193,3 +192,17 @@ def test_a_server_from_a_checkpoint_sends_and_merges_what_the_undisturbed_one_do
             first = merged
     assert first.method_state.keys() == merged.method_state.keys() and len(merged.method_state) > 20
     assert all(torch.equal(first.method_state[name], merged.method_state[name]) for name in merged.method_state)
+
+
+def test_a_base_change_is_what_was_kept_or_told_in_its_place_and_the_products_that_came_since():
+    stack = {f"stack/{A}": row([[1.0, 2.0]]), f"stack/{B}": row([[1.0], [3.0]])}  # [[1, 2], [3, 6]]
+    kept = {f"change/{A}": row([[10.0, 0.0], [0.0, 0.0]]), "another": row([1.0])}
+    told = {f"change/{A}": row([[0.0, 0.0], [0.0, 20.0]]), "rank": torch.tensor(1)}
+
+    def change(extra, kept):
+        return {name: each.tolist() for name, each in base_change(extra, kept).items()}
+
+    assert change({}, {}) == change({"rank": torch.tensor(1)}, {"another": row([1.0])}) == {}
+    assert change(stack, {}) == {f"change/{A}": [[[1.0, 2.0], [3.0, 6.0]]]}
+    assert change(stack, kept) == {f"change/{A}": [[[11.0, 2.0], [3.0, 6.0]]]}
+    assert change(told, kept) == {f"change/{A}": [[[0.0, 0.0], [0.0, 20.0]]]}

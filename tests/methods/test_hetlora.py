@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedexperts.core.training import install
 from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
 from fedexperts.methods.fedit import FedIT
@@ -13,13 +12,12 @@ from fedexperts.methods.hetlora import HetLoRA
 from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.flops import Footprint
-from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
 CLIENTS = [Client("a", 8), Client("b", 12)]
-LORA = Training(tuning=Tuning("lora", rank=8), batch_size=4, local_steps=3, lr=0.01)
+LORA = Training(train="lora", rank=8, batch_size=4, local_steps=3, lr=0.01)
 every_family = pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 
 
@@ -154,13 +152,13 @@ def test_a_client_that_has_pruned_can_be_scored_before_the_merge(family):
     method = HetLoRA(prune=100.0)
     (job,), context = jobs_for(server, method, CLIENTS[:1]), tiny_context(model, CLIENTS[0], LORA)
     update = method.train(job, context)
-    found = rows.read(install(apply_update(job, update), context))
+    found = rows.read(HetLoRA().build_model(apply_update(job, update), context))
     assert factors.rank_of(found) < 8
     assert all(torch.equal(found[name], update.patch.tensors[name]) for name in server.weights)
 
 
 def test_pruning_ends_at_the_lowest_rank_there_can_be():
-    training = replace(LORA, tuning=Tuning("lora", rank=4))
+    training = replace(LORA, train="lora", rank=4)
     model, server = awake("olmoe", training)
     updates, _ = played(model, server, HetLoRA(prune=100.0, decay=0.5), training)
     assert [factors.rank_of(update.patch.tensors) for update in updates] == [4, 4]

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import Fitted, install
+from fedexperts.core.training import Fitted
 from fedexperts.errors import BadValue
 from fedexperts.experiment.progress import Quiet
 from fedexperts.experiment.runner import run
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
 from fedexperts.methods import hfedmoe
+from fedexperts.methods.contract import Method
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.hfedmoe import HFedMoE
 from fedexperts.moe import rows
@@ -208,17 +209,17 @@ def experts_sent(update, server):
 @every_family
 def test_a_client_sends_what_it_trained_and_its_routers_and_all_else_whole(family, tuning):
     """τ = 0: all that backward reached is sent, so what is not sent must be as it was received."""
-    model, training = small(family), replace(TRAINING, tuning=tuning)
+    model, training = small(family), replace(TRAINING, **vars(tuning))
     server = tiny_server(model, CLIENTS, training)
     (job,) = jobs_for(server, HFedMoE(usage_floor=0.0, budget=4), CLIENTS[:1])
     models = []
 
-    def kept_model(job, context):
-        models.append(install(job, context))
+    def kept_model(self, job, context):
+        models.append(Method().build_model(job, context))
         return models[-1]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(hfedmoe, "install", kept_model)
+        patched.setattr(HFedMoE, "build_model", kept_model)
         update = HFedMoE(usage_floor=0.0, budget=4).train(job, tiny_context(model, CLIENTS[0], training))
     sent, after = experts_sent(update, server), rows.read(models[0])
     assert update.patch.tensors.keys() == server.weights.keys()

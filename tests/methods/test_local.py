@@ -2,8 +2,8 @@
 
 import torch
 
-from fedexperts.core.training import install
 from fedexperts.federation import jobs_for
+from fedexperts.methods.contract import Method
 from fedexperts.methods.local import Local
 from fedexperts.moe import rows
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
@@ -41,7 +41,7 @@ def test_a_client_keeps_what_it_trained_and_goes_on_from_there():
     first = {name: tensor.clone() for name, tensor in context.client_state.items()}
     assert first.keys() == server.weights.keys()
     assert any(not torch.equal(first[name], server.weights[name]) for name in first)
-    installed = rows.read(install(job, context))
+    installed = rows.read(Method().build_model(job, context))
     assert all(torch.equal(installed[name], first[name]) for name in first), "what is evaluated is what was kept"
     Local().train(job, context)
     assert any(not torch.equal(context.client_state[name], first[name]) for name in first)
@@ -54,7 +54,7 @@ def test_a_number_of_experts_makes_the_model_that_is_kept_small():
     for _ in range(2):
         method.train(job, context)
     assert {len(context.client_state[name]) for name, block in server.layout.items() if block is not None} == {3}
-    installed = rows.read(install(job, context))
+    installed = rows.read(Method().build_model(job, context))
     assert all(torch.equal(installed[name], context.client_state[name]) for name in server.weights)
 
 

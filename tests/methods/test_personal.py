@@ -30,7 +30,7 @@ def test_the_part_of_a_weight_is_told_from_its_name_as_from_the_model(family):
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers", "deepseek_v2"])
 @pytest.mark.parametrize("modules", [("v_proj",), ("q_proj", "k_proj", "v_proj")])
 def test_adapters_belong_to_the_part_that_they_adapt(family, modules):
-    lora = Training(tuning=Tuning("lora", rank=4, attention_modules=modules))
+    lora = Training(train="lora", rank=4, attention_modules=modules)
     found = parts(tiny_server(tiny_model(family), [], lora).layout)
     for name, part in found.items():
         expected = "experts" if ".experts." in name else "attention" if ".lora_" in name else "router"
@@ -46,7 +46,7 @@ def test_what_travels_is_all_that_belongs_to_no_personal_part():
 
 
 def test_a_part_that_is_not_trained_cannot_be_personal():
-    trained = Training(tuning=Tuning(parts=("attention", "experts")))
+    trained = Training(parts=("attention", "experts"))
     server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), [], trained)
     said = "method.personal has 'router', but this run trains attention, experts; name some of these, or add 'router' to training"
     with pytest.raises(BadValue, match=f"^{said}"):
@@ -54,7 +54,7 @@ def test_a_part_that_is_not_trained_cannot_be_personal():
 
 
 def test_something_must_be_shared():
-    server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), [], Training(tuning=Tuning(parts=("router", "experts"))))
+    server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), [], Training(parts=("router", "experts")))
     with pytest.raises(BadValue, match=r"^method\.personal has all that this run trains \(router, experts\), .*method local$"):
         shared_names(server, ("experts", "router"))
 

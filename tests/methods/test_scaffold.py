@@ -7,12 +7,12 @@ import torch
 
 from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Ledger
-from fedexperts.core.training import install
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.federation import federate, jobs_for
 from fedexperts.io.toml import checked
 from fedexperts.methods.base import of
+from fedexperts.methods.contract import Method
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.scaffold import Scaffold, controls
 from fedexperts.moe import rows
@@ -61,7 +61,7 @@ class Alone:
 @every_family
 def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
     """c_k⁺ = (x − y_k) / (K·η) − c + c_k."""
-    alone = Alone(family, replace(SGD, tuning=tuning))
+    alone = Alone(family, replace(SGD, **vars(tuning)))
     update = Scaffold().train(alone.job, alone.context)
     kept, moved, far = of("control", alone.context.client_state), of("control", update.extra), 0
     assert kept.keys() == moved.keys() == alone.x.keys()
@@ -77,7 +77,7 @@ def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
 @every_family
 def test_a_step_of_sgd_is_fedavgs_and_the_correction(family, tuning):
     """y = x − η (g + c − c_k)."""
-    alone = Alone(family, replace(SGD, tuning=tuning, local_steps=1))
+    alone = Alone(family, replace(SGD, **vars(tuning), local_steps=1))
     update, plain = Scaffold().train(alone.job, alone.context), alone.fedavg()
     for name, tensor in update.patch.tensors.items():
         torch.testing.assert_close(tensor, plain[name] - SGD.lr * (alone.c[name] - alone.own[name]), rtol=1e-5, atol=1e-6)
@@ -114,7 +114,7 @@ def test_a_federation_of_one_client_is_fedavg_bit_for_bit_in_every_round(family)
         (job,) = jobs_for(plain, FedAvg(), [client])
         plain = FedAvg().merge(plain, iter([FedAvg().train(job, replace(context, client_state={}))]))
         (job,) = jobs_for(corrected, Scaffold(), [client])
-        assert equal(rows.read(install(job, context)), job.patch.tensors), "what it keeps is no weight"
+        assert equal(rows.read(Method().build_model(job, context)), job.patch.tensors), "what it keeps is no weight"
         corrected = Scaffold().merge(corrected, iter([Scaffold().train(job, context)]))
         assert equal(corrected.weights, plain.weights)
         assert equal(corrected.method_state, context.client_state)
@@ -173,7 +173,7 @@ def test_the_order_of_updates_does_not_matter():
 @pytest.mark.parametrize("experts_per_layer", [None, 3])
 def test_it_sends_twice_what_fedavg_sends_both_ways(tuning, experts_per_layer):
     """Down from the second round on: c is zero before, and zeros are not sent."""
-    training = replace(SGD, tuning=tuning, local_steps=1)
+    training = replace(SGD, **vars(tuning), local_steps=1)
     model = tiny_model("olmoe")
     server = tiny_server(model, CLIENTS, training)
     method, plain = Scaffold(experts_per_layer), FedAvg(experts_per_layer)
@@ -237,8 +237,8 @@ def test_c_stays_the_mean_of_what_all_clients_keep_whoever_takes_part_and_whoeve
         seen |= {entry.client for entry in ledger.entries}
         failed += [entry.client for entry in ledger.entries if entry.failed]
         ledger.clear()
-        (asked, *_) = jobs_for(replace(server, round=server.round + 1), Scaffold(), server.clients.values())
-        kept = [of("control", engine.runtime.client_store.load(replace(asked, client=name))) for name in server.clients]
+        jobs = jobs_for(replace(server, round=server.round + 1), Scaffold(), server.clients.values())
+        kept = [of("control", engine.runtime.client_store.load(job)) for job in jobs]
         for name, control in of("control", server.method_state).items():
             zero = torch.zeros_like(control)
             expected = sum(each.get(name, zero) for each in kept) / len(server.clients)

@@ -7,7 +7,7 @@ import torch
 
 from fedexperts.errors import TooSmall
 from fedexperts.federation import jobs_for
-from fedexperts.methods.base import train_assigned
+from fedexperts.methods.contract import Method
 from fedexperts.methods.seer_moe import SEERMoE
 from fedexperts.moe import rows, shrink
 from fedexperts.moe.anatomy import BlockShape, blocks
@@ -53,7 +53,7 @@ def test_the_order_of_counts_does_not_matter_and_without_any_the_server_stays():
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 @every_family
 def test_counts_are_of_all_training_tokens_and_nothing_is_trained(family, tuning):
-    model, training = tiny_model(family), replace(TRAINING, tuning=tuning)
+    model, training = tiny_model(family), replace(TRAINING, **vars(tuning))
     server = replace(tiny_server(model, CLIENTS, training), task="count")
     context = tiny_context(model, CLIENTS[1], training)  # ten examples in batches of four
     _, job = jobs_for(server, SEERMoE(), CLIENTS)
@@ -89,7 +89,7 @@ def test_a_client_trains_its_sub_model_and_entropy_makes_its_routers_surer(famil
     assert 7 in job.experts[next(iter(job.experts))]
 
     context = tiny_context(model, client, TRAINING)
-    plain, none, much = train_assigned(job, context), *(SEERMoE(entropy=weight).train(job, context) for weight in (0.0, 3.0))
+    plain, none, much = Method().train(job, context), *(SEERMoE(entropy=weight).train(job, context) for weight in (0.0, 3.0))
     assert all(torch.equal(plain.patch.tensors[name], none.patch.tensors[name]) for name in plain.patch.tensors)
     assert much.metrics["loss"] > none.metrics["loss"]
     routers = [name for name in much.patch.tensors if rows.router_of(name, server.layout)]

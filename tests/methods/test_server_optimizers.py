@@ -15,6 +15,7 @@ from fedexperts.experiment.sweep import read_variants
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked, with_settings
 from fedexperts.methods.base import by_examples, mean_rows
+from fedexperts.methods.contract import Declaration
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.fedmoe import FedMoE
 from fedexperts.methods.local import Local
@@ -161,7 +162,8 @@ def test_a_rows_way_depends_only_on_the_rounds_in_which_it_was_sent(name):
 class Counts(FedAvg):
     """Remembers every task and round it merged, and wants to see nothing else in its memory."""
 
-    before = ("profile",)
+    def declare(self):
+        return Declaration(setup_tasks=("profile",))
 
     def assign(self, server, client):
         assert all(key.startswith("seen/") for key in server.method_state)

@@ -95,20 +95,6 @@ def test_the_norm_is_that_of_the_product():
     torch.testing.assert_close(factors.norm(b, a), torch.linalg.matrix_norm((b @ a).double()))
 
 
-def test_a_base_change_is_what_was_kept_or_told_in_its_place_and_the_products_that_came_since():
-    stack = {f"stack/{A}": row([[1.0, 2.0]]), f"stack/{B}": row([[1.0], [3.0]])}  # [[1, 2], [3, 6]]
-    kept = {f"change/{A}": row([[10.0, 0.0], [0.0, 0.0]]), "another": row([1.0])}
-    told = {f"change/{A}": row([[0.0, 0.0], [0.0, 20.0]]), "rank": torch.tensor(1)}
-
-    def change(extra, kept):
-        return {name: each.tolist() for name, each in factors.base_change(extra, kept).items()}
-
-    assert change({}, {}) == change({"rank": torch.tensor(1)}, {"another": row([1.0])}) == {}
-    assert change(stack, {}) == {f"change/{A}": [[[1.0, 2.0], [3.0, 6.0]]]}
-    assert change(stack, kept) == {f"change/{A}": [[[11.0, 2.0], [3.0, 6.0]]]}
-    assert change(told, kept) == {f"change/{A}": [[[0.0, 0.0], [0.0, 20.0]]]}
-
-
 @every_family
 def test_what_is_added_beneath_fresh_adapters_does_what_adapters_of_that_product_do(family):
     base = tiny_model(family)

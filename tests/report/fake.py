@@ -54,10 +54,10 @@ def write_run(
     }
     (folder / "plan.json").write_text(json.dumps(plan))
     (folder / "versions.json").write_text(json.dumps({"torch": "2.13.0", "fedexperts": "0.1.0", "commit": "0123abc"}))
-    asked, each = planned_rounds or rounds, max(len(names) // 2, 1)
+    planned, each = planned_rounds or rounds, max(len(names) // 2, 1)
     (folder / "run.toml").write_text(
         f'seed = {seed}\nmodel = {{ name = "tiny" }}\nmethod = {{ name = {json.dumps(method)} }}\n'
-        f'federation = {{ rounds = {asked}, clients_per_round = {each}, engine = "local" }}\n'
+        f'federation = {{ rounds = {planned}, clients_per_round = {each}, engine = "local" }}\n'
         f'evaluation = {{ split = "{split}" }}\n'
     )
     log, ledger, evals = [], [], []

@@ -1,5 +1,5 @@
-"""The report of a real comparison, in a real browser: it draws, sorts by click and by key, asks nothing of any network, and can
-be read by everybody as far as axe-core can tell.
+"""The report of a real comparison in a real browser: it draws, sorts by click and by key, makes no request, and passes axe-core's
+checks of accessibility.
 """
 
 import os
@@ -26,12 +26,12 @@ WIDTHS = {"desk": (1440, 900), "phone": (390, 844)}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None and not os.environ.get("CI"):
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None and not os.environ.get("CI"):
         pytest.skip("no chromium is installed here, so no report can be opened: apt-get install chromium")
-    assert found, "CI has no chromium: .ci/run installs it"
+    assert path, "CI has no chromium: .ci/run installs it"
     with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])  # root has no sandbox in a container
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox in a container
         yield opened
         opened.close()
 
@@ -46,8 +46,8 @@ def compared(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation": {**tiny_tree["evaluation"], "every": 1, "drift": True},
         "devices": {"memory_share": {"uniform": [0.85, 1.0]}},
     }
-    found = compare({"": checked(RunConfig, tree)}, read_variants(METHODS), SEEDS, out)
-    assert (len(found.folders), found.failed) == (len(METHODS.split(",")) * SEEDS, {})
+    comparison = compare({"": checked(RunConfig, tree)}, read_variants(METHODS), SEEDS, out)
+    assert (len(comparison.folders), comparison.failed) == (len(METHODS.split(",")) * SEEDS, {})
     return out
 
 
@@ -60,7 +60,7 @@ def pages(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 class Visit:
-    """A page that was opened, and what it said and asked for."""
+    """An open page, with its console messages and its requests."""
 
     def __init__(self, browser: Browser, path: Path, size: str = "desk", scheme: str = "light") -> None:
         width, height = WIDTHS[size]
@@ -69,11 +69,11 @@ class Visit:
             viewport={"width": width, "height": height}, color_scheme=scheme, is_mobile=phone, has_touch=phone
         )
         self.page: Page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
 
     def __enter__(self) -> "Visit":
@@ -100,18 +100,18 @@ def test_a_page_draws_every_figure_and_is_readable_by_everybody(browser, pages, 
         assert len(drawings) > 8
         for drawing in drawings:
             drawn = "svg .trace, svg .hm, svg .heatmaplayer image"
-            assert drawing.locator(drawn).count(), f"{drawing.get_attribute('data-told')} is not drawn"
+            assert drawing.locator(drawn).count(), f"{drawing.get_attribute('data-description')} is not drawn"
             picture = drawing.locator("svg[role=img]")
-            assert (picture.get_attribute("aria-label") or "").endswith("Its numbers stand in the table below it.")
+            assert (picture.get_attribute("aria-label") or "").endswith("The numbers are in the table below.")
             box = picture.bounding_box()
             assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= WIDTHS[size][0] and box["height"] > 150
         page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") == WIDTHS[size][0], "the page is wider than the screen"
-        found = Axe().run(page)
-        assert not found.violations_count, found.generate_report()
-        assert visit.said == []
-        assert [url for url in visit.asked if not url.startswith(("file:", "data:", "blob:"))] == []
-        assert [url for url in visit.asked if url.startswith("file:")] == [pages[which].as_uri()]
+        axe = Axe().run(page)
+        assert not axe.violations_count, axe.generate_report()
+        assert visit.messages == []
+        assert [url for url in visit.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+        assert [url for url in visit.requests if url.startswith("file:")] == [pages[which].as_uri()]
 
 
 def test_a_table_is_sorted_by_click_and_by_key_and_says_so(browser, pages):
@@ -151,8 +151,8 @@ def test_the_map_shows_who_trained_what_where_that_is_less_than_what_is_held(bro
     with Visit(browser, pages["one"]) as visit:
         page, cells = visit.page, visit.page.locator("#map-numbers td")
         numbers = lambda: [int(cell) for cell in cells.all_text_contents()]  # noqa: E731
-        held = numbers()
-        assert held == [max(held)] * 24  # HFedMoE's clients hold all eight experts of three layers
+        assigned = numbers()
+        assert assigned == [max(assigned)] * 24  # HFedMoE's clients hold all eight experts of three layers
         page.locator("#map-what").select_option("trained")
         trained = numbers()
         assert sum(trained) > 0 and len(set(trained)) > 1
@@ -162,7 +162,7 @@ def test_the_map_shows_who_trained_what_where_that_is_less_than_what_is_held(bro
         assert sum(numbers()) < sum(trained)
         page.locator("#map-what").select_option("moved")
         assert numbers() == [0] * 24
-        assert "more (blue) or fewer (orange)" in page.locator("#map-told").inner_text()
+        assert "more (blue) or fewer (orange)" in page.locator("#map-description").inner_text()
 
 
 def test_the_map_shows_who_uses_an_expert_and_how_that_moved(browser, pages):

@@ -22,13 +22,13 @@ class Elements(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
         self.in_script = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         self.in_script = tag == "script"
         if self.in_script:
             self.scripts.append("")
@@ -41,12 +41,17 @@ class Elements(HTMLParser):
             self.scripts[-1] += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.found if name == tag]
+        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def page_of(folder: Path, out: Path) -> str:
     report.write([folder], html=out)
     return out.read_text(encoding="utf-8")
+
+
+def policy_of(text: str) -> str:
+    metas = Elements(text).all("meta")
+    return next(meta["content"] or "" for meta in metas if meta.get("http-equiv") == "Content-Security-Policy")
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +76,7 @@ def test_a_page_loads_nothing_from_anywhere(which: str, request: pytest.FixtureR
 
 
 def test_only_the_scripts_of_the_page_may_run(single: str):
-    elements = Elements(single)
-    policy = next(meta["content"] or "" for meta in elements.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    elements, policy = Elements(single), policy_of(single)
     own = [script for script, kind in zip(elements.scripts, elements.all("script"), strict=True) if "type" not in kind]
     hashes = [f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in own]
     assert len(hashes) == 2
@@ -82,7 +86,7 @@ def test_only_the_scripts_of_the_page_may_run(single: str):
 
 def test_plotly_offers_no_upload(single: str):
     assert 'showSendToCloud: false, plotlyServerURL: ""' in single
-    assert "form-action 'none'" in single
+    assert "form-action 'none'" in policy_of(single)
 
 
 @pytest.mark.parametrize("which", ["single", "several"])
@@ -145,7 +149,7 @@ def test_text_from_the_files_is_text_on_the_page(tmp_path: Path):
     elements = Elements(text)
     assert len(elements.all("script")) == 4
     assert elements.all("img") == elements.all("b") == []
-    assert not any(name.startswith("on") for _, attributes in elements.found for name in attributes)
+    assert not any(name.startswith("on") for _, attributes in elements.elements for name in attributes)
     clients = json.loads(elements.scripts[1])[0]["clients"]
     assert {client["name"] for client in clients} == set(names)
 
@@ -157,17 +161,17 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path):
 
 def test_a_comparison_writes_all_it_was_asked_for(tmp_path: Path):
     runs = write_comparison(tmp_path / "runs", seeds=2)
-    found = report.write([runs], tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
+    result = report.write([runs], tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["r.csv", "r.html", "r.md"]
-    assert found.written == (tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
-    assert [table.title for table in found.tables] == [
+    assert result.written == (tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
+    assert [table.title for table in result.tables] == [
         "Results",
         "Comparison",
         "Difference from fedavg",
         "Rounds to 90 % and 99 % of the target",
         "Sent (MB) to 90 % and 99 % of the target",
     ]
-    assert re.findall("^### (.*)$", (tmp_path / "out/r.md").read_text(), re.M) == [table.title for table in found.tables]
+    assert re.findall("^### (.*)$", (tmp_path / "out/r.md").read_text(), re.M) == [table.title for table in result.tables]
 
 
 def test_nothing_is_written_when_a_folder_holds_no_run(tmp_path: Path):
@@ -195,8 +199,8 @@ def test_what_was_retained_and_drift_have_their_places_in_every_kind_of_report(t
     for name in ("one", "two"):
         write_comparison(tmp_path / "settings" / name, methods=("fedmoe", "fedavg"), retained=True, setting=name)
     for folder, sections in ((single, 1), (runs, 1), (tmp_path / "settings", 2)):
-        found = report.write([folder], tmp_path / "r.html", tmp_path / "r.csv")
-        titles = [table.title for table in found.tables]
+        result = report.write([folder], tmp_path / "r.html", tmp_path / "r.csv")
+        titles = [table.title for table in result.tables]
         assert len([title for title in titles if "Retained knowledge" in title]) == sections
         assert len([title for title in titles if "Router drift" in title]) == sections
         elements = Elements((tmp_path / "r.html").read_text(encoding="utf-8"))
@@ -208,12 +212,12 @@ def test_what_was_retained_and_drift_have_their_places_in_every_kind_of_report(t
         assert '"router drift, layer 3"' in (tmp_path / "r.csv").read_text()
 
 
-def test_the_first_screen_names_the_optimiser_and_its_schedule(tmp_path: Path):
+def test_the_first_screen_names_the_optimizer_and_its_schedule(tmp_path: Path):
     folder = write_run(tmp_path / "run", rounds=2)
-    assert "optimiser" not in page_of(folder, tmp_path / "r.html")
+    assert "optimizer" not in page_of(folder, tmp_path / "r.html")
     training = '[training]\ntrain = "lora"\nrank = 8\nlr = 2e-4\nlocal_steps = 6\nbatch_size = 4\noptimizer = "adamw"\n'
     text = (folder / "run.toml").read_text()
     (folder / "run.toml").write_text(f'{text}{training}schedule = "cosine"\nfinal_lr = 1e-6\n')
     page = page_of(folder, tmp_path / "r.html")
-    assert "<dt>trained</dt><dd>lora of rank 8, 6 steps of 4 examples in a client&#x27;s round</dd>" in page
-    assert "<dt>optimiser</dt><dd>adamw, learning rate 0.0002, cosine to 1e-06 over the rounds</dd>" in page
+    assert "<dt>training</dt><dd>lora of rank 8, 6 steps of 4 examples per client and round</dd>" in page
+    assert "<dt>optimizer</dt><dd>adamw, learning rate 0.0002, cosine to 1e-06 over the rounds</dd>" in page

@@ -7,8 +7,9 @@ import pytest
 
 from fedexperts import report
 from fedexperts.errors import BadValue
-from fedexperts.report import figures, png, tables
+from fedexperts.report import axes, png, run_figures
 from fedexperts.report.read import read
+from fedexperts.report.table_format import NONE, Table, cells_csv
 
 from .fake import write_run, write_settings
 
@@ -33,7 +34,7 @@ def pngs_of(folder: Path, out: Path) -> tuple[Path, ...]:
 
 def test_every_figure_becomes_a_png_under_its_title(tmp_path: Path):
     folder = write_run(tmp_path / "run", rounds=2)
-    drawn = [figure for group in figures.one_run(read(folder)).values() for figure in group]
+    drawn = [figure for group in run_figures.one_run(read(folder)).values() for figure in group]
     written = pngs_of(folder, tmp_path / "png")
     assert [path.name for path in written] == [png.file_name(figure.title) for figure in drawn]
     assert "quality-over-rounds.png" in {path.name for path in written}
@@ -51,15 +52,15 @@ def test_the_numbers_of_every_figure_lie_beside_it(tmp_path: Path):
 
 
 def test_numbers_lose_the_commas_that_part_thousands_and_names_keep_theirs():
-    table = tables.Table("t", ("method", "MB"), (("a, b", "1,234.5"), ("c", tables.NONE)))
-    assert tables.cells_csv(table) == 'method,MB\n"a, b",1234.5\nc,\n'
+    table = Table("t", ("method", "MB"), (("a, b", "1,234.5"), ("c", NONE)))
+    assert cells_csv(table) == 'method,MB\n"a, b",1234.5\nc,\n'
 
 
 def test_figures_of_settings_have_files_of_their_own(tmp_path: Path):
     written = pngs_of(write_settings(tmp_path / "runs", seeds=1, clock=True), tmp_path / "png")
     names = [path.name for path in written]
     assert len(set(names)) == len(names) == len(sizes(written)) > 10
-    over = [axis.replace(" ", "-") for axis in figures.AXES]
+    over = [axis.replace(" ", "-") for axis in axes.AXES]
     assert {f"{name}-overall-quality-over-{axis}.png" for name in ("standard", "enforced") for axis in over} <= set(names)
 
 
@@ -67,14 +68,14 @@ def test_a_file_name_takes_no_path_from_a_title():
     assert png.file_name("../a b: Quality (%)/x") == "a-b-quality-x.png"
 
 
-def test_without_kaleido_one_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_kaleido_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "kaleido", None)
     with pytest.raises(BadValue, match=r"pip install 'fedexperts\[png\]'"):
         report.write([write_run(tmp_path / "run", rounds=2)], html=tmp_path / "r.html", pictures=tmp_path / "png")
     assert not (tmp_path / "r.html").exists()
 
 
-def test_without_a_browser_one_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_browser_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("kaleido", reason="kaleido, which looks for the browser, is not installed")
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
     with pytest.raises(BadValue, match="need a browser, and there is none"):

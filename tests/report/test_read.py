@@ -63,13 +63,13 @@ def test_a_plan_without_its_method_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "file", "nothing"])
-def test_what_holds_no_run_is_refused_by_name(tmp_path: Path, kind: str):
+def test_a_path_without_a_run_is_refused_by_name(tmp_path: Path, kind: str):
     path = tmp_path / "results"
     if kind == "empty folder":
         path.mkdir()
     elif kind == "file":
         path.write_text("")
-    with pytest.raises(BadRun, match=r"results .*(holds no run|is not a folder)"):
+    with pytest.raises(BadRun, match=r"results .*(contains no run|is not a folder)"):
         read_all([path])
 
 

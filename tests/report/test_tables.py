@@ -7,10 +7,21 @@ import pytest
 from rich.console import Console
 
 from fedexperts.errors import BadValue
-from fedexperts.report import measures as m
-from fedexperts.report import tables
+from fedexperts.report import (
+    axes,
+    client_metrics,
+    comparison_tables,
+    csv_export,
+    expert_sets,
+    measures,
+    resources,
+    run_cost_tables,
+    run_tables,
+    scores,
+)
 from fedexperts.report.read import BlockPlan, ClientPlan, Evaluation, LedgerRow, ModelPlan, OnRetained, Plan, Round, RunResults
 from fedexperts.report.stats import Interval
+from fedexperts.report.table_format import Table, plus_minus, to_markdown, to_rich
 
 
 def run(
@@ -29,7 +40,7 @@ def scored(method: str, seed: int, overall: float) -> RunResults:
     return run(method, seed, evaluations=(Evaluation(1, metric="mean", value=overall),))
 
 
-def cell(table: tables.Table, row: str, column: str) -> str:
+def cell(table: Table, row: str, column: str) -> str:
     return next(cells for cells in table.rows if cells[0] == row)[table.columns.index(column)]
 
 
@@ -45,7 +56,7 @@ WORK = (
 
 
 def test_costs_are_sums_over_all_but_evaluations():
-    table = tables.costs(run(ledger=WORK))
+    table = run_cost_tables.costs(run(ledger=WORK))
     assert cell(table, "total", "down (MB)") == "11.0"  # 1 + 2 + 4 + 4
     assert cell(table, "total", "up (MB)") == "6.00"  # 2 + 4
     assert cell(table, "total", "client seconds") == "10.0"
@@ -57,60 +68,81 @@ def test_costs_are_sums_over_all_but_evaluations():
 
 
 def test_bytes_per_client_and_round_are_those_of_training_alone():
-    assert m.bytes_per_client_round(run(ledger=WORK)) == (4_000_000 + 4_000_000 + 8_000_000) / 3
+    assert resources.bytes_per_client_round(run(ledger=WORK)) == (4_000_000 + 4_000_000 + 8_000_000) / 3
 
 
 def test_bytes_until_a_round_start_with_the_stages_before_it():
-    until = m.bytes_until(run(ledger=WORK))
+    until = axes.bytes_until(run(ledger=WORK))
     assert [until(number) for number in (0, 1, 2)] == [1_000_000, 9_000_000, 17_000_000]
 
 
 def test_a_client_over_its_memory_is_named_with_both_numbers():
     clients = (ClientPlan("a", memory_bytes=5_000_000), ClientPlan("b", memory_bytes=9_000_000), ClientPlan("c"))
-    table = tables.over_memory(run(ledger=WORK, clients=clients))
+    table = run_cost_tables.over_memory(run(ledger=WORK, clients=clients))
     assert table.rows == (("a", "7.00", "5.00", "40.0"),)
 
 
 def test_experts_held_are_counted_over_layers_at_each_clients_first_and_last_training():
-    held = {"layers.0": (0, 1), "layers.1": (0, 1, 2)}
+    assigned = {"layers.0": (0, 1), "layers.1": (0, 1, 2)}
     rounds = (
         Round(0, "profile", holds={"a": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
-        Round(1, holds={"a": held, "b": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
+        Round(1, holds={"a": assigned, "b": {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}}),
         Round(2, holds={"a": {"layers.0": (3, 2), "layers.1": (0, 1)}}),
     )
-    table = tables.held(run(rounds=rounds))
+    table = run_cost_tables.assigned_experts(run(rounds=rounds))
     assert table.rows == (("first round of each client", "6.5", "5", "8"), ("last round of each client", "6.0", "4", "8"))
     assert table.title.endswith("of 8")
 
 
-CHOSEN = (
-    LedgerRow(0, "a", "count", metrics={"sent": 100}),
-    LedgerRow(1, "a", "train", metrics={"reached": [2.0, 1.0], "qualified": 4, "sent": 3}),
+REPORTED = (
+    LedgerRow(0, "a", "count", metrics={"qualified": 100}),
+    LedgerRow(1, "a", "train", metrics={"reached": [2.0, 1.0], "qualified": 4}),
     LedgerRow(1, "b", "train", failed="killed"),
-    LedgerRow(2, "b", "train", metrics={"reached": [1.0, 1.0], "qualified": 2, "sent": 0}),
+    LedgerRow(2, "b", "train", metrics={"reached": {"layers.1": 1.0, "layers.0": 1.0}, "qualified": 2}),
+)
+WHOLE = {"layers.0": (0, 1, 2, 3), "layers.1": (0, 1, 2, 3)}
+SELECTIVE = (
+    Round(1, holds={"a": WHOLE, "b": WHOLE}, sends={"a": {"layers.0": (0, 3), "layers.1": (1,)}}, failed={"b": "killed"}),
+    Round(2, holds={"a": WHOLE, "b": WHOLE}, sends={"b": {"layers.0": (), "layers.1": ()}}),
 )
 
 
-def test_what_clients_trained_and_sent_is_told_by_layer_and_over_all():
-    table = tables.chosen(run(ledger=CHOSEN))
+def test_experts_reached_are_shown_by_layer_and_experts_sent_over_all_layers():
+    table = run_cost_tables.trained_and_sent(run(ledger=REPORTED, rounds=SELECTIVE))
     assert table.columns == ("experts", "of", "mean", "least", "most")
     assert table.rows == (
         ("reached in layers.0", "4", "1.5", "1.0", "2.0"),
         ("reached in layers.1", "4", "1.0", "1.0", "1.0"),
-        ("qualified", "8", "3.0", "2.0", "4.0"),
-        ("sent", "8", "1.5", "0.0", "3.0"),
+        ("sent", "8", "3.7", "0.0", "8.0"),  # a sent 3, then all it holds; b failed, then sent none
     )
-    assert tables.chosen(run(ledger=WORK)).rows == ()
 
 
-def test_runs_that_tell_what_they_chose_are_compared_by_it_and_others_have_no_such_column():
-    groups = {"hfedmoe": [run("hfedmoe", ledger=CHOSEN)], "fedavg": [run("fedavg", ledger=WORK)]}
-    table = tables.comparison(groups)
-    assert cell(table, "hfedmoe", "experts reached per layer and step") == "1.25"  # 1.5 and 1
-    assert cell(table, "hfedmoe", "experts that qualified per client and round") == "3"
-    assert cell(table, "hfedmoe", "experts sent per client and round") == "1.50"
+def test_clients_that_send_what_they_hold_need_no_table_of_what_they_sent():
+    rounds = (Round(1, holds={"a": WHOLE}),)
+    assert run_cost_tables.trained_and_sent(run(ledger=WORK, rounds=rounds)).rows == ()
+    assert expert_sets.num_sent(run(rounds=rounds)) == []
+
+
+def test_metrics_of_any_name_are_shown_as_the_method_reports_them():
+    assert run_cost_tables.reported_metrics(run(ledger=REPORTED)).rows == (("qualified", "3.00", "2.00", "4.00"),)
+    assert run_cost_tables.reported_metrics(run(ledger=WORK)).rows == ()
+
+
+@pytest.mark.parametrize("value", ["x", None, True, [1.0], {"layers.0": 1.0}, float("nan"), 10**400, [[1.0], [2.0]]])
+def test_a_metric_that_is_not_what_its_name_promises_is_left_out(value: object):
+    results = run(ledger=(*REPORTED, LedgerRow(3, "a", "train", metrics={"reached": value, "qualified": value})))
+    assert client_metrics.reached(results) == {"layers.0": [2.0, 1.0], "layers.1": [1.0, 1.0]}
+    assert client_metrics.of_method(results) == {"qualified": [4.0, 2.0]}
+
+
+def test_runs_are_compared_by_the_metrics_that_any_of_them_has():
+    groups = {"selective": [run("selective", ledger=REPORTED, rounds=SELECTIVE)], "fedavg": [run("fedavg", ledger=WORK)]}
+    table = comparison_tables.comparison(groups)
+    assert cell(table, "selective", "experts reached per layer and step") == "1.25"  # 1.5 and 1
+    assert cell(table, "selective", "experts sent per client and round") == "3.67"
+    assert cell(table, "selective", "metric: qualified") == "3"
     assert cell(table, "fedavg", "experts sent per client and round") == "–"
-    alone = tables.comparison({"fedavg": groups["fedavg"]})
+    alone = comparison_tables.comparison({"fedavg": groups["fedavg"]})
     assert len(alone.columns) == len(table.columns) - 3
 
 
@@ -120,7 +152,7 @@ def test_quality_shows_first_and_last_and_the_clients_at_the_end():
         Evaluation(5, None, "sort", 30, "accuracy", 0.5),
         *(Evaluation(5, name, "sort", 10, "accuracy", value) for name, value in (("a", 0.3), ("b", 0.8), ("c", 0.4))),
     )
-    row = tables.quality(run(evaluations=evaluations)).rows[0]
+    row = run_tables.quality(run(evaluations=evaluations)).rows[0]
     assert row == ("sort", "10.0", "50.0", "30.0", "35.0", "40.0", "60.0", "80.0", "3", "30", "accuracy (%)")
 
 
@@ -129,29 +161,29 @@ def test_the_worst_client_by_perplexity_has_the_highest():
         Evaluation(1, None, "text", 20, "perplexity", 5.0),
         *(Evaluation(1, name, "text", 10, "perplexity", value) for name, value in (("a", 2.0), ("b", 8.0))),
     )
-    table = tables.quality(run(evaluations=evaluations))
+    table = run_tables.quality(run(evaluations=evaluations))
     assert (cell(table, "text", "worst client"), cell(table, "text", "best client")) == ("8.00", "2.00")
     assert cell(table, "text", "metric") == "perplexity"
 
 
 def test_the_overall_quality_is_a_share_unless_every_task_is_judged_by_perplexity():
     text, sort = Evaluation(1, None, "text", 20, "perplexity", 5.0), Evaluation(1, None, "sort", 20, "accuracy", 0.5)
-    assert m.unit([run(evaluations=(text, sort))], None) == "%"
-    assert m.unit([run(evaluations=(text,))], None) == ""
+    assert scores.unit([run(evaluations=(text, sort))], None) == "%"
+    assert scores.unit([run(evaluations=(text,))], None) == ""
 
 
 def test_a_failure_in_both_the_round_and_the_ledger_is_one():
     rounds = (Round(1, failed={"b": "killed by signal 9"}),)
-    assert m.failures(run(ledger=WORK, rounds=rounds)) == [m.Failed(1, "b", "train", "killed by signal 9")]
+    assert resources.failures(run(ledger=WORK, rounds=rounds)) == [resources.ClientFailure(1, "b", "train", "killed by signal 9")]
 
 
 def test_a_comparison_shows_mean_and_interval_over_seeds():
     groups = {"fedmoe": [scored("fedmoe", seed, value) for seed, value in enumerate((0.1, 0.2, 0.3))]}
-    assert cell(tables.comparison(groups), "fedmoe", "overall (%)") == "20.0 ± 24.8"  # 4.302653 · 10 / √3
+    assert cell(comparison_tables.comparison(groups), "fedmoe", "overall (%)") == "20.0 ± 24.8"  # 4.302653 · 10 / √3
 
 
 def test_a_single_seed_shows_no_interval():
-    assert cell(tables.comparison({"fedmoe": [scored("fedmoe", 0, 0.2)]}), "fedmoe", "overall (%)") == "20.0"
+    assert cell(comparison_tables.comparison({"fedmoe": [scored("fedmoe", 0, 0.2)]}), "fedmoe", "overall (%)") == "20.0"
 
 
 def test_differences_are_paired_over_the_shared_seeds():
@@ -160,18 +192,20 @@ def test_differences_are_paired_over_the_shared_seeds():
         "fedmoe": [scored("fedmoe", seed, value) for seed, value in enumerate((0.12, 0.53, 0.91))],
         "local": [scored("local", 2, 0.40)],
     }
-    table = tables.differences(groups, "fedavg")
+    table = comparison_tables.differences(groups, "fedavg")
     assert [row[0] for row in table.rows] == ["fedmoe", "local"]
     assert cell(table, "fedmoe", "overall (%)") == "+2.0 ± 2.5"  # 2, 3, 1: 4.302653 / √3
     assert (cell(table, "local", "shared seeds"), cell(table, "local", "overall (%)")) == ("1", "-50.0")
 
 
-def test_the_baseline_is_the_given_one_else_fedavg_else_the_first():
-    assert tables.baseline_of({"local": [], "fedavg": []}) == "fedavg"
-    assert tables.baseline_of({"local": [], "fedmoe": []}) == "local"
-    assert tables.baseline_of({"local": [], "fedavg": []}, "local") == "local"
+def test_the_baseline_is_the_given_method_else_the_first_federated_one_else_the_first():
+    reference = replace(run("local"), plan=replace(run("local").plan, reference=True))
+    groups = {"local": [reference], "ditto": [run("ditto")], "fedavg": [run("fedavg")]}
+    assert comparison_tables.baseline_of(groups) == "ditto"
+    assert comparison_tables.baseline_of({"local": [reference]}) == "local"
+    assert comparison_tables.baseline_of(groups, "local") == "local"
     with pytest.raises(BadValue, match="did you mean fedavg"):
-        tables.baseline_of({"local": [], "fedavg": []}, "fedavgg")
+        comparison_tables.baseline_of(groups, "fedavgg")
 
 
 def test_csv_gives_interval_and_difference_of_each_measure():
@@ -179,8 +213,8 @@ def test_csv_gives_interval_and_difference_of_each_measure():
         "fedavg": [scored("fedavg", 0, 0.1), scored("fedavg", 1, 0.3)],
         "fedmoe": [scored("fedmoe", 0, 0.2), scored("fedmoe", 1, 0.4)],
     }
-    rows = list(csv.DictReader(StringIO(tables.csv_text(tables.csv_lines(groups, "fedavg")))))
-    assert len(rows) == 2 * (1 + len(m.COSTS) + len(m.HELD_IN_FULL))
+    rows = list(csv.DictReader(StringIO(csv_export.csv_text(csv_export.csv_lines(groups, "fedavg")))))
+    assert len(rows) == 2 * (1 + len(measures.COSTS) + len(measures.ASSIGNED_IN_FULL))
     row = next(row for row in rows if row["method"] == "fedmoe" and row["measure"] == "quality")
     assert (row["task"], row["unit"], row["seeds"], row["baseline"]) == ("", "%", "2", "fedavg")
     assert float(row["mean"]) == pytest.approx(30)
@@ -189,20 +223,20 @@ def test_csv_gives_interval_and_difference_of_each_measure():
 
 
 def test_markdown_takes_nothing_in_a_cell_as_markup():
-    table = tables.Table("T", ("name", "value"), (("a|b<script>*\n_", "1"),))
-    lines = tables.to_markdown(table).splitlines()
+    table = Table("T", ("name", "value"), (("a|b<script>*\n_", "1"),))
+    lines = to_markdown(table).splitlines()
     assert lines[2:] == ["| name | value |", "| --- | ---: |", "| a\\|b&lt;script&gt;\\* \\_ | 1 |"]
 
 
 def test_the_terminal_takes_nothing_in_a_cell_as_markup_or_control():
     console = Console(width=80, record=True, file=StringIO())
-    console.print(tables.to_rich(tables.Table("T", ("name",), (("[red]\x1b[2Jx",),))))
+    console.print(to_rich(Table("T", ("name",), (("[red]\x1b[2Jx",),))))
     text = console.export_text(styles=True)
     assert "[red]�[2Jx" in text
 
 
 def test_a_table_turned_twice_is_the_same():
-    table = tables.Table("T", ("method", "a", "b"), (("x", "1", "2"), ("y", "3", "4")))
+    table = Table("T", ("method", "a", "b"), (("x", "1", "2"), ("y", "3", "4")))
     assert table.transposed().rows == (("a", "1", "3"), ("b", "2", "4"))
     assert table.transposed().transposed() == table
 
@@ -219,20 +253,20 @@ def test_a_table_turned_twice_is_the_same():
     ],
 )
 def test_a_mean_is_shown_with_the_digits_that_matter(value: Interval | None, unit: str, sign: str, shown: str):
-    assert tables.pm(value, unit, sign) == shown
+    assert plus_minus(value, unit, sign) == shown
 
 
 def test_a_run_without_results_has_tables_without_rows():
     empty = run()
-    assert tables.one_run(empty) == ()
-    assert cell(tables.final({"fedmoe": [empty]}), "fedmoe", "overall (%)") == "–"
+    assert run_tables.one_run(empty) == ()
+    assert cell(comparison_tables.final({"fedmoe": [empty]}), "fedmoe", "overall (%)") == "–"
 
 
 def against_base(client: str | None, right: str, drift: tuple[float, ...] = (), round: int = 3) -> Evaluation:
     """A line of what a model got right (1) and wrong (0) of the retained task mmlu, and of its drift by layer."""
     values = tuple(map(float, right))
-    found = {"mmlu": OnRetained("likelihood", len(values), sum(values) / len(values), values)}
-    return Evaluation(round, client, retained=found, drift={f"layers.{layer}": each for layer, each in enumerate(drift)})
+    retained = {"mmlu": OnRetained("likelihood", len(values), sum(values) / len(values), values)}
+    return Evaluation(round, client, retained=retained, drift={f"layers.{layer}": each for layer, each in enumerate(drift)})
 
 
 FORGETFUL = (
@@ -243,7 +277,7 @@ FORGETFUL = (
 
 
 def test_what_is_retained_is_the_mean_over_clients_and_its_difference_is_paired_over_examples():
-    (row,) = tables.retained(run(evaluations=FORGETFUL)).rows
+    (row,) = run_tables.retained(run(evaluations=FORGETFUL)).rows
     # base 3/4; a 2/4 and b 1/4, so 37.5 on average; by example −50, −50, −50, 0: −37.5 ± 3.182446 · 25 / 2
     assert row == ("mmlu", "75.0", "37.5", "25.0", "50.0", "-37.5 ± 39.8", "2", "4", "likelihood (%)")
 
@@ -251,12 +285,12 @@ def test_what_is_retained_is_the_mean_over_clients_and_its_difference_is_paired_
 def test_a_difference_without_values_of_examples_has_no_interval():
     base, after = (OnRetained("perplexity", 5, value) for value in (8.0, 10.0))
     evaluations = (Evaluation(0, retained={"text": base}), Evaluation(3, "a", retained={"text": after}))
-    (row,) = tables.retained(run(evaluations=evaluations)).rows
+    (row,) = run_tables.retained(run(evaluations=evaluations)).rows
     assert row[1:6] == ("8.00", "10.0", "10.0", "10.0", "+2") and row[-1] == "perplexity"
 
 
 def test_drift_is_shown_of_each_layer_over_clients_and_of_all():
-    table = tables.drift(run(evaluations=FORGETFUL))
+    table = run_tables.drift(run(evaluations=FORGETFUL))
     assert table.rows == (
         ("layer 0", "3.00", "2.00", "4.00"),
         ("layer 1", "15.0", "10.0", "20.0"),
@@ -267,27 +301,29 @@ def test_drift_is_shown_of_each_layer_over_clients_and_of_all():
 def test_methods_stand_beside_the_base_with_intervals_over_seeds():
     second = (FORGETFUL[0], against_base("a", "1110", (0.0, 0.0)), against_base("b", "0110", (0.0, 0.002)))
     groups = {"fedavg": [run("fedavg", 0, evaluations=FORGETFUL), run("fedavg", 1, evaluations=second)]}
-    table = tables.retained_compared(groups)
-    assert table.rows[0] == ("untouched base", "75.0", "")
+    table = comparison_tables.retained_compared(groups)
+    assert table.rows[0] == ("base model", "75.0", "")
     # 37.5 and 62.5 of the two seeds: 50 ± 12.706 · 12.5, and 75 less
     assert table.rows[1] == ("fedavg", "50.0 ± 158.8", "-25.0 ± 158.8")
-    drift = tables.drift_compared(groups)
+    drift = comparison_tables.drift_compared(groups)
     assert drift.columns == ("method", "layer 0", "layer 1", "all layers")
     assert [each.partition(" ±")[0] for each in drift.rows[0]] == ["fedavg", "1.50", "8.00", "4.75"]  # over seeds: 9 and 0.5
-    rows = list(csv.DictReader(StringIO(tables.csv_text(tables.csv_lines(groups, "fedavg")))))
-    found = {(row["measure"], row["task"]): float(row["mean"]) for row in rows if row["mean"]}
-    assert found["retained", "mmlu"] == pytest.approx(50) and found["retained − base", "mmlu"] == pytest.approx(-25)
-    assert found["router drift", ""] == pytest.approx(4.75) and found["router drift, layer 1", ""] == pytest.approx(8)
+    rows = list(csv.DictReader(StringIO(csv_export.csv_text(csv_export.csv_lines(groups, "fedavg")))))
+    by_key = {(row["measure"], row["task"]): float(row["mean"]) for row in rows if row["mean"]}
+    assert by_key["retained", "mmlu"] == pytest.approx(50) and by_key["retained − base", "mmlu"] == pytest.approx(-25)
+    assert by_key["router drift", ""] == pytest.approx(4.75) and by_key["router drift, layer 1", ""] == pytest.approx(8)
 
 
 def test_what_was_not_measured_has_no_table_and_no_column():
     plain = run(evaluations=(Evaluation(1, None, "sort", 30, "accuracy", 0.1), Evaluation(1, metric="mean", value=0.1)))
-    assert tables.retained(plain).rows == tables.drift(plain).rows == ()
-    assert tables.against_base({"fedmoe": [plain]}) == ()
-    assert not any("retained" in column or "drift" in column for column in tables.comparison({"fedmoe": [plain]}).columns)
+    assert run_tables.retained(plain).rows == run_tables.drift(plain).rows == ()
+    assert comparison_tables.against_base({"fedmoe": [plain]}) == ()
+    assert not any(
+        "retained" in column or "drift" in column for column in comparison_tables.comparison({"fedmoe": [plain]}).columns
+    )
 
 
-def test_each_client_has_its_line_for_each_task_and_all_count_alike_in_the_mean():
+def test_each_client_has_its_line_for_each_task_and_all_have_the_same_weight_in_the_mean():
     evaluations = (
         *(Evaluation(round, "a", "sort", 30, "rougeL", value) for round, value in ((0, 0.1), (5, 0.2))),
         *(Evaluation(round, "b", "sort", 2, "rougeL", value) for round, value in ((0, 0.2), (5, 0.4))),
@@ -297,18 +333,18 @@ def test_each_client_has_its_line_for_each_task_and_all_count_alike_in_the_mean(
         Evaluation(5, None, "text", 9, "perplexity", 9.0),
     )
     clients = (ClientPlan("a"), ClientPlan("b"), ClientPlan("c"))
-    table = tables.by_client(run(evaluations=evaluations, clients=clients))
+    table = run_tables.by_client(run(evaluations=evaluations, clients=clients))
     assert table.rows == (
         ("a", "sort", "30", "10.0", "20.0", "rougeL (%)"),
         ("b", "sort", "2", "20.0", "40.0", "rougeL (%)"),
         ("b", "copy", "2", "40.0", "80.0", "rougeL (%)"),
         ("b", "text", "2", "9.00", "9.00", "perplexity"),
-        ("mean over clients", "", "", "20.0", "40.0", "each client alike (%)"),  # a 10 and 20; b 30 and 60
+        ("mean over clients", "", "", "20.0", "40.0", "equal weights (%)"),  # a 10 and 20; b 30 and 60
     )
 
 
-@pytest.mark.parametrize(("score", "said"), [("after_aggregation", "After"), ("before_aggregation", "Before"), (None, "After")])
-def test_it_is_said_with_which_model_clients_were_scored(score: str | None, said: str):
-    told = replace(run(), run_file=f'[evaluation]\nscore = "{score}"\n' if score else "")
-    assert f" {said} aggregation: each client" in tables.quality(told).note
-    assert f" {said} aggregation: each client" in tables.final({"fedmoe": [told]}).note
+@pytest.mark.parametrize(("score", "moment"), [("after_aggregation", "After"), ("before_aggregation", "Before"), (None, "After")])
+def test_tables_say_which_model_of_each_client_was_scored(score: str | None, moment: str):
+    results = replace(run(), run_file=f'[evaluation]\nscore = "{score}"\n' if score else "")
+    assert f" {moment} aggregation: each client" in run_tables.quality(results).note
+    assert f" {moment} aggregation: each client" in comparison_tables.final({"fedmoe": [results]}).note

@@ -12,14 +12,13 @@ from flwr.app import Message as FlowerMessage
 from flwr.app import MessageType
 from flwr.serverapp import Grid as Grid
 
-from fedexperts.engines.base import answer_limit, outline, validate_update
-from fedexperts.engines.client_store import own
+from fedexperts.engines.base import answer_limit, outline, printable
 from fedexperts.engines.flower.client_app import REFUSED
 from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.message import Message
 from fedexperts.engines.remote import Greeting, greeting_request, job_request, read_greeting
 from fedexperts.engines.serialization import read_answer
-from fedexperts.errors import BadMessage, BadRun, Leak
+from fedexperts.errors import BadMessage, BadRun
 from fedexperts.types import Client, Failure, Job, Update
 
 POLL_SECONDS = 0.05
@@ -27,8 +26,6 @@ LIFETIME_SECONDS = 30 * 24 * 3600.0
 """After which Flower drops a message. Whether an answer is late is for us to say."""
 GREETING_BYTES = 2**22
 """That a client's greeting may take."""
-MAX_SENTENCE = 1000
-"""Characters of a sentence that comes from a client."""
 log = logging.getLogger(__name__)
 
 Fetch = Callable[[str, int], Iterable[FlowerMessage]]
@@ -64,7 +61,6 @@ class FlowerEngine:
 
     run: what clients need to know of the run, as JSON.
     clients: name → the client; None for one that may describe itself.
-    accepted: for each client the key of its last job whose answer was accepted, in a run that is resumed.
     check: raises when the grid has died.
     names: node → the only client that it may be, where that is known.
     connections: returns for each node a value that changes when the node reconnects, since it has lost its job then.
@@ -81,7 +77,6 @@ class FlowerEngine:
         *,
         in_flight: int,
         seconds: float = inf,
-        accepted: Mapping[str, str] | None = None,
         check: Callable[[], None] = lambda: None,
         names: Mapping[int, str] | None = None,
         connections: Callable[[], Mapping[int, object]] = dict,
@@ -95,7 +90,6 @@ class FlowerEngine:
         self.names, self.connections, self.poll_seconds = names or {}, connections, poll_seconds
         self.announce, self.on_dropped = announce, on_dropped
         self.fetch = fetch or (lambda message_id, limit: grid.pull_messages([message_id]))
-        self.accepted = dict(accepted or {})
         self.greetings: dict[str, Greeting] = {}
         self.nodes: dict[str, int] = {}  # client → node
         self.refused: dict[int, str] = {}  # node → why it is no client's
@@ -193,8 +187,7 @@ class FlowerEngine:
     def send(self, job: Job) -> SentJob:
         node = self.nodes.get(job.client)
         connection = self.connections().get(node or 0)  # before it is sent: a node that reconnects after that has lost the job
-        request = job_request(job, self.run_info, self.accepted.get(job.client, ""))
-        message_id = self.push(request, node) if node is not None else None
+        message_id = self.push(job_request(job, self.run_info), node) if node is not None else None
         if message_id:
             self.job_keys[message_id] = job.client, job.round, job.task
         return SentJob(outline(job), message_id, monotonic() + self.seconds, node, connection)
@@ -211,8 +204,8 @@ class FlowerEngine:
             self.check()
             try:
                 if message := self.pull(sent.message_id, sent.limit):
-                    return self.validated(sent, message)
-            except (BadMessage, Leak) as error:
+                    return self.answer_in(message, sent)
+            except BadMessage as error:
                 return sent.failed(str(error))
             if over or reconnected:
                 self.overdue[sent.message_id] = sent.limit
@@ -220,24 +213,15 @@ class FlowerEngine:
                 return sent.failed("it reconnected in the middle of its job" if reconnected else late)
             sleep(self.poll_seconds)
 
-    def validated(self, sent: SentJob, message: Message) -> Update | Failure:
-        """The answer in `message`, or a failure where it does not fit its job.
+    def answer_in(self, message: Message, sent: SentJob) -> Update | Failure:
+        """The answer in `message`, which the boundary will check, or a failure where it answers another job.
 
         Raises:
             BadMessage: it holds no answer.
-            Leak: it holds a weight that the job did not.
         """
         job, answer = sent.job, read_answer(message)
         if (answer.client, answer.round, answer.task) != (job.client, job.round, job.task):
             return sent.failed(f"it answered for {answer.client} in round {answer.round}, {answer.task}, which is not its job")
-        answer = validate_update(job, answer)
-        if isinstance(answer, Failure):
-            return sent.failed(answer.reason)
-        client = self.clients.get(job.client)
-        if client and answer.examples != client.examples:
-            return sent.failed(f"it says it has {answer.examples} training examples, and when it joined it had {client.examples}")
-        if job.task != "evaluate":
-            self.accepted[job.client] = own(job)
         return answer
 
     def push(self, message: Message, node: int) -> str | None:
@@ -300,9 +284,3 @@ def read_reply(reply: FlowerMessage, limit: int) -> Message:
     if reply.has_error():
         raise BadMessage(reply.error.reason or f"Flower reports error {reply.error.code} and no reason")
     return from_records(reply.content, limit)
-
-
-def printable(text: str) -> str:
-    """What came from a client as one line that can go to a terminal."""
-    line = " ".join(text[: 10 * MAX_SENTENCE].split())[:MAX_SENTENCE]
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)

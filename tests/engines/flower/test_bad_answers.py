@@ -10,7 +10,7 @@ from fakegrid import CLIENTS, SOON, answers, failed, job, reply_to
 from flwr.app import Array, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 
-from fedexperts.engines.base import answer_limit
+from fedexperts.engines.base import LONGEST_REASON, answer_limit
 from fedexperts.engines.flower.client_app import client_app
 from fedexperts.engines.flower.codec import ABOUT, PARTS, compressed, decompressed, from_records
 from fedexperts.engines.message import MAX_DEPTH, Message, digest
@@ -83,8 +83,8 @@ def test_when_the_grid_dies_while_an_answer_is_fetched_no_client_is_blamed(clien
 def test_the_reason_that_a_client_gives_is_one_printable_line_and_not_endless(clients, engine):
     clients.grid.change[3] = lambda reply: [FlowerMessage(Error(1, "a\n\x1b[31mb" + 99_999 * "c"), reply_to=reply_to(reply))]
     reason = answers(engine)["c03"].reason
-    assert reason.startswith("a \N{REPLACEMENT CHARACTER}[31mbcc")
-    assert len(reason) == 1000
+    assert reason.startswith("a [31mbcc")
+    assert len(reason) == LONGEST_REASON + len("…")
 
 
 def with_head(**changes):
@@ -200,19 +200,6 @@ def test_an_answer_that_is_larger_than_its_job_allows_is_dropped_also_when_it_co
     assert fetched == [answer_limit(job("c02"))] * 5, "the late one, and the four of the round"
 
 
-@pytest.mark.parametrize("examples", [0, 19, 10**12])
-def test_an_update_that_would_weigh_more_or_less_than_its_client_has_examples_is_a_failure(clients, engine, examples):
-    clients.lie("c02", with_head(examples=examples))
-    reason = f"it says it has {examples} training examples, and when it joined it had 20"
-    assert answers(engine)["c02"] == failed("c02", reason)
-
-
-def test_an_update_that_does_not_fit_its_job_is_a_failure_and_does_not_count_as_accepted(clients, engine):
-    clients.lie("c02", answer_message(Update("c02", 1, "train", Patch({"w": torch.ones(2)}), 20)))
-    assert answers(engine)["c02"] == failed("c02", "its update has w of shape [2], and [1] would fit its job")
-    assert "c02" not in engine.accepted and "c01" in engine.accepted
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -239,9 +226,8 @@ def test_a_greeting_with_values_of_the_wrong_kind_is_refused_and_the_others_are_
         ({"round": 7}, "it answered for c02 in round 7, train, which is not its job"),
         ({"client": "c03"}, "it answered for c03 in round 1, train, which is not its job"),
         ({"task": "profile"}, "it answered for c02 in round 1, profile, which is not its job"),
-        ({"patch": Patch({"own": torch.ones(1)})}, "client c02 would send own, which is not among the weights that it got"),
     ],
 )
-def test_an_answer_to_something_else_or_with_a_weight_that_was_not_in_its_job_is_a_failure(clients, engine, wrong, reason):
+def test_an_answer_to_another_job_is_a_failure(clients, engine, wrong, reason):
     clients.lie("c02", answer_message(replace(Update("c02", 1, "train", Patch({}), 20), **wrong)))
     assert failure_of_c02_alone(engine).startswith(reason)

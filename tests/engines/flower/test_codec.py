@@ -214,7 +214,7 @@ def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head)
     about = ConfigRecord(
         {"protocol": PROTOCOL, "version": "1", "head": compressed(head), "sizes": compressed("[]"), "sha256": digest(head, {})}
     )
-    with pytest.raises(BadMessage, match="its JSON cannot be read|its head is no JSON object"):
+    with pytest.raises(BadMessage, match=r"its JSON cannot be read|its head is no JSON object"):
         from_records(RecordDict({ABOUT: about, PARTS: ArrayRecord({})}))
 
 

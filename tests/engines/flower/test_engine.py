@@ -3,19 +3,20 @@
 import errno
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from fakegrid import CLIENTS, SOON, FakeClients, answers, failed, job, jobs
+from fakegrid import CLIENTS, SOON, Doubling, FakeClients, answers, failed, jobs
 from flwr.app import Message as FlowerMessage
 
 from fedexperts.core.ledger import Ledger
 from fedexperts.engines import client_store
-from fedexperts.engines.base import reorder_and_validate
-from fedexperts.engines.client_store import own
+from fedexperts.engines.base import expectation, reorder_and_validate
 from fedexperts.engines.flower.client_app import client_app
 from fedexperts.engines.remote import Greeting, greeting_message
 from fedexperts.errors import BadRun
+from fedexperts.federation import no_reports
 from fedexperts.methods.base import mean_rows
 from fedexperts.testing import bare_server
 from fedexperts.types import Failure, Update
@@ -56,8 +57,8 @@ def test_the_server_holds_one_update_at_a_time(engine):
             del answer
 
     server = replace(bare_server([], CLIENTS.values()), weights={"w": torch.zeros(1)}, layout={"w": None})
-    ledger = Ledger()
-    merged = mean_rows(server, ledger.received(reorder_and_validate(watched, ledger.sent(jobs()))), lambda update: 1.0)
+    expect = partial(expectation, server, Doubling(), no_reports)
+    merged = mean_rows(server, reorder_and_validate(watched, jobs(), expect, Ledger()), lambda update: 1.0)
     assert merged.weights["w"].item() == 2.0
     assert alive == [0, 0, 0, 0]
 
@@ -120,19 +121,21 @@ def test_client_state_of_a_job_that_did_not_count_is_gone_in_the_next(clients):
     engine = clients.engine(seconds=SOON)
     engine.connect()
     clients.grid.change[2] = lambda reply: [] if len(clients.grid.pushed) == 6 else [reply]  # its answer in the second round
-    rounds = [answers(engine, round=round) for round in (1, 2, 3)]
+    accepted = {}
+    rounds = [answers(engine, round=round, accepted=accepted) for round in (1, 2, 3)]
     assert [by_client["c01"].metrics["before"] for by_client in rounds] == [0, 1, 2]
     assert isinstance(rounds[1]["c02"], Failure)
     assert [rounds[i]["c02"].metrics["before"] for i in (0, 2)] == [0, 1]
 
 
 def test_a_client_whose_disk_is_full_fails_with_that_reason_and_goes_on_from_its_last_client_state(clients, engine, monkeypatch):
-    assert answers(engine)["c02"].metrics["before"] == 0
+    accepted = {}
+    assert answers(engine, accepted=accepted)["c02"].metrics["before"] == 0
     with monkeypatch.context() as full:
         full.setattr(client_store, "write_tensors", no_room)
-        reason = answers(engine, "c02", round=2)["c02"].reason
+        reason = answers(engine, "c02", round=2, accepted=accepted)["c02"].reason
     assert reason == "OSError: [Errno 28] No space left on device"
-    assert answers(engine, round=3)["c02"].metrics["before"] == 1
+    assert answers(engine, round=3, accepted=accepted)["c02"].metrics["before"] == 1
 
 
 def no_room(*_):
@@ -140,13 +143,13 @@ def no_room(*_):
 
 
 def test_a_resumed_server_says_which_answers_it_had_accepted(clients, tmp_path):
-    first = clients.engine()
+    first, accepted = clients.engine(), {}
     first.connect()
-    answers(first, "c01", "c02", round=1)
-    answers(first, "c01", round=2)  # and its server is killed before it has saved this round
-    resumed = clients.engine(accepted={"c01": own(job("c01", 1)), "c02": own(job("c02", 1))})
+    answers(first, "c01", "c02", round=1, accepted=accepted)
+    answers(first, "c01", round=2, accepted=dict(accepted))  # and its server is killed before it has saved this round
+    resumed = clients.engine()
     resumed.connect()
-    again = answers(resumed, "c01", "c02", round=2)
+    again = answers(resumed, "c01", "c02", round=2, accepted=accepted)
     assert {client: answer.metrics["before"] for client, answer in again.items()} == {"c01": 1, "c02": 1}
 
 

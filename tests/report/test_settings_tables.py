@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedexperts import report
-from fedexperts.report import across, tables
-from fedexperts.report import measures as m
-from fedexperts.report.across import Target, first_round, taken_to, target, variation
-from fedexperts.report.read import Evaluation, LedgerRow, ModelPlan, Plan, Round, RunResults, by_setting
+from fedexperts.report import axes, comparison_tables, csv_export, settings_tables, targets
+from fedexperts.report.read import Evaluation, LedgerRow, ModelPlan, Plan, Round, RunResults, Settings, by_setting
+from fedexperts.report.table_format import Table
+from fedexperts.report.targets import Target
 
 from .fake import GAIN, TASKS, write_comparison, write_run, write_settings
 
@@ -35,18 +35,18 @@ def run(
     return RunResults(Path("results"), plan, rounds, ledger, tuple(rows))
 
 
-def settings_of(*runs: RunResults) -> across.Settings:
+def settings_of(*runs: RunResults) -> Settings:
     return by_setting(runs)
 
 
-def cell(table: tables.Table, row: str, column: str) -> str:
+def cell(table: Table, row: str, column: str) -> str:
     return next(cells for cells in table.rows if cells[0] == row)[table.columns.index(column)]
 
 
 def test_the_variation_of_8_10_12_is_a_fifth():
-    assert variation([8.0, 10.0, 12.0]) == pytest.approx(2.0 / 10.0)  # s = 2 with n − 1
-    assert variation([5.0]) is None
-    assert variation([0.0, 0.0]) is None
+    assert settings_tables.variation([8.0, 10.0, 12.0]) == pytest.approx(2.0 / 10.0)  # s = 2 with n − 1
+    assert settings_tables.variation([5.0]) is None
+    assert settings_tables.variation([0.0, 0.0]) is None
 
 
 def test_the_target_is_the_best_mean_over_seeds_of_the_methods_that_federate():
@@ -55,27 +55,27 @@ def test_the_target_is_the_best_mean_over_seeds_of_the_methods_that_federate():
         "fedmoe": [run("fedmoe", {5: 0.7})],
         "centralized": [run("centralized", {5: 0.95}, reference=True)],
     }
-    assert target(groups, None) == target(groups, "sort") == Target("fedmoe", 70.0, "%")
-    assert target({"centralized": groups["centralized"]}, None) is None
-    assert target({"fedmoe": [run("fedmoe", {})]}, None) is None
-    assert target({"fedmoe": [run("fedmoe", {5: 0.0})]}, None) is None  # which everybody would have reached
+    assert targets.target(groups, None) == targets.target(groups, "sort") == Target("fedmoe", 70.0, "%")
+    assert targets.target({"centralized": groups["centralized"]}, None) is None
+    assert targets.target({"fedmoe": [run("fedmoe", {})]}, None) is None
+    assert targets.target({"fedmoe": [run("fedmoe", {5: 0.0})]}, None) is None  # which everybody would have reached
 
 
 def test_the_first_round_at_a_share_of_the_target_is_an_evaluated_one():
     goal = Target("fedmoe", 80.0, "%")
-    found = run("fedavg", {0: 0.1, 5: 0.5, 10: 0.72, 15: 0.79, 20: 0.7})
-    assert first_round(found, None, goal, 0.9) == 10  # 72 is 90 % of 80
-    assert first_round(found, None, goal, 0.99) is None  # 79.2 is wanted, 79 was reached
-    assert first_round(found, "sort", goal, 0.05) == 0
+    scored = run("fedavg", {0: 0.1, 5: 0.5, 10: 0.72, 15: 0.79, 20: 0.7})
+    assert targets.first_round(scored, None, goal, 0.9) == 10  # 72 is 90 % of 80
+    assert targets.first_round(scored, None, goal, 0.99) is None  # 79.2 is wanted, 79 was reached
+    assert targets.first_round(scored, "sort", goal, 0.05) == 0
 
 
 def test_rounds_to_the_target_are_a_mean_over_the_seeds_that_get_there():
     goal = Target("fedmoe", 80.0, "%")
     runs = [run("fedavg", {2: 0.8}), run("fedavg", {2: 0.1, 6: 0.8}), run("fedavg", {2: 0.1})]
-    found = taken_to(runs, None, goal, 0.9)
-    assert found is not None
-    assert (found.mean, found.n) == (4.0, 2)
-    assert taken_to(runs[2:], None, goal, 0.9) is None
+    cost = targets.cost_to_target(runs, None, goal, 0.9)
+    assert cost is not None
+    assert (cost.mean, cost.n) == (4.0, 2)
+    assert targets.cost_to_target(runs[2:], None, goal, 0.9) is None
 
 
 def timed(method: str, *seconds: float | None, first: int = 1, **fields) -> RunResults:
@@ -86,11 +86,11 @@ def timed(method: str, *seconds: float | None, first: int = 1, **fields) -> RunR
     return run(method, {number: 0.4 + 0.1 * number for number in numbers}, rounds=rounds, ledger=ledger, **fields)
 
 
-def test_what_it_took_to_the_target_is_told_in_rounds_bytes_and_virtual_time():
+def test_the_cost_to_reach_the_target_is_in_rounds_bytes_and_virtual_time():
     settings = settings_of(
         timed("fedavg", 100.0, 50.0, 25.0), timed("fedmoe", 1.0, 1.0), timed("centralized", None, None, None, reference=True)
     )
-    rounds, sent, time = across.to_target(settings)  # 70 % of fedavg: 63 and 69.3
+    rounds, sent, time = settings_tables.to_target(settings)  # 70 % of fedavg: 63 and 69.3
     assert [table.title.split(" to ")[0] for table in (rounds, sent, time)] == ["Rounds", "Sent (MB)", "Virtual time (s)"]
     assert rounds.columns == sent.columns == time.columns == ("method", "90 %", "99 %")
     assert [cell(table, "fedavg", "90 %") for table in (rounds, sent, time)] == ["3 (1 of 1)", "6.00 (1 of 1)", "175.0 (1 of 1)"]
@@ -99,25 +99,25 @@ def test_what_it_took_to_the_target_is_told_in_rounds_bytes_and_virtual_time():
 
 
 def test_where_no_run_has_a_clock_there_is_no_table_of_time():
-    assert len(across.to_target(settings_of(timed("fedavg", None, None), timed("fedmoe", None)))) == 2
+    assert len(settings_tables.to_target(settings_of(timed("fedavg", None, None), timed("fedmoe", None)))) == 2
 
 
 def test_a_run_has_a_clock_only_where_every_round_of_it_has_a_time():
-    assert m.clock_until(timed("fedavg", 3.0, None)) is None
-    assert m.virtual_seconds(timed("fedavg", 3.0, None)) is None
-    assert m.clock_until(run("fedavg", {0: 0.1})) is None
-    until = m.clock_until(timed("fedmoe", 5.0, 7.0, 2.0, first=0))  # the first is a stage before the rounds
+    assert axes.clock_until(timed("fedavg", 3.0, None)) is None
+    assert axes.virtual_seconds(timed("fedavg", 3.0, None)) is None
+    assert axes.clock_until(run("fedavg", {0: 0.1})) is None
+    until = axes.clock_until(timed("fedmoe", 5.0, 7.0, 2.0, first=0))  # the first is a stage before the rounds
     assert until is not None
     assert [until(round) for round in (0, 1, 2)] == [5.0, 12.0, 14.0]
-    assert m.virtual_seconds(timed("fedmoe", 5.0, 7.0, 2.0, first=0)) == 14.0
+    assert axes.virtual_seconds(timed("fedmoe", 5.0, 7.0, 2.0, first=0)) == 14.0
 
 
 def test_of_perplexities_the_lowest_is_the_target_and_rounds_count_down_to_it():
     falling = run("fedavg", {0: 100.0, 5: 12.0, 10: 10.0}, metric="perplexity")
-    goal = target({"fedavg": [falling], "fedmoe": [run("fedmoe", {10: 11.0}, metric="perplexity")]}, None)
+    goal = targets.target({"fedavg": [falling], "fedmoe": [run("fedmoe", {10: 11.0}, metric="perplexity")]}, None)
     assert goal == Target("fedavg", 10.0, "")
-    assert first_round(falling, None, goal, 0.9) == 10  # at most 11.1 is wanted
-    assert first_round(falling, None, goal, 0.8) == 5  # at most 12.5
+    assert targets.first_round(falling, None, goal, 0.9) == 10  # at most 11.1 is wanted
+    assert targets.first_round(falling, None, goal, 0.8) == 5  # at most 12.5
 
 
 FOUR = [
@@ -130,7 +130,7 @@ FOUR = [
 
 
 def test_a_table_has_each_methods_quality_in_each_setting_and_its_variation():
-    table = across.overall(settings_of(*FOUR))
+    table = settings_tables.overall(settings_of(*FOUR))
     assert [row[0] for row in table.rows] == ["fedmoe", "fedavg", "local"]
     assert (cell(table, "fedmoe", "one (%)"), cell(table, "fedmoe", "two (%)")) == ("50.0", "70.0")
     assert cell(table, "fedmoe", "variation, overall") == f"{sqrt(200) / 60:.4f}"  # s of 50 and 70 is √200
@@ -141,26 +141,26 @@ def test_a_table_has_each_methods_quality_in_each_setting_and_its_variation():
 
 def test_a_method_that_was_not_run_in_a_setting_has_no_number_there():
     settings = settings_of(*FOUR)
-    table = across.overall(settings)
+    table = settings_tables.overall(settings)
     assert (cell(table, "fedavg", "two (%)"), cell(table, "fedavg", "variation, overall")) == ("–", "–")
-    assert cell(across.to_target(settings)[0], "fedavg", "two, 90 %") == "–"
-    titles = [each.title for each in across.all_tables(settings, "fedavg")]
+    assert cell(settings_tables.to_target(settings)[0], "fedavg", "two, 90 %") == "–"
+    titles = [each.title for each in settings_tables.all_tables(settings, "fedavg")]
     assert "one: Difference from fedavg" in titles
     assert "two: Comparison" in titles
     assert "two: Difference from fedavg" not in titles
-    (two,) = across.of_setting(settings, "two", "fedavg")
+    (two,) = settings_tables.of_setting(settings, "two", "fedavg")
     assert [row[0] for row in two.rows] == ["fedmoe", "local"]
 
 
 def test_a_variation_over_some_of_the_settings_says_of_how_many():
     third = [run("fedmoe", {2: 0.6}, setting="three"), run("fedavg", {2: 0.45}, setting="two")]
-    table = across.overall(settings_of(*FOUR, *third))
+    table = settings_tables.overall(settings_of(*FOUR, *third))
     assert cell(table, "fedavg", "variation, overall") == "0.0000 (2 of 3)"
     assert cell(table, "fedmoe", "variation, overall") == f"{10 / 60:.4f}"  # of 50, 70, 60
 
 
 def test_rounds_to_target_leave_the_target_to_those_who_federate_and_say_whose_it_is():
-    table = across.to_target(settings_of(*FOUR))[0]
+    table = settings_tables.to_target(settings_of(*FOUR))[0]
     assert table.title == "Rounds to 90 % and 99 % of the target"
     assert cell(table, "fedmoe", "one, 90 %") == "2 (1 of 1)"
     assert cell(table, "fedavg", "one, 90 %") == "2 (1 of 1)"  # 45 of 50
@@ -175,47 +175,47 @@ def test_settings_of_different_tasks_have_each_their_own():
         run("fedmoe", {1: 0.7}, setting="two", task="reverse"),
         run("fedmoe", {1: 9.0}, setting="three", task="text", metric="perplexity"),
     )
-    table = across.overall(settings)
+    table = settings_tables.overall(settings)
     assert table.columns[1:4] == ("one (%)", "two (%)", "three")
     assert [cell(table, "fedmoe", f"variation, {name}") for name in ("overall", "sort", "text")] == ["–"] * 3
-    by_task = {each.title: each for each in across.by_task(settings)}
+    by_task = {each.title: each for each in settings_tables.by_task(settings)}
     assert by_task["Over the settings: reverse"].rows == (("fedmoe", "–", "70.0", "–"),)
-    assert cell(across.to_target(settings)[0], "fedmoe", "three, 99 %") == "1 (1 of 1)"
+    assert cell(settings_tables.to_target(settings)[0], "fedmoe", "three, 99 %") == "1 (1 of 1)"
 
 
 def test_experts_are_those_of_each_clients_first_and_last_training_over_all_seeds():
-    def held(number: int) -> dict[str, tuple[int, ...]]:
+    def first(number: int) -> dict[str, tuple[int, ...]]:
         return {"layers.0": tuple(range(number))}
 
-    first = (Round(1, holds={"a": held(2), "b": held(4)}), Round(2, holds={"a": held(5)}))
-    second = (Round(1, holds={"a": held(8), "b": held(2)}),)
+    seed_0 = (Round(1, holds={"a": first(2), "b": first(4)}), Round(2, holds={"a": first(5)}))
+    seed_1 = (Round(1, holds={"a": first(8), "b": first(2)}),)
     settings = settings_of(
-        run("fedmoe", {1: 0.5}, setting="one", rounds=first),
-        run("fedmoe", {1: 0.5}, setting="one", rounds=second, seed=1),
+        run("fedmoe", {1: 0.5}, setting="one", rounds=seed_0),
+        run("fedmoe", {1: 0.5}, setting="one", rounds=seed_1, seed=1),
         run("fedmoe", {1: 0.5}, setting="two"),
     )
-    table = across.held(settings)
+    table = settings_tables.assigned_experts(settings)
     assert table.rows == (("fedmoe", "4.0 (2–8)", "4.8 (2–8)", "–", "–"),)  # (3 + 5) / 2, and (4.5 + 5) / 2
 
 
 def test_csv_has_targets_rounds_and_variations_of_each_task_too():
-    rows = list(csv.DictReader(StringIO(across.to_csv(settings_of(*FOUR), "fedavg"))))
-    found = {(row["setting"], row["method"], row["measure"], row["task"]): row for row in rows}
-    assert len(found) == len(rows)
-    assert found["one", "fedmoe", "target", ""]["mean"] == "50.0"
-    assert found["one", "fedavg", "rounds to 90 % of target", "sort"]["mean"] == "2.0"
-    missed = found["one", "fedavg", "rounds to 99 % of target", "sort"]
+    rows = list(csv.DictReader(StringIO(csv_export.to_csv(settings_of(*FOUR), "fedavg"))))
+    by_key = {(row["setting"], row["method"], row["measure"], row["task"]): row for row in rows}
+    assert len(by_key) == len(rows)
+    assert by_key["one", "fedmoe", "target", ""]["mean"] == "50.0"
+    assert by_key["one", "fedavg", "rounds to 90 % of target", "sort"]["mean"] == "2.0"
+    missed = by_key["one", "fedavg", "rounds to 99 % of target", "sort"]
     assert (missed["seeds"], missed["of_seeds"], missed["mean"]) == ("", "1", "")
-    assert float(found["", "fedmoe", "variation over settings", "sort"]["mean"]) == pytest.approx(sqrt(200) / 60)
-    assert found["one", "fedmoe", "quality", ""]["baseline"] == "fedavg"
-    assert found["two", "fedmoe", "quality", ""]["baseline"] == ""
+    assert float(by_key["", "fedmoe", "variation over settings", "sort"]["mean"]) == pytest.approx(sqrt(200) / 60)
+    assert by_key["one", "fedmoe", "quality", ""]["baseline"] == "fedavg"
+    assert by_key["two", "fedmoe", "quality", ""]["baseline"] == ""
 
 
 def test_runs_without_a_setting_or_of_one_are_reported_as_ever(tmp_path: Path):
     runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=1)
     write_run(tmp_path / "runs" / "more", method="local", setting="one")
-    found = report.write([runs])
-    assert [table.title for table in found.tables] == [
+    result = report.write([runs])
+    assert [table.title for table in result.tables] == [
         "Results",
         "Comparison",
         "Difference from fedavg",
@@ -223,14 +223,14 @@ def test_runs_without_a_setting_or_of_one_are_reported_as_ever(tmp_path: Path):
         "Sent (MB) to 90 % and 99 % of the target",
     ]
     write_run(tmp_path / "runs" / "two", method="local", setting="two")
-    found = report.write([runs])
-    assert found.tables[0].columns[1:4] == ("no setting (%)", "one (%)", "two (%)")
+    result = report.write([runs])
+    assert result.tables[0].columns[1:4] == ("no setting (%)", "one (%)", "two (%)")
 
 
 def test_the_report_of_settings_is_written_with_all_its_tables(tmp_path: Path):
     runs = write_settings(tmp_path / "runs")
-    found = report.write([runs], tmp_path / "r.html", tmp_path / "r.csv", tmp_path / "r.md")
-    titles = [table.title for table in found.tables]
+    result = report.write([runs], tmp_path / "r.html", tmp_path / "r.csv", tmp_path / "r.md")
+    titles = [table.title for table in result.tables]
     assert titles == [
         "Over the settings: overall quality",
         *(f"Over the settings: {task}" for task in TASKS),
@@ -248,11 +248,11 @@ def test_the_report_of_settings_is_written_with_all_its_tables(tmp_path: Path):
 def test_a_run_that_is_not_finished_is_named_and_left_out_of_the_tables(tmp_path: Path):
     runs = write_settings(tmp_path / "runs", seeds=2)
     write_run(runs / "standard/fedmoe/seed-2", "fedmoe", 2, rounds=4, planned_rounds=12, setting="standard")
-    found = report.write([runs], html=tmp_path / "r.html", markdown=tmp_path / "r.md")
-    assert found.unfinished == ("standard: fedmoe, seed 2 (4 of 12 rounds)",)
+    result = report.write([runs], html=tmp_path / "r.html", markdown=tmp_path / "r.md")
+    assert result.unfinished == ("standard: fedmoe, seed 2 (4 of 12 rounds)",)
     assert "standard: fedmoe, seed 2 (4 of 12 rounds)" in (tmp_path / "r.html").read_text()
     assert "Not finished: standard: fedmoe, seed 2 (4 of 12 rounds)." in (tmp_path / "r.md").read_text()
-    comparison = next(table for table in found.tables if table.title == "standard: Comparison")
+    comparison = next(table for table in result.tables if table.title == "standard: Comparison")
     assert cell(comparison, "fedmoe", "seeds") == "2"
 
 
@@ -260,18 +260,18 @@ def test_while_no_run_is_finished_those_under_way_are_shown(tmp_path: Path):
     for setting in ("one", "two"):
         for seed in (0, 1):
             write_run(tmp_path / f"{setting}/seed-{seed}", seed=seed, rounds=4, planned_rounds=12, setting=setting)
-    found = report.write([tmp_path])
-    assert len(found.unfinished) == 4
-    assert cell(found.tables[0], "fedmoe", "one (%)") != "–"
+    result = report.write([tmp_path])
+    assert len(result.unfinished) == 4
+    assert cell(result.tables[0], "fedmoe", "one (%)") != "–"
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_reports_say_which_examples_were_scored(tmp_path: Path, split: str):
     runs = [write_run(tmp_path / f"seed-{seed}", seed=seed, split=split) for seed in (0, 1)]
     for folders in (runs[:1], runs):
-        found = report.write(folders, html=tmp_path / "r.html")
-        assert f"Scored on the clients&#x27; {split} examples." in (tmp_path / "r.html").read_text()
-        assert f"Scored on the clients' {split} examples." in found.tables[0].note
+        result = report.write(folders, html=tmp_path / "r.html")
+        assert f"Scored on the clients&#39; {split} examples." in (tmp_path / "r.html").read_text()
+        assert f"Scored on the clients' {split} examples." in result.tables[0].note
 
 
 def test_bytes_before_the_rounds_are_those_of_each_client_that_took_part():
@@ -282,7 +282,7 @@ def test_bytes_before_the_rounds_are_those_of_each_client_that_took_part():
         LedgerRow(1, "c", "train", bytes_down=7_000_000, bytes_up=2_000_000),
         LedgerRow(1, "a", "evaluate", bytes_down=9_000_000),
     )
-    table = tables.comparison({"fedmoe": [RunResults(Path("r"), Plan("fedmoe", 0, ModelPlan("tiny")), ledger=rows)]})
+    table = comparison_tables.comparison({"fedmoe": [RunResults(Path("r"), Plan("fedmoe", 0, ModelPlan("tiny")), ledger=rows)]})
     assert cell(table, "fedmoe", "sent before the rounds per client (MB)") == "4.00"
     assert cell(table, "fedmoe", "down per client and round (MB)") == "6.00"
     assert cell(table, "fedmoe", "up per client and round (MB)") == "2.00"
