@@ -2,7 +2,7 @@
 
     python benchmarks/wire.py [--rounds 2]
 
-Every job and every answer of a run of the shipped `small` is packed and unpacked as for a worker process (engines/wire.py).
+Every job and every answer of a run of the shipped `small` is packed and unpacked as for a worker process.
 tensors     bytes of tensors in the messages, both ways; the ledger's are to be the same
 messages    all bytes of the messages, manifests and tensors' names included, over the ledger's
 """

@@ -270,7 +270,9 @@ def server(
     treat_sigterm_as_interrupt()
     home = out.with_name(f"{out.name}.flower")
     with Federation(home, host=host, port=port, keys=secured(keys, insecure)) as federation:
-        server.serve(settings, out, federation, resume=resume, setting="", progress=progress(quiet), tell=say, patience=patience)
+        server.serve(
+            settings, out, federation, resume=resume, setting="", progress=progress(quiet), announce=say, patience=patience
+        )
     finish([out], out)
 
 

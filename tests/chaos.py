@@ -1,14 +1,14 @@
-"""A deployment on this machine whose processes are killed at random, and whether it ends as it should.
+"""Kills processes of a deployment on this machine at random, and checks that its run ends as if nothing had happened.
 
     python tests/chaos.py OUT [--seeds 5] [--first-seed 0] [--rounds 12] [--clients 4] [--kills 8]
 
-Killed with SIGKILL are a client's worker, the process that hands it a message (relay) and the one that starts such (superexec),
-its SuperNode, the command that watches them, and all of these at once (machine); the server's SuperLink, and its command.
-Commands are started again as systemd would.
-What and when is drawn from the seed; what Flower is at by then is not.
+It sends SIGKILL to a client's worker, the process that forwards a message to it (clientapp) and the one that starts such
+processes (superexec), its SuperNode, the command that supervises them, and all of these at once (machine); to the server's
+SuperLink, and its command. Commands are started again as systemd would.
+Victims and times are drawn from the seed; what Flower does at these times is not.
 
-In the end the same run is done on the local engine, with the same answers missing: what the server has and what each client keeps
-to itself must be the same, byte for byte.
+At the end the same run is done on the local engine, with the same answers missing: the server's weights and state and the
+clients' states must be the same, byte for byte.
 """
 
 import argparse
@@ -22,15 +22,14 @@ from random import Random
 from typing import Any
 
 import tomli_w
-from deployed import PATIENCE, Processes, below, parent, processes, running, signalled
+from deployed import PATIENCE, Processes, below, parent, processes, running, send_signal
 
 from fedexperts import config
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.processes import free_port
 from fedexperts.engines.client_store import key
 from fedexperts.engines.local import LocalEngine
-from fedexperts.experiment import checkpoint
-from fedexperts.experiment import runner as runs
+from fedexperts.experiment import checkpoint, runner
 from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Prepared
 from fedexperts.models.tokenizer import make_tokenizer
@@ -38,14 +37,14 @@ from fedexperts.testing import tiny_model
 from fedexperts.types import Engine, Failure, Job, Update
 
 COMMANDS = {"worker": "fedexperts.deploy.client", "superexec": "deploy.superexec", "supernode": "deploy.supernode"}
-KINDS = (*COMMANDS, "relay", "client", "machine", "superlink", "server")
-MOST_SECONDS_LATER = 8.0
+KINDS = (*COMMANDS, "clientapp", "client", "machine", "superlink", "server")
+MAX_DELAY_SECONDS = 8.0
 SERVER = "server"
 
 
 def chaos(folder: Path, model: Path, seed: int, *, clients: int, rounds: int, kinds: list[str]) -> dict[str, Any]:
-    """Kills one process of each of `kinds`, in a drawn order and at drawn times, and says what came of it."""
-    rng, names = Random(seed), [f"site{number}" for number in range(1, clients + 1)]
+    """Kills one process of each of `kinds`, in a drawn order and at drawn times, and returns how the run ended."""
+    rng, names = Random(seed), [f"client{number}" for number in range(1, clients + 1)]
     write_run(folder, model, names, rounds)
     make_keys(folder / "keys", ["localhost"], names)
     port, out = free_port(), folder / "out"
@@ -59,7 +58,7 @@ def chaos(folder: Path, model: Path, seed: int, *, clients: int, rounds: int, ki
         due = None
         while (code := started.running[SERVER].poll()) != 0:
             if time.monotonic() > began + PATIENCE * (2 + rounds):
-                raise AssertionError(f"seed {seed}: not finished; {started.said(SERVER)[-2000:]}")
+                raise AssertionError(f"seed {seed}: not finished; {started.log(SERVER)[-2000:]}")
             if code is not None:
                 starts += 1
                 start_server(started, folder, port)
@@ -67,13 +66,13 @@ def chaos(folder: Path, model: Path, seed: int, *, clients: int, rounds: int, ki
                 if started.running[name].poll() is not None:
                     start_client(started, folder, name, port)
             if plan and due is None and recorded(out) >= int(plan[0][0]):
-                due = time.monotonic() + rng.uniform(0, MOST_SECONDS_LATER)
+                due = time.monotonic() + rng.uniform(0, MAX_DELAY_SECONDS)
             if plan and due is not None and time.monotonic() >= due:
                 kind, victim = plan.pop(0)[1], rng.choice(names)
                 if kill(started, folder, kind, victim):
                     killed.append([recorded(out), kind, None if kind in ("server", "superlink") else victim])
                     due = None
-                else:  # it is just being started, or has nothing to do
+                else:  # it is starting, or has nothing to do
                     plan.insert(0, (0.0, kind))
             time.sleep(0.1)
     return {
@@ -81,7 +80,7 @@ def chaos(folder: Path, model: Path, seed: int, *, clients: int, rounds: int, ki
         "killed": killed,
         "server starts": starts + 1,
         "seconds": round(time.monotonic() - began),
-        **found(folder, names),
+        **outcome(folder, names),
     }
 
 
@@ -109,59 +108,59 @@ def start_client(started: Processes, folder: Path, name: str, port: int) -> None
 
 
 def start_server(started: Processes, folder: Path, port: int) -> None:
-    told = ("--out", folder / "out", "--keys", folder / "keys" / "server", "--port", port, "--resume", "--quiet")
-    started.start(SERVER, "server", folder / "run.toml", *told)
+    options = ("--out", folder / "out", "--keys", folder / "keys" / "server", "--port", port, "--resume", "--quiet")
+    started.start(SERVER, "server", folder / "run.toml", *options)
 
 
 def kill(started: Processes, folder: Path, kind: str, victim: str) -> bool:
-    """Whether there was one to kill."""
+    """Whether there was a process of that kind to kill."""
     if kind == "server":
         started.kill(SERVER)
         return True
     if kind in ("client", "machine"):
         started.kill(victim)
         for pid in below(folder / victim) if kind == "machine" else []:
-            signalled(pid)
+            send_signal(pid)
         return True
-    there = running(folder, "deploy.superlink") if kind == "superlink" else of_client(folder / victim, kind)
-    for pid in there:
-        signalled(pid)
-    return bool(there)
+    pids = running(folder, "deploy.superlink") if kind == "superlink" else of_client(folder / victim, kind)
+    for pid in pids:
+        send_signal(pid)
+    return bool(pids)
 
 
 def of_client(folder: Path, kind: str) -> list[int]:
-    """Its processes of this kind. A relay is forked from the SuperExec, and has its command."""
-    there = running(folder, COMMANDS["superexec" if kind == "relay" else kind])
-    if kind in ("superexec", "relay"):
-        return [pid for pid in there if (parent(pid) in there) == (kind == "relay")]
-    return there
+    """Its processes of this kind. A clientapp is forked from the SuperExec, and has its command."""
+    pids = running(folder, COMMANDS["superexec" if kind == "clientapp" else kind])
+    if kind in ("superexec", "clientapp"):
+        return [pid for pid in pids if (parent(pid) in pids) == (kind == "clientapp")]
+    return pids
 
 
 def recorded(out: Path) -> int:
-    """Rounds that are behind the server."""
+    """The number of rounds that the server has recorded."""
     rounds = out / "rounds.jsonl"
     return len(rounds.read_text().splitlines()) if rounds.exists() else 0
 
 
-def found(folder: Path, names: list[str]) -> dict[str, Any]:
-    """What is there in the end: the rounds, the answers that are missing, and the clients that lost what they had kept.
+def outcome(folder: Path, names: list[str]) -> dict[str, Any]:
+    """The rounds that were recorded, the answers that are missing, and the clients that lost client state.
 
-    The ledger says which of a client's answers counted last. It must have kept what it had then, byte for byte, and nothing
-    later, unless it could not be told: it did not answer the last evaluation.
+    The ledger says which of a client's answers counted last. The client must have its state of that job, byte for byte, and
+    nothing later, unless it did not answer the last evaluation, with which it learns which answer counted.
     """
     out, local = folder / "out", folder / "local"
     ledger = lines(out / "ledger.jsonl")
     missing = {(line["client"], line["round"], line["task"]): line["failed"] for line in ledger if line["failed"]}
-    runs.run(config.read(folder / "run.toml", []), local, engine=partial(without, missing))
+    runner.run(config.read(folder / "run.toml", []), local, engine=partial(without, missing))
     lost = []
     for name in names:
         answered = [line["round"] for line in ledger if (line["client"], line["task"], line["failed"]) == (name, "train", None)]
         last = key(answered[-1], "train") if answered else ""
-        own = kept(folder / name / (out / "id").read_text() / "clients" / name)
-        wanted = kept(local / "clients" / name).get(last)
-        told = (name, ledger[-1]["round"], "evaluate") not in missing
-        if (last and (wanted is None or own.get(last) != wanted)) or (told and max(own, default="") != last):
-            lost.append({"client": name, "acknowledged": last, "kept": sorted(own)})
+        states = tensor_files(folder / name / (out / "id").read_text() / "clients" / name)
+        expected = tensor_files(local / "clients" / name).get(last)
+        evaluated = (name, ledger[-1]["round"], "evaluate") not in missing
+        if (last and (expected is None or states.get(last) != expected)) or (evaluated and max(states, default="") != last):
+            lost.append({"client": name, "accepted": last, "states": sorted(states)})
     return {
         "rounds": [line["round"] for line in lines(out / "rounds.jsonl")],
         "answers": sum(line["task"] == "train" and not line["failed"] for line in ledger),
@@ -179,6 +178,8 @@ def without(missing: Mapping[tuple[str, int, str], str], prepared: Prepared, out
 
 
 class Forgetful:
+    """An engine that loses the answers that are `missing`."""
+
     def __init__(self, engine: Engine, missing: Mapping[tuple[str, int, str], str]) -> None:
         self.engine, self.missing = engine, missing
 
@@ -191,20 +192,20 @@ class Forgetful:
                 yield Failure(job.client, job.round, job.task, reason)
 
 
-def kept(folder: Path) -> dict[str, bytes]:
-    """The versions that a client has of what it keeps to itself."""
+def tensor_files(folder: Path) -> dict[str, bytes]:
+    """The files of tensors in `folder`, by name: weights, the method's state, or the versions of a client state."""
     return {path.stem: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def same(out: Path, local: Path) -> bool:
-    """Whether two runs have ended with the same weights and memory, and tell the same of every round."""
-    ends = [kept(checkpoint.latest(run)) for run in (out, local)]
+    """Whether two runs ended with the same weights and method state, and logged the same of every round."""
+    ends = [tensor_files(checkpoint.latest(run)) for run in (out, local)]
     logs = [[lines(run / name) for name in checkpoint.LOGS] for run in (out, local)]
     return ends[0] == ends[1] and logs[0] == logs[1]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Without what was measured in seconds."""
+    """The lines of a log, without measured seconds."""
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in path.read_text().splitlines()]
 
 
@@ -221,14 +222,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, default in (("seeds", 5), ("first-seed", 0), ("rounds", 12), ("clients", 4), ("kills", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    told = parser.parse_args()
-    told.out.mkdir(parents=True)
-    model = make_model(told.out / "model")
-    for seed in range(told.first_seed, told.first_seed + told.seeds):
-        folder = told.out.resolve() / str(seed)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True)
+    model = make_model(options.out / "model")
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        folder = options.out.resolve() / str(seed)
         folder.mkdir()
-        kinds = [KINDS[number % len(KINDS)] for number in range(told.kills)]
-        print(json.dumps(chaos(folder, model, seed, clients=told.clients, rounds=told.rounds, kinds=kinds)), flush=True)
+        kinds = [KINDS[number % len(KINDS)] for number in range(options.kills)]
+        print(json.dumps(chaos(folder, model, seed, clients=options.clients, rounds=options.rounds, kinds=kinds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Processes of a deployment on this machine, for tests: started, found, killed, and all ended in the end."""
+"""Processes of a deployment on this machine, for tests: starts them, lists them, kills them, and leaves none at the end."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedexperts.deploy.socket_rpc import PARENT
+from fedexperts.deploy.processes import PARENT_VARIABLE
 
 ENDING_WITH_US = """
 from fedexperts.cli import main
-from fedexperts.engines.flower.worker import end_with_parent
+from fedexperts.deploy.processes import end_with_parent
 end_with_parent()
 main()
 """
@@ -21,25 +21,25 @@ PATIENCE = 240  # seconds; whatever does not happen by then does not happen
 
 
 class Processes:
-    """Commands of `fedexperts`, each in a session of its own, what they say in `folder`/NAME.log."""
+    """Commands of `fedexperts`, each in a session of its own, with its output in `folder`/NAME.log."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *arguments: object) -> None:
-        command = [sys.executable, "-c", ENDING_WITH_US, *map(str, arguments)]
-        with (self.folder / f"{name}.log").open("ab") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT: str(os.getpid())}
+    def start(self, name: str, *arguments: object, code: str = ENDING_WITH_US) -> None:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        with (self.folder / f"{name}.log").open("ab") as output:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_VARIABLE: str(os.getpid())}
             self.running[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
 
     def kill(self, name: str) -> None:
         self.running[name].kill()
         self.running[name].wait()
 
-    def said(self, name: str) -> str:
+    def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
     def end(self) -> None:
@@ -50,7 +50,7 @@ class Processes:
 
 @contextmanager
 def processes(folder: Path) -> Iterator[Processes]:
-    """Ends, whatever happens, all of them and whatever they have started: it is known by where Flower writes, below `folder`."""
+    """Ends, whatever happens, all of them and what they have started, which is known by FLWR_HOME: it lies below `folder`."""
     started = Processes(folder)
     try:
         yield started
@@ -58,7 +58,7 @@ def processes(folder: Path) -> Iterator[Processes]:
         started.end()
         while left := [pid for pid in below(folder) if not gone(pid)]:
             for pid in left:
-                signalled(pid)
+                send_signal(pid)
             time.sleep(0.05)
 
 
@@ -89,25 +89,25 @@ def read(pid: int, what: str) -> bytes:
 
 def parent(pid: int) -> int | None:
     """None of a process that has gone."""
-    told = read(pid, "stat")  # pid (name) state parent …
-    return int(told.rpartition(b")")[2].split()[1]) if told else None
+    stat = read(pid, "stat")  # pid (name) state parent …
+    return int(stat.rpartition(b")")[2].split()[1]) if stat else None
 
 
 def gone(pid: int) -> bool:
     return not read(pid, "cmdline")  # of one that is dead and not yet buried it is empty
 
 
-def signalled(pid: int, number: int = signal.SIGKILL) -> None:
+def send_signal(pid: int, number: int = signal.SIGKILL) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
         return
 
 
-def until(happens: Callable[[], bool], what: str, says: Mapping[str, str] | Callable[[], object] = dict) -> None:
+def until(happens: Callable[[], bool], what: str, details: Callable[[], object] = str) -> None:
     """Waits until it `happens`."""
     last = time.monotonic() + PATIENCE
     while not happens():
         if time.monotonic() > last:
-            raise AssertionError(f"{what} did not happen: {says() if callable(says) else says}")
+            raise AssertionError(f"{what} did not happen: {details()}")
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Whatever is killed, the run ends, and no client loses what it keeps to itself. More of it: `python tests/chaos.py`."""
+"""Whatever is killed, the run ends, and no client loses client state. `python tests/chaos.py` kills more."""
 
 from chaos import chaos
 

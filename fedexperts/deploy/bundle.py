@@ -1,4 +1,4 @@
-"""What Flower calls an app and sends to every node: here two lines that name what is installed there already."""
+"""What Flower calls an app and sends to every node: here two imports of what is installed there already."""
 
 from hashlib import sha256
 from io import BytesIO
@@ -33,8 +33,8 @@ serverapp = "fedexperts_app.server:app"
 clientapp = "fedexperts_app.client:app"
 """,
     "fedexperts_app/__init__.py": "",
-    "fedexperts_app/server.py": "from fedexperts.deploy.lender import app as app\n",
-    "fedexperts_app/client.py": "from fedexperts.deploy.relay import app as app\n",
+    "fedexperts_app/server.py": "from fedexperts.deploy.server_app import app as app\n",
+    "fedexperts_app/client.py": "from fedexperts.deploy.client_app import app as app\n",
 }
 
 
@@ -49,10 +49,10 @@ def bundle() -> Fab:
 def require_ours(content: bytes) -> None:
     """Raises BadMessage unless `content` is the app as it is here: a node runs no code that comes over the network."""
     try:
-        same = contents(content) == contents(bundle().content)
+        is_ours = contents(content) == contents(bundle().content)
     except BadZipFile:
-        same = False
-    if not same:
+        is_ours = False
+    if not is_ours:
         raise BadMessage(
             "the server sent an app that is not the one of this version of FedExperts, and it will not be run; "
             "install the same version on both sides"

@@ -1,4 +1,4 @@
-"""The process of a client that stays: it holds the base model and the client's data, and answers whatever message comes.
+"""The worker of a client, a process that stays: it has the base model and the client's data in memory, and answers every message.
 
 python -m fedexperts.deploy.client SETTINGS SOCKET      (`fedexperts client` starts it; SETTINGS: its options as JSON)
 """
@@ -25,8 +25,9 @@ import torch
 from fedexperts import config
 from fedexperts.config import RunConfig
 from fedexperts.data.own import counts
-from fedexperts.deploy.socket_rpc import WATCH_SECONDS, end_with_parent, serve
-from fedexperts.deploy.supervisor import MISTAKE
+from fedexperts.deploy.processes import POLL_SECONDS, end_with_parent
+from fedexperts.deploy.socket_rpc import serve
+from fedexperts.deploy.supervisor import UNUSABLE
 from fedexperts.engines import remote
 from fedexperts.engines.local import ClientRuntime
 from fedexperts.engines.message import Message
@@ -38,27 +39,27 @@ from fedexperts.io.files import locked
 from fedexperts.io.toml import checked, different
 from fedexperts.types import Failure, job_key
 
-HOLD_SECONDS = 30.0
-"""For the folder of a client to be let go by a process that was killed, or is about to see that its supervisor was."""
+LOCK_SECONDS = 30.0
+"""For a process that was killed, or whose supervisor was, to release the folder of its client."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClientWorker:
     """A client: what is its own, whatever run the server has under way.
 
-    config: of its own run file. What stands there about files and devices counts, and not what the server says of them: the
-    model, where data are, whether code of a model's may run.
+    config: of its own run file. Its settings of files and devices count, not the server's: the model, where data are, whether
+        code of a model's repository may run.
     data: its own files; none where it takes its part of the run's partition.
 
     Raises:
-        BadValue: the run has no such client, or has its data from elsewhere than they come.
+        BadValue: the run has no such client, or takes its data from elsewhere.
     """
 
     name: str
     config: RunConfig
-    folder: Path  # what it keeps to itself lies below
+    folder: Path  # of its client state
     data: tuple[str, ...] = ()
-    devices: Mapping[str, Any] = field(default_factory=dict)  # of DeviceSettings, what was told beside the run file
+    devices: Mapping[str, Any] = field(default_factory=dict)  # fields of DeviceSettings that replace the run file's
 
     def __post_init__(self) -> None:
         settings = self.config.data
@@ -72,75 +73,81 @@ class ClientWorker:
                 "set data.own = true, with data.names"
             )
         if self.data:
-            self.parts.clients(self.config)  # what is wrong with the data is said before anybody asks
+            self.parts.clients(self.config)  # reports mistakes in the data before the first message
 
     def answer(self, message: Message) -> Message:
-        """What it answers; a failure where it kept something to itself, and not on from the answer that the server took last.
+        """Its answer; a failure where it has client state that does not continue from the answer the server accepted last.
 
-        Then another machine has answered in its name, or what it had is lost. It goes on from what there is in its next job.
+        Then another machine has answered in its name, or its client state was lost. In its next job it goes on from what it has.
 
         Raises:
             BadMessage: or whatever is wrong with the client's own settings and data.
         """
-        runtime, told = self.runtime(str(message.head.get("run")))
-        reply = remote.answer(runtime, self.name, message, told)
+        runtime, data_counts = self.runtime(str(message.head.get("run")))
+        reply = remote.answer(runtime, self.name, message, data_counts)
         if "update" not in reply.head:
             return reply
-        job, notes = message.head["job"], runtime.client_store.folder.with_name("answered")
+        job = message.head["job"]
         accepted = job["accepted"]
-        if accepted and accepted not in noted(notes) and runtime.client_store.versions(self.name):
+        record = runtime.client_store.folder.with_name("answered")
+        if accepted and accepted not in answered_jobs(record) and runtime.client_store.versions(self.name):
             runtime.client_store.drop_newer(self.name, accepted)
-            note(notes, accepted)
+            record_answered(record, accepted)
             reason = (
-                f"it did not give the answer that the server took last ({accepted}), or has not kept that it did; bring back "
-                f"{self.folder}, stop who else answers as {self.name}, or let it go on without from its next job"
+                f"it has no record of the answer that the server accepted last ({accepted}); restore {self.folder}, stop any "
+                f"other client called {self.name}, or let it continue without that client state from its next job"
             )
-            self.say(reason)
+            self.log(reason)
             return answer_message(Failure(self.name, job["round"], job["task"], reason))
         if job["task"] != "evaluate":
-            note(notes, job_key(job["round"], job["task"]))
+            record_answered(record, job_key(job["round"], job["task"]))
         return reply
 
-    @lru_cache(maxsize=1)  # noqa: B019  # there is one Resident in a process
+    @lru_cache(maxsize=1)  # noqa: B019  # there is one ClientWorker in a process
     def runtime(self, run: str) -> tuple[ClientRuntime, Mapping[str, Any] | None]:
-        """What it works with in the run that messages tell of, and what it tells of its own data."""
-        told = json.loads(run)
-        if not str(told["id"]).isalnum():  # it becomes a folder's name
-            raise BadMessage(f"a run cannot be called {told['id']!r}")
-        agreed = checked(RunConfig, self.agreed(told["settings"]))
+        """The client runtime of the run that `run` describes, as JSON, and the counts of the client's own data."""
+        run_info = json.loads(run)
+        if not str(run_info["id"]).isalnum():  # it becomes a folder's name
+            raise BadMessage(f"a run cannot be called {run_info['id']!r}")
+        agreed = checked(RunConfig, self.agreed(run_info["settings"]))
         parts, model = self.parts, agreed.model
         if model not in parts.bases:
             started = perf_counter()
             parts.base(model)
-            self.say(f"loaded the base model {model.name} in {perf_counter() - started:.1f} s")
+            self.log(f"loaded the base model {model.name} in {perf_counter() - started:.1f} s")
         prepared = prepare_run(agreed, parts=parts)
-        if prepared.base.identity != told["model_hash"]:
+        if prepared.base.identity != run_info["model_hash"]:
             raise BadMessage(f"its base model {model.name} is not the server's: their files differ; give both the same")
         own = asdict(counts(prepared.clients, self.name, parts.longest_response(agreed))) if self.data else None
-        return runtime_for(prepared, self.folder / told["id"]), own
+        return runtime_for(prepared, self.folder / run_info["id"]), own
 
     @property
     def parts(self) -> Parts:
         """The base model and the data, which stay from run to run."""
         return parts_of(self.name, self.data)
 
-    def agreed(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's settings with what is this client's to say.
+    def agreed(self, server_settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The server's settings, with the client's own for what a server may not decide.
 
         Raises:
             BadMessage: the two disagree on how data are read.
         """
-        mine = self.config.resolved()
-        if apart := different(without_files(mine["data"]), without_files(theirs["data"])):
-            raise BadMessage(f"its run file has another data.{apart[0]} than the server's; give both sides the same run file")
-        own = {"model": mine["model"], "data": mine["data"], "devices": {**mine["devices"], **self.devices}}
-        files = self.config.build_method().declare().local_files  # of this machine
-        if any(name in theirs["method"] for name in files):
-            own["method"] = {**theirs["method"], **{name: mine["method"].get(name) for name in files}}
-        retained = {"retained": mine["evaluation"].get("retained", [])}
-        return {**theirs, **own, "evaluation": {**theirs["evaluation"], **retained}}
+        own = self.config.resolved()
+        if names := different(without_files(own["data"]), without_files(server_settings["data"])):
+            raise BadMessage(f"its run file has another data.{names[0]} than the server's; give both sides the same run file")
+        settings = {
+            **server_settings,
+            "model": own["model"],
+            "data": own["data"],
+            "devices": {**own["devices"], **self.devices},
+            "evaluation": {**server_settings["evaluation"], "retained": own["evaluation"].get("retained", [])},
+        }
+        server_method = checked(RunConfig, server_settings).build_method()  # the server must not name a file of this machine
+        own_files = {name: own["method"].get(name) for name in server_method.declare().local_files}
+        settings["method"] = {**server_settings["method"], **own_files}
+        return settings
 
-    def say(self, sentence: str) -> None:
+    def log(self, sentence: str) -> None:
         print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
 
 
@@ -149,42 +156,42 @@ def parts_of(name: str, data: tuple[str, ...]) -> Parts:
     return Own(name=name, files=data) if data else Parts()
 
 
-def noted(path: Path) -> list[str]:
-    """The keys of the jobs that it has answered in a run."""
-    return path.read_text().split() if path.exists() else []
+def answered_jobs(record: Path) -> list[str]:
+    """The keys of the jobs of a run that the client has answered."""
+    return record.read_text().split() if record.exists() else []
 
 
-def note(path: Path, done: str) -> None:
-    """Adds a job's key; it is on disk before the server can count on the answer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"\n{done}\n")  # a line of its own also after one that a power cut left half written
+def record_answered(record: Path, job: str) -> None:
+    """Adds the key of a job; it is on disk before the server can count on the answer."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with record.open("a") as file:
+        file.write(f"\n{job}\n")  # a line of its own also after one that a power cut left half written
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process; one whose supervisor was killed may need a moment to let it go.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Locks `folder` for this process; waits for one whose supervisor was killed, which may need a moment to end.
 
     Raises:
-        Busy: another holds it for longer.
+        Busy: another process has it for longer.
     """
-    until = monotonic() + HOLD_SECONDS
+    deadline = monotonic() + LOCK_SECONDS
     with ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(locked(folder))
                 break
             except Busy:
-                if monotonic() > until:
+                if monotonic() > deadline:
                     raise
-            sleep(WATCH_SECONDS)
+            sleep(POLL_SECONDS)
         yield
 
 
 def without_files(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of data but for where they are."""
+    """The settings of data without the names of files."""
     sources = [{key: value for key, value in source.items() if key not in ("name", "test")} for source in data["sources"]]
     return {**data, "sources": sources}
 
@@ -192,26 +199,27 @@ def without_files(data: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     end_with_parent()
-    told = json.loads(sys.argv[1])
+    options = json.loads(sys.argv[1])
+    name, folder = options["name"], Path(options["folder"])
     try:
-        with alone(Path(told["folder"])):
-            run = config.read(Path(told["run"]), told["set"])
-            work(ClientWorker(told["name"], run, Path(told["folder"]), tuple(told["data"]), told["devices"]), int(sys.argv[2]))
+        with exclusive(folder):
+            run = config.read(Path(options["run"]), options["set"])
+            answer_messages(ClientWorker(name, run, folder, tuple(options["data"]), options["devices"]), int(sys.argv[2]))
     except FedExpertsError as error:
-        print(f"{told['name']}: {error}", file=sys.stderr, flush=True)
-    return MISTAKE
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return UNUSABLE
 
 
-def work(resident: ClientWorker, listener: int) -> None:
+def answer_messages(worker: ClientWorker, listener: int) -> None:
     """Answers messages that come to the socket with the file descriptor `listener`, for ever."""
 
     def answer(message: Message) -> Message:
         try:
-            runtime, _ = resident.runtime(str(message.head.get("run")))
+            runtime, _ = worker.runtime(str(message.head.get("run")))
             torch.set_num_threads(runtime.training.threads)
-            return resident.answer(message)
+            return worker.answer(message)
         except FedExpertsError as error:
-            resident.say(str(error))
+            worker.log(str(error))
             raise
         except Exception as error:  # the next message may be one that it can answer
             traceback.print_exc()

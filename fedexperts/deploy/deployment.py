@@ -1,4 +1,4 @@
-"""The server of a deployment: Flower's SuperLink, started and watched, and the grid of a run on it."""
+"""The server of a deployment: a process of Flower's SuperLink, and the grid of a run on it."""
 
 import json
 import logging
@@ -22,38 +22,38 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedexperts.deploy import lender
 from fedexperts.deploy.bundle import bundle
-from fedexperts.deploy.grid import Lent
+from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.processes import (
-    ANYWHERE,
-    FORGET_SECONDS,
-    LOOK_SECONDS,
-    OBJECTS,
+    ALL_NETWORKS,
+    OBJECTS_VARIABLE,
     PATIENCE_SECONDS,
-    RETURNING,
+    POLL_SECONDS,
+    RECONNECT_SECONDS,
+    RETURN_MEMORY,
+    child_process,
     is_loopback,
+    is_reachable,
     module,
-    process,
-    reached,
     require_files,
     require_free,
     return_memory,
 )
+from fedexperts.deploy.server_app import SOCKET_VARIABLE
 from fedexperts.deploy.socket_rpc import listening
 from fedexperts.errors import BadRun, BadValue
 
 
 class Federation:
-    """A SuperLink, and one long run of Flower's on it, whose grid is there from `with` on.
+    """A SuperLink, and one long run of Flower's on it, whose grid is open inside `with`.
 
-    Nodes that have no key in `keys`/clients are refused, and so is whoever comes without TLS. Without `keys` there is neither
-    TLS nor authentication, and only this machine is served. Of its port other machines reach what nodes use and nothing else.
+    Nodes without a key in `keys`/clients are refused, and so are connections without TLS. Without `keys` there is neither TLS nor
+    authentication, and only this machine is served. Other machines reach only those paths of its port that nodes use.
 
     home: a folder for what Flower writes. host: where it listens.
     """
 
-    grid: Lent
+    grid: SuperLinkGrid
     names: Mapping[int, str]
     """Node → the client whose key it has; empty without keys."""
 
@@ -66,21 +66,21 @@ class Federation:
             )
         if keys is not None:
             require_files(keys, ("ca.pem", "server.pem", "server.key", "clients"), "server")
-        self.address = f"{'127.0.0.1' if host in ANYWHERE else host}:{port}"
+        self.address = f"{'127.0.0.1' if host in ALL_NETWORKS else host}:{port}"
 
     def __enter__(self) -> Self:
-        logging.getLogger("flwr").setLevel(logging.ERROR)  # it tells of every connection
+        logging.getLogger("flwr").setLevel(logging.ERROR)  # it logs every connection
         return_memory()
         self.home.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             require_free(self.host, self.port)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedexperts-")))  # its mode is 0700
             listener = stack.enter_context(listening(folder / "grid"))
-            objects = stack.enter_context(emptied(self.home / "objects"))
-            self.superlink = stack.enter_context(self.started(folder / "grid", objects))
-            self.names = self.begin()
-            self.lender = stack.enter_context(self.accepted(listener))
-            self.grid = self.borrowed()
+            objects = stack.enter_context(empty_folder(self.home / "objects"))
+            self.superlink = stack.enter_context(self.start_superlink(folder / "grid", objects))
+            self.names = self.start_run()
+            self.server_app = stack.enter_context(self.accept_server_app(listener))
+            self.grid = self.open_grid()
             stack.callback(self.grid.close)
             self.stack = stack.pop_all()
         return self
@@ -89,25 +89,25 @@ class Federation:
         self.stack.close()
 
     @contextmanager
-    def started(self, grid: Path, objects: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """A SuperLink that listens, and keeps messages in `objects`; its ServerApp lends its grid at `grid`."""
+    def start_superlink(self, grid: Path, objects: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """A SuperLink that listens, and keeps messages in `objects`; its ServerApp connects to the socket `grid`."""
         secured = ["--insecure"]
         if self.keys is not None:
             files = (("certfile", "server.pem"), ("keyfile", "server.key"), ("ca-certfile", "ca.pem"))
             secured = [word for kind, name in files for word in (f"--ssl-{kind}", str(self.keys / name))]
             secured.append("--enable-supernode-auth")
         command = module("superlink", "--host", self.host, "--port", self.port, "--disable-runtime-dependency-installation")
-        environment = {lender.SOCKET: str(grid), OBJECTS: str(objects), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-        with process([*command, *secured], self.home, "superlink", {**environment, **RETURNING}) as superlink:
-            until = monotonic() + PATIENCE_SECONDS
-            while not reached(self.address):
-                if superlink.poll() is not None or monotonic() > until:
+        own = {SOCKET_VARIABLE: str(grid), OBJECTS_VARIABLE: str(objects), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        with child_process([*command, *secured], self.home, "superlink", {**own, **RETURN_MEMORY}) as superlink:
+            deadline = monotonic() + PATIENCE_SECONDS
+            while not is_reachable(self.address):
+                if superlink.poll() is not None or monotonic() > deadline:
                     raise BadRun(f"Flower's SuperLink does not start; {self.home / 'superlink.log'} says why")
-                sleep(LOOK_SECONDS / 5)
+                sleep(POLL_SECONDS / 5)
             yield superlink
 
-    def begin(self) -> dict[int, str]:
-        """Registers the clients' keys and starts the run. Gives node → client."""
+    def start_run(self) -> dict[int, str]:
+        """Registers the clients' keys and starts Flower's run; returns node → client."""
         root = None if self.keys is None else (self.keys / "ca.pem").read_bytes()
         calls = [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
         control = ControlHttpClient.from_server_address(self.address, root is None, root, calls)
@@ -119,34 +119,36 @@ class Federation:
             control.close()
         return nodes
 
-    def accepted(self, listener: socket.socket) -> socket.socket:
-        """The ServerApp that lends its grid."""
-        listener.settimeout(LOOK_SECONDS)
-        until = monotonic() + PATIENCE_SECONDS
-        while monotonic() < until and self.superlink.poll() is None:
+    def accept_server_app(self, listener: socket.socket) -> socket.socket:
+        """The connection of the ServerApp, which lends its grid as long as it is open."""
+        listener.settimeout(POLL_SECONDS)
+        deadline = monotonic() + PATIENCE_SECONDS
+        while monotonic() < deadline and self.superlink.poll() is None:
             with suppress(TimeoutError):
                 return listener.accept()[0]
         raise BadRun(f"Flower's SuperLink starts no run; {self.home / 'superlink.log'} says why")
 
-    def borrowed(self) -> Lent:
-        """The grid of the run, opened in this process."""
-        told = json.loads(self.lender.makefile("rb").readline())
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = told["task"], told["run"], told["node"]
+    def open_grid(self) -> SuperLinkGrid:
+        """The ServerApp's grid, opened in this process."""
+        identity = json.loads(self.server_app.makefile("rb").readline())
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = identity["task"], identity["run"], identity["node"]
         root = None if self.keys is None else (self.keys / "ca.pem").read_bytes()
-        grid = Lent(self.address, root is None, root, token=told["token"])
-        grid._retry_invoker.max_time = FORGET_SECONDS  # of the one version that we pin; else a dead SuperLink is asked for ever
-        grid.set_run(Run.create_empty(told["run"]))
+        grid = SuperLinkGrid(self.address, root is None, root, token=identity["token"])
+        grid._retry_invoker.max_time = (
+            RECONNECT_SECONDS  # of the one version that we pin; else a dead SuperLink is asked for ever
+        )
+        grid.set_run(Run.create_empty(identity["run"]))
         return grid
 
     def check(self) -> None:
         """Raises BadRun when the SuperLink or its run has ended before its time."""
-        if self.superlink.poll() is not None or ended(self.lender):
+        if self.superlink.poll() is not None or has_closed(self.server_app):
             raise BadRun(f"Flower's SuperLink has stopped; {self.home / 'superlink.log'} says why; go on with --resume")
 
 
 @contextmanager
-def emptied(folder: Path) -> Iterator[Path]:
-    """`folder`, which only its owner can read, with nothing of an earlier time in it; it goes with the context."""
+def empty_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, which only its owner can read, emptied of what an earlier process left; it is removed with the context."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     try:
@@ -159,11 +161,11 @@ def key_in(path: Path) -> bytes:
     """The public key in `path`, as Flower registers it."""
     key = load_ssh_public_key(path.read_bytes())
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise BadValue(f"{path} is no key that `fedexperts keys` makes; make one with it")
+        raise BadValue(f"{path} is not a key made by `fedexperts keys`; make one with it")
     return public_key_to_bytes(key)
 
 
-def ended(connection: socket.socket) -> bool:
+def has_closed(connection: socket.socket) -> bool:
     """Whether the other end has closed it."""
     connection.setblocking(False)
     try:

@@ -1,7 +1,7 @@
 """Keys of a federation: an authority, the server's certificate from it, and a key pair for each client.
 
 FOLDER/ca.pem  ca.key            the authority; its key signs, and is needed nowhere else
-FOLDER/server/                   for the server: ca.pem, server.pem, server.key, and clients/NAME.pub of who may join
+FOLDER/server/                   for the server: ca.pem, server.pem, server.key, and clients/NAME.pub of clients that may join
 FOLDER/NAME/                     for client NAME: ca.pem, node.key, node.pub
 """
 
@@ -30,76 +30,88 @@ from fedexperts.errors import BadValue
 from fedexperts.io.files import write_bytes
 
 DAYS = 3650
-ALWAYS = ("localhost", "127.0.0.1", "::1")  # the server's own processes reach it there
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # by which the server's own processes reach it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-OURS = ("server", "ca.pem", "ca.key")
+RESERVED = ("server", "ca.pem", "ca.key")
 CURVE = ec.SECP384R1()
 PRIVATE, PUBLIC = 0o600, 0o644
 """A file that only its owner reads, and one that anyone may read."""
 
 
 def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
-    """All keys and certificates in `folder` that are not there yet; what is there stays as it is. Gives the files it wrote.
+    """Makes all keys and certificates in `folder` that are missing, overwrites none, and returns the files it wrote.
 
-    Killed at any moment, it makes the rest when it is called again.
+    When it was killed at any moment, a second call makes the rest.
 
     hosts: names and addresses by which clients reach the server.
 
     Raises:
         BadValue: a client's name that no folder can have; a server's certificate that is there for other hosts; a client whose
-            public key is there, and whose private key is not; or an authority without its key, which would have to sign.
+            public key is there and whose private key is not; or an authority without its key, which would have to sign.
     """
     for name in clients:
-        if not NAME.fullmatch(name) or name in OURS:
-            taken = ", ".join(OURS)
+        if not NAME.fullmatch(name) or name in RESERVED:
             raise BadValue(
-                f"no client can be called {name!r}; give messages, digits, dots, dashes and underscores, and none of {taken}"
+                f"no client can be called {name!r}; give letters, digits, dots, dashes and underscores, and none of "
+                f"{', '.join(RESERVED)}"
             )
-    server = folder / "server"
-    known = {name: server / "clients" / f"{name}.pub" for name in clients}
-    if gone := [name for name, path in known.items() if path.exists() and not (folder / name / "node.key").exists()]:
+    registered = {name: folder / "server" / "clients" / f"{name}.pub" for name in clients}
+    if lost := [name for name, path in registered.items() if path.exists() and not (folder / name / "node.key").exists()]:
         raise BadValue(
-            f"{known[gone[0]]} is there, and {folder / gone[0] / 'node.key'} is not; leave {gone[0]} out if it has its folder "
-            "already, or remove the one to have both made anew"
+            f"{registered[lost[0]]} is there, and {folder / lost[0] / 'node.key'} is not; leave {lost[0]} out if it has its "
+            "folder already, or remove the one to have both made again"
         )
-    ca, made = folder / "ca.pem", Made([])
-    if (server / "server.pem").exists():
-        require_hosts(server / "server.pem", hosts)
-        if not ca.exists():  # nor need its key be there: nothing has to be signed
-            made.file(ca, (server / "ca.pem").read_bytes)
-    else:
-        if ca.exists() and not (folder / "ca.key").exists():
-            signed = f"{folder / 'ca.key'}, which has to sign {server / 'server.pem'},"
-            raise BadValue(f"{signed} is not there; bring it back, or give another folder")
-        made.file(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
-        made.file(ca, lambda: in_pem(authority_of(key_at(folder / "ca.key"))))
-        made.file(server / "server.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
-        names = [*dict.fromkeys([*hosts, *ALWAYS])]
-        made.file(server / "server.pem", lambda: in_pem(certificate(folder, key_at(server / "server.key"), names)))
-    made.file(server / "ca.pem", ca.read_bytes)
-    (server / "clients").mkdir(exist_ok=True)
-    for name, registered in known.items():
-        own = folder / name
-        if (own / "ca.pem").exists():  # the last of it: if its public key is not there, somebody has shut it out
-            continue
-        made.file(own / "node.key", lambda: node_pem(ec.generate_private_key(CURVE)), PRIVATE)
-        made.file(own / "node.pub", partial(public_of, own / "node.key"))
-        made.file(registered, (own / "node.pub").read_bytes)
-        made.file(own / "ca.pem", ca.read_bytes)
-    return made.files
+    files = NewFiles([])
+    make_server_keys(folder, hosts, files)
+    for name, path in registered.items():
+        make_client_keys(folder, name, path, files)
+    return files.paths
 
 
 @dataclass(frozen=True)
-class Made:
-    """The files that were made."""
+class NewFiles:
+    """The files that were written."""
 
-    files: list[Path]
+    paths: list[Path]
 
-    def file(self, path: Path, make: Callable[[], bytes], mode: int = PUBLIC) -> None:
-        """Has `path` hold what `make` gives, unless it is there."""
+    def add(self, path: Path, make: Callable[[], bytes], mode: int = PUBLIC) -> None:
+        """Writes the result of `make` to `path`, unless the file exists."""
         if not path.exists():
             write_bytes(path, make(), mode)
-            self.files.append(path)
+            self.paths.append(path)
+
+
+def make_server_keys(folder: Path, hosts: Sequence[str], files: NewFiles) -> None:
+    """The authority, and the server's certificate from it."""
+    ca, server = folder / "ca.pem", folder / "server"
+    if (server / "server.pem").exists():
+        require_hosts(server / "server.pem", hosts)
+        if not ca.exists():  # nor need its key exist: there is nothing to sign
+            files.add(ca, (server / "ca.pem").read_bytes)
+    else:
+        if ca.exists() and not (folder / "ca.key").exists():
+            signer = f"{folder / 'ca.key'}, which has to sign {server / 'server.pem'},"
+            raise BadValue(f"{signer} is not there; bring it back, or give another folder")
+        files.add(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        files.add(ca, lambda: certificate_pem(authority_certificate(key_at(folder / "ca.key"))))
+        files.add(server / "server.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        names = [*dict.fromkeys([*hosts, *LOCAL_HOSTS])]
+        files.add(
+            server / "server.pem", lambda: certificate_pem(server_certificate(folder, key_at(server / "server.key"), names))
+        )
+    files.add(server / "ca.pem", ca.read_bytes)
+    (server / "clients").mkdir(exist_ok=True)
+
+
+def make_client_keys(folder: Path, name: str, registered: Path, files: NewFiles) -> None:
+    """A client's key pair, whose public key the server finds at `registered`."""
+    own = folder / name
+    if (own / "ca.pem").exists():  # written last: where its public key is missing, somebody has shut the client out
+        return
+    files.add(own / "node.key", lambda: node_pem(ec.generate_private_key(CURVE)), PRIVATE)
+    files.add(own / "node.pub", partial(public_key_of, own / "node.key"))
+    files.add(registered, (own / "node.pub").read_bytes)
+    files.add(own / "ca.pem", (folder / "ca.pem").read_bytes)
 
 
 def key_at(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -108,7 +120,7 @@ def key_at(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def public_of(path: Path) -> bytes:
+def public_key_of(path: Path) -> bytes:
     """The public key of the private one at `path`, as OpenSSH writes it."""
     key = load_ssh_private_key(path.read_bytes(), None)
     return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -118,21 +130,21 @@ def node_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
 
-def authority_of(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+def authority_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     """The certificate of an authority, signed by itself."""
-    name = named("FedExperts federation")
+    name = x509_name("FedExperts federation")
     usage = x509.KeyUsage(
         False, False, False, False, False, True, True, False, False
     )  # it signs certificates and their revocation
     return (
-        begun(name, name, key.public_key(), key.public_key())
+        certificate_builder(name, name, key.public_key(), key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA384())
     )
 
 
-def certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Iterable[str]) -> x509.Certificate:
+def server_certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Iterable[str]) -> x509.Certificate:
     """The server's, for `hosts`, signed by the authority in `folder`."""
     authority = key_at(folder / "ca.key")
     issuer = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()).subject
@@ -140,7 +152,7 @@ def certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Iterable[s
         True, False, False, False, False, False, False, False, False
     )  # it signs what proves that it has the key
     return (
-        begun(named("FedExperts server"), issuer, key.public_key(), authority.public_key())
+        certificate_builder(x509_name("FedExperts server"), issuer, key.public_key(), authority.public_key())
         .add_extension(x509.SubjectAlternativeName(list(map(general_name, hosts))), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=True)
@@ -149,7 +161,7 @@ def certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Iterable[s
     )
 
 
-def begun(
+def certificate_builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePublicKey
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
@@ -166,7 +178,7 @@ def begun(
     )
 
 
-def named(name: str) -> x509.Name:
+def x509_name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
@@ -179,8 +191,8 @@ def general_name(host: str) -> x509.GeneralName:
 
 def require_hosts(path: Path, hosts: Iterable[str]) -> None:
     """Raises BadValue when the certificate at `path` is not for all of `hosts`."""
-    found = x509.load_pem_x509_certificate(path.read_bytes())
-    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     if missing := [host for host in hosts if general_name(host) not in names]:
         known = ", ".join(str(name.value) for name in names)
         raise BadValue(
@@ -193,5 +205,5 @@ def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def in_pem(made: x509.Certificate) -> bytes:
-    return made.public_bytes(Encoding.PEM)
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(Encoding.PEM)

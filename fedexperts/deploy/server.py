@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from fedexperts.experiment.setup import Parts, Prepared, told_by
 from fedexperts.io.toml import checked
 from fedexperts.types import Engine
 
-Carrier = Callable[[Prepared, Path], AbstractContextManager[Engine]]
-"""What makes the engine of a run."""
+EngineFactory = Callable[[Prepared, Path], AbstractContextManager[Engine]]
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 600.0
 """For which a server waits for all clients before fewer are enough."""
@@ -32,37 +32,43 @@ def serve(
     resume: bool = False,
     setting: str = "",
     progress: Progress | None = None,
-    tell: Callable[[str], None],
+    announce: Callable[[str], None],
     patience: float = PATIENCE_SECONDS,
     parts: Parts | None = None,
 ) -> Path:
-    """Runs `config` with clients that join `federation`, and gives its results folder.
+    """Runs `config` with clients that join `federation`, and returns its results folder.
 
     Raises:
         BadValue: a method whose clients' data would lie in one place, and whatever a run raises.
     """
     config = deployed(config)
     runner.claim(config, out, resume)
-    bounds: dict[str, Any] = {
-        "names": federation.names,
-        "since": lambda: {node.node_id: node.last_activated_at for node in federation.grid.get_nodes()},
-        "tell": tell,
-        "poll_seconds": POLL_SECONDS,
-        "in_flight": config.data.clients,  # each has a machine of its own
-    }
-    over: Carrier = flower.over(federation.grid, federation.check, patience=patience, **bounds)
+    options = engine_options(federation, in_flight=config.data.clients)  # each has a machine of its own
+    options["announce"] = announce
+    engine: EngineFactory = flower.over(federation.grid, federation.check, patience=patience, **options)
     if config.data.own:
         bases = Parts()
-        greetings = told(config, out, federation, bounds, bases)
-        parts, over = told_by(greetings, bases), partial(telling, greetings, bases, over)
-    return runner.run(config, out, resume=resume, setting=setting, progress=progress, parts=parts, engine=over)
+        greetings = greetings_of(config, out, federation, options, bases)
+        parts, engine = told_by(greetings, bases), partial(with_greetings, greetings, bases, engine)
+    return runner.run(config, out, resume=resume, setting=setting, progress=progress, parts=parts, engine=engine)
+
+
+def engine_options(federation: Federation, in_flight: int) -> dict[str, Any]:
+    """The arguments of a FlowerEngine over the grid of `federation`."""
+    return {
+        "names": federation.names,
+        "connections": lambda: {node.node_id: node.last_activated_at for node in federation.grid.get_nodes()},
+        "fetch": federation.grid.fetch,
+        "poll_seconds": POLL_SECONDS,
+        "in_flight": in_flight,
+    }
 
 
 def deployed(config: RunConfig) -> RunConfig:
     """`config` with the engine that a deployment has.
 
     Raises:
-        BadValue: its method pools data.
+        BadValue: its method is centralized.
     """
     method = config.build_method()
     if method.centralized:
@@ -74,28 +80,32 @@ def deployed(config: RunConfig) -> RunConfig:
     return checked(RunConfig, {**tree, "federation": {**tree["federation"], "engine": "flower"}})
 
 
-def told(config: RunConfig, out: Path, federation: Federation, bounds: Mapping[str, Any], bases: Parts) -> list[Greeting]:
-    """What the clients told of themselves when the run began; then all of them are waited for."""
-    noted = federation.home / GREETINGS
-    if noted.exists() and (out / "resolved.json").exists():
-        return read_greetings(noted)
+def greetings_of(
+    config: RunConfig, out: Path, federation: Federation, options: Mapping[str, Any], bases: Parts
+) -> list[Greeting]:
+    """The greetings with which the clients joined when the run began; at its first start all clients are waited for."""
+    saved = federation.home / GREETINGS
+    if saved.exists() and (out / "resolved.json").exists():
+        return read_greetings(saved)
     names = dict.fromkeys(config.data.names)
     run = flower.about(config, bases.base(config.model).identity, federation.home)
-    engine = FlowerEngine(federation.grid, run, names, check=federation.check, **bounds)
-    engine.connect(seconds=float("inf"))
-    found = [engine.greetings[name] for name in names]
-    write_greetings(noted, found)
-    return found
+    engine = FlowerEngine(federation.grid, run, names, check=federation.check, **options)
+    engine.connect(seconds=inf)
+    greetings = [engine.greetings[name] for name in names]
+    write_greetings(saved, greetings)
+    return greetings
 
 
 @contextmanager
-def telling(greetings: Sequence[Greeting], bases: Parts, over: Carrier, prepared: Prepared, out: Path) -> Iterator[Engine]:
-    """The engine of `over`, with what the clients told in the results folder: who has that can export a client's model.
+def with_greetings(
+    greetings: Sequence[Greeting], bases: Parts, engine: EngineFactory, prepared: Prepared, out: Path
+) -> Iterator[Engine]:
+    """`engine`, after `greetings` were saved in the results folder: a client's model can be exported where that is.
 
-    `bases` let go of the base, which the server needs no more.
+    The base models in `bases` are let go of, since the server needs them no more.
     """
     write_greetings(out / GREETINGS, greetings)
     bases.bases.clear()
-    with over(prepared, out) as engine:
+    with engine(prepared, out) as running:
         del prepared
-        yield engine
+        yield running

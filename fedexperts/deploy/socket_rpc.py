@@ -1,4 +1,4 @@
-"""Messages over a socket of this machine: to a process that stays, from one that Flower starts for each message.
+"""Messages over a socket of this machine: to a worker that stays, from the processes that Flower starts for each message.
 
 Needs neither torch nor transformers.
 """
@@ -8,59 +8,58 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
-from time import sleep
 
 from fedexperts.engines.message import Message, from_bytes, to_bytes
 from fedexperts.errors import BadMessage, BadValue, FedExpertsError
 
 TRIES = 2
-"""A message that has ended so many processes is not handed to another."""
-PIECE = 2**20  # bytes at a time
-WATCH_SECONDS = 0.5
-LONGEST = 103  # bytes of a socket's path, where the least is allowed
-PARENT = "FEDEXPERTS_PARENT"
-"""The environment variable that says which process has started this one; that may have ended before this one can look."""
+"""A message that has ended so many workers is not handed to another."""
+PIECE_BYTES = 2**20
+MAX_PATH_BYTES = 103
+"""Of a socket's path, on the system that allows the least."""
+
+Handler = Callable[[Message], Message]
 
 
 def listening(path: Path) -> socket.socket:
-    """A socket at `path` that only its owner can reach. Whoever holds it may hand it to another process, or to the next one.
+    """A socket at `path` that only its owner can reach. A process may hand it to another one, or to the next.
 
     Raises:
         BadValue: `path` is too long for one.
     """
-    if len(os.fsencode(path)) > LONGEST:
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
         raise BadValue(f"{path} is too long a path for a socket; set TMPDIR to a shorter folder")
     listener = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
+    umask = os.umask(0o177)
     try:
         listener.bind(str(path))
     finally:
-        os.umask(before)
+        os.umask(umask)
     listener.listen()
     return listener
 
 
-def serve(listener: socket.socket, answer: Callable[[Message], Message]) -> None:
-    """Answers messages that come to `listener`, one after the other, for ever; refusals go back as their sentence."""
+def serve(listener: socket.socket, handle: Handler) -> None:
+    """Answers messages that come to `listener`, one after the other, for ever; refusals travel back as their sentence."""
     while True:
         connection, _ = listener.accept()
-        with connection, suppress(ConnectionError, EOFError):  # whoever asked has gone
-            send(connection, to_bytes(answered(receive(connection), answer)))
+        with connection, suppress(ConnectionError, EOFError):  # the caller has gone
+            send(connection, to_bytes(answered(receive(connection), handle)))
 
 
-def answered(data: bytes, answer: Callable[[Message], Message]) -> Message:
+def answered(data: bytes, handle: Handler) -> Message:
+    """The answer of `handle` to the message in `data`, or its refusal."""
     try:
-        return answer(from_bytes(data))
+        return handle(from_bytes(data))
     except FedExpertsError as error:
         return Message({"refused": str(error)}, {})
 
 
-def ask(path: str, message: Message) -> Message:
-    """What the process that listens at `path` answers; when it dies of the message, the one that takes its place is asked.
+def call(path: str, message: Message) -> Message:
+    """The answer of the worker that listens at `path`; when it dies of the message, the worker that takes its place gets it.
 
     Raises:
-        BadMessage: it refuses it; or it died each time.
+        BadMessage: the worker refuses it; or it died each time.
     """
     data = to_bytes(message)
     for _ in range(TRIES):
@@ -87,24 +86,12 @@ def exactly(connection: socket.socket, size: int) -> bytes:
     """The next `size` bytes.
 
     Raises:
-        EOFError: it ends before.
+        EOFError: the connection ends before.
     """
-    found = bytearray()
-    while len(found) < size:
-        piece = connection.recv(min(PIECE, size - len(found)))
+    received = bytearray()
+    while len(received) < size:
+        piece = connection.recv(min(PIECE_BYTES, size - len(received)))
         if not piece:
-            raise EOFError(f"{len(found)} of {size} bytes came")
-        found += piece
-    return bytes(found)
-
-
-def end_with_parent() -> None:
-    """Ends this process soon after the one that started it, however that ends."""
-    parent = int(os.environ[PARENT])
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            sleep(WATCH_SECONDS)
-        os._exit(1)
-
-    Thread(target=watch, name="end with parent", daemon=True).start()
+            raise EOFError(f"{len(received)} of {size} bytes came")
+        received += piece
+    return bytes(received)

@@ -1,5 +1,5 @@
-"""The process of a SuperNode's SuperExec, which starts one for each message: as Flower's own command runs it, but those that it
-starts are forked from it, and so need not import Flower anew.
+"""The process of a SuperNode's SuperExec, which starts a process for each message: as Flower's own command runs it, but these are
+forked from it, and so need not import Flower again.
 """
 
 import os
@@ -14,22 +14,21 @@ from flwr.supercore.exit import exit_handler
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supernode.cli import flwr_clientapp
 
-from fedexperts.deploy import relay as relay  # what all of them import
-from fedexperts.deploy.socket_rpc import PARENT, end_with_parent
+from fedexperts.deploy import client_app as client_app  # what all forked processes need
+from fedexperts.io.processes import end_with
 
 
 def forked(command: Sequence[str], **_: Any) -> None:
-    """A process that does what `command`, Flower's flwr-clientapp, would do."""
+    """Forks a process that does what `command`, Flower's flwr-clientapp, would do."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended
             pass
-    starter = str(os.getpid())
+    parent = os.getpid()
     if os.fork():
         return
     code: Any = 1
     try:
-        os.environ[PARENT] = starter
-        end_with_parent()  # Flower's own watch raises a signal in its thread, which does not wake a main thread that waits
+        end_with(parent)  # Flower's own watch raises a signal in its thread, which does not wake a main thread that waits
         exit_handler.registered_exit_handlers.clear()  # these are for the end of the SuperExec
         sys.argv = list(command)
         flwr_clientapp()
@@ -40,8 +39,8 @@ def forked(command: Sequence[str], **_: Any) -> None:
 
 
 def main() -> None:
-    theirs: Any = subprocess_executor  # of the one version that we pin
-    theirs.subprocess = SimpleNamespace(Popen=forked, DEVNULL=None)
+    executor: Any = subprocess_executor  # of the one version that we pin
+    executor.subprocess = SimpleNamespace(Popen=forked, DEVNULL=None)
     flower_superexec()
 
 

@@ -1,14 +1,16 @@
 """The process of Flower's SuperLink: as its own command starts it, and closed where that leaves it open.
 
-Its APIs share one port, and one of them, which has no passwords, starts runs. So only what nodes use is served to other machines.
-A node that comes back has the place that it had, at once; else it would be refused until it is missed, for a minute. And messages
-wait on disk: those of ten clients that answer with a model each would take as many models of memory.
+Its APIs share one port, and one of them, which has no passwords, starts runs: so other machines are served only what nodes use.
+No request may be larger than those of nodes. A node that reconnects has its place back at once; Flower's own refuses it until it
+is missed, for a minute. And messages wait on disk: those of ten clients that answer with a model each would take as many models
+of memory.
 """
 
 import os
 import sys
 from functools import partial
 from ipaddress import IPv6Address, ip_address
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +23,55 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fedexperts.deploy.processes import ANYWHERE, OBJECTS
-from fedexperts.deploy.socket_rpc import end_with_parent
+from fedexperts.deploy.processes import ALL_NETWORKS, OBJECTS_VARIABLE, end_with_parent
 
-FOR_NODES = "/v1/fleet/"
+FLEET_PATH = "/v1/fleet/"
+MAX_REQUEST_BYTES = 2**24
+"""Of a request's body, which is read into memory before it is known who sent it. Flower cuts arrays into objects of 5 MB, and the
+record with a message's texts has at most twice codec.MAX_TEXT_BYTES."""
 
 
-class OthersAreNodes:
-    """Refuses other machines all but the fleet's paths."""
+class LimitedAccess:
+    """Refuses requests with large bodies, and from other machines those for paths that nodes do not use."""
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self.app, self.host = app, host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"].startswith(FOR_NODES) or near(scope, self.host):
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        else:
+        elif not (scope["path"].startswith(FLEET_PATH) or is_from_here(scope, self.host)):
             refusal = PlainTextResponse("this is served to the server's own machine only\n", status_code=403)
             await refusal(scope, receive, send)
+        elif body_size(scope) > MAX_REQUEST_BYTES:
+            refusal = PlainTextResponse(f"a request has {MAX_REQUEST_BYTES:,} bytes at most, and says so\n", status_code=413)
+            await refusal(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
-def near(scope: Scope, host: str) -> bool:
+def is_from_here(scope: Scope, host: str) -> bool:
     """Whether a request comes from this machine, which listens at `host`.
 
-    Its own address counts only where it listens there alone, since its own processes then ask from there. One that listens
-    anywhere may be in a container to which every request seems to come from the container's own address.
+    Its own address counts only where it listens there alone, since its own processes then connect from there. One that listens
+    on all networks may be in a container to which every request seems to come from the container's own address.
     """
-    asking, asked = scope.get("client"), scope.get("server")
-    if asking is None:
+    client, server = scope.get("client"), scope.get("server")
+    if client is None:
         return False
-    address = ip_address(asking[0])
+    address = ip_address(client[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    return address.is_loopback or (host not in ANYWHERE and asked is not None and asking[0] == asked[0])
+    return address.is_loopback or (host not in ALL_NETWORKS and server is not None and client[0] == server[0])
 
 
-class Places(InMemoryLinkState):
+def body_size(scope: Scope) -> float:
+    """Bytes of a request's body; infinite where it comes in chunks, without its size. Uvicorn reads no more than it says."""
+    headers = dict(scope["headers"])
+    return inf if b"transfer-encoding" in headers else int(headers.get(b"content-length", 0))
+
+
+class ReconnectingLinkState(InMemoryLinkState):
     """Nodes by their keys, of which one that is still taken for connected may connect again."""
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
@@ -64,8 +79,8 @@ class Places(InMemoryLinkState):
         return super().activate_node(node_id, heartbeat_interval)
 
 
-class OnDisk(InMemoryObjectStore):
-    """Keeps in memory which objects there are, and what they hold in `folder`."""
+class DiskObjectStore(InMemoryObjectStore):
+    """Keeps the list of objects in memory, and their contents in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -79,7 +94,7 @@ class OnDisk(InMemoryObjectStore):
             self.store[object_id].content = b""
 
     def get(self, object_id: str) -> bytes | None:
-        """Nothing of one that is not known; of one that has not come it is empty."""
+        """None of an object that is not known; empty of one that has not come yet."""
         with self.lock_store:
             if object_id not in self.store:
                 return None
@@ -96,11 +111,11 @@ def main() -> None:
     end_with_parent()
     os.environ["FORWARDED_ALLOW_IPS"] = "127.0.0.1"  # whose word is taken on where a request comes from
     host = sys.argv[sys.argv.index("--host") + 1]
-    extensions.get_middleware = lambda: (Middleware(OthersAreNodes, host),)
+    extensions.get_middleware = lambda: (Middleware(LimitedAccess, host),)
     states: Any = linkstate_factory  # of the one version that we pin
-    states.InMemoryLinkState = Places
+    states.InMemoryLinkState = ReconnectingLinkState
     stores: Any = object_store_factory
-    stores.InMemoryObjectStore = partial(OnDisk, Path(os.environ[OBJECTS]))
+    stores.InMemoryObjectStore = partial(DiskObjectStore, Path(os.environ[OBJECTS_VARIABLE]))
     flower_superlink()
 
 

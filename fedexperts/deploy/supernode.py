@@ -1,5 +1,5 @@
-"""The process of Flower's SuperNode: as its own command starts it, but it runs no app other than ours, looks more often whether
-there is a message, and ends with its SuperExec, without which it would take messages and answer none.
+"""The process of Flower's SuperNode: as its own command starts it, but it runs no app other than ours, polls for messages more
+often, and ends with its SuperExec, without which it would accept messages and answer none.
 """
 
 import os
@@ -17,18 +17,16 @@ from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_connection import http_request_response
 
 from fedexperts.deploy.bundle import require_ours
-from fedexperts.deploy.processes import module
-from fedexperts.deploy.socket_rpc import end_with_parent
+from fedexperts.deploy.processes import POLL_SECONDS, end_with_parent, module
 
-POLL_SECONDS = 0.5
 GET_FAB = 4
-"""Which of the functions of a connection fetches an app."""
+"""The index, among the functions of a connection, of the one that fetches an app."""
 
 
 @contextmanager
-def careful(*given: Any) -> Iterator[tuple[Any, ...]]:
-    """Flower's connection to the server, that takes no other app than ours."""
-    with http_request_response(*given) as functions:
+def connection(*arguments: Any) -> Iterator[tuple[Any, ...]]:
+    """Flower's connection to the server, which accepts no other app than ours."""
+    with http_request_response(*arguments) as functions:
         get_fab: Any = functions[GET_FAB]
         yield (*functions[:GET_FAB], only_ours(get_fab), *functions[GET_FAB + 1 :])
 
@@ -43,7 +41,9 @@ def only_ours(get_fab: Callable[[str, int], Fab]) -> Callable[[str, int], Fab]:
 
 
 def superexec(command: Sequence[str]) -> None:
-    """Ours, with the options that Flower's would get. When it ends so does this process, and its watcher starts both again."""
+    """Starts ours, with the options that Flower's would get. When it ends so does this process, and the supervisor starts both
+    again.
+    """
 
     def watch() -> None:
         child.wait()
@@ -55,10 +55,10 @@ def superexec(command: Sequence[str]) -> None:
 
 def main() -> None:
     end_with_parent()
-    theirs: Any = import_module("flwr.supernode.start_client_internal")  # of the one version that we pin
-    theirs.http_request_response = careful
-    theirs.subprocess = SimpleNamespace(Popen=superexec)
-    theirs.time = SimpleNamespace(sleep=lambda seconds: sleep(min(seconds, POLL_SECONDS)))
+    client: Any = import_module("flwr.supernode.start_client_internal")  # of the one version that we pin
+    client.http_request_response = connection
+    client.subprocess = SimpleNamespace(Popen=superexec)
+    client.time = SimpleNamespace(sleep=lambda seconds: sleep(min(seconds, POLL_SECONDS)))
     try:
         flower_supernode()
     finally:

@@ -1,9 +1,9 @@
 """Clients on this machine: one after the other in this process, or side by side in worker processes."""
 
-import signal
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from math import inf
@@ -12,13 +12,13 @@ from time import perf_counter
 from typing import Protocol, Self, cast
 
 import torch
-import torch.multiprocessing as processes
 from torch import Tensor, nn
 
 from fedexperts.core.devices import Profile
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.errors import Undeclared
+from fedexperts.errors import BadMessage, Undeclared
+from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
 from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Tensors, Training, Update
 
@@ -111,10 +111,10 @@ class LocalEngine:
 
     def __init__(self, runtime: ClientRuntime, workers: int = 1) -> None:
         self.runtime = runtime
-        self.workers: list[Worker] = []
+        self.workers: list[WorkerProcess] = []
         if workers > 1:
             runtime.model.share_memory()
-            self.workers = [Worker(runtime) for _ in range(workers)]
+            self.workers = [WorkerProcess(partial(answer_packed, runtime), daemon=True) for _ in range(workers)]
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +133,7 @@ class LocalEngine:
         wait for their turn.
         """
         numbered = enumerate(jobs)
-        busy: dict[Connection, tuple[int, Job, Worker]] = {}
+        busy: dict[Connection, tuple[int, Job, WorkerProcess]] = {}
         answers: list[Update | Failure] = []
         started = 0
         while True:
@@ -142,71 +142,45 @@ class LocalEngine:
                 if started - oldest >= 2 * len(self.workers):
                     break
                 for number, job in islice(numbered, 1):
-                    worker.send(job)
+                    worker.send(pack_job(job))
                     busy[worker.pipe] = (number, job, worker)
                     started = number + 1
             yield from answers
             if not busy:
                 return
             done = [busy.pop(cast("Connection", pipe)) for pipe in wait(list(busy))]  # wait returns what it was given
-            answers = [worker.receive(job) for _, job, worker in done]
+            answers = [answer_of(worker, job) for _, job, worker in done]
 
 
-MISTAKE = b"mistake "
-"""With it a worker process begins an answer that is no client's: a mistake in the method's code, which ends the run."""
+UNDECLARED = b"undeclared "
+"""The beginning of a worker's answer when not the client but the method's code is at fault, which ends the run."""
 
 
-class Worker:
-    """A process that answers one job at a time."""
-
-    def __init__(self, runtime: ClientRuntime) -> None:
-        self.runtime = runtime
-        self.start()
-
-    def start(self) -> None:
-        context = processes.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(self.runtime, theirs), daemon=True)
-        self.process.start()
-        theirs.close()  # so that the end of the process ends the pipe
-
-    def send(self, job: Job) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died idle: receive will say so
-            self.pipe.send_bytes(pack_job(job))
-
-    def receive(self, job: Job) -> Update | Failure:
-        try:
-            data = self.pipe.recv_bytes()
-            if data.startswith(MISTAKE):
-                raise Undeclared(data.removeprefix(MISTAKE).decode())
-            return unpack_answer(data)
-        except (EOFError, OSError):  # it died before its answer, or in the middle of it
-            self.process.join()
-            reason = f"its worker process died ({death(self.process.exitcode)})"
-            self.pipe.close()
-            self.start()
-            return Failure(job.client, job.round, job.task, reason)
-
-    def stop(self) -> None:
-        self.pipe.close()
-        self.process.join(timeout=5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
-def serve(runtime: ClientRuntime, pipe: Connection) -> None:
-    """A worker's life: it ends with the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def answer_packed(runtime: ClientRuntime, receive: Receive) -> bytes:
+    """What a worker process does: the packed answer to the packed job that it receives."""
     torch.set_num_threads(runtime.training.threads)
-    with suppress(EOFError, BrokenPipeError):
-        while True:
-            job = unpack_job(pipe.recv_bytes())
-            try:
-                answer = pack_answer(runtime.answer(job))
-            except Undeclared as error:
-                answer = MISTAKE + str(error).encode()
-            pipe.send_bytes(answer)
+    job = unpack_job(receive())
+    try:
+        return pack_answer(runtime.answer(job))
+    except Undeclared as error:
+        return UNDECLARED + str(error).encode()
+
+
+def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
+    """The answer of `worker` to `job`, which it was sent; a failure where it died of it, or where its answer cannot be read.
+
+    Raises:
+        Undeclared: the method sends, reports or keeps what it does not declare.
+    """
+    try:
+        data = worker.receive()
+        if data.startswith(UNDECLARED):
+            raise Undeclared(data.removeprefix(UNDECLARED).decode())
+        return unpack_answer(data)
+    except ProcessDied as death:
+        return Failure(job.client, job.round, job.task, f"its worker process died ({death})")
+    except BadMessage as error:
+        return Failure(job.client, job.round, job.task, str(error))
 
 
 @contextmanager
@@ -215,9 +189,3 @@ def own_chance(seed: str) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(int.from_bytes(sha256(seed.encode()).digest()[:8], "big"))
         yield
-
-
-def death(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return signal.Signals(-exitcode).name
-    return f"exit code {exitcode}"

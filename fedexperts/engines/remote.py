@@ -1,4 +1,4 @@
-"""A client that is reached by messages: it says who it is, and answers jobs. Whoever brings them, and wherever it runs."""
+"""A client that is reached by messages: it says who it is, and answers jobs. Independent of who carries them, and from where."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ PACKAGES = ("fedexperts", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class Greeting:
-    """All that a client tells of itself before its first job."""
+    """What a client says of itself before its first job."""
 
     client: Client
     profile: Profile | None  # of its device, where the run has a clock
@@ -32,22 +32,22 @@ class Greeting:
 
 GREETING = TypeAdapter(Greeting)
 GREETINGS = "greetings.json"
-"""The file in which a server notes them."""
+"""The file in which a server saves them."""
 
 
-def hello(run: str) -> Message:
+def greeting_request(run: str) -> Message:
     """Asks a client who it is. `run`: what clients need to know of the run; every message has it, so none depends on another."""
     return Message({"hello": {}, "run": run}, {})
 
 
-def order(job: Job, run: str) -> Message:
+def job_request(job: Job, run: str) -> Message:
     """`job`, with what clients need to know of the run."""
     message = job_message(job)
     return replace(message, head={**message.head, "run": run})
 
 
 def answer(runtime: ClientRuntime, name: str, message: Message, counts: Mapping[str, Any] | None = None) -> Message:
-    """What the client `name` of `runtime` answers to a `hello` or an `order`.
+    """What the client `name` of `runtime` answers to a `greeting_request` or a `job_request`.
 
     Raises:
         BadMessage: it is neither, or is meant for another client.
@@ -67,7 +67,7 @@ def greeting_message(greeting: Greeting) -> Message:
 
 
 def read_greeting(message: Message) -> Greeting:
-    """Raises BadMessage where there is none in it."""
+    """Raises BadMessage where `message` holds none."""
     with reading("greeting"):
         greeting = GREETING.validate_python(message.head["greeting"])
         device, client = greeting.profile, greeting.client

@@ -16,15 +16,19 @@ from fedexperts.errors import BadMessage
 from fedexperts.io.files import safetensors_bytes
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
-MOST_BYTES = 2**30
-"""Of a tensor in one piece: carriers have limits at 2 GB, and a larger one goes in several."""
+MAX_PART_BYTES = 2**30
+"""Of a tensor in one part: carriers have limits at 2 GB, and a larger tensor travels in several."""
+MAX_HEADER_BYTES = 2**10
+"""Of the safetensors header of a part: it describes one tensor, and could describe millions of empty ones."""
+TENSOR = "tensor"
+"""The name of a part's only tensor inside it."""
 Name = Annotated[str, Field(pattern=r"^\w[\w ]*$")]
 """Of a task: a client names its files by it."""
 
 
 @dataclass(frozen=True)
-class AboutJob:
-    """What a job's message says beside its tensors."""
+class JobHead:
+    """The fields of a job's message beside its tensors."""
 
     client: str
     round: Annotated[int, Field(ge=0)]
@@ -35,8 +39,8 @@ class AboutJob:
 
 
 @dataclass(frozen=True)
-class AboutUpdate:
-    """What an update's message says beside its tensors."""
+class UpdateHead:
+    """The fields of an update's message beside its tensors."""
 
     client: str
     round: int
@@ -46,8 +50,7 @@ class AboutUpdate:
     cost: Cost
 
 
-JOB, UPDATE, FAILURE = TypeAdapter(AboutJob), TypeAdapter(AboutUpdate), TypeAdapter(Failure)
-TENSOR = "tensor"  # what a part's only tensor is called inside
+JOB, UPDATE, FAILURE = TypeAdapter(JobHead), TypeAdapter(UpdateHead), TypeAdapter(Failure)
 
 
 def pack_job(job: Job) -> bytes:
@@ -67,7 +70,7 @@ def unpack_answer(data: bytes) -> Update | Failure:
 
 
 def job_message(job: Job) -> Message:
-    about = {
+    head = {
         "client": job.client,
         "round": job.round,
         "task": job.task,
@@ -75,21 +78,21 @@ def job_message(job: Job) -> Message:
         "experts": dict(job.experts),
         "accepted": job.accepted,
     }
-    return written({"job": about}, job.patch, job.extra)
+    return message_with_tensors({"job": head}, job.patch, job.extra)
 
 
 def read_job(message: Message) -> Job:
-    """Raises BadMessage where there is none in it."""
+    """Raises BadMessage where `message` holds none."""
     with reading("job"):
-        about = JOB.validate_python(message.head["job"])
-        patch, extra = tensors(message)
-        return Job(**vars(about), patch=patch, extra=extra)
+        head = JOB.validate_python(message.head["job"])
+        patch, extra = take_tensors(message)
+        return Job(**vars(head), patch=patch, extra=extra)
 
 
 def answer_message(answer: Update | Failure) -> Message:
     if isinstance(answer, Failure):
         return Message({"failure": asdict(answer)}, {})
-    about = {
+    head = {
         "client": answer.client,
         "round": answer.round,
         "task": answer.task,
@@ -97,20 +100,20 @@ def answer_message(answer: Update | Failure) -> Message:
         "metrics": dict(answer.metrics),
         "cost": asdict(answer.cost),
     }
-    return written({"update": about}, answer.patch, answer.extra)
+    return message_with_tensors({"update": head}, answer.patch, answer.extra)
 
 
 def read_answer(message: Message) -> Update | Failure:
-    """Raises BadMessage where there is none in it."""
+    """Raises BadMessage where `message` holds none."""
     with reading("answer"):
         if "failure" in message.head:
             return FAILURE.validate_python(message.head["failure"])
-        about = UPDATE.validate_python(message.head["update"])
-        loss, cost = about.metrics.get("loss", 0.0), about.cost
+        head = UPDATE.validate_python(message.head["update"])
+        loss, cost = head.metrics.get("loss", 0.0), head.cost
         if not all(isfinite(each) and each >= 0 for each in astuple(cost)) or not isinstance(loss, int | float):
             raise ValueError(f"{cost}, loss = {loss!r}")
-        patch, extra = tensors(message)
-        return Update(**vars(about), patch=patch, extra=extra)
+        patch, extra = take_tensors(message)
+        return Update(**vars(head), patch=patch, extra=extra)
 
 
 @contextmanager
@@ -118,58 +121,65 @@ def reading(what: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a BadMessage."""
     try:
         yield
-    except Exception as error:  # who wrote it may be anyone, and may have written anything
+    except Exception as error:  # the sender may be anyone, and may have sent anything
         raise BadMessage(f"it holds no {what} that can be read ({type(error).__name__}: {error})") from None
 
 
-def written(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) -> Message:
-    """`head` and the tensors, in their order; row ids that several names share go once."""
+def message_with_tensors(head: Mapping[str, Any], patch: Patch, extra: Mapping[str, Tensor]) -> Message:
+    """`head` and the tensors, in their order; row ids that several names share travel once."""
     ids = {id(rows): rows for rows in patch.rows.values()}
     numbers = {key: str(i) for i, key in enumerate(ids)}
     groups = {"patch": patch.tensors, "rows": {numbers[key]: rows for key, rows in ids.items()}, "extra": extra}
     parts: dict[str, bytes] = {}
-    shapes: dict[str, list[int] | None] = {}
-    for name, tensor in ((f"{group}/{name}", tensor) for group, held in groups.items() for name, tensor in held.items()):
-        shapes[name] = None if tensor.nbytes <= MOST_BYTES else list(tensor.shape)
+    shapes: dict[str, list[int] | None] = {}  # None: in a single part, which has the shape
+    for name, tensor in ((f"{group}/{name}", tensor) for group, tensors in groups.items() for name, tensor in tensors.items()):
+        shapes[name] = None if tensor.nbytes <= MAX_PART_BYTES else list(tensor.shape)
         for number, piece in enumerate(pieces(tensor)):
-            parts[place(name, number)] = safetensors_bytes({TENSOR: piece})
+            parts[part_name(name, number)] = safetensors_bytes({TENSOR: piece})
     return Message({**head, "tensors": shapes, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}, parts)
 
 
 def pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """`tensor`, or where it is too large for one piece its elements in several: a dense weight has a single row to split at."""
-    if tensor.nbytes <= MOST_BYTES:
+    """`tensor`, or where it is too large for one part its elements in several: a dense weight has a single row to split at."""
+    if tensor.nbytes <= MAX_PART_BYTES:
         return (tensor,)
     flat = tensor.reshape(-1)
-    size = max(1, MOST_BYTES // tensor.element_size())
+    size = max(1, MAX_PART_BYTES // tensor.element_size())
     return [flat[start : start + size] for start in range(0, len(flat), size)]
 
 
-def place(name: str, number: int) -> str:
+def part_name(name: str, number: int) -> str:
     """The part with piece `number` of a tensor."""
     return f"{number}/{name}" if number else name
 
 
-def tensors(message: Message) -> tuple[Patch, dict[str, Tensor]]:
-    """What `written` wrote: the patch, the rest. Takes each part out of `message`, so that no two copies of all are held."""
+def take_tensors(message: Message) -> tuple[Patch, dict[str, Tensor]]:
+    """The patch and the extra tensors. Takes each part out of `message`, so only one tensor is in memory twice."""
     groups: dict[str, dict[str, Tensor]] = {"patch": {}, "rows": {}, "extra": {}}
     for key, shape in message.head["tensors"].items():
         group, _, name = key.partition("/")
-        groups[group][name] = piece(message.parts.pop(key)) if shape is None else joined(message.parts, key).view(shape)
+        whole = shape is None
+        groups[group][name] = read_tensor(message.parts.pop(key)) if whole else joined(message.parts, key).view(shape)
     rows = {name: groups["rows"][number] for name, number in message.head["rows"].items()}
     return Patch(groups["patch"], rows), groups["extra"]
 
 
 def joined(parts: dict[str, bytes], name: str) -> Tensor:
-    """All pieces of a tensor, one after the other, taken out of `parts`."""
-    found = [piece(parts.pop(name))]
-    while (key := place(name, len(found))) in parts:
-        found.append(piece(parts.pop(key)))
-    return torch.cat(found)
+    """All pieces of a tensor, one after the other, taken out of `parts`; [elements]."""
+    flat = [read_tensor(parts.pop(name))]
+    while (key := part_name(name, len(flat))) in parts:
+        flat.append(read_tensor(parts.pop(key)))
+    return torch.cat(flat)
 
 
-def piece(part: bytes) -> Tensor:
-    """The tensor in it, copied to where torch puts tensors of its own: products of one that begins elsewhere may differ in
+def read_tensor(part: bytes) -> Tensor:
+    """The tensor in `part`, copied to where torch puts tensors of its own: products of one that begins elsewhere may differ in
     their last bits.
+
+    Raises:
+        BadMessage: its header has room for more than one.
     """
+    header = int.from_bytes(part[:8], "little")
+    if header > MAX_HEADER_BYTES:
+        raise BadMessage(f"a tensor's header has {header:,} bytes, and {MAX_HEADER_BYTES:,} are allowed")
     return load(part)[TENSOR].clone()

@@ -1,4 +1,4 @@
-"""A run whose jobs Flower carries: to processes on this machine, or over whatever grid there is."""
+"""A run whose jobs Flower carries: to processes on this machine, or over any other grid."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -41,52 +41,52 @@ def simulated(prepared: Prepared, out: Path) -> Iterator[Engine]:
 
 
 def over(
-    grid: Grid, check: Callable[[], None] = lambda: None, *, patience: float | None = None, **told: Any
+    grid: Grid, check: Callable[[], None] = lambda: None, *, patience: float | None = None, **options: Any
 ) -> Callable[[Prepared, Path], AbstractContextManager[Engine]]:
-    """For `running.run`: an engine over `grid`, on which all clients of the run are, or soon will be.
+    """For `runner.run`: an engine over `grid`, to which all clients of the run are connected, or soon will be.
 
-    After `patience` seconds federation.min_clients of them are enough; without it nobody is waited for who is not there. `told`
-    is for the engine, whose bounds are those of a simulation unless it says otherwise.
+    After `patience` seconds federation.min_clients of them are enough; without it no client that is missing is waited for.
+    `options` are arguments of the FlowerEngine, in place of those of a simulation.
     """
-    return partial(connected, grid, check, patience, told)
+    return partial(connected, grid, check, patience, options)
 
 
 @contextmanager
 def connected(
-    grid: Grid, check: Callable[[], None], patience: float | None, told: Mapping[str, Any], prepared: Prepared, out: Path
+    grid: Grid, check: Callable[[], None], patience: float | None, options: Mapping[str, Any], prepared: Prepared, out: Path
 ) -> Iterator[Engine]:
     federation = prepared.config.federation
-    bounds = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **told}
-    note = partial(note_dropped, out / "dropped.jsonl")
+    options = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **options}
+    on_dropped = partial(log_dropped, out / "dropped.jsonl")
     run = about(prepared.config, prepared.base.identity, out)
-    engine = FlowerEngine(grid, run, everyone(prepared), check=check, note=note, **bounds)
+    engine = FlowerEngine(grid, run, everyone(prepared), check=check, on_dropped=on_dropped, **options)
     fewest = federation.min_clients if patience is not None else None
-    del prepared  # it has the base, and this is here until the run ends
+    del prepared  # it has the base, and this frame is here until the run ends
     engine.connect(patience, fewest)
     try:
         yield engine
     except Exception:
-        check()  # what has died says it better
+        check()  # where the grid has died, that is the reason
         raise
 
 
-def note_dropped(path: Path, answer: Mapping[str, object]) -> None:
-    """Adds a line for an answer that came too late, twice, or to nobody's question."""
+def log_dropped(path: Path, answer: Mapping[str, object]) -> None:
+    """Adds a line for an answer that came too late, twice, or in reply to no job."""
     with path.open("a") as file:
         file.write(json.dumps(answer) + "\n")
 
 
-def about(config: RunConfig, base: str, out: Path) -> str:
-    """What clients need to know of the run in `out`, as JSON; `id` is what they call it, `base` the identity of its base."""
-    told = {"settings": config.resolved(), "folder": str(out.resolve()), "id": run_id(out), "model_hash": base}
-    return json.dumps(told)
+def about(config: RunConfig, model_hash: str, out: Path) -> str:
+    """What clients need to know of the run in `out`, as JSON; `id`: their name for it, `model_hash`: the identity of its base."""
+    run_info = {"settings": config.resolved(), "folder": str(out.resolve()), "id": run_id(out), "model_hash": model_hash}
+    return json.dumps(run_info)
 
 
-def play(message: Message, node: Mapping[str, Any]) -> Message:
-    """What the client answers that a node of Flower's simulation stands for."""
+def play(message: Message, node_config: Mapping[str, Any]) -> Message:
+    """The answer of the client that a node of Flower's simulation stands for."""
     runtime = runtime_of(message.head["run"])
     torch.set_num_threads(runtime.training.threads)
-    names, number = list(runtime.clients), int(node["partition-id"])
+    names, number = list(runtime.clients), int(node_config["partition-id"])
     if number >= len(names):
         raise BadMessage(f"the run has {len(names)} clients, and this is node {number + 1}")
     return remote.answer(runtime, names[number], message)
@@ -94,6 +94,6 @@ def play(message: Message, node: Mapping[str, Any]) -> Message:
 
 @lru_cache(maxsize=1)
 def runtime_of(run: str) -> ClientRuntime:
-    """The clients of a run as its messages tell of it."""
-    told = json.loads(run)
-    return runtime_for(prepare_run(checked(RunConfig, told["settings"]), parts=PARTS), Path(told["folder"]))
+    """The client runtime of the run that `run` describes, as JSON."""
+    run_info = json.loads(run)
+    return runtime_for(prepare_run(checked(RunConfig, run_info["settings"]), parts=PARTS), Path(run_info["folder"]))

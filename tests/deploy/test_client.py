@@ -1,4 +1,4 @@
-"""What a client's worker takes from a server, and how it knows that what it keeps is what it kept."""
+"""What a server may decide for a client, and how a client notices that its client state was lost or is another's."""
 
 import json
 from types import SimpleNamespace
@@ -8,10 +8,10 @@ import torch
 
 from fedexperts.config import RunConfig
 from fedexperts.deploy import client
-from fedexperts.deploy.client import ClientWorker, alone
+from fedexperts.deploy.client import ClientWorker, exclusive
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.message import Message
-from fedexperts.engines.remote import order
+from fedexperts.engines.remote import job_request
 from fedexperts.engines.serialization import answer_message, read_answer
 from fedexperts.errors import BadMessage, Busy
 from fedexperts.io.files import locked
@@ -20,9 +20,9 @@ from fedexperts.types import Failure, Job, Patch, Update
 
 
 class Machine(ClientWorker):
-    """A client whose work is to count its jobs; `keeps`: in what it keeps to itself."""
+    """A client that counts its jobs; `stateful`: in its client state."""
 
-    keeps = True
+    stateful = True
 
     def runtime(self, run):
         return SimpleNamespace(client_store=ClientStateStore(self.folder / "1" / "clients")), None
@@ -32,52 +32,52 @@ class Machine(ClientWorker):
 def machine(tiny_tree, tmp_path, monkeypatch):
     """Machines by the name of their folder, all for the client c01."""
 
-    def answer(runtime, name, message, told):
+    def answer(runtime, name, message, counts):
         job = Job(**{**message.head["job"], "patch": Patch({})})
-        runtime.client_store.drop_newer(name, message.head["accepted"])
         before = runtime.client_store.load(job).get("jobs", torch.tensor(0))
-        if Machine.keeps and job.task != "evaluate":
+        if Machine.stateful and job.task != "evaluate":
             runtime.client_store.save(job, {"jobs": before + 1})
         return answer_message(Update(name, job.round, job.task, Patch({}), 1, metrics={"before": int(before)}))
 
     monkeypatch.setattr(client.remote, "answer", answer)
-    monkeypatch.setattr(Machine, "keeps", True)
+    monkeypatch.setattr(Machine, "stateful", True)
     config = checked(RunConfig, tiny_tree)
     return lambda folder: Machine("c01", config, tmp_path / folder)
 
 
-def ask(machine, round, accepted="", task="train"):
-    """What it went on from; or its failure."""
-    found = read_answer(machine.answer(order(Job("c01", round, task, "0", {}, Patch({})), "{}", accepted)))
-    return found if isinstance(found, Failure) else found.metrics["before"]
+def before(machine, round, accepted="", task="train"):
+    """The number of jobs in the client state that it went on from; or its failure."""
+    job = Job("c01", round, task, "0", {}, Patch({}), accepted=accepted)
+    answer = read_answer(machine.answer(job_request(job, "{}")))
+    return answer if isinstance(answer, Failure) else answer.metrics["before"]
 
 
-def test_a_client_goes_on_from_what_it_kept_also_when_the_server_did_not_take_its_last_answer(machine):
-    assert ask(machine("a"), 1) == 0
-    assert ask(machine("a"), 2, "000001-train") == 1
-    assert ask(machine("a"), 3, "000001-train") == 1
-    assert ask(machine("a"), 3, "000003-train", "evaluate") == 2
+def test_a_client_goes_on_from_its_client_state_also_when_the_server_did_not_accept_its_last_answer(machine):
+    assert before(machine("a"), 1) == 0
+    assert before(machine("a"), 2, "000001-train") == 1
+    assert before(machine("a"), 3, "000001-train") == 1
+    assert before(machine("a"), 3, "000003-train", "evaluate") == 2
 
 
-def test_a_second_machine_under_the_same_name_fails_and_so_does_the_first_when_that_was_taken(machine):
-    assert ask(machine("a"), 1) == 0
-    other = ask(machine("b"), 2, "000001-train")
-    assert other.reason.startswith("it did not give the answer that the server took last (000001-train)")
-    assert ask(machine("a"), 3, "000001-train") == 1
-    assert ask(machine("b"), 4, "000003-train").reason.startswith("it did not give")
+def test_a_second_machine_under_the_same_name_fails_and_so_does_the_first_when_that_was_accepted(machine):
+    assert before(machine("a"), 1) == 0
+    other = before(machine("b"), 2, "000001-train")
+    assert other.reason.startswith("it has no record of the answer that the server accepted last (000001-train)")
+    assert before(machine("a"), 3, "000001-train") == 1
+    assert before(machine("b"), 4, "000003-train").reason.startswith("it has no record")
 
 
-def test_a_client_that_lost_what_it_kept_says_so_once_and_then_goes_on_without(machine):
-    assert ask(machine("a"), 1) == 0
-    assert isinstance(ask(machine("anew"), 2, "000001-train"), Failure)
-    assert ask(machine("anew"), 3, "000001-train") == 0
-    assert ask(machine("anew"), 4, "000003-train") == 1
+def test_a_client_that_lost_its_client_state_fails_once_and_then_goes_on_without(machine):
+    assert before(machine("a"), 1) == 0
+    assert isinstance(before(machine("anew"), 2, "000001-train"), Failure)
+    assert before(machine("anew"), 3, "000001-train") == 0
+    assert before(machine("anew"), 4, "000003-train") == 1
 
 
-def test_who_keeps_nothing_has_nothing_to_lose(machine):
-    Machine.keeps = False
-    assert ask(machine("a"), 1) == 0
-    assert ask(machine("anew"), 2, "000001-train") == 0
+def test_a_client_without_client_state_has_nothing_to_lose(machine):
+    Machine.stateful = False
+    assert before(machine("a"), 1) == 0
+    assert before(machine("anew"), 2, "000001-train") == 0
 
 
 @pytest.mark.parametrize("id", ["../../home", "/etc", "a/b", "..", "", {}])
@@ -87,7 +87,7 @@ def test_a_run_whose_name_would_lead_elsewhere_is_refused(tiny_tree, tmp_path, i
         client.answer(Message({"run": json.dumps({"id": id})}, {}))
 
 
-def test_which_text_a_client_reads_is_not_the_servers_to_say(tiny_tree, tmp_path):
+def test_the_server_does_not_decide_which_file_a_client_reads(tiny_tree, tmp_path):
     def shared(path):
         method = {"name": "flex", "select": "shared", "public_text": path}
         return checked(RunConfig, {**tiny_tree, "method": method})
@@ -99,8 +99,8 @@ def test_which_text_a_client_reads_is_not_the_servers_to_say(tiny_tree, tmp_path
 
 
 def test_two_workers_over_one_folder_are_one_too_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "HOLD_SECONDS", 0.0)
-    with locked(tmp_path), pytest.raises(Busy, match="another process is running"), alone(tmp_path):
+    monkeypatch.setattr(client, "LOCK_SECONDS", 0.0)
+    with locked(tmp_path), pytest.raises(Busy, match="another process is running"), exclusive(tmp_path):
         pass
-    with alone(tmp_path):
+    with exclusive(tmp_path):
         pass

@@ -11,7 +11,7 @@ from threading import Thread
 import httpx
 import pytest
 import tomli_w
-from deployed import gone, processes, running, signalled, until
+from deployed import gone, processes, running, send_signal, until
 from safetensors.torch import load_file
 
 from fedexperts.config import RunConfig
@@ -38,7 +38,7 @@ class Deployment:
 
     def __init__(self, folder, trees, started):
         self.folder, self.trees, self.started = folder, trees, started
-        self.parts, self.said = Parts(), []
+        self.parts, self.announced = Parts(), []
         self.port = free_port()
         self.keys = folder / "keys"
 
@@ -50,7 +50,7 @@ class Deployment:
         out, local = self.folder / "out" / (name or method), self.folder / "local" / f"{method}-{rounds}"
         if not local.exists():
             runs.run(config, local, parts=self.parts)
-        server.serve(config, out, self.federation, tell=self.said.append, parts=self.parts)
+        server.serve(config, out, self.federation, announce=self.announced.append, parts=self.parts)
         return out, local
 
     def join(self, name, keys=None):
@@ -60,7 +60,7 @@ class Deployment:
         )
 
     def loads(self, name):
-        return self.started.said(name).count("loaded the base model")
+        return self.started.log(name).count("loaded the base model")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def tensors(path):
     return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in load_file(path).items()}
 
 
-def kept(folder, client):
+def client_states(folder, client):
     return {path.name: tensors(path) for path in sorted(folder.glob(f"clients/{client}/*"))}
 
 
@@ -101,7 +101,7 @@ def require_same(deployment, out, local, rounds=ROUNDS):
         assert lines(out / name) == lines(local / name)
     for client in NAMES:  # each on its own disk, and nothing of it on the server's
         own = deployment.folder / client / (out / "id").read_text()
-        assert kept(own, client) == kept(local, client)
+        assert client_states(own, client) == client_states(local, client)
         assert [path.name for path in own.glob("clients/*")] in ([client], [])
     assert not (out / "clients").exists()
 
@@ -120,7 +120,7 @@ def killing(deployment, out, word, round):
         until(lambda: logged.exists() and len(logged.read_text().splitlines()) >= round, "a round")
         for pid in running(deployment.folder / "north", word):
             killed.append(pid)
-            signalled(pid)
+            send_signal(pid)
 
     killed = []
     thread = Thread(target=watch)
@@ -136,29 +136,29 @@ def test_a_worker_that_is_killed_is_replaced_and_the_next_run_too_ends_with_the_
     assert [deployment.loads(name) for name in NAMES] == [2, 1, 1]
 
 
-def test_the_runs_do_train_and_keep(deployment):
+def test_the_runs_do_train_and_save_client_state(deployment):
     local = deployment.folder / "local"
-    assert all(kept(local / f"ditto-{ROUNDS}", name) for name in NAMES)
+    assert all(client_states(local / f"ditto-{ROUNDS}", name) for name in NAMES)
     latest = [checkpoint.latest(local / f"{name}-{ROUNDS}") for name in ("local", "ditto", "fedmoe")]
     ends = [tensors(folder / "weights.safetensors") for folder in latest]
     assert ends[0] != ends[1] != ends[2]
 
 
-def test_a_client_whose_superexec_is_killed_misses_a_round_and_comes_back_under_its_name_with_what_it_kept(deployment):
-    """Its SuperNode ends with it, and the watcher starts both."""
+def test_a_client_whose_superexec_is_killed_misses_a_round_and_comes_back_under_its_name_with_its_client_state(deployment):
+    """Its SuperNode ends with it, and the supervisor starts both."""
     thread, killed = killing(deployment, deployment.folder / "out" / "superexec", "deploy.superexec", 1)
     out, _ = deployment.run("ditto", "superexec", MORE)
     thread.join()
     assert killed and all(map(gone, killed))
-    assert deployment.started.said("north").count("joining") == 2
-    told = lines(out / "ledger.jsonl")
-    assert {line["client"] for line in told if line["failed"]} <= {"north"}
-    assert {line["client"] for line in told if line["round"] == MORE and line["task"] == "evaluate" and not line["failed"]} == {
+    assert deployment.started.log("north").count("joining") == 2
+    ledger = lines(out / "ledger.jsonl")
+    assert {line["client"] for line in ledger if line["failed"]} <= {"north"}
+    assert {line["client"] for line in ledger if line["round"] == MORE and line["task"] == "evaluate" and not line["failed"]} == {
         *NAMES
     }
     accepted = checkpoint.accepted(out)
     for name in NAMES:
-        own = kept(deployment.folder / name / (out / "id").read_text(), name)
+        own = client_states(deployment.folder / name / (out / "id").read_text(), name)
         assert max(own) == f"{accepted[name]}.safetensors"
 
 
@@ -172,9 +172,9 @@ def test_a_client_whose_key_the_server_has_not_never_gets_in(deployment):
         *("--run", deployment.folder / "run.toml", "--keys", deployment.folder / "false-key", "--out", home),
     )
     until(
-        lambda: "does not know its key" in deployment.started.said("impostor"),
+        lambda: "does not know its key" in deployment.started.log("impostor"),
         "a refusal",
-        lambda: deployment.started.said("impostor"),
+        lambda: deployment.started.log("impostor"),
     )
     deployment.started.kill("impostor")
     assert {node.node_id for node in deployment.federation.grid.get_nodes()} <= before
@@ -182,10 +182,12 @@ def test_a_client_whose_key_the_server_has_not_never_gets_in(deployment):
 
 def test_a_client_with_another_authority_does_not_join(deployment, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    member = SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path / "home", tmp_path / "north", [], print)
+    supervisor = SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path / "home", tmp_path / "north", [], print)
     with pytest.raises(BadRun, match="does not vouch for"):
-        member.knocks()
-    assert SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path, deployment.keys / "north", [], print).knocks()
+        supervisor.server_answers()
+    assert SuperNodeSupervisor(
+        "north", f"localhost:{deployment.port}", tmp_path, deployment.keys / "north", [], print
+    ).server_answers()
 
 
 def test_plaintext_is_refused(deployment):
@@ -207,7 +209,7 @@ def test_when_the_superlink_dies_the_run_stops_with_a_sentence(deployment):
 
     def kill():
         until(lambda: (out / "evals.jsonl").exists(), "an evaluation")
-        signalled(deployment.federation.superlink.pid)
+        send_signal(deployment.federation.superlink.pid)
 
     thread = Thread(target=kill)
     thread.start()

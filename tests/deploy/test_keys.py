@@ -124,7 +124,7 @@ def test_killed_before_any_file_it_makes_the_rest_when_it_is_called_again(tmp_pa
             assert (
                 after[f"{name}/node.pub"]
                 == after[f"server/clients/{name}.pub"]
-                == keys_module.public_of(folder / name / "node.key")
+                == keys_module.public_key_of(folder / name / "node.key")
             )
 
 
@@ -155,7 +155,7 @@ def test_where_only_the_servers_folder_was_brought_along_a_new_client_trusts_the
     assert not (tmp_path / "ca.key").exists()
 
 
-def test_a_client_whose_folder_was_moved_away_is_said_before_anything_is_written(tmp_path):
+def test_a_client_whose_folder_was_moved_away_is_an_error_before_anything_is_written(tmp_path):
     make_keys(tmp_path / "keys", ["localhost"], ["north"])
     (tmp_path / "keys" / "north").rename(tmp_path / "north")
     before = files(tmp_path)
@@ -165,7 +165,7 @@ def test_a_client_whose_folder_was_moved_away_is_said_before_anything_is_written
     assert make_keys(tmp_path / "keys", ["localhost"], ["west"])
 
 
-def test_a_certificate_that_is_there_for_another_host_is_said(tmp_path):
+def test_a_certificate_for_another_host_is_an_error_that_names_both(tmp_path):
     make_keys(tmp_path, ["10.0.0.1"], ["north"])
     with pytest.raises(BadValue, match=r"for 10\.0\.0\.1, localhost, 127\.0\.0\.1, ::1, and not for 10\.0\.0\.2"):
         make_keys(tmp_path, ["10.0.0.2"], ["north"])

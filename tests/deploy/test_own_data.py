@@ -1,4 +1,4 @@
-"""Clients that bring their own data: what the server then knows of them, and what each side refuses."""
+"""Clients that bring their own data: what the server learns of them, and what each side refuses."""
 
 import csv
 import json
@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fakegrid import FakeGrid, identity  # noqa: F401  # the second is a fixture
 from safetensors.torch import load_file
-from test_engine import FakeGrid, identity  # noqa: F401  # the second is a fixture
 
 from fedexperts.config import RunConfig
 from fedexperts.data.own import Counts
@@ -54,11 +54,12 @@ def files(tmp_path):
 
 
 class Federation:
-    """Nodes in this process, each with a client's worker."""
+    """Nodes in this process, each with a client's worker; takes the place of `deployment.Federation`."""
 
-    def __init__(self, residents, home, keys=tuple(ROWS)):
-        self.residents, self.home = residents, home
-        self.grid = FakeGrid(lambda message, name: residents[name].answer(message), tuple(residents))
+    def __init__(self, workers, home, keys=tuple(ROWS)):
+        self.workers, self.home = workers, home
+        self.grid = FakeGrid(lambda message, name: workers[name].answer(message), tuple(workers))
+        self.grid.fetch = lambda message_id, limit: self.grid.pull_messages([message_id])
         self.grid.get_nodes = lambda: [SimpleNamespace(node_id=node, last_activated_at="") for node in self.grid.get_node_ids()]
         self.names = dict(enumerate(keys, 1))
 
@@ -68,25 +69,25 @@ class Federation:
 
 def federation(tree, files, folder, **settings):
     config = checked(RunConfig, tree)
-    residents = {
+    workers = {
         name: ClientWorker(name, config, folder / name, files[name], {"memory_gb": 2 if name == "north" else 1}) for name in ROWS
     }
-    return Federation(residents, folder / "flower", **settings)
+    return Federation(workers, folder / "flower", **settings)
 
 
 def serve(tree, folder, with_clients, **settings):
-    return server.serve(checked(RunConfig, tree), folder / "out", with_clients, tell=lambda _: None, **settings)
+    return server.serve(checked(RunConfig, tree), folder / "out", with_clients, announce=lambda _: None, **settings)
 
 
 def test_a_run_goes_with_data_that_only_the_clients_have(tree, files, tmp_path):
     out = serve(tree, tmp_path, federation(tree, files, tmp_path))
     clients = {client["name"]: client for client in json.loads((out / "plan.json").read_text())["clients"]}
     for name, number in ROWS.items():
-        told = clients[name]
-        assert told["task"] == "double" and told["tasks"] == {"double": told["examples"]}
-        assert 0 < told["examples"] < told["examples"] + told["validation"] < number  # and some are tests
-        assert told["test"] == 2
-        assert told["memory_bytes"] == (2 if name == "north" else 1) * 10**9
+        client = clients[name]
+        assert client["task"] == "double" and client["tasks"] == {"double": client["examples"]}
+        assert 0 < client["examples"] < client["examples"] + client["validation"] < number  # and some are tests
+        assert client["test"] == 2
+        assert client["memory_bytes"] == (2 if name == "north" else 1) * 10**9
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     trained = [line for line in ledger if line["task"] == "train"]
     assert len(trained) == 4 and not any(line["failed"] for line in ledger)
@@ -101,18 +102,16 @@ def test_nothing_that_the_server_writes_holds_an_example(tree, files, tmp_path):
     assert all(SECRET in Path(file).read_text() for (file,) in files.values())
 
 
-def test_a_client_exports_its_own_model_where_its_data_and_what_it_keeps_are(tree, files, tmp_path):
+def test_a_client_exports_its_own_model_where_its_data_and_its_client_state_are(tree, files, tmp_path):
     out = serve(
         {**tree, "method": {"name": "ditto"}}, tmp_path, federation({**tree, "method": {"name": "ditto"}}, files, tmp_path)
     )
     folder = Path(shutil.copytree(out, tmp_path / "copied"))
     export(folder, tmp_path / "model", "north", kept=tmp_path / "north")
-    found, own = (
-        load(tmp_path / "model").state_dict(),
-        ClientStateStore(tmp_path / "north" / (out / "id").read_text() / "clients"),
-    )
-    kept = load_file(own.versions("north")[-1])
-    same = [name for name, tensor in kept.items() if name in found and torch.equal(found[name], tensor[0])]
+    exported = load(tmp_path / "model").state_dict()
+    own = ClientStateStore(tmp_path / "north" / (out / "id").read_text() / "clients")
+    state = load_file(own.versions("north")[-1])
+    same = [name for name, tensor in state.items() if name in exported and torch.equal(exported[name], tensor[0])]
     assert len(same) > 3
     with pytest.raises(BadRun, match="holds nothing of"):
         export(folder, tmp_path / "no", "north", kept=tmp_path / "elsewhere")
@@ -131,18 +130,18 @@ def test_a_client_exports_its_own_model_where_its_data_and_what_it_keeps_are(tre
         export(folder, tmp_path / "no", kept=tmp_path / "north")
 
 
-def test_a_server_that_is_started_again_knows_what_they_told_it(tree, files, tmp_path):
+def test_a_server_that_is_started_again_knows_their_greetings(tree, files, tmp_path):
     first = federation(tree, files, tmp_path)
     out = serve(tree, tmp_path, first)
     nobody = SimpleNamespace(home=first.home, grid=None, check=None)
-    told = told_by(server.told(checked(RunConfig, tree), out, nobody, {}, Parts()), Parts())
+    parts = told_by(server.greetings_of(checked(RunConfig, tree), out, nobody, {}, Parts()), Parts())
     clients = {client["name"]: client["tasks"] for client in json.loads((out / "plan.json").read_text())["clients"]}
-    assert {name: count.train for name, count in told.counts.items()} == clients
-    assert told.memory == {"north": 2 * 10**9, "east": 10**9}
+    assert {name: count.train for name, count in parts.counts.items()} == clients
+    assert parts.memory == {"north": 2 * 10**9, "east": 10**9}
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence"),
+    ("change", "sentence"),
     [
         ({"train": {}}, "data that cannot be"),
         ({"train": {"double": 13}}, "data that cannot be"),  # it says it has 12
@@ -154,11 +153,11 @@ def test_a_server_that_is_started_again_knows_what_they_told_it(tree, files, tmp
         ({"validation": 10**12}, "a client may have 10,000,000"),
     ],
 )
-def test_counts_that_cannot_be_are_refused_with_the_clients_name(told, sentence):
+def test_counts_that_cannot_be_are_refused_with_the_clients_name(change, sentence):
     counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3}
     assert counted(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
     with pytest.raises(BadValue, match=f"^north tells of .*{sentence}"):
-        counted(Greeting(Client("north", 12, "double"), None, {}, {**counts, **told}))
+        counted(Greeting(Client("north", 12, "double"), None, {}, {**counts, **change}))
 
 
 def refusals(engine):
@@ -169,14 +168,14 @@ def refusals(engine):
 
 def engine(tree, with_clients, model_hash=None):
     config = checked(RunConfig, tree)
-    about = {"settings": config.resolved(), "id": "1", "model_hash": model_hash or Parts().base(config.model).identity}
-    told = {"in_flight": 2, "names": with_clients.names, "poll_seconds": 0}
-    return FlowerEngine(with_clients.grid, json.dumps(about), dict.fromkeys(ROWS), **told)
+    run_info = {"settings": config.resolved(), "id": "1", "model_hash": model_hash or Parts().base(config.model).identity}
+    options = {"in_flight": 2, "names": with_clients.names, "poll_seconds": 0}
+    return FlowerEngine(with_clients.grid, json.dumps(run_info), dict.fromkeys(ROWS), **options)
 
 
 def test_a_node_with_the_key_of_one_client_cannot_be_another(tree, files, tmp_path):
-    said = refusals(engine(tree, federation(tree, files, tmp_path, keys=("east", "north"))))
-    assert "a node with the key of east says it is north" in said
+    reason = refusals(engine(tree, federation(tree, files, tmp_path, keys=("east", "north"))))
+    assert "a node with the key of east says it is north" in reason
 
 
 def test_a_client_with_another_base_model_or_another_way_to_read_rows_is_refused(tree, files, tmp_path):
@@ -187,9 +186,11 @@ def test_a_client_with_another_base_model_or_another_way_to_read_rows_is_refused
 
 
 def test_the_clients_own_run_file_says_where_files_are_and_the_servers_how_to_train(tree, files, tmp_path):
-    resident = federation(tree, files, tmp_path).residents["north"]
-    theirs = checked(RunConfig, {**tree, "model": {"name": "/elsewhere", "trust_remote_code": True}, "training": {"lr": 0.5}})
-    agreed = checked(RunConfig, resident.agreed(theirs.resolved()))
+    worker = federation(tree, files, tmp_path).workers["north"]
+    server_settings = checked(
+        RunConfig, {**tree, "model": {"name": "/elsewhere", "trust_remote_code": True}, "training": {"lr": 0.5}}
+    )
+    agreed = checked(RunConfig, worker.agreed(server_settings.resolved()))
     assert agreed.training.lr == 0.5
     assert agreed.model == checked(RunConfig, tree).model
     assert agreed.devices.memory_gb == 2
@@ -204,7 +205,7 @@ def test_the_clients_own_run_file_says_where_files_are_and_the_servers_how_to_tr
         ({"own": False, "sources": ["synthetic/double"]}, "north", ("x.jsonl",), "set data.own = true"),
     ],
 )
-def test_a_client_that_cannot_take_part_says_why(tree, tmp_path, change, name, data, sentence):
+def test_a_client_that_cannot_take_part_is_refused_with_the_reason(tree, tmp_path, change, name, data, sentence):
     config = checked(RunConfig, {**tree, "data": {**tree["data"], **change}})
     with pytest.raises(BadValue, match=sentence):
         ClientWorker(name, config, tmp_path, data)
@@ -226,12 +227,12 @@ def test_a_run_file_whose_clients_bring_their_data_does_not_run_without_them(tre
         ({"sources": ["a.jsonl"]}, "with a task"),
     ],
 )
-def test_settings_of_own_data_that_cannot_be_are_said(tree, change, sentence):
+def test_settings_of_own_data_that_cannot_be_are_refused(tree, change, sentence):
     with pytest.raises(BadValue, match=sentence):
         checked(RunConfig, {**tree, "data": {**tree["data"], **change}})
 
 
-def test_a_method_that_pools_data_is_refused(tree, files, tmp_path):
+def test_a_centralized_method_is_refused(tree, files, tmp_path):
     with pytest.raises(BadValue, match="in one place"):
         serve({**tree, "method": {"name": "centralized"}}, tmp_path, federation(tree, files, tmp_path))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The commands of a deployment, and what they say to mistakes before anything listens."""
+"""The commands of a deployment, and how they refuse mistakes before anything listens."""
 
 import shutil
 import tempfile
@@ -8,7 +8,7 @@ import pytest
 import tomli_w
 from deployed import below, gone, processes, until
 
-from fedexperts.deploy.supervisor import why
+from fedexperts.deploy.supervisor import exit_reason
 
 
 @pytest.fixture
@@ -17,16 +17,16 @@ def run_file(tiny_tree, tmp_path):
     return tmp_path / "run.toml"
 
 
-def test_keys_says_what_it_wrote_and_that_the_second_time_nothing_was_missing(fedexperts, tmp_path):
-    told = ("keys", tmp_path / "keys", "--host", "localhost,10.0.0.1", "--clients", "north,east")
-    code, out, _ = fedexperts(*told)
+def test_keys_prints_what_it_wrote_and_the_second_time_that_nothing_was_missing(fedexperts, tmp_path):
+    options = ("keys", tmp_path / "keys", "--host", "localhost,10.0.0.1", "--clients", "north,east")
+    code, out, _ = fedexperts(*options)
     assert code == 0
     written = {line.removeprefix("written: ") for line in out.splitlines()}
     assert written == {str(path) for path in (tmp_path / "keys").rglob("*") if path.is_file()}
-    assert fedexperts(*told)[:2] == (0, "all keys exist already\n")
+    assert fedexperts(*options)[:2] == (0, "all keys exist already\n")
 
 
-def test_keys_or_no_security_must_be_said(fedexperts, run_file, tmp_path):
+def test_keys_or_no_security_must_be_given(fedexperts, run_file, tmp_path):
     client = ("client", "--name", "c01", "--server", "localhost:9092", "--run", run_file)
     for command in (("server", run_file, "--out", tmp_path / "out"), client):
         for more in ((), ("--keys", tmp_path, "--insecure")):
@@ -50,50 +50,54 @@ def test_what_is_no_address_is_refused(fedexperts, run_file, tmp_path, address):
     assert f"{address!r} is no address; give host:port" in err
 
 
-def test_a_client_is_told_that_the_server_has_gone_and_else_what_its_supernode_said_last():
+def test_the_reason_of_a_supernodes_end_is_that_the_server_has_gone_and_else_its_last_line():
     gone = "\x1b[93mWARNING \x1b[0m:   Giving up reconnection after 30.00 seconds and 7 tries.\nERROR: Connection refused\n"
-    assert why(f"INFO : joined\n{gone}") == "the server has gone"
-    assert why("\x1b[91mERROR \x1b[0m:     no space left\nINFO : bye\n") == "its SuperNode ended (ERROR :     no space left)"
-    assert why("") == "its SuperNode ended (it said nothing)"
+    assert exit_reason(f"INFO : joined\n{gone}") == "the server has gone"
+    assert (
+        exit_reason("\x1b[91mERROR \x1b[0m:     no space left\nINFO : bye\n") == "its SuperNode ended (ERROR :     no space left)"
+    )
+    assert exit_reason("") == "its SuperNode ended (without output)"
 
 
-def test_a_method_that_pools_data_is_refused_before_anything_starts(fedexperts, run_file, tmp_path):
-    told = ("--out", tmp_path / "out", "--insecure", "--set", "method.name=centralized")
-    code, _, err = fedexperts("server", run_file, *told)
+def test_a_centralized_method_is_refused_before_anything_starts(fedexperts, run_file, tmp_path):
+    options = ("--out", tmp_path / "out", "--insecure", "--set", "method.name=centralized")
+    code, _, err = fedexperts("server", run_file, *options)
     assert (code, "in one place" in err) == (2, True)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.flower").exists()
 
 
-def test_a_client_that_the_run_does_not_have_stops_and_says_so(fedexperts, run_file, tmp_path):
-    told = ("--run", run_file, "--set", 'data.names=["a","b","c","d"]', "--insecure", "--out", tmp_path / "x")
-    code, _, err = fedexperts("client", "--name", "x", "--server", "127.0.0.1:1", *told)
+def test_a_client_that_the_run_does_not_have_stops_with_the_reason(fedexperts, run_file, tmp_path):
+    options = ("--run", run_file, "--set", 'data.names=["a","b","c","d"]', "--insecure", "--out", tmp_path / "x")
+    code, _, err = fedexperts("client", "--name", "x", "--server", "127.0.0.1:1", *options)
     assert code == 2
     assert "x cannot take part" in err
 
 
-def test_a_client_that_is_told_to_end_ends_its_worker_and_leaves_nothing_behind(run_file, tmp_path, monkeypatch):
+def test_a_client_that_gets_sigterm_ends_its_worker_and_leaves_nothing_behind(run_file, tmp_path, monkeypatch):
     temporary = Path(tempfile.mkdtemp(prefix="t-"))  # a path that is long is none for a socket
     monkeypatch.setenv("TMPDIR", str(temporary))
-    told = ("--name", "c01", "--server", "127.0.0.1:1", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
+    options = ("--name", "c01", "--server", "127.0.0.1:1", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
     with processes(tmp_path) as started:
-        started.start("client", "client", *told)
+        started.start("client", "client", *options)
         until(
-            lambda: "nobody answers" in started.said("client"), "the client says that it is alone", lambda: started.said("client")
+            lambda: "nobody answers" in started.log("client"),
+            "the client announces that nobody answers",
+            lambda: started.log("client"),
         )
         assert list(temporary.glob("fedexperts-*"))
         workers = below(tmp_path)
         client = started.running["client"]
         client.terminate()
         assert client.wait(60) == 130
-        assert "interrupted" in started.said("client")
+        assert "interrupted" in started.log("client")
         until(lambda: all(map(gone, workers)), "its worker ends")
     assert not list(temporary.glob("fedexperts-*"))
     shutil.rmtree(temporary)
 
 
-def test_a_folder_for_temporary_files_whose_name_is_too_long_is_said(fedexperts, run_file, tmp_path, monkeypatch):
+def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused(fedexperts, run_file, tmp_path, monkeypatch):
     (tmp_path / ("a" * 100)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("a" * 100)))
-    told = ("--name", "c01", "--server", "127.0.0.1:1", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
-    code, _, err = fedexperts("client", *told)
+    options = ("--name", "c01", "--server", "127.0.0.1:1", "--run", run_file, "--insecure", "--out", tmp_path / "c01")
+    code, _, err = fedexperts("client", *options)
     assert (code, "is too long a path for a socket; set TMPDIR to a shorter folder" in err) == (2, True)

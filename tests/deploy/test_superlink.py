@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import uvicorn
 from flwr.app import ArrayRecord, RecordDict
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
@@ -20,15 +21,17 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from fedexperts.deploy import superlink
 from fedexperts.deploy.bundle import bundle, contents, require_ours
-from fedexperts.deploy.deployment import Federation, Lent
+from fedexperts.deploy.deployment import Federation
+from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.keys import make_keys
-from fedexperts.deploy.superlink import OnDisk, OthersAreNodes, Places
+from fedexperts.deploy.superlink import MAX_REQUEST_BYTES, DiskObjectStore, LimitedAccess, ReconnectingLinkState
 from fedexperts.deploy.supervisor import SuperNodeSupervisor
+from fedexperts.engines.flower.codec import MAX_TEXT_BYTES
 from fedexperts.errors import BadMessage, BadRun, BadValue
 
 
-def status(client, path, host="10.0.0.1"):
-    """What a request from `client` gets of 10.0.0.1, which listens at `host`; 200 where the app beneath answers."""
+def status(client, path, host="10.0.0.1", headers=()):
+    """The status of a request of `client` to 10.0.0.1, which listens at `host`; 200 where the app beneath answers."""
     sent = []
 
     async def app(scope, receive, send):
@@ -38,7 +41,8 @@ def status(client, path, host="10.0.0.1"):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": path, "client": client and (client, 1), "server": ("10.0.0.1", 9092)}
-    asyncio.run(OthersAreNodes(app, host)(scope, None, send))
+    scope["headers"] = [(name.encode(), value.encode()) for name, value in headers]
+    asyncio.run(LimitedAccess(app, host)(scope, None, send))
     return sent[0]["status"]
 
 
@@ -65,6 +69,17 @@ def test_where_it_listens_anywhere_its_own_address_is_not_believed(host):
     assert status("127.0.0.1", "/v1/control/start-run", host) == 200
 
 
+@pytest.mark.parametrize("client", ["10.0.0.2", "127.0.0.1"])
+def test_a_large_request_and_one_that_does_not_say_its_size_are_refused_before_they_are_read(client):
+    allowed, larger = (("content-length", str(size)) for size in (MAX_REQUEST_BYTES, MAX_REQUEST_BYTES + 1))
+    path = "/v1/fleet/push-object"
+    assert status(client, path, headers=[allowed]) == 200
+    assert status(client, path, headers=[larger]) == 413
+    assert status(client, path, headers=[("transfer-encoding", "chunked")]) == 413
+    assert MAX_REQUEST_BYTES > 2 * MAX_TEXT_BYTES + 10_000
+    assert MAX_REQUEST_BYTES > FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + 10_000
+
+
 def test_nobody_else_is_believed_on_where_a_request_comes_from(monkeypatch, tmp_path):
     for owner, name in ((superlink.extensions, "get_middleware"), (superlink.linkstate_factory, "InMemoryLinkState")):
         monkeypatch.setattr(owner, name, None)
@@ -72,24 +87,24 @@ def test_nobody_else_is_believed_on_where_a_request_comes_from(monkeypatch, tmp_
     monkeypatch.setattr(superlink, "end_with_parent", lambda: None)
     monkeypatch.setattr(sys, "argv", ["superlink", "--host", "0.0.0.0"])
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
-    monkeypatch.setenv(superlink.OBJECTS, str(tmp_path))
-    believed = []
-    monkeypatch.setattr(superlink, "flower_superlink", lambda: believed.append(uvicorn.Config(None).forwarded_allow_ips))
+    monkeypatch.setenv(superlink.OBJECTS_VARIABLE, str(tmp_path))
+    forwarded = []
+    monkeypatch.setattr(superlink, "flower_superlink", lambda: forwarded.append(uvicorn.Config(None).forwarded_allow_ips))
     superlink.main()
-    assert believed == ["127.0.0.1"]
+    assert forwarded == ["127.0.0.1"]
 
 
-def test_a_node_that_is_still_taken_for_connected_connects_again_at_once_and_an_unknown_one_never():
-    places = Places(NoOpFederationManager(), ObjectStoreFactory().store())
-    node = places.create_node("owner", "name", b"key", 30)
-    assert places.activate_node(node, 30)
-    assert places.activate_node(node, 30)
-    assert not places.activate_node(node + 1, 30)
-    assert [each.status for each in places.get_node_info(node_ids=[node])] == [NodeStatus.ONLINE]
+def test_a_node_that_still_counts_as_connected_reconnects_at_once_and_an_unknown_one_never():
+    state = ReconnectingLinkState(NoOpFederationManager(), ObjectStoreFactory().store())
+    node = state.create_node("owner", "name", b"key", 30)
+    assert state.activate_node(node, 30)
+    assert state.activate_node(node, 30)
+    assert not state.activate_node(node + 1, 30)
+    assert [each.status for each in state.get_node_info(node_ids=[node])] == [NodeStatus.ONLINE]
 
 
 def test_messages_wait_on_disk_and_leave_nothing_there(tmp_path):
-    store, ours, theirs = OnDisk(tmp_path), made_of(0, 1), made_of(1, 2)
+    store, ours, theirs = DiskObjectStore(tmp_path), made_of(0, 1), made_of(1, 2)
     for each in (ours, theirs):  # they share one array
         store.preregister(1, get_object_tree(each))
     contents = {id: part.deflate() for each in (ours, theirs) for id, part in get_all_nested_objects(each).items()}
@@ -110,7 +125,7 @@ def test_messages_wait_on_disk_and_leave_nothing_there(tmp_path):
 
 
 def test_what_was_not_announced_or_has_another_hash_is_not_kept(tmp_path):
-    store, each = OnDisk(tmp_path), made_of(0, 1)
+    store, each = DiskObjectStore(tmp_path), made_of(0, 1)
     with pytest.raises(NoObjectInStoreError):
         store.put(each.object_id, each.deflate())
     store.preregister(1, get_object_tree(each))
@@ -126,7 +141,7 @@ def made_of(*numbers):
 
 def test_a_superlink_that_answers_no_more_ends_the_run_with_a_sentence():
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing, as a process that is stopped
-        grid = Lent(f"127.0.0.1:{silent.getsockname()[1]}", True, token="any")
+        grid = SuperLinkGrid(f"127.0.0.1:{silent.getsockname()[1]}", True, token="any")
         grid.set_run(Run.create_empty(1))
         grid._retry_invoker.max_time = 0
         grid._runtime_client._client.timeout = 0.2
@@ -173,7 +188,7 @@ def test_without_keys_nothing_but_this_machine_is_served_or_joined(tmp_path, hos
         SuperNodeSupervisor("north", f"{host}:9092", tmp_path, None, [], print)
 
 
-def test_what_is_missing_of_keys_or_an_address_is_said(tmp_path):
+def test_missing_keys_and_a_missing_port_are_errors_that_name_them(tmp_path):
     with pytest.raises(BadValue, match=r"has no ca\.pem"):
         Federation(tmp_path, port=9092, keys=tmp_path)
     with pytest.raises(BadValue, match=r"has no ca\.pem"):
@@ -184,32 +199,32 @@ def test_what_is_missing_of_keys_or_an_address_is_said(tmp_path):
 
 @pytest.fixture
 def server():
-    """Answers one connection by `says`, which a test sets."""
-    listener, says = socket.create_server(("127.0.0.1", 0)), []
+    """Answers one connection with `reply`, which a test sets."""
+    listener, reply = socket.create_server(("127.0.0.1", 0)), []
 
     def answer():
         connection, _ = listener.accept()
         with connection:
             connection.recv(100)
-            connection.sendall(says[0])
+            connection.sendall(reply[0])
 
     thread = Thread(target=answer)
     with listener:
         thread.start()
-        yield SimpleNamespace(says=says, address=f"localhost:{listener.getsockname()[1]}")
+        yield SimpleNamespace(reply=reply, address=f"localhost:{listener.getsockname()[1]}")
         thread.join()
 
 
-def test_a_server_that_ends_while_a_client_asks_is_asked_again(server, tmp_path):
+def test_a_server_that_ends_in_the_middle_of_a_handshake_is_tried_again(server, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    member = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
-    server.says.append(b"")
-    assert not member.knocks()
+    supervisor = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    server.reply.append(b"")
+    assert not supervisor.server_answers()
 
 
 def test_a_server_without_tls_is_refused(server, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    member = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
-    server.says.append(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    supervisor = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    server.reply.append(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(BadRun, match="does not speak TLS"):
-        member.knocks()
+        supervisor.server_answers()

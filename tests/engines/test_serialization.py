@@ -18,7 +18,7 @@ PATCH = Patch(
     },
     {"layers.0.experts.up": IDS, "layers.0.experts.down": IDS, "layers.1.experts.up": OTHER},
 )
-EXTRA = {"p/c01": torch.tensor([0.5]), "held": torch.tensor([True, False]), "score": torch.tensor(1.0, dtype=torch.float64)}
+EXTRA = {"p/c01": torch.tensor([0.5]), "mask": torch.tensor([True, False]), "score": torch.tensor(1.0, dtype=torch.float64)}
 
 
 def same(one, other):
@@ -51,7 +51,7 @@ def test_an_update_comes_out_as_it_went_in():
 
 
 def test_a_failure_comes_out_as_it_went_in():
-    failure = Failure("c01", 3, "train", 'it said "no"; é')
+    failure = Failure("c01", 3, "train", 'out of "memory"; é')
     assert unpack_answer(pack_answer(failure)) == failure
 
 
@@ -102,7 +102,7 @@ def test_every_dtype_and_shape_travels(dtype, shape):
 
 
 def test_tensors_arrive_where_torch_would_put_them_so_that_products_have_the_same_bits():
-    held = {str(size): torch.ones(size) for size in range(1, 40)}
-    read = unpack_answer(pack_answer(Update("c01", 1, "train", Patch(held), 5)))
+    weights = {str(size): torch.ones(size) for size in range(1, 40)}
+    read = unpack_answer(pack_answer(Update("c01", 1, "train", Patch(weights), 5)))
     assert len(read.patch.tensors) == 39
     assert all(tensor.data_ptr() % 64 == 0 for tensor in read.patch.tensors.values())

@@ -1,4 +1,4 @@
-"""Flower's side of a client: it takes messages out of messages and puts answers in. Needs neither torch nor transformers."""
+"""Flower's side of a client: a ClientApp that reads messages from Flower's, and answers them. Needs no torch, no transformers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,21 +11,21 @@ from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.message import Message
 from fedexperts.errors import FedExpertsError
 
-Answer = Callable[[Message, Mapping[str, Any]], Message]
-"""A message, and what Flower knows of the node (its node configuration) → the answer."""
-REFUSED = 1000  # the code of an error of ours; Flower's own are below
+Handler = Callable[[Message, Mapping[str, Any]], Message]
+"""A message and Flower's configuration of the node → the answer."""
+REFUSED = 1000
+"""The code of an error of ours; Flower's own are below."""
 
 
-def client_app(answer: Answer) -> ClientApp:
-    """A ClientApp whose every message is a message that `answer` answers, or refuses with a sentence."""
+def client_app(handle: Handler) -> ClientApp:
+    """A ClientApp that answers every message by `handle`, or refuses it with the sentence of what that raises."""
     app = ClientApp()
 
     @app.query()
     def reply(flower_message: FlowerMessage, context: Context) -> FlowerMessage:
         try:
-            return FlowerMessage(
-                to_records(answer(from_records(flower_message.content), context.node_config)), reply_to=flower_message
-            )
+            answer = handle(from_records(flower_message.content), context.node_config)
+            return FlowerMessage(to_records(answer), reply_to=flower_message)
         except FedExpertsError as error:
             return FlowerMessage(Error(REFUSED, str(error)), reply_to=flower_message)
 

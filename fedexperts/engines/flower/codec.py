@@ -3,22 +3,22 @@
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from math import inf
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedexperts.engines.message import PROTOCOL, VERSION, Message, digest, require_protocol
+from fedexperts.engines.message import PROTOCOL, VERSION, Message, digest, read_json, require_protocol, require_size
 from fedexperts.errors import BadMessage
 
-ABOUT, PARTS = "message", "parts"  # what the two records are called
-MOST_TEXT = 2**22
-"""Bytes of what a message says, or tells of its parts: a small message must not unfold into one that fills the memory."""
+ABOUT, PARTS = "message", "parts"  # the names of the two records
+MAX_TEXT_BYTES = 2**22
+"""Of the head of a message, and of the table of its parts: a small message must not unfold into one that fills the memory."""
 PACK_BYTES = 2**22
-"""Of parts that go as one array: for each, Flower makes two signed requests, whatever its size."""
+"""Of parts that travel as one array: for each array Flower makes two signed requests, whatever its size."""
 
 
 def to_records(message: Message) -> RecordDict:
-    """A record that says what the message says, with its sha256, and one with its parts.
+    """A record with the head of the message and its sha256, and one with its parts.
 
     The parts are tensors as safetensors, which carry any dtype exactly; Flower's own way, over numpy, has no bfloat16.
     """
@@ -32,49 +32,56 @@ def to_records(message: Message) -> RecordDict:
     return RecordDict({ABOUT: about, PARTS: ArrayRecord(arrays)})
 
 
-def from_records(records: RecordDict) -> Message:
+def from_records(records: RecordDict, limit: float = inf) -> Message:
     """The message that `to_records` made `records` of.
 
+    limit: bytes that it may take; a larger one is refused before anything of it is unfolded or copied.
+
     Raises:
-        BadMessage: of another protocol, or not what was sent.
+        BadMessage: of another protocol, too large, or not what was sent.
     """
     about, arrays = records.get(ABOUT), records.get(PARTS)  # its `array_records` would hold all of it until the next collection
     if not isinstance(about, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise BadMessage("the message holds no message of ours; is the same version of FedExperts on both sides?")
+    texts = sum(len(value) for value in about.values() if isinstance(value, bytes))
+    require_size(texts + sum(len(array.data) for array in arrays.values()), limit)
     require_protocol(about.get("protocol"), about.get("version"))
-    head = expanded(about.get("head"))
-    parts = unpacked(expanded(about.get("sizes")), arrays)
+    head = decompressed(about.get("head"))
+    parts = unpacked(read_json(decompressed(about.get("sizes"))), arrays)
     if parts is None or digest(head, parts) != about.get("sha256"):
         raise BadMessage("its sha256 is not that of what was sent: it was cut off or changed on the way")
-    return Message(read_head(head), parts)
+    values = read_json(head)
+    if not isinstance(values, dict):
+        raise BadMessage(f"its head is no JSON object: {values!r:.60}")
+    return Message(values, parts)
 
 
 def compressed(text: str) -> bytes:
     """Raises BadMessage where it is more than the other side would unfold."""
     data = text.encode()
-    if len(data) > MOST_TEXT:
-        raise BadMessage(f"what it says has {len(data):,} bytes, and a message may say {MOST_TEXT:,}")
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadMessage(f"a message's head has {len(data):,} bytes, and {MAX_TEXT_BYTES:,} are allowed; send shorter metrics")
     return zlib.compress(data)
 
 
-def expanded(data: object) -> str:
-    """What `compressed` made `data` of.
+def decompressed(data: object) -> str:
+    """The text that `compressed` made `data` of.
 
     Raises:
-        BadMessage: of nothing, or of more than MOST_TEXT.
+        BadMessage: it made it of nothing, or of more than MAX_TEXT_BYTES.
     """
     unfolding = zlib.decompressobj()
     try:
-        text = unfolding.decompress(data, MOST_TEXT) if isinstance(data, bytes) else b""
+        text = unfolding.decompress(data, MAX_TEXT_BYTES) if isinstance(data, bytes) else b""
         if not unfolding.eof or unfolding.unused_data:
-            raise BadMessage(f"what it says was cut off or added to, or has more than {MOST_TEXT:,} bytes")
+            raise BadMessage(f"its head was cut off or added to, or has more than {MAX_TEXT_BYTES:,} bytes")
         return text.decode()
     except (zlib.error, UnicodeDecodeError) as error:
-        raise BadMessage(f"what it says cannot be read ({type(error).__name__}: {error})") from None
+        raise BadMessage(f"its head cannot be read ({type(error).__name__}: {error})") from None
 
 
 def packed(parts: Mapping[str, bytes]) -> Iterator[list[str]]:
-    """The names of `parts`, together as long as they are no more than PACK_BYTES."""
+    """The names of `parts`, together as long as these have no more than PACK_BYTES."""
     pack: list[str] = []
     size = 0
     for name, part in parts.items():
@@ -93,31 +100,18 @@ def array(parts: Sequence[bytes]) -> Array:
     return Array("uint8", (len(data),), "safetensors", data)
 
 
-def unpacked(sizes: str, arrays: ArrayRecord) -> dict[str, bytes] | None:
-    """The parts that lie in `arrays`, whose names and bytes `sizes` says; None where that is not what lies there."""
-    parts: dict[str, bytes] = {}
-    try:
-        packs = json.loads(sizes)
-        if len(packs) != len(arrays):
-            return None
-        for number, pack in enumerate(packs):
-            data, start = arrays[str(number)].data, 0
-            for name, size in pack.items():
-                parts[name] = data[start : start + size]
-                start += size
-            if start != len(data):
-                return None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+def unpacked(packs: object, arrays: ArrayRecord) -> dict[str, bytes] | None:
+    """The parts that lie in `arrays`, by the sizes that `packs` gives for each array; None where these do not fit the arrays."""
+    if not isinstance(packs, list) or {*arrays} != {str(number) for number in range(len(packs))}:
         return None
+    parts: dict[str, bytes] = {}
+    for number, pack in enumerate(packs):
+        data, start = arrays[str(number)].data, 0
+        if not isinstance(pack, dict) or not all(type(size) is int and size >= 0 for size in pack.values()):
+            return None
+        if sum(pack.values()) != len(data):
+            return None
+        for name, size in pack.items():
+            parts[name] = data[start : start + size]
+            start += size
     return parts
-
-
-def read_head(text: str) -> dict[str, Any]:
-    """Raises BadMessage where it is no JSON object."""
-    try:
-        head = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadMessage(f"what it says cannot be read ({type(error).__name__}: {error})") from None
-    if not isinstance(head, dict):
-        raise BadMessage(f"what it says is no object: {head!r:.60}")
-    return head

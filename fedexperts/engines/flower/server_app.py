@@ -1,4 +1,4 @@
-"""Flower's side of the server: a ServerApp that hands its grid to whoever runs the rounds."""
+"""Flower's side of the server: a ServerApp that hands its grid to the code that runs the rounds."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 
 def server_app(work: Callable[[Grid], None]) -> ServerApp:
-    """A ServerApp that does `work` over its grid, and ends when it has."""
+    """A ServerApp that calls `work` with its grid, and ends when it returns."""
     app = ServerApp()
 
     @app.main()

@@ -4,19 +4,21 @@ import gc
 import json
 import subprocess
 import sys
+import tracemalloc
 import weakref
 import zlib
+from math import prod
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from fedexperts.engines import serialization
 from fedexperts.engines.flower import codec
-from fedexperts.engines.flower.codec import ABOUT, PARTS, compressed, expanded, from_records, to_records
+from fedexperts.engines.flower.codec import ABOUT, PARTS, compressed, decompressed, from_records, to_records
 from fedexperts.engines.message import PROTOCOL, Message, digest
 from fedexperts.engines.serialization import answer_message, job_message, read_answer, read_job
 from fedexperts.errors import BadMessage
@@ -42,8 +44,8 @@ JOB = Job(
 )
 tensors = st.builds(
     lambda dtype, shape, data: (
-        torch.frombuffer(bytearray(data), dtype=torch.uint8)[: of(shape) * dtype.itemsize].view(dtype).view(shape)
-        if of(shape)
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        if prod(shape)
         else torch.zeros(shape, dtype=dtype)
     ),
     st.sampled_from([dtype for dtype in DTYPES if dtype != torch.bool]),
@@ -52,25 +54,18 @@ tensors = st.builds(
 )
 
 
-def of(shape):
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def bits(tensor):
     return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
-def test_what_was_read_is_not_held_until_the_next_collection():
+def test_what_was_read_does_not_stay_in_memory_until_the_next_collection():
     gc.disable()
     try:
         records = to_records(job_message(JOB))
-        held = weakref.ref(records[PARTS])
+        arrays = weakref.ref(records[PARTS])
         assert from_records(records).parts
         del records
-        assert held() is None
+        assert arrays() is None
     finally:
         gc.enable()
 
@@ -83,14 +78,14 @@ def over_flower(message):
 
 
 @given(
-    held=st.dictionaries(st.text(min_size=1, max_size=8), tensors, max_size=4),
+    weights=st.dictionaries(st.text(min_size=1, max_size=8), tensors, max_size=4),
     extra=st.dictionaries(st.text(max_size=4), tensors, max_size=2),
 )
-def test_tensors_of_any_dtype_shape_and_bits_arrive_as_they_were_and_in_their_order(held, extra):
-    read = read_answer(over_flower(answer_message(Update("c01", 1, "train", Patch(held), 5, extra))))
-    for found, given_ in ((read.patch.tensors, held), (read.extra, extra)):
-        assert list(found) == list(given_)
-        assert [bits(tensor) for tensor in found.values()] == [bits(tensor) for tensor in given_.values()]
+def test_tensors_of_any_dtype_shape_and_bits_arrive_as_they_were_and_in_their_order(weights, extra):
+    read = read_answer(over_flower(answer_message(Update("c01", 1, "train", Patch(weights), 5, extra))))
+    for received, sent in ((read.patch.tensors, weights), (read.extra, extra)):
+        assert list(received) == list(sent)
+        assert [bits(tensor) for tensor in received.values()] == [bits(tensor) for tensor in sent.values()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,36 +113,35 @@ def test_an_update_with_its_cost_and_metrics_arrives_and_so_does_a_failure():
 
 @pytest.mark.parametrize("most", [1, 4, 100, 1000])
 def test_a_tensor_above_the_limit_goes_in_pieces_none_above_it_and_arrives_whole(monkeypatch, most):
-    monkeypatch.setattr(serialization, "MOST_BYTES", most)
-    held = {"dense": torch.arange(100.0).view(1, 10, 10), "few": torch.ones(1, dtype=torch.uint8), "rows": torch.randn(7, 5).T}
-    message = answer_message(Update("c01", 1, "train", Patch(held), 5))
+    monkeypatch.setattr(serialization, "MAX_PART_BYTES", most)
+    weights = {"dense": torch.arange(100.0).view(1, 10, 10), "few": torch.ones(1, dtype=torch.uint8), "rows": torch.randn(7, 5).T}
+    message = answer_message(Update("c01", 1, "train", Patch(weights), 5))
     sizes = [len(part) - 8 - int.from_bytes(part[:8], "little") for part in message.parts.values()]
     assert sum(sizes) == 400 + 1 + 140
     assert max(sizes) <= max(most, 4), "an element is never split"
     read = read_answer(over_flower(message)).patch.tensors
-    assert [bits(tensor) for tensor in read.values()] == [bits(tensor) for tensor in held.values()]
+    assert [bits(tensor) for tensor in read.values()] == [bits(tensor) for tensor in weights.values()]
 
 
 @pytest.mark.parametrize("most", [1, 120, 240, 10**6])
 def test_small_parts_go_together_up_to_a_limit_and_a_larger_one_alone(monkeypatch, most):
     monkeypatch.setattr(codec, "PACK_BYTES", most)
-    held = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 2, "large": 200, "c": 1, "d": 0}.items()}
-    message = answer_message(Update("c01", 1, "train", Patch(held), 5))
+    weights = {name: torch.full((size,), float(size)) for name, size in {"a": 3, "b": 2, "large": 200, "c": 1, "d": 0}.items()}
+    message = answer_message(Update("c01", 1, "train", Patch(weights), 5))
     arrays = to_records(message)[PARTS]
     assert b"".join(arrays[str(i)].data for i in range(len(arrays))) == b"".join(message.parts.values())
     largest = max(map(len, message.parts.values()))
     assert len(arrays) == {1: 5, 120: 5, 240: 3, 10**6: 1}[most]
     assert max(len(array.data) for array in arrays.values()) <= max(most, largest)
-    assert [bits(tensor) for tensor in read_answer(over_flower(message)).patch.tensors.values()] == [
-        bits(t) for t in held.values()
-    ]
+    read = read_answer(over_flower(message)).patch.tensors
+    assert [bits(tensor) for tensor in read.values()] == [bits(tensor) for tensor in weights.values()]
 
 
 def changed(place):
     records = to_records(job_message(JOB))
     about, parts = records[ABOUT], records[PARTS]
     data = parts["0"].data
-    sizes = json.loads(expanded(about["sizes"]))
+    sizes = json.loads(decompressed(about["sizes"]))
     match place:
         case "cut off":
             parts["0"] = Array("uint8", (len(data) - 1,), "safetensors", data[:-1])
@@ -167,12 +161,13 @@ def changed(place):
             about["sizes"] = compressed(json.dumps([dict.fromkeys(sizes[0], 0)]))
         case "sizes that are none":
             about["sizes"] = compressed(json.dumps([dict.fromkeys(sizes[0], "all")]))
+        case "sizes that are negative":
+            both = {name: sign * len(data) for name, sign in (("a", 1), ("b", -1), ("c", 1))}
+            about["sizes"] = compressed(json.dumps([both]))
         case "sizes that are no list":
             about["sizes"] = compressed("7")
-        case "sizes without end":
-            about["sizes"] = compressed("[" * 100_000)
         case "the head":
-            about["head"] = compressed(expanded(about["head"]).replace("c01", "c02"))
+            about["head"] = compressed(decompressed(about["head"]).replace("c01", "c02"))
         case "the hash":
             about["sha256"] = "0" * 64
         case "no hash":
@@ -184,7 +179,7 @@ def changed(place):
     "place",
     [
         *("cut off", "a bit", "an array is missing", "an array too many", "an array of another name", "two parts changed names"),
-        *("sizes of nothing", "sizes that are none", "sizes that are no list", "sizes without end"),
+        *("sizes of nothing", "sizes that are none", "sizes that are negative", "sizes that are no list"),
         *("the head", "the hash", "no hash"),
     ],
 )
@@ -206,18 +201,54 @@ def test_a_message_of_someone_else_is_refused():
 
 
 @pytest.mark.parametrize("head", [{}, {"update": {}}, {"update": 3}, {"failure": {"client": "c01"}}])
-def test_a_letter_that_is_whole_but_says_nothing_of_use_is_refused(head):
+def test_a_message_that_is_whole_but_holds_no_answer_is_refused(head):
     with pytest.raises(BadMessage, match="holds no answer that can be read"):
         read_answer(over_flower(Message(head, {})))
 
 
-@pytest.mark.parametrize("head", ["", "{", "nothing", "[1]", "3", "[" * 100_000, '{"a":' * 100_000])
+BROKEN_JSON = ["", "{", "nothing", "[" * 100_000, '{"a":' * 100_000]
+
+
+@pytest.mark.parametrize("head", [*BROKEN_JSON, "[1]", "3"])
 def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head):
     about = ConfigRecord(
         {"protocol": PROTOCOL, "version": "1", "head": compressed(head), "sizes": compressed("[]"), "sha256": digest(head, {})}
     )
-    with pytest.raises(BadMessage, match="what it says"):
+    with pytest.raises(BadMessage, match=r"its JSON cannot be read|its head is no JSON object"):
         from_records(RecordDict({ABOUT: about, PARTS: ArrayRecord({})}))
+
+
+@pytest.mark.parametrize("sizes", BROKEN_JSON)
+def test_sizes_that_are_no_json_are_refused(sizes):
+    records = to_records(job_message(JOB))
+    records[ABOUT]["sizes"] = compressed(sizes)
+    with pytest.raises(BadMessage, match="its JSON cannot be read"):
+        from_records(records)
+
+
+def test_a_message_of_just_the_bytes_that_are_allowed_is_read_and_a_larger_one_is_refused_before_anything_is_copied():
+    records = to_records(answer_message(Update("c01", 1, "train", Patch({"w": torch.zeros(2_500_000)}), 5)))
+    size = len(records[PARTS]["0"].data) + len(records[ABOUT]["head"]) + len(records[ABOUT]["sizes"])
+    assert from_records(records, size).parts
+    tracemalloc.start()
+    with pytest.raises(BadMessage, match=f"takes at least {size:,} bytes, and its job allows {size - 1:,}"):
+        from_records(records, size - 1)
+    assert tracemalloc.get_traced_memory()[1] < 100_000 < 10_000_000 < size
+    tracemalloc.stop()
+
+
+def test_one_array_under_many_names_counts_under_each():
+    records = to_records(answer_message(Update("c01", 1, "train", Patch({"w": torch.zeros(1000)}), 5)))
+    records[PARTS] = ArrayRecord(dict.fromkeys(map(str, range(100)), records[PARTS]["0"]))
+    with pytest.raises(BadMessage, match="takes at least 4"):
+        from_records(records, 100_000)
+
+
+def test_a_part_with_a_header_for_many_tensors_is_refused():
+    part = save({serialization.TENSOR: torch.ones(1), **{str(number): torch.ones(0) for number in range(100)}})
+    message = answer_message(Update("c01", 1, "train", Patch({"w": torch.ones(1)}), 5))
+    with pytest.raises(BadMessage, match=r"a tensor's header has [\d,]+ bytes, and 1,024 are allowed"):
+        read_answer(Message(message.head, {"patch/w": part}))
 
 
 @pytest.mark.parametrize(
@@ -238,16 +269,16 @@ def test_a_head_that_is_no_json_object_is_refused_though_its_hash_is_right(head)
 def test_what_does_not_unfold_is_refused(name, data):
     records = to_records(job_message(JOB))
     records[ABOUT] = ConfigRecord({key: value for key, value in {**records[ABOUT], name: data}.items() if value is not None})
-    with pytest.raises(BadMessage, match="what it says"):
+    with pytest.raises(BadMessage, match="its head"):
         from_records(records)
 
 
 def test_a_small_message_that_would_unfold_into_a_large_one_is_refused(monkeypatch):
-    monkeypatch.setattr(codec, "MOST_TEXT", 1000)
-    assert expanded(compressed("a" * 1000)) == "a" * 1000
+    monkeypatch.setattr(codec, "MAX_TEXT_BYTES", 1000)
+    assert decompressed(compressed("a" * 1000)) == "a" * 1000
     with pytest.raises(BadMessage, match="more than 1,000 bytes"):
-        expanded(zlib.compress(b"a" * 1001))
-    with pytest.raises(BadMessage, match="has 1,001 bytes, and a message may say 1,000"):
+        decompressed(zlib.compress(b"a" * 1001))
+    with pytest.raises(BadMessage, match="head has 1,001 bytes, and 1,000 are allowed"):
         compressed("a" * 1001)
 
 
@@ -265,13 +296,13 @@ def test_names_take_few_bytes():
 @pytest.mark.parametrize(
     "change", [{"task": "../../x"}, {"task": ""}, {"round": "one"}, {"round": -1}, {"experts": {"m": "all"}}]
 )
-def test_a_job_by_which_no_file_may_be_named_or_that_says_nothing_of_use_is_refused(change):
+def test_a_job_with_a_task_that_is_no_file_name_or_with_other_useless_values_is_refused(change):
     message = job_message(JOB)
     with pytest.raises(BadMessage, match="holds no job that can be read"):
         read_job(Message({**message.head, "job": {**message.head["job"], **change}}, message.parts))
 
 
-def test_a_letter_that_names_a_tensor_it_does_not_bring_is_refused():
+def test_a_message_that_lacks_a_tensor_of_its_head_is_refused():
     message = answer_message(Update("c01", 1, "train", Patch({"w": torch.ones(2)}), 5))
     with pytest.raises(BadMessage, match="KeyError"):
         read_answer(Message(message.head, {}))

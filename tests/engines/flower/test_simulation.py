@@ -50,10 +50,10 @@ def test_the_simulation_listens_on_this_machine_only():
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True) as process:
         try:
-            said, _ = process.communicate(timeout=PATIENCE)
+            output, _ = process.communicate(timeout=PATIENCE)
         finally:
             end(process.pid)
-    listens = said.split()
+    listens = output.split()
     assert len(listens) >= 4  # the driver, the raylet, the GCS and the worker at least
     assert set(listens) <= LOOPBACK
 
@@ -68,7 +68,7 @@ def test_a_simulation_that_is_left_before_ray_has_started_ends():
 
 
 def end(group):
-    """Kills whoever is left of the process group."""
+    """Kills what is left of the process group."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:

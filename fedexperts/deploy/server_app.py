@@ -11,18 +11,18 @@ from flwr.superlink.grid import HttpGrid
 
 from fedexperts.engines.flower.server_app import server_app
 
-SOCKET = "FEDEXPERTS_GRID"
-"""The environment variable that says where whoever borrows listens."""
+SOCKET_VARIABLE = "FEDEXPERTS_GRID"
+"""The environment variable with the path of the socket at which the process that runs the rounds listens."""
 
 
 def lend(grid: Grid) -> None:
-    """Tells what opens the grid, on a socket that only its owner can reach, and waits for the other end to close it."""
+    """Sends what opens the grid to a socket that only its owner can reach, and waits for the other end to close it."""
     assert isinstance(grid, HttpGrid)
     identity = {"task": TaskIdentity.task_id, "run": TaskIdentity.run_id, "node": TaskIdentity.node_id}
-    with socket.socket(socket.AF_UNIX) as borrower, suppress(ConnectionError):
-        borrower.connect(os.environ[SOCKET])
-        borrower.sendall(json.dumps({"token": grid._token, **identity}).encode() + b"\n")  # of the one version that we pin
-        borrower.recv(1)
+    with socket.socket(socket.AF_UNIX) as connection, suppress(ConnectionError):
+        connection.connect(os.environ[SOCKET_VARIABLE])
+        connection.sendall(json.dumps({"token": grid._token, **identity}).encode() + b"\n")  # of the one version that we pin
+        connection.recv(1)
 
 
 app = server_app(lend)

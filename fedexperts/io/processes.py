@@ -1,0 +1,101 @@
+"""Worker processes: spawned, spoken to in bytes over a pipe, replaced when they die, ended with their parent. Needs no torch."""
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from threading import Thread
+from time import sleep
+
+STOP_SECONDS = 30.0
+"""Time for a worker process to end by itself before it is killed."""
+WATCH_SECONDS = 0.5
+"""Between two looks at whether the parent still lives."""
+
+Receive = Callable[[], bytes]
+Handler = Callable[[Receive], bytes]
+"""Receives one message and returns the answer: so the message need not stay in memory while it is answered."""
+
+
+class ProcessDied(Exception):
+    """A worker process ended before it answered; the message is the signal or the exit code it ended with."""
+
+
+class WorkerProcess:
+    """A spawned process that answers one message at a time by `handle`, which must be picklable.
+
+    One that dies is replaced. daemon: the process may start none of its own, and ends with the interpreter of this one.
+    """
+
+    def __init__(self, handle: Handler, *, daemon: bool) -> None:
+        self.handle, self.daemon = handle, daemon
+        self.start()
+
+    def start(self) -> None:
+        context = get_context("spawn")
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=serve, args=(self.handle, child_pipe), daemon=self.daemon)
+        self.process.start()
+        child_pipe.close()  # so that the end of the process ends the pipe
+
+    def send(self, message: bytes) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died idle: receive will say so
+            self.pipe.send_bytes(message)
+
+    def receive(self) -> bytes:
+        """The answer to the message that was sent last.
+
+        Raises:
+            ProcessDied: the process ended before; a new one has taken its place.
+        """
+        try:
+            return self.pipe.recv_bytes()
+        except (EOFError, OSError):  # it died before its answer, or in the middle of it
+            self.process.join()
+            death = ProcessDied(exit_reason(self.process.exitcode))
+            self.pipe.close()
+            self.start()
+            raise death from None
+
+    def stop(self) -> None:
+        """Interrupts the process and waits for it; after STOP_SECONDS it is killed."""
+        self.process.terminate()
+        self.pipe.close()
+        self.process.join(STOP_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def serve(handle: Handler, pipe: Connection) -> None:
+    """The main function of a worker process. SIGTERM and the end of its parent interrupt it, as Ctrl-C would."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    end_with(os.getppid(), grace_seconds=STOP_SECONDS)
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            pipe.send_bytes(handle(pipe.recv_bytes))
+
+
+def end_with(parent: int, *, grace_seconds: float = 0.0) -> None:
+    """Ends this process soon after the process `parent`, which started it, however that ends.
+
+    grace_seconds: time between SIGTERM and the end; with 0 it ends at once, without SIGTERM.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            sleep(WATCH_SECONDS)
+        if grace_seconds:
+            os.kill(os.getpid(), signal.SIGTERM)
+            sleep(grace_seconds)
+        os._exit(1)
+
+    Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+def exit_reason(exitcode: int | None) -> str:
+    """The name of the signal that ended a process, or its exit code."""
+    return signal.Signals(-exitcode).name if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"

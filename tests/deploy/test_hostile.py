@@ -1,0 +1,75 @@
+"""A client of a real deployment that answers with far more than its job allows."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+from deployed import processes
+
+from fedexperts.config import RunConfig
+from fedexperts.deploy import server
+from fedexperts.deploy.deployment import Federation
+from fedexperts.deploy.processes import free_port
+from fedexperts.io.toml import checked
+
+LYING_WORKER = """
+import sys, torch
+from dataclasses import replace
+from fedexperts.deploy import client
+from fedexperts.engines import remote
+
+honest = remote.answer_message
+
+def answer_message(answer):
+    if (answer.round, answer.task) == (1, "train"):
+        answer = replace(answer, extra={"huge": torch.zeros(75_000_000)})
+    return honest(answer)
+
+remote.answer_message = answer_message
+sys.exit(client.main())
+"""
+SUPERVISOR = """
+import json, sys
+from pathlib import Path
+from fedexperts.deploy.processes import end_with_parent
+from fedexperts.deploy.supervisor import SuperNodeSupervisor
+end_with_parent()
+options = json.loads(sys.argv[1])
+worker = [sys.executable, "-c", options["code"], json.dumps(options)]
+SuperNodeSupervisor(options["name"], options["server"], Path(options["folder"]) / "flower", None, worker, print).run()
+"""
+
+
+def memory_bytes(pid, what):
+    """VmRSS: of a process now; VmHWM: at its peak."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(what))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
+def test_a_client_that_answers_300_mb_fails_in_that_round_and_the_servers_processes_never_have_them(tiny_tree, tmp_path):
+    names = ["honest", "lying"]
+    data = {**{key: value for key, value in tiny_tree["data"].items() if key != "clients"}, "names": names}
+    config = checked(RunConfig, {**tiny_tree, "federation": {"rounds": 2}, "data": data})
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(config.resolved()))
+    port = free_port()
+    own = {"server": f"127.0.0.1:{port}", "run": str(tmp_path / "run.toml"), "set": [], "data": [], "devices": {}}
+    with processes(tmp_path) as started:
+        started.start(
+            *("honest", "client", "--name", "honest", "--server", own["server"], "--run", own["run"], "--insecure"),
+            *("--out", tmp_path / "honest"),
+        )
+        options = json.dumps({**own, "name": "lying", "folder": str(tmp_path / "lying"), "code": LYING_WORKER})
+        started.start("lying", options, code=SUPERVISOR)
+        with Federation(tmp_path / "federation", port=port, keys=None) as federation:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = memory_bytes("self", "VmRSS")
+            out = server.serve(config, tmp_path / "out", federation, announce=print)
+            assert memory_bytes("self", "VmHWM") - before < 200_000_000
+            assert memory_bytes(federation.superlink.pid, "VmHWM") < 300_000_000
+    ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    trained = {(line["client"], line["round"]): line["failed"] for line in ledger if line["task"] == "train"}
+    assert trained.pop(("lying", 1)).startswith("its answer takes at least ")
+    assert trained == {("honest", 1): None, ("honest", 2): None, ("lying", 2): None}

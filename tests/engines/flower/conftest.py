@@ -1,0 +1,1 @@
+from fakegrid import clients, engine, identity  # noqa: F401  # fixtures
