@@ -218,11 +218,14 @@ def generate(
     ],
     tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of new tokens; by default that of the run.")] = None,
     task: Annotated[str | None, typer.Option(help="The task whose prompt template is applied, if the run had several.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the folder: for models of methods that bring their own.")
+    ] = False,
 ) -> None:
     """Try an exported model: print its greedy answer to a prompt."""
     from fedexperts.export.generate import generate
 
-    typer.echo(generate(folder, prompt, tokens, task))
+    typer.echo(generate(folder, prompt, tokens, task, trust_remote_code))
 
 
 @app.command()
