@@ -152,13 +152,8 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def former_names(cls, tree: Any) -> Any:
-        """Results of older versions and older run files call some settings and methods otherwise."""
-        if not isinstance(tree, dict):
-            return tree
-        method = tree.get("method")
-        if isinstance(method, dict) and method.get("name") in FORMER_NAMES:
-            tree = {**tree, "method": {**method, "name": FORMER_NAMES[method["name"]]}}
-        return with_new_names(tree, RENAMED)
+        """Accepts the former names of settings and methods."""
+        return with_current_names(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def method_can_be_built(self) -> Self:
@@ -183,6 +178,18 @@ class RunConfig(Settings):
             tree["federation"]["server_optimizer"] = spelled_out(SERVER_OPTIMIZERS, optimizer, OPTIMIZER)
         resolved: Tree = without_none(tree)
         return resolved
+
+
+def with_current_names(tree: Tree) -> Tree:
+    """`tree`, the settings of a run, with the names that settings and methods have now.
+
+    Raises:
+        BadValue: a setting under both of its names.
+    """
+    method = tree.get("method")
+    if isinstance(method, dict) and method.get("name") in FORMER_NAMES:
+        tree = {**tree, "method": {**method, "name": FORMER_NAMES[method["name"]]}}
+    return with_new_names(tree, RENAMED)
 
 
 def built(kinds: Mapping[str, type[Kind]], asked: Tree, place: str) -> Kind:

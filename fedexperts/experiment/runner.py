@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedexperts.config import RunConfig
+from fedexperts.config import RunConfig, with_current_names
 from fedexperts.core import evaluation
 from fedexperts.core.devices import UTILISATION
 from fedexperts.core.ledger import Ledger
@@ -322,7 +322,7 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise BadRun(f"{out} holds a run already; continue it with --resume, or give another folder with --out")
-    begun = {**BEFORE, **flattened(json.loads(there.read_text()))}
+    begun = {**BEFORE, **flattened(with_current_names(json.loads(there.read_text())))}
     changed = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
     if changed:
         raise BadRun(
