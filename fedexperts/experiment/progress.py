@@ -1,6 +1,6 @@
-"""What a run shows while it works: two lines that change on a terminal, a line an evaluation elsewhere, or nothing."""
+"""Progress of a run: a bar on a terminal, one line per evaluation elsewhere, or nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Protocol, Self
 
 from rich.console import Console, RenderableType
@@ -10,17 +10,18 @@ from rich.table import Column
 from rich.text import Text
 
 from fedexperts.core.evaluation import Scores
-from fedexperts.types import Engine, Failure, Job, Server, Update
+from fedexperts.core.ledger import Entry
+from fedexperts.types import Server
 
 
 class Progress(Protocol):
-    """Told of everything that happens in a run."""
+    """Receives the events of a run."""
 
-    shows: bool  # anything at all
+    shows: bool  # whether it prints anything
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
-    def watch(self, engine: Engine) -> Engine: ...
+    def answered(self, entry: Entry) -> None: ...
     def start(self, label: str, seed: int, done: int, total: int) -> None: ...
     def evaluating(self, clients: int) -> None: ...
     def scored(self, server: Server, scores: Scores) -> None: ...
@@ -30,7 +31,7 @@ class Progress(Protocol):
 
 
 class Quiet:
-    """Nothing is shown."""
+    """Shows nothing."""
 
     shows = False
 
@@ -40,8 +41,8 @@ class Quiet:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def watch(self, engine: Engine) -> Engine:
-        return engine
+    def answered(self, entry: Entry) -> None:
+        pass
 
     def start(self, label: str, seed: int, done: int, total: int) -> None:
         pass
@@ -63,7 +64,7 @@ class Quiet:
 
 
 class Bar(RichProgress):
-    """The run, its rounds that are done with the time that is left, and what came last; no line is wider than the terminal."""
+    """The run's name, a bar of its rounds with the time left, and the last event; lines are cut to the terminal's width."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -84,7 +85,7 @@ class Bar(RichProgress):
 
 
 class Shown:
-    """The bar with the client that answered last; a line for each evaluation and each failed client."""
+    """The bar with the last answer; a line for each evaluation and each failed client."""
 
     shows = True
 
@@ -100,17 +101,14 @@ class Shown:
         self.bar.stop()
 
     def say(self, sentence: str) -> None:
-        """A line that stays; where there is no terminal it is not broken."""
+        """Prints a permanent line, without wrapping."""
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-
-    def watch(self, engine: Engine) -> Engine:
-        return Watched(engine, self)
 
     def start(self, label: str, seed: int, done: int, total: int) -> None:
         for task in self.bar.task_ids:
             self.bar.remove_task(task)
         self.label = f"{label}, seed {seed}"
-        self.answers = 0  # of the round, or the evaluation, under way
+        self.answers = 0  # in the current round or evaluation
         self.task = self.bar.add_task("", total=total, completed=done, label=self.label, now="")
         if done:
             self.say(f"{self.label}: {done} of {total} rounds are done already")
@@ -134,26 +132,12 @@ class Shown:
         self.answers = 0
         self.bar.advance(self.task)
 
-    def answered(self, answer: Update | Failure) -> None:
+    def answered(self, entry: Entry) -> None:
         self.answers += 1
-        told = [f"round {answer.round}, {answer.task}: {answer.client}, {self.answers} answered"]
-        if isinstance(answer, Failure):
-            told.append("failed")
+        parts = [f"round {entry.round}, {entry.task}: {entry.client}, {self.answers} answered"]
+        if entry.failed:
+            parts.append("failed")
         else:
-            cost = answer.cost
-            told += [f"loss {answer.metrics['loss']:.3f}"] if answer.metrics.get("loss") is not None else []
-            told += [f"{cost.tokens / cost.seconds:,.0f} tokens/s"] if cost.tokens and cost.seconds else []
-        self.bar.update(self.task, now=", ".join(told))
-
-
-class Watched:
-    """An engine whose answers are shown as they pass."""
-
-    def __init__(self, engine: Engine, shown: Shown) -> None:
-        self.engine, self.shown = engine, shown
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
-        for answer in self.engine.run(jobs):
-            self.shown.answered(answer)
-            yield answer
-            del answer  # or it would be held until the next one has come
+            parts += [f"loss {entry.loss:.3f}"] if entry.loss is not None else []
+            parts += [f"{entry.tokens / entry.seconds:,.0f} tokens/s"] if entry.tokens and entry.seconds else []
+        self.bar.update(self.task, now=", ".join(parts))
