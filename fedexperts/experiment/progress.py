@@ -1,6 +1,6 @@
 """Progress of a run: a bar on a terminal, one line per evaluation elsewhere, or nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, Self
 
 from rich.console import Console, RenderableType
