@@ -38,7 +38,7 @@ from fedexperts.data.encode import Encoder
 from fedexperts.data.settings import DataSettings, SourceSettings
 from fedexperts.errors import BadRun, FedExpertsError
 from fedexperts.io.files import write_text
-from fedexperts.models.load import Base, load, place
+from fedexperts.models.load import Base, load, location_of
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.moe.shrink import shrink
@@ -197,7 +197,7 @@ def majority(train: Sequence[Example], test: Sequence[Example]) -> float:
 
 def read_before(model: str) -> tuple[str, ...]:
     """The instruction sets of whose training rows the base was made; its answers to these are no 0-shot answers."""
-    recipe = Path(place(model)) / "recipe.json"
+    recipe = Path(location_of(model)) / "recipe.json"
     stream = json.loads(recipe.read_text())["settings"]["stream"] if recipe.is_file() else None
     return tuple(stream["instructions"]) if stream else ()
 

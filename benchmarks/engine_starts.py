@@ -25,7 +25,7 @@ from fedexperts.engines.message import Message
 from fedexperts.experiment import flower
 from fedexperts.experiment.setup import Prepared
 from fedexperts.io.toml import checked, to_toml
-from fedexperts.models.load import place
+from fedexperts.models.load import location_of
 from fedexperts.types import Engine
 
 ADAPTERS = {"train": "lora", "parts": ["attention"], "attention_modules": ["q_proj", "k_proj", "v_proj"], "rank": 32, "alpha": 64}
@@ -157,10 +157,10 @@ STARTS: Mapping[str, Start] = {
 
 def wide_model(folder: Path) -> Path:
     """A random model of 200 MB with the tokenizer of `small`."""
-    config = AutoConfig.from_pretrained(place("small"), intermediate_size=WIDE, dtype="float32")
+    config = AutoConfig.from_pretrained(location_of("small"), intermediate_size=WIDE, dtype="float32")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(place("small")) / name, folder)
+        shutil.copy(Path(location_of("small")) / name, folder)
     return folder

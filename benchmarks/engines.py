@@ -57,7 +57,7 @@ from fedexperts.engines import local
 from fedexperts.experiment.runtime import clock_for
 from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.federation import federate
-from fedexperts.models.load import place
+from fedexperts.models.load import location_of
 from fedexperts.types import Engine, Job
 
 IDLE_SECONDS = 20
@@ -217,7 +217,7 @@ def weigh_deployment(sent: str) -> tuple[int, int, str]:
 
     with tempfile.TemporaryDirectory(prefix="engines-") as temporary:
         folder = Path(temporary)
-        model = Path(shutil.copytree(place("small"), folder / "model"))
+        model = Path(shutil.copytree(location_of("small"), folder / "model"))
         prepared = prepare_run(settings(sent, str(model)))
 
         def after_first() -> None:

@@ -6,27 +6,27 @@ The method, `rotating`: in each round a client gets a new random subset of every
 only that subset, and trains every expert over time. It takes half a minute; the report is results/own-method/report.html.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import ClassVar
 
 from rich import print
 
 import fedexperts
 from fedexperts import report
-from fedexperts.methods.base import all_experts, by_examples, mean_rows, train_assigned
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.methods.base import all_experts
+from fedexperts.types import Assignment, Client, Server
 
 
 @dataclass(frozen=True)
-class Rotating:
-    """The fields are settings: method.share = 0.5 in a run file, rotating:share=0.5 in a comparison."""
+class Rotating(fedexperts.Method):
+    """The fields are settings: method.share = 0.5 in a run file, rotating:share=0.5 in a comparison.
+
+    It declares nothing, and trains and merges as federated averaging does: each expert becomes the mean over the clients that
+    trained it, weighted by their examples.
+    """
 
     share: float = 0.5  # of the experts of each layer
-    setup_tasks: ClassVar[tuple[str, ...]] = ()  # nothing to do before the rounds
-    centralized: ClassVar[bool] = False  # the data stay on the clients
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """Some experts of each layer to train with, all of them for evaluation."""
@@ -38,14 +38,6 @@ class Rotating:
             number = max(layer.fewest, round(self.share * layer.num_experts))  # at least the router's top-k
             chosen[name] = tuple(sorted(rng.sample(range(layer.num_experts), number)))
         return Assignment(chosen)
-
-    def train(self, job: Job, context: ClientContext) -> Update:
-        """On the client: train all received weights for the run's local steps and send all of them back."""
-        return train_assigned(job, context)
-
-    def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """On the server: each expert becomes the mean over the clients that trained it, weighted by their examples."""
-        return mean_rows(server, updates, by_examples)
 
 
 RUN = {

@@ -3,13 +3,15 @@
 import errno
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would die in worker processes
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork into worker processes
 
 import typer
 from rich.console import Console
@@ -17,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedexperts.errors import BadValue, FedExpertsError
+from fedexperts.io.toml import RenamedSetting
 
 if TYPE_CHECKING:
     from fedexperts.experiment.progress import Progress
@@ -31,19 +34,20 @@ app = typer.Typer(
 console = Console()
 
 INTERRUPTED = 130
+MB = 1e6  # bytes
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting in place of the run file's: a.b=c. Again for more.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the run file: a.b=c. Repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
-Keys = Annotated[Path | None, typer.Option("--keys", help="This machine's folder of those that `fedexperts keys` made.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys: for tests, on this machine only.")]
-Hush = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Keys = Annotated[Path | None, typer.Option("--keys", help="The folder that `fedexperts keys` made for this machine.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Use no TLS and no keys: for tests on this machine only.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
 @app.callback(invoke_without_command=True)
-def options(show_version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False) -> None:
+def options(show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if show_version:
-        typer.echo(version("fedexperts"))
+        typer.echo(f"fedexperts {version('fedexperts')}")
         raise typer.Exit
 
 
@@ -53,9 +57,9 @@ def run_command(
     set: Set = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the results folder.")] = False,
-    quiet: Hush = False,
+    quiet: QuietFlag = False,
 ) -> None:
-    """Run it: progress, a table at the end, a report."""
+    """Run federated training: shows progress and a table of results, and writes a report."""
     from fedexperts import config
     from fedexperts.experiment import runner
 
@@ -66,41 +70,43 @@ def run_command(
 
 @app.command()
 def compare(
-    run_files: Annotated[list[Path], typer.Argument(help="The run files (TOML); each is a setting.", show_default=False)],
+    run_files: Annotated[
+        list[Path], typer.Argument(help="The run files (TOML), one per experiment setting.", show_default=False)
+    ],
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: method, method:key=value:training.lr=value for a variant, or name=method:… to name it."
+            help="Comma-separated: method, or method:key=value:training.lr=value for a variant, which name=method:… names."
         ),
     ],
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the run file's on.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, starting with the run file's.")] = 1,
     vary: Annotated[
         list[str] | None,
-        typer.Option("--vary", help="A setting with several values, each of which is run: a.b=c,d. Again for a grid."),
+        typer.Option("--vary", help="Run each value of a setting: a.b=c,d. Repeat the option for a grid."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="How many runs at once, each in a process of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at the same time, each in its own process.")] = 1,
     set: Set = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The results folder; for one run file by default results/<its name>.")
+        Path | None, typer.Option("--out", help="The results folder; with one run file by default results/<its name>.")
     ] = None,
-    quiet: Hush = False,
+    quiet: QuietFlag = False,
 ) -> None:
-    """Several methods, over the same data and clients, in one or several settings.
+    """Compare several methods on the same data and clients, in one or several settings.
 
-    A run that is done already stays, one that was stopped goes on, one that another process is at is left to it.
+    Finished runs are kept, interrupted runs continue, and runs that another process is executing are skipped.
     """
     from fedexperts.experiment import sweep
 
     settings = sweep.read_settings(run_files, set or [], vary or [])
     if out is None and len(run_files) > 1:
-        raise BadValue(f"{len(run_files)} run files have no results folder of their own; give one with --out")
+        raise BadValue(f"{len(run_files)} run files were given without a results folder; give one with --out")
     folder = out or Path("results") / run_files[0].stem
     compared = sweep.compare(settings, sweep.read_variants(methods), seeds, folder, progress(quiet), jobs)
     if any(folder.rglob("plan.json")):
-        begun = [each for each in compared.folders if (each / "plan.json").exists()]
-        finish([*begun, folder], folder)  # what was named in its order, and all else that is there
+        started = [run for run in compared.folders if (run / "plan.json").exists()]
+        finish([*started, folder], folder)  # the runs of this comparison in its order, then all others in the folder
     for path in compared.left:
-        console.print(f"left to the process that is at it: {path}", markup=False, soft_wrap=True, highlight=False)
+        say(f"skipped, since another process is executing it: {path}")
     for path, reason in compared.failed.items():
         fail(f"{path} failed: {reason}", 1)
     if compared.failed:
@@ -109,7 +115,7 @@ def compare(
 
 @app.command()
 def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """What a run would work with, before anything runs: clients, data, memory, and who holds what."""
+    """Show what a run would do, without running it: clients, data, memory, and the experts of each client."""
     from json import dumps
 
     from fedexperts import config
@@ -120,57 +126,64 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
     if json:
         typer.echo(dumps(planned))
     else:
-        for shown in [*plan_tables(planned), *planned["warnings"]]:
-            console.print(shown, markup=False)
+        for part in [*plan_tables(planned), *planned["warnings"]]:
+            console.print(part, markup=False)
 
 
 @app.command("inspect")
 def inspect_command(
     model: Annotated[
-        str, typer.Argument(help="tiny, small, a config.json, a model folder, or a name on the hub.", show_default=False)
+        str, typer.Argument(help="tiny, small, a config.json, a model folder, or a model id on the hub.", show_default=False)
     ],
-    keep: Annotated[int | None, typer.Option(help="Experts that a sub-model keeps in each layer.")] = None,
-    keep_total: Annotated[int | None, typer.Option(help="Experts that it keeps over all layers.")] = None,
-    lora: Annotated[str | None, typer.Option(help="Count adapters: attention, experts, or attention+experts.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Also show a sub-model with this many experts in each layer.")] = None,
+    keep_total: Annotated[int | None, typer.Option(help="Also show a sub-model with this many experts over all layers.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Also count LoRA adapters on: attention, experts, or attention+experts.")
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
-    lora_modules: Annotated[str, typer.Option(help="The attention's projections that get one.")] = "q,k,v,o",
+    lora_modules: Annotated[str, typer.Option(help="The attention projections that get an adapter.")] = "q,k,v,o",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Layers, experts, parameters and bytes of a model, from its configuration alone, and what a sub-model of it costs."""
+    """Show the layers, experts, parameters and bytes of a model and of a sub-model, from its configuration alone."""
     from fedexperts.models.summary import inspect, lora_option, render
 
-    found = inspect(model, keep, keep_total, lora_option(lora, rank, lora_modules) if lora else None)
+    inspection = inspect(model, keep, keep_total, lora_option(lora, rank, lora_modules) if lora else None)
     if json:
-        typer.echo(found.to_json())
+        typer.echo(inspection.to_json())
     else:
-        console.print(render(found))
+        console.print(render(inspection))
 
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Results folders, of run or compare.", show_default=False)],
-    html: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="All numbers as CSV.")] = None,
-    markdown: Annotated[Path | None, typer.Option("--md", help="The tables as Markdown.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="The method that others are compared with.")] = None,
-    png: Annotated[Path | None, typer.Option(help="A folder for every figure as a PNG file; needs fedexperts[png].")] = None,
+    folders: Annotated[list[Path], typer.Argument(help="Results folders of run or compare.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="The page to write; by default report.html in the first folder.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write all numbers to this CSV file.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--md", help="Write the tables to this Markdown file.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write every figure as a PNG file to this folder; needs fedexperts[png].")
+    ] = None,
 ) -> None:
-    """One run's report, or several side by side: a page that opens from disk."""
+    """Write the report of one run or of several side by side: an HTML page that opens from disk."""
     from fedexperts import report as reports
 
-    made = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline, png)
+    summary = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline, png)
     console.print(reports.table(folders))
-    for name in made.unfinished:
-        console.print(f"not finished: {name}", markup=False, soft_wrap=True, highlight=False)
-    for path in made.written:
-        console.print(f"written: {path}", markup=False, soft_wrap=True, highlight=False)
+    for name in summary.unfinished:
+        say(f"not finished: {name}")
+    for path in summary.written:
+        say(f"written: {path}")
 
 
 @app.command()
 def pretrain(
     run_file: RunFile, set: Set = None, out: Annotated[Path | None, typer.Option("--out", help="The model's folder.")] = None
 ) -> None:
-    """Make a small MoE base from text, instructions and generated tasks; stopped, it goes on where it was; finished, it stays."""
+    """Pretrain a small MoE base model on text, instructions and generated tasks.
+
+    An interrupted run continues where it stopped; a finished model is kept.
+    """
     from fedexperts.models import pretrain as pretraining
 
     pretraining.run_file(run_file, set or [], out, console)
@@ -179,58 +192,59 @@ def pretrain(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="The results folder of a run.", show_default=False)],
-    to: Annotated[Path, typer.Option(help="The folder to write: one that is not there yet, or is empty.", show_default=False)],
-    client: Annotated[str | None, typer.Option(help="A client, whose own model is written in place of the global one.")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapters, for peft, in place of a whole model.")] = False,
+    to: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.", show_default=False)],
+    client: Annotated[str | None, typer.Option(help="Export the own model of this client instead of the global model.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Export only the adapters, in peft's format.")] = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Of a client: adapters merged into the weights, those of personal experts too.")
+        bool, typer.Option("--merge", help="With --client: merge all adapters, also of personal experts, into the weights.")
     ] = False,
     kept: Annotated[
-        Path | None, typer.Option(help="Where the client was on another machine: its own folder, the --out it had.")
+        Path | None, typer.Option(help="The client's own folder (its --out), if the client ran on another machine.")
     ] = None,
 ) -> None:
-    """A model folder to take away: the run's global model, or a client's own, as of the last checkpoint."""
+    """Export a model of the last checkpoint as a folder: the global model, or the model of one client."""
     from fedexperts import export as exports
 
     kind = exports.export(folder, to, client, adapter, kept, merge)
-    how = (
-        "peft reads it"
-        if kind.adapter
-        else "transformers reads it" + (", with trust_remote_code=True" if kind.needs_code else "")
-    )
-    console.print(f"written: {to} ({how}; its README.md says how)", markup=False, soft_wrap=True, highlight=False)
+    reader = "peft" if kind.adapter else "transformers, with trust_remote_code=True" if kind.needs_code else "transformers"
+    say(f"written: {to} (for {reader}; its README.md shows how to load it)")
 
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Argument(help="A model folder, as export wrote it.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(help="What to ask; the run's own form is put around it.", show_default=False)],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Of the answer, at most; by default as many as in the run.")] = None,
-    task: Annotated[str | None, typer.Option(help="Whose form the prompt gets, where the run had several tasks.")] = None,
+    folder: Annotated[Path, typer.Argument(help="A model folder that export wrote.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt; the prompt template of the run is applied to it.", show_default=False)
+    ],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of new tokens; by default that of the run.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task whose prompt template is applied, if the run had several.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the folder: for models of methods that bring their own.")
+    ] = False,
 ) -> None:
-    """Try an exported model: a greedy answer to a prompt."""
+    """Try an exported model: print its greedy answer to a prompt."""
     from fedexperts.export.generate import generate
 
-    typer.echo(generate(folder, prompt, tokens, task))
+    typer.echo(generate(folder, prompt, tokens, task, trust_remote_code))
 
 
 @app.command()
 def keys(
-    folder: Annotated[Path, typer.Argument(help="The folder for all keys.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The folder to write all keys to.", show_default=False)],
     host: Annotated[
-        str, typer.Option(help="Comma-separated: names and addresses by which clients reach the server.", show_default=False)
+        str, typer.Option(help="Comma-separated host names and addresses by which clients reach the server.", show_default=False)
     ],
-    clients: Annotated[str, typer.Option(help="Comma-separated: the clients' names.", show_default=False)],
+    clients: Annotated[str, typer.Option(help="Comma-separated names of the clients.", show_default=False)],
 ) -> None:
-    """Make the keys of a federation: the server's certificate, and a key for each client. What is there stays."""
+    """Make the keys of a federation: the server's certificate and a key for each client. Existing keys are kept."""
     require_flower()
     from fedexperts.deploy.keys import make_keys
 
     written = make_keys(folder, host.split(","), clients.split(","))
     for path in written:
-        console.print(f"written: {path}", markup=False, soft_wrap=True, highlight=False)
+        say(f"written: {path}")
     if not written:
-        console.print("all keys are there already", markup=False)
+        say("all keys exist already")
 
 
 @app.command()
@@ -238,47 +252,49 @@ def server(
     run_file: RunFile,
     out: Annotated[Path, typer.Option("--out", help="The results folder.", show_default=False)],
     keys: Keys = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all networks.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 9092,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all networks.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9092,
     set: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the results folder, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the results folder, if it holds one.")] = False,
     patience: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for all clients before federation.min_clients are enough.")
+        float, typer.Option(min=0, help="Seconds to wait for all clients before federation.min_clients suffice.")
     ] = 600,
     insecure: Insecure = False,
-    quiet: Hush = False,
+    quiet: QuietFlag = False,
 ) -> None:
-    """Run it with clients on other machines, which join with `fedexperts client`."""
+    """Run federated training with clients on other machines, which join with `fedexperts client`."""
     require_flower()
     from fedexperts import config
     from fedexperts.deploy import server
     from fedexperts.deploy.deployment import Federation
 
-    told = config.read(run_file, set or [])
-    server.deployed(told)
-    end_as_if_interrupted()
+    settings = config.read(run_file, set or [])
+    server.deployed(settings)
+    treat_sigterm_as_interrupt()
     home = out.with_name(f"{out.name}.flower")
     with Federation(home, host=host, port=port, keys=secured(keys, insecure)) as federation:
-        server.serve(told, out, federation, resume=resume, setting="", progress=progress(quiet), announce=say, patience=patience)
+        server.serve(
+            settings, out, federation, resume=resume, setting="", progress=progress(quiet), announce=say, patience=patience
+        )
     finish([out], out)
 
 
 @app.command()
 def client(
-    name: Annotated[str, typer.Option(help="What the run file calls it.", show_default=False)],
+    name: Annotated[str, typer.Option(help="The client's name in the run file.", show_default=False)],
     server: Annotated[str, typer.Option(help="The server's host:port.", show_default=False)],
-    run: Annotated[Path, typer.Option(help="The run file (TOML), as the server has it.", show_default=False)],
+    run: Annotated[Path, typer.Option(help="The run file (TOML), the same as the server's.", show_default=False)],
     keys: Keys = None,
-    data: Annotated[list[str] | None, typer.Option(help="A file of its own data. Again for more.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="A file with the client's own data. Repeatable.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The folder for what it keeps to itself; by default clients/<its name>.")
+        Path | None, typer.Option("--out", help="The folder for the client's private state; by default clients/<its name>.")
     ] = None,
-    memory_gb: Annotated[float | None, typer.Option(help="Its device's memory in 10⁹ bytes.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Its device, by the name of a preset, such as laptop_gpu.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="The memory of the client's device, in 10⁹ bytes.")] = None,
+    profile: Annotated[str | None, typer.Option(help="The client's device: the name of a preset, such as laptop_gpu.")] = None,
     set: Set = None,
     insecure: Insecure = False,
 ) -> None:
-    """Take part in a run with the data of this machine, until interrupted."""
+    """Take part in a run as a client with the data of this machine, until interrupted."""
     require_flower()
     from json import dumps
 
@@ -286,76 +302,94 @@ def client(
 
     devices = {key: value for key, value in (("memory_gb", memory_gb), ("profile", profile)) if value is not None}
     folder = (out or Path("clients") / name).resolve()
-    told = {"name": name, "run": str(run), "set": set or [], "folder": str(folder), "data": data or [], "devices": devices}
-    worker = [sys.executable, "-m", "fedexperts.deploy.client", dumps(told)]
-    end_as_if_interrupted()
+    options = {"name": name, "run": str(run), "set": set or [], "folder": str(folder), "data": data or [], "devices": devices}
+    worker = [sys.executable, "-m", "fedexperts.deploy.client", dumps(options)]
+    treat_sigterm_as_interrupt()
     SuperNodeSupervisor(name, server, folder / "flower", secured(keys, insecure), worker, say).run()
 
 
-def end_as_if_interrupted() -> None:
-    """SIGTERM, which systemd and Docker send, ends this process as Ctrl-C does: with all that it has started."""
+def treat_sigterm_as_interrupt() -> None:
+    """Lets SIGTERM, which systemd and Docker send, end this process and its child processes as Ctrl-C does."""
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def require_flower() -> None:
-    """Raises BadValue without the extra."""
+    """Raises BadValue if Flower is not installed."""
     from importlib.util import find_spec
 
     if not find_spec("flwr"):
-        raise BadValue('this needs Flower, which is not installed; install it: pip install "fedexperts[flower]"')
+        raise BadValue('this command needs Flower, which is not installed; install it: pip install "fedexperts[flower]"')
 
 
 def secured(keys: Path | None, insecure: bool) -> Path | None:
-    """Raises BadValue unless exactly one of the two was given."""
+    """`keys`, or None with --insecure.
+
+    Raises:
+        BadValue: neither or both were given.
+    """
     if (keys is None) != insecure:
         raise BadValue(
-            "give either --keys, the folder that `fedexperts keys` made for this machine, or --insecure, for tests on one machine"
+            f"{'both' if insecure else 'neither'} of --keys and --insecure given; give --keys, the folder that "
+            "`fedexperts keys` made for this machine, or, for tests on one machine, --insecure"
         )
     return keys
 
 
 def say(sentence: str) -> None:
+    """Prints a sentence as it is: brackets are no markup, and the terminal wraps the line."""
     console.print(sentence, markup=False, soft_wrap=True, highlight=False)
 
 
 def progress(quiet: bool) -> "Progress":
+    """An object that reports the progress of a run on the console, or, if `quiet`, nowhere."""
     from fedexperts.experiment.progress import Quiet, Shown
 
     return Quiet() if quiet else Shown(console)
 
 
 def finish(folders: Sequence[Path], out: Path) -> None:
-    """The table and the report that a run ends with."""
+    """Prints the table of results and writes the report that a run ends with."""
     from fedexperts import report as reports
 
-    made = reports.write(folders, html=out / "report.html", csv=out / "report.csv", markdown=out / "report.md")
+    summary = reports.write(folders, html=out / "report.html", csv=out / "report.csv", markdown=out / "report.md")
     console.print(reports.table(folders))
-    for path in made.written:
-        console.print(f"written: {path}", markup=False, soft_wrap=True, highlight=False)
+    for path in summary.written:
+        say(f"written: {path}")
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Table]:
-    """The plan for people."""
-    model, unit = planned["model"], 1e6
-    blocks = model["blocks"].values()
-    budgets = any(client["budget"] is not None for client in planned["clients"])
-    head = Table(title=Text(f"{planned['method']} on {model['name']}"), show_header=False)
-    head.add_row("parameters", f"{model['parameters']:,}")
-    head.add_row("MoE layers", f"{len(model['blocks'])}")
-    head.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
-    head.add_row("memory to train it all (estimated)", f"{planned['full_bytes'] / unit:.1f} MB")
+    """The plan as two tables: the model and its costs, and the clients."""
+    with_budgets = any(client["budget"] is not None for client in planned["clients"])
+    return [costs_table(planned, with_budgets), clients_table(planned, with_budgets)]
+
+
+def costs_table(planned: dict[str, Any], with_budgets: bool) -> Table:
+    """The model of a plan, and the memory, bytes and FLOPs of training it; `with_budgets`: backward reaches only some experts."""
+    model, blocks = planned["model"], planned["model"]["blocks"].values()
+    table = Table(title=Text(f"{planned['method']} on {model['name']}"), show_header=False)
+    table.add_row("parameters", f"{model['parameters']:,}")
+    table.add_row("MoE layers", f"{len(blocks)}")
+    table.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
+    table.add_row("memory to train the whole model (estimated)", f"{planned['full_bytes'] / MB:.1f} MB")
     if planned["personal_bytes"]:
-        head.add_row("beside it, personal experts (estimated)", f"{planned['personal_bytes'] / unit:.1f} MB")
-    if budgets:
-        head.add_row("of it, while backward reaches no expert (estimated)", f"{planned['fixed_bytes'] / unit:.1f} MB")
-        head.add_row("of it, for each expert that backward reaches", f"{planned['reached_bytes'] / unit:.3f} MB")
-    head.add_row("what is trained, one way", f"{planned['full_patch_bytes'] / unit:.1f} MB")
-    head.add_row("a client's round on all of it, at most (estimated)", f"{planned['round_flops_estimated'] / 1e9:,.0f} GFLOP")
+        table.add_row("more for personal experts (estimated)", f"{planned['personal_bytes'] / MB:.1f} MB")
+    if with_budgets:
+        table.add_row("memory if backward reaches no expert (estimated)", f"{planned['fixed_bytes'] / MB:.1f} MB")
+        table.add_row("more for each expert that backward reaches", f"{planned['reached_bytes'] / MB:.3f} MB")
+    table.add_row("trained parameters, one way", f"{planned['full_patch_bytes'] / MB:.1f} MB")
+    table.add_row(
+        "a client's round on the whole model, at most (estimated)", f"{planned['round_flops_estimated'] / 1e9:,.0f} GFLOP"
+    )
+    return table
+
+
+def clients_table(planned: dict[str, Any], with_budgets: bool) -> Table:
+    """The clients of a plan: their data, their memory, what fits into it, and their first job."""
     table = Table(title="Clients", caption=f"first job: {planned['clients'][0]['first_task']}; memory and bytes in MB (10⁶)")
-    added = ("budget",) if budgets else ()  # of experts that backward reaches
-    for name in ("client", "task", "train", "val", "test", "memory", "fit", "first job", "sent", *added):
+    budget_column = ("budget",) if with_budgets else ()  # number of experts that backward reaches
+    for name in ("client", "task", "train", "val", "test", "memory", "fit", "first job", "sent", *budget_column):
         table.add_column(name, justify="left" if name in ("client", "task") else "right", no_wrap=name != "task", overflow="fold")
     for client in planned["clients"]:
         memory = client["memory_bytes"]
@@ -363,31 +397,63 @@ def plan_tables(planned: dict[str, Any]) -> list[Table]:
             client["name"],
             Text(client["task"]),
             *(str(client[key]) for key in ("examples", "validation", "test")),
-            "any" if memory is None else f"{memory / unit:.1f}",
+            "any" if memory is None else f"{memory / MB:.1f}",
             "all" if client["full_fits"] else str(client["experts_fit"]),
             f"{client['first_experts']} experts" if client["first_experts"] else "none",
-            f"{client['first_bytes_down'] / unit:.1f}",
-            *("any" if client[name] is None else str(client[name]) for name in added),
+            f"{client['first_bytes_down'] / MB:.1f}",
+            *("any" if client[name] is None else str(client[name]) for name in budget_column),
         )
-    return [head, table]
+    return table
+
+
+@contextmanager
+def renamed_settings_as_notes() -> Iterator[None]:
+    """Shows each warning about the former name of a setting once, as one line on stderr without the place in our code."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedSetting)
+        show_other = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, RenamedSetting):
+                show_other(message, category, filename, lineno, file, line)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                print(f"note: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 the user's mistake, 1 ours or runs of a comparison that failed, 130 interrupted."""
+    """Exit codes: 0 success; 1 a bug of ours, or a failed run of a comparison; 2 a mistake of the user; 130 interrupted."""
     try:
-        app()
+        with renamed_settings_as_notes():
+            app()
     except FedExpertsError as error:
         sys.exit(fail(str(error), 2))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR):
             raise
-        sys.exit(fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); free it, or give another folder", 2))
+        place = error.filename or "a file"
+        sys.exit(fail(f"{place} cannot be written ({error.strerror}); free the disk or the path, or give another folder", 2))
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer says nothing then
-            fail("interrupted; what is whole is saved: run goes on with --resume, others by themselves", INTERRUPTED)
+            fail(
+                "interrupted; all complete files are saved: repeat the command to continue, run and server with --resume",
+                INTERRUPTED,
+            )
         raise
 
 
 def fail(sentence: str, code: int) -> int:
+    """Prints `sentence` to stderr and gives `code` back."""
     print(f"fedexperts: {sentence}", file=sys.stderr)
     return code

@@ -1,11 +1,11 @@
-"""What can go wrong, by name. Every message says what was given, what is allowed and what to do."""
+"""The exceptions of the package. Every message says what was given, what is allowed and what to do, in one short sentence."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class FedExpertsError(Exception):
-    """Something the user can mend; the command line prints its one sentence and exits with 2."""
+    """A mistake that the user can correct; the command line prints its sentence and exits with 2."""
 
 
 class BadValue(FedExpertsError, ValueError):
@@ -21,7 +21,7 @@ class TooSmall(BadValue):
 
 
 class BadData(BadValue):
-    """Data that cannot be read, or cannot be divided as asked."""
+    """Data that cannot be read, or cannot be divided as the settings say."""
 
 
 class Undeclared(FedExpertsError):
@@ -33,18 +33,31 @@ class Leak(Undeclared):
 
 
 class BadMessage(FedExpertsError):
-    """What came from the other side, and cannot be read: cut off, changed on the way, or of another protocol."""
+    """A message that cannot be read: cut off, changed on the way, or of another protocol."""
 
 
 class BadRun(FedExpertsError):
-    """A results folder that does not fit what was asked of it."""
+    """A results folder that does not fit the command: it holds another run, or none."""
 
 
 class Busy(BadRun):
     """A results folder in which another process is at work."""
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """`; did you mean X?` for the allowed name closest to `given`, or nothing when none is close."""
-    close = get_close_matches(given, sorted(allowed), n=1, cutoff=0.5)
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`; did you mean X?` for the allowed name closest to `name`, or nothing when none is close."""
+    close = get_close_matches(name, sorted(allowed), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def listed(names: Iterable[object], limit: int = 8) -> str:
+    """`names` with commas between them; of more than `limit`, the first ones and their total number."""
+    texts = [shortened(str(name), 40) for name in names]
+    first = ", ".join(texts[:limit])
+    return first if len(texts) <= limit else f"{first}, … ({len(texts)} in all)"
+
+
+def shortened(text: str, limit: int = 100) -> str:
+    """`text` on one line, cut to `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -1,10 +1,15 @@
 """Imports go one way, and heavy packages stay where they belong: read from the source."""
 
 import ast
+import traceback
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+
+from fedexperts.io.toml import to_toml
+from fedexperts.methods import FORMER_NAMES, METHODS
 
 PACKAGE = Path(__file__).parents[1] / "fedexperts"
 LAYERS = (
@@ -122,3 +127,88 @@ def test_nothing_draws_from_a_global_generator():
     }
     fresh = {entry for entry in seeding if not entry[1].endswith((".default_rng", ".SeedSequence", ".PCG64", ".Generator"))}
     assert fresh <= allowed
+
+
+METHODS_ROLES = {
+    ("config", "fedmoe"),  # the method of a run file that names none
+    ("config", "local"),  # an engine
+    ("cli", "profile"),  # of pretraining
+    ("cli", "budget"),  # a key of plan.json
+    ("experiment.plan", "budget"),
+    ("cli", "sent"),  # headings of tables
+    ("report.axes", "sent"),
+    ("report.run_cost_tables", "sent"),
+    ("report.run_figures", "stack"),  # plotly's way to draw bars
+    ("report.scores", "score"),  # a setting of evaluations
+    ("report.facts", "rank"),  # of LoRA
+    ("export.models", "rank"),
+    ("export.models", "grafted"),  # a key of an exported model's config
+    ("export.__init__", "grafted"),
+    ("export.modeling_fedexperts", "grafted"),
+    ("moe.graft", "grafted"),  # what a block calls its personal experts
+    ("data.synthetic", "count"),  # a generated task
+}
+"""(module, word): words of methods that mean something else there. `seed` does everywhere."""
+
+
+def invented():
+    """The names of all methods, and every key that one declares."""
+    words = {*METHODS, *FORMER_NAMES}
+    for method in METHODS.values():
+        declared = method().declare()
+        words |= {*declared.setup_tasks, *declared.extra, *declared.metrics, *declared.job_extra, *declared.client_state}
+    return {word.removesuffix("/") for word in words} - {"seed"}
+
+
+def strings(path):
+    """All string literals of a file but docstrings."""
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    literals = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return {node.value for node in literals if id(node) not in docstrings}
+
+
+def test_no_module_outside_methods_knows_a_methods_name_or_a_key_that_a_method_invented():
+    words = invented()
+    assert len(words) > 40
+    outside = [path for path in FILES if PACKAGE / "methods" not in path.parents]
+    knows = {
+        (module(path), word.removesuffix("/")) for path in outside for word in strings(path) if word.removesuffix("/") in words
+    }
+    assert {(name.removeprefix("fedexperts."), word) for name, word in knows} <= METHODS_ROLES
+
+
+def test_the_house_is_of_a_size_in_which_one_finds_ones_way():
+    """Few modules at the top, no file above 450 lines, no function above 60 but with a reason beside it."""
+    top = [path for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]
+    assert len(top) <= 12
+    assert [str(path) for path in FILES if len(path.read_text().splitlines()) > 450] == []
+    lengths, long = [], []
+    for path in FILES:
+        source = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lengths.append(node.end_lineno - node.lineno + 1)
+                if lengths[-1] > 60 and not any("# long: " in line for line in source[node.lineno - 1 : node.end_lineno]):
+                    long.append(f"{module(path)}.{node.name}: {lengths[-1]} lines")
+    assert long == []
+    assert len(lengths) > 1000 and sorted(lengths)[len(lengths) // 2] <= 8
+
+
+@pytest.mark.parametrize("method", [{"name": "fedmoe"}, {"name": "fedper"}, {"name": "fedprox"}])
+def test_from_the_command_to_the_optimizers_step_there_are_at_most_eleven_frames_of_ours(
+    fedexperts, tiny_tree, tmp_path, monkeypatch, method
+):
+    frames, step = [], torch.optim.AdamW.step
+
+    def counted(self, *args, **options):
+        stack = traceback.extract_stack()
+        frames.append([f"{Path(each.filename).stem}.{each.name}" for each in stack if str(PACKAGE) in each.filename])
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    (tmp_path / "run.toml").write_text(to_toml({**tiny_tree, "method": method, "federation": {"rounds": 1}}))
+    code, _, err = fedexperts("run", tmp_path / "run.toml", "--out", tmp_path / "out", "--quiet")
+    assert code == 0, err
+    assert len(frames) >= 8
+    assert max(map(len, frames)) <= 11, max(frames, key=len)

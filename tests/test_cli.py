@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedexperts import cli
 from fedexperts.experiment import checkpoint, runner
 from fedexperts.io.files import locked
+from fedexperts.io.toml import RenamedSetting
 from fedexperts.methods.fedavg import FedAvg
 
 ROW = '{"prompt": "a", "response": "b"}'
@@ -57,6 +60,33 @@ def refused(called, out):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_version_is_printed_after_the_name(fedexperts):
+    assert fedexperts("--version") == (0, f"fedexperts {version('fedexperts')}\n", "")
+
+
+def test_the_former_name_of_a_setting_is_noted_in_one_plain_line(fedexperts, run_file):
+    code, shown, notes = fedexperts("plan", run_file, "--json", "--set", "training.balance=0.1")
+    assert code == 0 and json.loads(shown)
+    assert notes.splitlines() == [
+        "note: training.balance is now called training.router_aux_loss_coef; the former name still works"
+    ]
+
+
+def test_a_note_is_shown_once_and_other_warnings_are_shown_as_ever(capsys):
+    with pytest.warns(UserWarning, match="something else"), cli.renamed_settings_as_notes():
+        for _ in range(2):
+            warnings.warn("a is now called b", RenamedSetting, stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert capsys.readouterr().err == "note: a is now called b\n"
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_server_is_started_either_with_keys_or_without_any(fedexperts, run_file, tmp_path, both):
+    options = ("--keys", tmp_path, "--insecure") if both else ()
+    called = fedexperts("server", run_file, "--out", tmp_path / "out", "--set", "federation.engine=local", *options)
+    assert "of --keys and --insecure given; give --keys" in refused(called, tmp_path / "out")
 
 
 def test_a_run_leaves_its_settings_plan_logs_checkpoint_and_report(finished):
@@ -167,7 +197,7 @@ def test_a_folder_that_is_a_file_is_left_alone(fedexperts, run_file, tmp_path):
         ("training.lr", ["'training.lr' is not of the form", "a.b=c"]),
         ("devices.memory_gb=0.00001", ["client c01 has 0.0 MB", "takes", "MB to train", "give it more memory"]),
         ("devices.memory_gb=[1, 1]", ["2 numbers for 4 clients"]),
-        ("data.clients=100", ["50 clients", "there are 12", "ask for at most 3 clients"]),
+        ("data.clients=100", ["50 clients", "there are 12", "use at most 3 clients"]),
         ("model.name=/no/such/folder", ["/no/such/folder", "does not exist"]),
         ('data.sources=["none.jsonl"]', ["none.jsonl"]),
         ('data.sources=["ag_nwes"]', ["ag_nwes", "did you mean ag_news?"]),
@@ -319,15 +349,15 @@ def test_a_run_that_fails_does_not_stop_a_comparison_and_is_named_at_its_end(fed
     assert "report.html" in shown
 
 
-def test_a_comparison_says_which_runs_it_left_to_another_process(fedexperts, run_file, tmp_path):
+def test_a_comparison_says_which_runs_it_skips_since_another_process_executes_them(fedexperts, run_file, tmp_path):
     out = tmp_path / "out"
     with locked(out / "local" / "seed-0"):
         code, shown, _ = fedexperts("compare", run_file, "--methods", "local", "--out", out, "--quiet")
-        assert (code, f"left to the process that is at it: {out / 'local' / 'seed-0'}" in shown) == (0, True)
+        assert (code, f"skipped, since another process is executing it: {out / 'local' / 'seed-0'}" in shown) == (0, True)
         assert not (out / "report.html").exists()  # there is nothing yet to report
         methods = ("--methods", "local,fedavg")
         code, shown, _ = fedexperts("compare", run_file, *methods, "--set", "federation.rounds=1", "--out", out, "--quiet")
-    assert (code, "left to the process" in shown, "report.html" in shown) == (0, True, True)
+    assert (code, "another process is executing it" in shown, "report.html" in shown) == (0, True, True)
 
 
 def test_several_run_files_need_a_results_folder(fedexperts, run_file, tmp_path):

@@ -81,7 +81,7 @@ def test_a_method_without_a_name_is_refused():
 
 def test_dropout_without_adapters_is_refused():
     said = refusal("training.train=full", "training.dropout=0.05")
-    assert said.startswith("training.dropout = 0.05 is of what LoRA's adapters read, and training.train = 'full' has none; set")
+    assert said.startswith("training.dropout = 0.05 applies to LoRA adapters, and training.train = 'full' has none; set")
 
 
 def test_a_field_that_the_method_does_not_have_is_refused_with_the_nearest():

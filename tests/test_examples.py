@@ -33,7 +33,15 @@ def quality(run):
 def test_every_example_is_executed_here():
     executed = set(re.findall(r'execute\("(\w+\.py)"\)', Path(__file__).read_text()))
     assert executed == {path.name for path in EXAMPLES.glob("*.py")}
-    assert len(executed) == 4
+    assert len(executed) == 5
+
+
+def test_a_method_with_a_model_of_its_own_is_compared_and_its_clients_models_are_taken_home(execute):
+    ran = execute("flame.py")
+    assert len(ran["compared"].folders) == 2 and not ran["compared"].failed
+    assert sorted(path.name for path in (ran["out"] / "models").iterdir()) == ["c01", "c02"]
+    source = (EXAMPLES / "flame.py").read_text()
+    assert source.count("\n") < 110
 
 
 def test_a_method_of_ones_own_is_compared_with_ours(execute):

@@ -105,6 +105,7 @@ def fit(
     With a load-balance loss, a `watch` or a `select_experts`, the routers are recorded; `routed` then counts the tokens that they
     gave each expert.
     """
+    # long: a step is written once, in its order, and what it holds is in one frame, so that the meter sees when it is let go
     training = context.training
     losses, tokens, flops, peak = [], 0, 0.0, 0
     routed: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-"""Who gets which examples: pure functions from labels and a seed to lists of indices, one list per client.
+"""Which client gets which examples: pure functions from labels and a seed to lists of indices, one list per client.
 
-Each index is given at most once, but by dirichlet_draws. iid, dirichlet, clusters and quantity give every index away, and so does
-by_task if its `within` does; pathological leaves out what belongs to labels that nobody holds.
+Each index goes to at most one client, except in dirichlet_draws. iid, dirichlet and quantity use every index, and so does by_task
+if its `within` does; pathological leaves out the examples of labels that no client has.
 
 Dirichlet over labels: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
 Classification", 2019, https://arxiv.org/abs/1909.06335. Pathological: McMahan et al., 2017, https://arxiv.org/abs/1602.05629.
@@ -30,8 +30,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from fedexperts.data.templates import rows_of
-from fedexperts.errors import BadData, BadValue, nearest
+from fedexperts.data.templates import rows_with_label_names
+from fedexperts.errors import BadData, BadValue, listed, nearest, shortened
 from fedexperts.io.files import write_text
 
 Indices = list[list[int]]
@@ -40,79 +40,80 @@ Divide = Callable[[Sequence[int], int, str], Indices]
 
 
 def iid(number: int, clients: int, seed: str, minimum: int = 1) -> Indices:
-    """Shuffled and dealt out; sizes differ by one at most."""
-    enough(number, clients, minimum)
+    """Shuffled and dealt in turn; sizes differ by one at most."""
+    require_enough(number, clients, minimum)
     order = shuffled(range(number), seed)
     return [sorted(order[client::clients]) for client in range(clients)]
 
 
 def quantity(number: int, clients: int, alpha: float, seed: str, minimum: int = 1) -> Indices:
-    """Contents at random; sizes are `minimum` plus a share of the rest drawn from Dirichlet(`alpha`)."""
-    enough(number, clients, minimum)
-    shares = generator(seed).dirichlet([alpha] * clients)
+    """Examples at random; sizes are `minimum` plus a share of the rest, drawn from Dirichlet(`alpha`)."""
+    require_enough(number, clients, minimum)
+    shares = numpy_generator(seed).dirichlet([alpha] * clients)
     sizes = [minimum + more for more in apportion(shares, number - minimum * clients)]
-    return [sorted(part) for part in pieces(shuffled(range(number), seed), sizes)]
+    return [sorted(part) for part in consecutive_parts(shuffled(range(number), seed), sizes)]
 
 
 def pathological(labels: Sequence[Hashable], clients: int, labels_per_client: int, seed: str, minimum: int = 1) -> Indices:
-    """Each client holds `labels_per_client` labels, the least held ones first; holders share a label evenly."""
-    members = by_value(labels)
+    """Each client gets `labels_per_client` labels, those of the fewest clients first; clients share a label evenly."""
+    members = indices_by_value(labels)
     if labels_per_client > len(members):
         raise BadData(
-            f"each client was to hold {labels_per_client} labels, but there are {len(members)}; give fewer labels_per_client"
+            f"labels_per_client = {labels_per_client}, but the examples have {len(members)} labels; set labels_per_client to at"
+            f" most {len(members)}"
         )
-    rng, held = Random(seed), Counter[Hashable]()
-    holders = defaultdict(list)
+    rng, client_counts = Random(seed), Counter[Hashable]()
+    clients_of_label = defaultdict(list)
     for client in range(clients):
-        for label in sorted(members, key=lambda label: (held[label], rng.random()))[:labels_per_client]:
-            held[label] += 1
-            holders[label].append(client)
+        for label in sorted(members, key=lambda label: (client_counts[label], rng.random()))[:labels_per_client]:
+            client_counts[label] += 1
+            clients_of_label[label].append(client)
     parts: Indices = [[] for _ in range(clients)]
-    for place, (label, who) in enumerate(holders.items()):
-        order = shuffled(members[label], f"{seed}/{place}")
-        for turn, client in enumerate(who):
-            parts[client] += order[turn :: len(who)]
+    for number, (label, label_clients) in enumerate(clients_of_label.items()):
+        order = shuffled(members[label], f"{seed}/{number}")
+        for turn, client in enumerate(label_clients):
+            parts[client] += order[turn :: len(label_clients)]
     smallest = min(map(len, parts))
     if smallest < minimum:
         raise BadData(
-            f"a client would get {smallest} of {len(labels)} examples when {clients} clients hold {labels_per_client} labels"
-            f" each, but each needs {minimum}; ask for fewer clients or give more data"
+            f"a client would get {smallest} of {len(labels)} examples if {clients} clients have {labels_per_client} labels each,"
+            f" but each needs {minimum}; use fewer clients or give more data"
         )
     return [sorted(part) for part in parts]
 
 
 def dirichlet(labels: Sequence[Hashable], clients: int, alpha: float, seed: str, minimum: int = 1) -> Indices:
-    """Each label's examples go to clients in shares drawn from Dirichlet(`alpha`): the smaller, the more lopsided.
+    """Each label's examples go to clients in shares drawn from Dirichlet(`alpha`): the smaller alpha, the more uneven.
 
-    A client left with fewer than `minimum` is filled up by the largest client at that time, from its most frequent label.
+    A client with fewer than `minimum` is filled up, one example at a time, from the most frequent label of the largest client.
     """
-    enough(len(labels), clients, minimum)
-    rng = generator(seed)
+    require_enough(len(labels), clients, minimum)
+    rng = numpy_generator(seed)
     parts: list[dict[int, list[int]]] = [{} for _ in range(clients)]
-    for place, members in enumerate(by_value(labels).values()):
+    for label, members in enumerate(indices_by_value(labels).values()):
         sizes = apportion(rng.dirichlet([alpha] * clients), len(members))
-        for client, piece in enumerate(pieces(shuffled(members, f"{seed}/{place}"), sizes)):
-            if piece:
-                parts[client][place] = piece
+        for client, share in enumerate(consecutive_parts(shuffled(members, f"{seed}/{label}"), sizes)):
+            if share:
+                parts[client][label] = share
     fill_up(parts, minimum)
-    return [sorted(index for piece in part.values() for index in piece) for part in parts]
+    return [sorted(index for share in part.values() for index in share) for part in parts]
 
 
 def dirichlet_draws(labels: Sequence[Hashable], clients: int, alpha: float, draws: int, seed: str, minimum: int = 1) -> Indices:
-    """Each client draws `draws` examples with replacement, labels in shares of its own from Dirichlet(`alpha`).
+    """Each client draws `draws` examples with replacement, with its own shares of labels from Dirichlet(`alpha`).
 
-    So all have as many, several have the same, and in one client an example may come again.
+    So all clients have equally many, several clients may have the same example, and one client may have it several times.
     """
-    enough(len(labels), 1, minimum)
+    require_enough(len(labels), 1, minimum)
     if draws < minimum:
-        raise BadData(f"each client would draw {draws} examples, but needs {minimum}; raise draws")
-    members = list(by_value(labels).values())
+        raise BadData(f"each client would draw {draws} examples, but needs {minimum}; set draws to at least {minimum}")
+    members = list(indices_by_value(labels).values())
     parts = []
     for client in range(clients):
-        rng = generator(f"{seed}/{client}")
+        rng = numpy_generator(f"{seed}/{client}")
         counts = rng.multinomial(draws, rng.dirichlet([alpha] * len(members)))
-        drawn = (rng.choice(each, count) for each, count in zip(members, counts, strict=True))
-        parts.append(sorted(index for piece in drawn for index in piece.tolist()))
+        drawn = (rng.choice(indices, count) for indices, count in zip(members, counts, strict=True))
+        parts.append(sorted(index for indices in drawn for index in indices.tolist()))
     return parts
 
 
@@ -124,12 +125,17 @@ def by_task(
     within: Divide | None = None,
     minimum: int = 1,
 ) -> Indices:
-    """Each client gets one task, tasks in the order they appear; `within` divides a task among its clients, iid unless told."""
-    members = by_value(tasks)
-    counts = clients_per_task or spread(members, clients)
+    """Each client gets one task, in the order of the tasks' first examples; `within` (default: iid) divides a task among clients.
+
+    Raises:
+        BadValue: `clients_per_task` names an unknown task, or its sum is not `clients`.
+        BadData: fewer clients than tasks, or a task with too few examples for its clients.
+    """
+    members = indices_by_value(tasks)
+    counts = clients_per_task or spread_clients(members, clients)
     if unknown := set(counts) - set(members):
         name = sorted(unknown)[0]
-        raise BadValue(f"clients_per_task names {name}, but the tasks are {', '.join(members)}{nearest(name, members)}")
+        raise BadValue(f"clients_per_task names {name}, but the tasks are {listed(members, 4)}{nearest(name, members)}")
     if sum(counts.values()) != clients:
         raise BadValue(f"clients_per_task gives {sum(counts.values())} clients, but there are {clients}; make them equal")
     parts: Indices = []
@@ -141,16 +147,20 @@ def by_task(
 
 def _one_task(members: list[int], task: str, clients: int, seed: str, within: Divide | None, minimum: int) -> Indices:
     try:
-        return within(members, clients, seed) if within else at(members, iid(len(members), clients, seed, minimum))
+        return within(members, clients, seed) if within else members_at(members, iid(len(members), clients, seed, minimum))
     except BadData as error:
         raise BadData(f"task {task}: {error}") from error
 
 
-def spread(members: Mapping[str, Sequence[int]], clients: int) -> dict[str, int]:
-    """Clients per task, as even as it goes; what is left over goes to the largest tasks."""
+def spread_clients(members: Mapping[str, Sequence[int]], clients: int) -> dict[str, int]:
+    """Task → number of clients, as even as possible: numbers differ by one at most, and the largest tasks have the larger one.
+
+    Raises:
+        BadData: fewer clients than tasks.
+    """
     if clients < len(members):
         raise BadData(
-            f"{clients} clients cannot cover {len(members)} tasks when each has one; ask for at least {len(members)} clients,"
+            f"{clients} clients cannot cover {len(members)} tasks when each has one; use at least {len(members)} clients,"
             ' name fewer sources, give them one `task` name, or divide by "dirichlet" or "iid"'
         )
     largest = sorted(members, key=lambda task: -len(members[task]))[: clients % len(members)]
@@ -158,9 +168,9 @@ def spread(members: Mapping[str, Sequence[int]], clients: int) -> dict[str, int]
 
 
 class Clusters:
-    """K-means clusters of texts (TF-IDF, 50 singular directions), fitted once; other texts go to the nearest.
+    """K-means clusters of texts (TF-IDF, at most 50 singular directions), fitted once; other texts go to the nearest cluster.
 
-    One thread: with more, sums come in another order and a text on the border may change sides.
+    Fitted on one thread: with more, sums are added in another order and a text on a border may change its cluster.
     """
 
     def __init__(self, texts: Sequence[str], clusters: int, seed: str) -> None:
@@ -168,25 +178,25 @@ class Clusters:
         self.words = TfidfVectorizer(token_pattern=r"\S+", max_features=20_000, sublinear_tf=True)
         with threadpool_limits(limits=1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct texts than clusters: some stay empty
-            counted = self.words.fit_transform(texts)
-            width = min(50, counted.shape[1] - 1, len(texts) - 1)
-            self.directions = TruncatedSVD(width, random_state=state).fit(counted) if width > 0 else None
-            self.means = KMeans(min(clusters, len(texts)), n_init=3, random_state=state).fit(self._embedded(counted))
+            word_weights = self.words.fit_transform(texts)
+            width = min(50, word_weights.shape[1] - 1, len(texts) - 1)
+            self.directions = TruncatedSVD(width, random_state=state).fit(word_weights) if width > 0 else None
+            self.means = KMeans(min(clusters, len(texts)), n_init=3, random_state=state).fit(self._embed(word_weights))
 
     def of(self, texts: Sequence[str]) -> list[int]:
         """The cluster of each text."""
         if not texts:
             return []
         with threadpool_limits(limits=1):
-            return [int(cluster) for cluster in self.means.predict(self._embedded(self.words.transform(texts)))]
+            return [int(cluster) for cluster in self.means.predict(self._embed(self.words.transform(texts)))]
 
-    def _embedded(self, counted: Any) -> Any:
-        return normalize(self.directions.transform(counted) if self.directions else counted)
+    def _embed(self, word_weights: Any) -> Any:
+        return normalize(self.directions.transform(word_weights) if self.directions else word_weights)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Indices per client, with the seed and settings that made them: what a manifest saves."""
+    """Indices per client, with the seed and the settings that they were made with."""
 
     indices: tuple[tuple[int, ...], ...]
     seed: str = ""
@@ -198,7 +208,7 @@ class Partition:
         return hashlib.sha256(json.dumps(self.indices).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
-        """What `save` writes."""
+        """The manifest, as `save` writes it."""
         return {"seed": self.seed, "settings": dict(self.settings), "hash": self.hash, "indices": self.indices}
 
     def save(self, path: Path) -> None:
@@ -210,39 +220,45 @@ class Partition:
         """The partition in a manifest.
 
         Raises:
-            BadData: no manifest, or its indices are not the ones its hash was made of.
+            BadData: the file is no manifest, or its indices do not match its hash.
         """
         try:
-            read = json.loads(path.read_text())
-            indices = tuple(tuple(map(int, part)) for part in read["indices"])
-            partition = cls(indices, read["seed"], read["settings"])
-            if partition.hash != read["hash"]:
+            manifest = json.loads(path.read_text())
+            indices = tuple(tuple(map(int, part)) for part in manifest["indices"])
+            partition = cls(indices, manifest["seed"], manifest["settings"])
+            if partition.hash != manifest["hash"]:
                 raise ValueError("its indices do not match its hash")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadData(f"{path} is not a partition manifest ({error}); make it again with Partition.save") from error
+            reason = shortened(f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error))
+            raise BadData(f"{path} is no partition manifest ({reason}); write it again with Partition.save") from error
         return partition
 
 
 @runtime_checkable
-class Loads(Protocol):
-    """Anything that hands out rows client by client, such as a partitioner of flwr-datasets."""
+class Partitioner(Protocol):
+    """Any object that gives the rows of each client, such as a partitioner of flwr-datasets."""
 
     def load_partition(self, partition_id: int) -> Iterable[Mapping[str, Any]]: ...
 
 
-def from_object(partitioner: Loads, clients: int, label: str | None = None) -> tuple[list[dict[str, Any]], Partition]:
-    """All rows that `partitioner` hands to clients 0 … `clients` - 1, and who has which.
+def from_object(partitioner: Partitioner, clients: int, label: str | None = None) -> tuple[list[dict[str, Any]], Partition]:
+    """All rows that `partitioner` gives to clients 0 … `clients` - 1, and the partition that says which client has which.
 
     `load_partition(i)` must give client i's rows: mappings from field to value, in any iterable. A `datasets.Dataset` is one;
-    where it knows the names of the classes in the field `label`, a row gets its `label_name`.
-    `clients.clients_from_object` makes clients of it; who makes Examples of the rows alone gives them to `clients.clients_from`.
+    if it has names of the classes in the field `label`, a row gets its `label_name`. `clients.clients_from_object` makes clients
+    of a partitioner; to make Examples of the rows yourself, call this function and give them to `clients.clients_from`.
+
+    Raises:
+        BadValue: `partitioner` has no `load_partition`.
+        BadData: a client without rows.
     """
-    if not isinstance(partitioner, Loads):
-        raise BadValue(f"{type(partitioner).__name__} has no load_partition(i), which gives client i's rows; add it")
-    parts = [rows_of(partitioner.load_partition(client), label) for client in range(clients)]
+    if not isinstance(partitioner, Partitioner):
+        name = type(partitioner).__name__
+        raise BadValue(f"{name} has no load_partition(i), which gives client i's rows; add it or give another object")
+    parts = [rows_with_label_names(partitioner.load_partition(client), label) for client in range(clients)]
     if not all(parts):
         raise BadData(
-            f"load_partition({parts.index([])}) gave no rows, but each of {clients} clients needs some; ask for fewer clients"
+            f"load_partition({parts.index([])}) gave no rows, but each of {clients} clients needs some; use fewer clients"
         )
     ends = [0, *accumulate(map(len, parts))]
     name = type(partitioner).__name__
@@ -251,37 +267,42 @@ def from_object(partitioner: Loads, clients: int, label: str | None = None) -> t
 
 
 def fill_up(parts: Sequence[dict[int, list[int]]], minimum: int) -> None:
-    """Moves examples, in place, from the largest parts to those below `minimum`; enough of them must be there."""
+    """Moves examples, in place, from the largest parts to those below `minimum`; there must be enough in all.
+
+    `parts` has for each client label → indices. Of equally large parts the first gives, of equally frequent labels the first.
+    """
     sizes = [sum(map(len, part.values())) for part in parts]
-    richest = [(-size, client) for client, size in enumerate(sizes) if size > minimum]
-    heapify(richest)
+    largest_first = [(-size, client) for client, size in enumerate(sizes) if size > minimum]
+    heapify(largest_first)
     for client, size in enumerate(sizes):
         for _ in range(size, minimum):
-            surplus, donor = richest[0]
+            negative_size, donor = largest_first[0]
             label = max(parts[donor], key=lambda label: len(parts[donor][label]))
             parts[client].setdefault(label, []).append(parts[donor][label].pop())
-            if -surplus - 1 > minimum:
-                heapreplace(richest, (surplus + 1, donor))
+            if -negative_size - 1 > minimum:
+                heapreplace(largest_first, (negative_size + 1, donor))
             else:
-                heappop(richest)
+                heappop(largest_first)
 
 
-def enough(number: int, clients: int, minimum: int) -> None:
-    """Raises BadData when `number` examples cannot give each client its minimum."""
+def require_enough(number: int, clients: int, minimum: int) -> None:
+    """Raises BadData if `number` examples are too few to give each client its minimum."""
     if number < minimum:
         raise BadData(
-            f"a client needs at least {minimum} different examples, but there are {number} for all {clients} of them;"
-            " give more data"
+            f"a client needs at least {minimum} different examples, but there are {number} for {clients} clients; give more data"
         )
     if number < clients * minimum:
         raise BadData(
             f"{clients} clients of at least {minimum} examples need {clients * minimum}, but there are {number};"
-            f" ask for at most {number // minimum} clients or give more data"
+            f" use at most {number // minimum} clients or give more data"
         )
 
 
 def apportion(shares: Iterable[float], number: int) -> list[int]:
-    """Whole numbers close to `number` times `shares`, with that sum: largest remainders are rounded up."""
+    """Whole numbers in proportion to `shares` with the sum `number`: the largest remainders are rounded up.
+
+    Of equal remainders the first ones are rounded up.
+    """
     exact = np.asarray(list(shares), dtype=np.float64)
     exact = exact / exact.sum() * number
     whole = np.floor(exact).astype(int)
@@ -290,32 +311,32 @@ def apportion(shares: Iterable[float], number: int) -> list[int]:
     return [int(count) for count in whole]
 
 
-def by_value(values: Sequence[Hashable]) -> dict[Any, list[int]]:
-    """The indices of each value, values in the order they appear."""
+def indices_by_value(values: Sequence[Hashable]) -> dict[Any, list[int]]:
+    """Value → its indices, in the order of the values' first occurrences."""
     members = defaultdict(list)
     for index, value in enumerate(values):
         members[value].append(index)
     return dict(members)
 
 
-def at(members: Sequence[int], parts: Indices) -> Indices:
-    """Parts of positions in `members` as parts of its values."""
-    return [[members[place] for place in part] for part in parts]
+def members_at(members: Sequence[int], parts: Indices) -> Indices:
+    """`parts`, which are lists of positions in `members`, as lists of the members themselves."""
+    return [[members[position] for position in part] for part in parts]
 
 
-def pieces(order: Sequence[int], sizes: Sequence[int]) -> Indices:
-    """`order` cut into consecutive pieces."""
+def consecutive_parts(order: Sequence[int], sizes: Sequence[int]) -> Indices:
+    """`order` cut into consecutive parts of these sizes."""
     ends = [0, *accumulate(sizes)]
     return [list(order[start:end]) for start, end in pairwise(ends)]
 
 
 def shuffled(values: Iterable[int], seed: str) -> list[int]:
-    """`values` in an order that only `seed` decides."""
+    """`values` in a random order that only `seed` decides."""
     order = list(values)
     Random(seed).shuffle(order)
     return order
 
 
-def generator(seed: str) -> np.random.Generator:
-    """numpy's generator for a seed in words."""
+def numpy_generator(seed: str) -> np.random.Generator:
+    """numpy's generator for a seed that is a string."""
     return np.random.default_rng(Random(seed).getrandbits(64))

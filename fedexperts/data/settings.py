@@ -1,4 +1,4 @@
-"""What a run file says about data: sources, how they are divided among clients, and how much of them is used."""
+"""The `data` table of a run file: sources, how they are divided among clients, and how much of them is used."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -12,7 +12,7 @@ NUMBER_OF: Mapping[str, str] = {
     "pathological": "labels_per_client",
     "clusters": "clusters",
 }
-"""The number a short form such as `{ dirichlet = 0.5 }` gives."""
+"""Rule → the key whose value a short form such as `{ dirichlet = 0.5 }` gives."""
 KEYS_OF: Mapping[By, tuple[str, ...]] = {
     "task": ("within", "clients_per_task"),
     "iid": (),
@@ -21,17 +21,18 @@ KEYS_OF: Mapping[By, tuple[str, ...]] = {
     "clusters": ("clusters", "alpha", "draws"),
     "quantity": ("alpha",),
 }
+"""Rule → the keys that have an effect with it."""
 
 
 class PartitionSettings(BaseModel):
     """How examples are divided among clients.
 
-    by = task: each client has one task; `within` divides a task among its clients (iid unless told).
-    by = dirichlet: each label's shares are drawn from Dirichlet(alpha); clusters of texts stand in where nothing has a label.
-    by = clusters: the same over `clusters` K-means clusters of texts, labels or not.
-    `draws`, with either: each client draws so many with replacement instead, in shares of its own.
+    by = task: each client has one task; `within` (default: iid) divides a task among its clients.
+    by = dirichlet: each label's shares are drawn from Dirichlet(alpha); without labels, clusters of texts take their place.
+    by = clusters: the same over `clusters` K-means clusters of texts, whether there are labels or not.
+    `draws`, with either: each client draws so many examples with replacement, in its own shares of labels or clusters.
     by = pathological: each client has only `labels_per_client` labels.
-    by = quantity: sizes are drawn from Dirichlet(alpha), contents at random.
+    by = quantity: sizes are drawn from Dirichlet(alpha), examples at random.
 
     Short forms: "iid", { dirichlet = 0.5 }, { quantity = 1.0 }, { pathological = 2 },
     { by = "task", within = { dirichlet = 0.5 } }.
@@ -44,44 +45,46 @@ class PartitionSettings(BaseModel):
     labels_per_client: int = Field(default=2, ge=1)
     clusters: int = Field(default=10, ge=1)
     draws: PositiveInt | None = None  # with by = dirichlet or clusters
-    clients_per_task: dict[str, PositiveInt] = {}  # with by = task; empty: as even as it goes
+    clients_per_task: dict[str, PositiveInt] = {}  # with by = task; empty: as even as possible
     within: "PartitionSettings | None" = None  # with by = task
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, given: object) -> object:
-        if isinstance(given, str):
-            return {"by": given}
-        if isinstance(given, dict) and "by" not in given:
-            return _long_form(given)
-        return given
+    def _expand_short_form(cls, settings: object) -> object:
+        if isinstance(settings, str):
+            return {"by": settings}
+        if isinstance(settings, dict) and "by" not in settings:
+            return _long_form(settings)
+        return settings
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> Self:
         fields = type(self).model_fields
         changed = [name for name in fields if name != "by" and getattr(self, name) != fields[name].default]
-        if idle := [name for name in changed if name not in KEYS_OF[self.by]]:
+        if without_effect := [name for name in changed if name not in KEYS_OF[self.by]]:
             keys = ", ".join(KEYS_OF[self.by]) or "no other key"
-            raise ValueError(f'{idle[0]} has no effect with by = "{self.by}", which takes {keys}; leave it out or change by')
+            name = without_effect[0]
+            raise ValueError(f'{name} has no effect with by = "{self.by}", which takes {keys}; remove it or change by')
         if self.within is not None and self.within.by == "task":
             raise ValueError('within divides one task, so it cannot be by = "task"; choose iid, dirichlet, clusters or another')
         return self
 
 
-def _long_form(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`{dirichlet: 0.5}` as `{by: dirichlet, alpha: 0.5}`; whatever else stands there is kept."""
-    name = next((name for name in NUMBER_OF if name in given), None)
-    if name is None:
-        return dict(given)
-    others = {key: value for key, value in given.items() if key != name}
-    return {"by": name, NUMBER_OF[name]: given[name], **others}
+def _long_form(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`{dirichlet: 0.5}` as `{by: dirichlet, alpha: 0.5}`; other keys stay as they are."""
+    rule = next((rule for rule in NUMBER_OF if rule in settings), None)
+    if rule is None:
+        return dict(settings)
+    others = {key: value for key, value in settings.items() if key != rule}
+    return {"by": rule, NUMBER_OF[rule]: settings[rule], **others}
 
 
 class SourceSettings(BaseModel):
     """One source of examples: a name alone, or a table that says how its rows are read.
 
-    `name` is a set we know ("ag_news", "dolly", "dolly/closed_qa", "superni/task875"), a generated task ("synthetic/sort"),
-    a .jsonl, .csv or .parquet file (.gz or not), or "hub:owner/set" (also "hub:" and a local folder) through `datasets`.
+    `name` is a set of the data pack ("ag_news", "dolly", "dolly/closed_qa", "superni/task875"), a generated task
+    ("synthetic/sort"), a .jsonl, .csv or .parquet file (.gz or not), or "hub:owner/set" (also "hub:" and a local folder), which
+    `datasets` loads.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,24 +93,24 @@ class SourceSettings(BaseModel):
     test: str | None = None  # a file with the test rows
     config: str | None = None  # of a set on the hub
     split: str = "train"  # of a set on the hub
-    test_split: str | None = None  # of a set on the hub; otherwise its test, or else validation, split
-    prompt: str | None = None  # a field, or a text with {field}s in it
-    response: str | None = None  # a field, or a text with {field}s in it
-    label: str | None = None  # the field of the class; without `response` its name is the answer
-    task: str | None = None  # results are reported under this name
+    test_split: str | None = None  # of a set on the hub; by default its test or else its validation split
+    prompt: str | None = None  # the name of a field, or a text with {field}s in it
+    response: str | None = None  # likewise
+    label: str | None = None  # the field with the class; without `response`, the name of the class is the response
+    task: str | None = None  # the name under which results are reported
     metric: str | None = None
     limit: int | None = Field(default=None, ge=1)  # training examples, drawn at random
 
 
-def _names_are_tables(given: object) -> object:
-    """A list of sources, of which each may be a name alone; one source may stand without a list."""
-    given = [given] if isinstance(given, str | dict) else given
-    if isinstance(given, list | tuple):
-        return tuple({"name": source} if isinstance(source, str) else source for source in given)
-    return given
+def _expand_names(sources: object) -> object:
+    """Sources as a tuple of tables: each may be a name alone, and a single one may stand without a list."""
+    sources = [sources] if isinstance(sources, str | dict) else sources
+    if isinstance(sources, list | tuple):
+        return tuple({"name": source} if isinstance(source, str) else source for source in sources)
+    return sources
 
 
-Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_names_are_tables)]
+Sources = Annotated[tuple[SourceSettings, ...], BeforeValidator(_expand_names)]
 
 
 ClientName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -119,34 +122,32 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: Sources = Field(min_length=1)
-    clients: int = Field(default=10, ge=1)  # as many as names, where these are given
-    names: tuple[ClientName, ...] = ()  # what they are called; else c01, c02, …
-    own: bool = (
-        False  # each brings its own data (`fedexperts client --data`), read as the source says, of which there is one then
-    )
+    clients: int = Field(default=10, ge=1)  # with names: their number
+    names: tuple[ClientName, ...] = ()  # of the clients; by default c01, c02, …
+    own: bool = False  # each client brings its own data (`fedexperts client --data`), all read as the only source says
     partition: PartitionSettings = PartitionSettings()
-    limit: int | None = Field(default=None, ge=1)  # training examples of each source that sets none itself
+    limit: int | None = Field(default=None, ge=1)  # training examples of each source without a limit of its own
     minimum: int = Field(default=4, ge=2)  # examples per client, validation included
     validation: float = Field(default=0.15, gt=0, lt=1)  # share of a client's training examples
-    test_examples: int = Field(default=50, ge=1)  # per client, distributed over labels as its training examples are
+    test_examples: int = Field(default=50, ge=1)  # per client, with the label shares of its training examples
     max_tokens: int = Field(default=256, ge=4)
 
     @model_validator(mode="before")
     @classmethod
-    def _as_many_as_names(cls, given: object) -> object:
-        if isinstance(given, dict) and given.get("names") and "clients" not in given:
-            return {**given, "clients": len(given["names"])}
-        return given
+    def _as_many_as_names(cls, settings: object) -> object:
+        if isinstance(settings, dict) and settings.get("names") and "clients" not in settings:
+            return {**settings, "clients": len(settings["names"])}
+        return settings
 
     @model_validator(mode="after")
     def _every_client_has_one_name(self) -> Self:
         if self.names and len(set(self.names)) != self.clients:
             raise ValueError(f"names gives {len(set(self.names))} different names for {self.clients} clients; give each its own")
         if self.own and not self.names:
-            raise ValueError("own = true: clients bring their own data, so only they are known by name; give names too")
+            raise ValueError("own = true lets clients bring their own data, so the server must know their names; set names too")
         if self.own and (len(self.sources) > 1 or self.sources[0].task is None):
             raise ValueError(
-                "own = true takes one source, which says how all clients' rows are read, with a task to report them by"
+                "own = true needs exactly one source, which says how all clients' rows are read, with a task; set both"
             )
         return self
 

@@ -1,7 +1,7 @@
-"""Instruction tasks and plain text made from nothing but a seed: what the tiny base knows, and what it has yet to learn.
+"""Instruction tasks and plain text generated from a seed: the tasks that the tiny base knows, and new ones for it to learn.
 
-A prompt reads `Reverse: lemon=>` and its answer `nomel`. Every prompt belongs for good to one split, by its hash, so no
-choice of seeds can put a test prompt into training, and the tiny base has seen no test prompt of any task.
+A prompt reads `Reverse: lemon=>`, and its response `nomel`. The hash of a prompt decides its split, whatever the seed, so a
+test prompt is never in the training data of a run, and the tiny base has seen no test prompt of any task.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ from fedexperts.errors import BadData, BadValue, nearest
 from fedexperts.types import Example
 
 Maker = Callable[[Random], tuple[str, str]]
-Side = Literal["train", "test"]
+SplitName = Literal["train", "test"]
 
 SEPARATOR = "=>"  # ends every prompt; a token of the tiny base
-TEST_SHARE = 5  # one prompt in so many is a test prompt
+TEST_SHARE = 5  # one prompt in five is a test prompt
 
 KINDS = {
     "animal": ("cat", "dog", "cow", "fox", "owl", "bee", "goat", "wolf"),
@@ -50,51 +50,53 @@ ENDINGS = ("before noon", "in the rain", "without a word", "for a friend", "ever
 
 
 def letters(rng: Random, fewest: int = 3, most: int = 6, alphabet: str = ascii_lowercase) -> str:
+    """A random string of `fewest` to `most` letters."""
     return "".join(rng.choice(alphabet) for _ in range(rng.randint(fewest, most)))
 
 
-def ask(instruction: str, text: str) -> str:
+def format_prompt(instruction: str, text: str) -> str:
+    """`Reverse: lemon=>`."""
     return f"{instruction}: {text}{SEPARATOR}"
 
 
 def rewriting(instruction: str, rewrite: Callable[[str], str], fewest: int = 3, most: int = 6) -> Maker:
-    """A task whose answer is a function of a random string."""
+    """A task whose response is a function of a random string."""
 
     def make(rng: Random) -> tuple[str, str]:
         text = letters(rng, fewest, most)
-        return ask(instruction, text), rewrite(text)
+        return format_prompt(instruction, text), rewrite(text)
 
     return make
 
 
 def naming(instruction: str, words: Mapping[str, Sequence[str]], fillers: int) -> Maker:
-    """A task whose answer is the label of the one word that has one, among up to `fillers` words that have none."""
+    """A task whose response is the label of a word, which stands among up to `fillers` words without a label."""
 
     def make(rng: Random) -> tuple[str, str]:
         label = rng.choice(list(words))
         text = [rng.choice(words[label]), *(rng.choice(FILLERS) for _ in range(rng.randint(0, fillers)))]
         rng.shuffle(text)
-        return ask(instruction, " ".join(text)), label
+        return format_prompt(instruction, " ".join(text)), label
 
     return make
 
 
 def add(rng: Random) -> tuple[str, str]:
     a, b = rng.randint(0, 99), rng.randint(0, 99)
-    return ask("Add", f"{a}+{b}"), str(a + b)
+    return format_prompt("Add", f"{a}+{b}"), str(a + b)
 
 
 def count(rng: Random) -> tuple[str, str]:
     text = letters(rng, 3, 7, alphabet="abcdef")
     letter = rng.choice(text)
-    return ask("Count", f"{letter} {text}"), str(text.count(letter))
+    return format_prompt("Count", f"{letter} {text}"), str(text.count(letter))
 
 
 def extract(rng: Random) -> tuple[str, str]:
     record = {"id": letters(rng, 2, 4), "no": str(rng.randint(1, 99)), "by": letters(rng, 2, 4)}
-    shown = rng.sample(list(record), 2)
-    wanted = rng.choice(shown)
-    return ask("Extract", f"{wanted} {';'.join(f'{key}={record[key]}' for key in shown)}"), record[wanted]
+    keys = rng.sample(list(record), 2)
+    key = rng.choice(keys)
+    return format_prompt("Extract", f"{key} {';'.join(f'{each}={record[each]}' for each in keys)}"), record[key]
 
 
 def without_vowels(text: str) -> str:
@@ -128,38 +130,39 @@ NEW: dict[str, Maker] = {
     "feeling": naming("Feeling", FEELINGS, fillers=2),
 }
 SYNTHETIC: dict[str, Maker] = BASE | NEW
-BASE_TASKS = tuple(BASE)  # what the tiny base does well
-NEW_TASKS = tuple(NEW)  # what it has hardly seen: for federated runs to teach
-INSTRUCTIONS = tuple(f"{task.capitalize()}:" for task in SYNTHETIC)  # how the prompts of each task begin
+BASE_TASKS = tuple(BASE)  # the tiny base solves them well
+NEW_TASKS = tuple(NEW)  # the tiny base has hardly seen them: for federated runs to learn
+INSTRUCTIONS = tuple(f"{task.capitalize()}:" for task in SYNTHETIC)  # the start of each task's prompts
 
 LABELS = {"classify": tuple(KINDS), "room": tuple(ROOMS), "feeling": tuple(FEELINGS)}
 
 
-def examples(task: str, number: int, seed: int | str, split: Side | None = None) -> list[Example]:
-    """`number` examples with different prompts; of one split, or of both when none is named.
+def examples(task: str, number: int, seed: int | str, split: SplitName | None = None) -> list[Example]:
+    """`number` examples with different prompts, of `split` or, if it is None, of both splits.
 
     Raises:
-        BadValue: there is no such task.
-        BadData: the task has fewer different prompts than that.
+        BadValue: an unknown task.
+        BadData: the task has fewer different prompts.
     """
     if task not in SYNTHETIC:
         raise BadValue(f"{task!r} is not one of the generated tasks {', '.join(SYNTHETIC)}{nearest(task, SYNTHETIC)}")
-    rng, found = Random(f"{seed}/{task}"), dict[str, Example]()
+    rng, by_prompt = Random(f"{seed}/{task}"), dict[str, Example]()
     for _ in range(1000 + 100 * number):
-        if len(found) == number:
-            return list(found.values())
-        example = draw(task, rng, split)
-        found.setdefault(example.prompt, example)
+        if len(by_prompt) == number:
+            return list(by_prompt.values())
+        example = draw_example(task, rng, split)
+        by_prompt.setdefault(example.prompt, example)
     raise BadData(
-        f"{number} different prompts of {task!r} were asked for, but only {len(found)} were found; ask for {len(found)} at most"
+        f"the task {task!r} cannot give {number} different prompts, only {len(by_prompt)} were drawn; set a limit of at most"
+        f" {len(by_prompt)}"
     )
 
 
-def draw(task: str, rng: Random, split: Side | None = None) -> Example:
-    """One example; prompts repeat sooner or later."""
+def draw_example(task: str, rng: Random, split: SplitName | None = None) -> Example:
+    """One random example; prompts of several draws may repeat."""
     while True:
         prompt, response = SYNTHETIC[task](rng)
-        if split is None or split == side(prompt):
+        if split is None or split == split_of(prompt):
             break
     choices = LABELS.get(task, ())
     if not choices:
@@ -167,19 +170,20 @@ def draw(task: str, rng: Random, split: Side | None = None) -> Example:
     return Example(prompt, response, task, metric="accuracy", label=choices.index(response), choices=choices)
 
 
-def side(prompt: str) -> Side:
-    """The split that a prompt belongs to, whatever the seed."""
+def split_of(prompt: str) -> SplitName:
+    """The split to which a prompt belongs, whatever the seed."""
     return "test" if sha256(prompt.encode()).digest()[0] % TEST_SHARE == 0 else "train"
 
 
 def sentence(rng: Random) -> str:
+    """A random sentence of a small grammar."""
     who, what, where, end = rng.choice(NAMES), rng.choice(OBJECTS), rng.choice(PLACES), rng.choice(ENDINGS)
     if rng.random() < 0.5:
         return f"{who} {rng.choice(VERBS)} {what} at {where} {end}."
     return f"At {where}, {who} {rng.choice(VERBS)} {what} {end}."
 
 
-def text(number: int, seed: int | str) -> list[Example]:
-    """Plain text without a prompt, for language modelling: a sentence of a small grammar each."""
+def sentences(number: int, seed: int | str) -> list[Example]:
+    """`number` examples of plain text without a prompt, for language modeling: one random sentence each."""
     rng = Random(f"{seed}/text")
     return [Example("", sentence(rng), "text", metric="perplexity") for _ in range(number)]

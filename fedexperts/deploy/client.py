@@ -24,7 +24,7 @@ import torch
 
 from fedexperts import config
 from fedexperts.config import RunConfig
-from fedexperts.data.clients import counts
+from fedexperts.data.own import counts
 from fedexperts.deploy.processes import POLL_SECONDS, end_with_parent
 from fedexperts.deploy.socket_rpc import serve
 from fedexperts.deploy.supervisor import UNUSABLE

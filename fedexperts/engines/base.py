@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedexperts.core.ledger import Ledger
 from fedexperts.methods.contract import Declaration, Expected, ExtraTensor, ExtraTensors, Method
-from fedexperts.moe import factors, graft
+from fedexperts.moe import factors
 from fedexperts.types import Cost, Failure, Job, Patch, Server, Tensors, Update
 
 Check = Callable[[object], str | None]
@@ -234,12 +234,7 @@ def norm_of(tensor: Tensor) -> float:
 def extra_error(expected: Expectation, extra: Tensors) -> str | None:
     """Whether the extra tensors are those that the method declares."""
     if strange := sorted(extra.keys() - expected.extra.keys()):
-        own = (
-            "a personal expert's, which must not leave its client"
-            if graft.is_personal(strange[0])
-            else "not declared by its method"
-        )
-        return f"its update has an extra tensor {strange[0]}, which is {own}"
+        return f"its update has an extra tensor {strange[0]}, which its method does not declare"
     for name, wanted in expected.extra.items():
         if name not in extra:
             if wanted.required:

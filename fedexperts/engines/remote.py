@@ -27,7 +27,7 @@ class Greeting:
     client: Client
     profile: Profile | None  # of its device, where the run has a clock
     versions: Mapping[str, str]
-    counts: Mapping[str, Any] | None = None  # of its data, where it brings its own: `data.clients.Counts` as JSON
+    counts: Mapping[str, Any] | None = None  # of its data, where it brings its own: `data.own.Counts` as JSON
 
 
 GREETING = TypeAdapter(Greeting)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedexperts.engines.message import Message, from_bytes, to_bytes
 from fedexperts.errors import BadMessage
-from fedexperts.io.files import encoded
+from fedexperts.io.files import safetensors_bytes
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 MAX_PART_BYTES = 2**30
@@ -135,7 +135,7 @@ def message_with_tensors(head: Mapping[str, Any], patch: Patch, extra: Mapping[s
     for name, tensor in ((f"{group}/{name}", tensor) for group, tensors in groups.items() for name, tensor in tensors.items()):
         shapes[name] = None if tensor.nbytes <= MAX_PART_BYTES else list(tensor.shape)
         for number, piece in enumerate(pieces(tensor)):
-            parts[part_name(name, number)] = encoded({TENSOR: piece})
+            parts[part_name(name, number)] = safetensors_bytes({TENSOR: piece})
     return Message({**head, "tensors": shapes, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}, parts)
 
 

@@ -19,7 +19,7 @@ from fedexperts.engines.message import Message
 from fedexperts.errors import BadMessage
 from fedexperts.experiment.runtime import everyone, runtime_for
 from fedexperts.experiment.setup import Parts, Prepared, prepare_run
-from fedexperts.io.files import identity
+from fedexperts.io.files import run_id
 from fedexperts.io.toml import checked
 from fedexperts.types import Engine
 
@@ -78,7 +78,7 @@ def log_dropped(path: Path, answer: Mapping[str, object]) -> None:
 
 def about(config: RunConfig, model_hash: str, out: Path) -> str:
     """What clients need to know of the run in `out`, as JSON; `id`: their name for it, `model_hash`: the identity of its base."""
-    run_info = {"settings": config.resolved(), "folder": str(out.resolve()), "id": identity(out), "model_hash": model_hash}
+    run_info = {"settings": config.resolved(), "folder": str(out.resolve()), "id": run_id(out), "model_hash": model_hash}
     return json.dumps(run_info)
 
 

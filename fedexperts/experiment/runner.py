@@ -55,10 +55,7 @@ BEFORE = {
 }
 """What a run did that began before these settings were there."""
 
-NO_EXPERT_SENT = (
-    "no client sent an expert, since none that a client trained has a usage above the floor, so experts stay as they are; "
-    "lower method.usage_floor (or method.absolute_floor where it is set)"
-)
+NO_EXPERT_SENT = "no client sent an expert, so the training of experts is lost and they stay as they are; "
 
 
 def run(
@@ -106,7 +103,7 @@ def run(
                 started, noted = perf_counter(), False
                 for server in course:
                     if not noted and no_expert_sent(ledger):
-                        shown.noted(server, NO_EXPERT_SENT)
+                        shown.noted(server, NO_EXPERT_SENT + prepared.method.declare().if_no_expert_is_sent)
                         noted = True
                     finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
                     tell()  # after the checkpoint: no line that a tracker has is cut off again

@@ -15,18 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.core.devices import Profile, memories, trace_hash
-from fedexperts.data.clients import (
-    Clients,
-    Counts,
-    Pool,
-    Retained,
-    load_pool,
-    load_retained,
-    make_clients,
-    own_clients,
-    stand_ins,
-    without,
-)
+from fedexperts.data.clients import Clients, make_clients
+from fedexperts.data.own import Counts, own_clients, placeholder_clients
+from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue
 from fedexperts.federation import steps
@@ -76,7 +67,7 @@ class Parts:
     def pool(self, config: RunConfig) -> Pool:
         data = config.data
         key = data.sources, data.limit, config.evaluation.retained
-        return kept(self.pools, 2, key, lambda: without(load_pool(data), self.retained(config)))
+        return kept(self.pools, 2, key, lambda: without_retained(load_pool(data), self.retained(config)))
 
     def retained(self, config: RunConfig) -> Retained:
         asked = config.evaluation.retained
@@ -95,7 +86,7 @@ class Parts:
         places = target_places(self.longest_response(config), size, base.encoder_decoder)
         key = config.model, training.tuning, size, training.optimizer, places, grafts
         make = partial(
-            footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_places=places, grafts=grafts
+            footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_positions=places, grafts=grafts
         )
         return kept(self.footprints, 8, key, make)
 
@@ -133,7 +124,7 @@ class Told(Parts):
     memory: Mapping[str, int | None] = field(default_factory=dict)
 
     def clients(self, config: RunConfig) -> Clients:
-        return stand_ins({name: self.counts[name] for name in config.data.names})
+        return placeholder_clients({name: self.counts[name] for name in config.data.names})
 
     def longest_response(self, config: RunConfig) -> int:
         return max(count.longest_response for count in self.counts.values())
@@ -263,7 +254,7 @@ def centralized(prepared: Prepared) -> Prepared:
     steps as those who would be asked take together. Evaluated are the clients as ever.
     """
     clients, training = prepared.clients, prepared.training
-    pool = clients.together()
+    pool = clients.as_one_client()
     number = min(prepared.config.federation.clients_per_round or len(clients), len(clients))
     return replace(
         prepared,

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedexperts.errors import BadValue
 from fedexperts.experiment.checkpoint import LOGS
-from fedexperts.io.files import identity, write_text
+from fedexperts.io.files import run_id, write_text
 from fedexperts.io.toml import Tree, flattened, to_toml
 
 Points = Mapping[str, float]
@@ -173,7 +173,7 @@ def mlflow(run: Tracked) -> Iterator[Write]:
     client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run.together / 'mlflow.db').resolve()}")
     experiment = client.get_experiment_by_name(PROJECT)
     place = experiment.experiment_id if experiment else client.create_experiment(PROJECT)
-    own = {"fedexperts.id": identity(run.out)}
+    own = {"fedexperts.id": run_id(run.out)}
     begun = client.search_runs([place], filter_string=f"tags.`fedexperts.id` = '{own['fedexperts.id']}'")
     tags = {**own, "method": run.method, "setting": run.setting, "seed": str(run.seed)}
     entry = begun[0] if begun else client.create_run(place, tags=tags, run_name=run.name)
@@ -209,7 +209,7 @@ def wandb(run: Tracked) -> Iterator[Write]:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb as library  # an extra
 
-    number = identity(run.out)
+    number = run_id(run.out)
     for before in (run.out / "wandb").glob(f"offline-run-*-{number}"):
         shutil.rmtree(before)
     quiet = library.Settings(mode="offline", silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True)

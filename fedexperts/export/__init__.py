@@ -2,18 +2,22 @@
 
 import json
 from dataclasses import dataclass
+from inspect import getsource
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, cast
 
+import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
-from fedexperts.io.files import even_start, locked, require_room, whole_folder
-from fedexperts.models.load import align, place, without_bars
+from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
+from fedexperts.models.load import align_parameters, location_of, without_progress_bars
 from fedexperts.moe import lora
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.shrink import shrink
@@ -52,7 +56,7 @@ def export(
         BadValue: no such client, nothing that could be an adapter, `to` holds something, `kept` or `merge` without a client, or
             `merge` where adapters are asked for or there are none.
     """
-    require_room(to)
+    require_empty(to)
     run = open_run(folder)
     if kept is not None and client is None:
         raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
@@ -73,7 +77,7 @@ def export(
     if merge:
         lora.merge(found.model)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))
-    with whole_folder(to) as made, without_bars():
+    with atomic_folder(to) as made, without_progress_bars():
         if adapter:
             write_adapter(run, found, made)
         elif kind.needs_code:
@@ -83,11 +87,26 @@ def export(
             del plain.config.kept_experts
             plain.save_pretrained(made)
         for file in made.glob("*.safetensors"):
-            even_start(file)
+            align_tensors(file)
+        if client is not None and not adapter and not run.config.build_method().is_ours:
+            require_same_model(made, found.model)
         found.base.tokenizer.save_pretrained(made)
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
         (made / "README.md").write_text(card.text(run, found, client, adapter, kind.needs_code, merge))
     return kind
+
+
+@torch.no_grad()
+def require_same_model(folder: Path, model: nn.Module) -> None:
+    """Raises BadValue when the model in `folder` computes other logits than `model`, of whose structure its method knows more."""
+    ids = torch.arange(3, 11)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    ours, theirs = (each.eval()(**batch).logits for each in (cast("Any", model), load(folder, trust_remote_code=True)))
+    if not torch.equal(ours, theirs):
+        raise BadValue(
+            "the folder would hold another model than the one that was trained: the run's method changes its structure in a way "
+            "that an export does not know; let the method describe the change with extension(), or take --adapter"
+        )
 
 
 def write_changed(found: Exported, folder: Path) -> None:
@@ -104,6 +123,9 @@ def write_changed(found: Exported, folder: Path) -> None:
         )
     model.save_pretrained(folder, save_original_format=False)
     modeling_fedexperts.finish(folder, model.config, found.changes)
+    if found.extension is not None:
+        with (folder / "modeling_fedexperts.py").open("a") as file:
+            file.write(f"\n\n{dedent(getsource(found.extension.apply))}")
 
 
 def write_adapter(run: Run, found: Exported, folder: Path) -> None:
@@ -121,7 +143,7 @@ def write_adapter(run: Run, found: Exported, folder: Path) -> None:
     if why:
         raise BadValue(f"the model {why}; leave out --adapter")
     bare = shrink(found.base.model, {})
-    lora.save_adapter(found.model, bare, folder, place(run.config.model.name))
+    lora.save_adapter(found.model, bare, folder, location_of(run.config.model.name))
 
 
 def about(run: Run, client: str | None) -> dict[str, Any]:
@@ -136,11 +158,13 @@ def about(run: Run, client: str | None) -> dict[str, Any]:
     }
 
 
-def load(folder: Path | str) -> PreTrainedModel:
-    """The model in `folder`, which `export` wrote or transformers can read, ready to use. No code of the folder's is run.
+def load(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in `folder`, which `export` wrote or transformers can read, ready to use.
+
+    No code from the folder is run, unless `trust_remote_code` says so: a model whose method brought parts of its own needs it.
 
     Raises:
-        BadValue: there is none, or only an adapter.
+        BadValue: there is none, or only an adapter, or one that needs code from the folder.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -150,21 +174,25 @@ def load(folder: Path | str) -> PreTrainedModel:
             )
         raise BadValue(f"{folder} holds no model; give a folder that fedexperts export wrote")
     try:
-        with without_bars():
-            model = _read(folder)
+        with without_progress_bars():
+            model = _read(folder, trust_remote_code)
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise BadValue(f"{folder} cannot be loaded ({first}); export it anew") from error
     return cast("PreTrainedModel", model.eval())
 
 
-def _read(folder: Path) -> Any:
-    if json.loads((folder / "config.json").read_text()).get("model_type") == modeling_fedexperts.MODEL_TYPE:
+def _read(folder: Path, trust_remote_code: bool) -> Any:
+    told = json.loads((folder / "config.json").read_text())
+    if told.get("model_type") == modeling_fedexperts.MODEL_TYPE and trust_remote_code:
+        auto = next(name for name in told["auto_map"] if name != "AutoConfig")
+        return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+    if told.get("model_type") == modeling_fedexperts.MODEL_TYPE:
         config = modeling_fedexperts.ClientConfig.from_pretrained(folder)
         return modeling_fedexperts.ClientModel.from_pretrained(folder, config=config)
     config = AutoConfig.from_pretrained(folder)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_pretrained(folder, config=config)
     choose_kernel(model)
-    align(model)
+    align_parameters(model)
     return model

@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from fedexperts.core.evaluation import METRICS
 from fedexperts.export.models import PERSONAL_EXPERTS, Exported, Run
-from fedexperts.models.load import OURS, place
+from fedexperts.models.load import BUNDLED, location_of
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.shrink import kept_experts
 
@@ -153,9 +153,9 @@ def scores(run: Run, client: str | None) -> Iterator[str]:
 
 def licence_of(name: str) -> str | None:
     """The licence that the base's own card names; of a base of ours, the package's."""
-    if name in OURS:
+    if name in BUNDLED:
         return "apache-2.0"
-    where = Path(place(name))
+    where = Path(location_of(name))
     path = where / "README.md" if where.is_dir() else try_to_load_from_cache(name, "README.md")
     card = Path(cast("str", path)) if isinstance(path, str | Path) else None
     if card is None or not card.is_file():

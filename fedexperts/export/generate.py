@@ -19,7 +19,9 @@ UNKNOWN: Mapping[str, Any] = {"task": None, "prompts": {}, "max_tokens": 512, "g
 """Of a folder that no export wrote."""
 
 
-def generate(folder: Path, prompt: str, tokens: int | None = None, task: str | None = None) -> str:
+def generate(
+    folder: Path, prompt: str, tokens: int | None = None, task: str | None = None, trust_remote_code: bool = False
+) -> str:
     """The model's answer to `prompt`, of at most `tokens` tokens; None: as many as its run let it have.
 
     `prompt` is put between what all prompts of the `task` begin and end with; one that has both already is taken as it is. None
@@ -28,7 +30,7 @@ def generate(folder: Path, prompt: str, tokens: int | None = None, task: str | N
     Raises:
         BadValue: no model there, no such task, or several to choose from.
     """
-    model = load(folder)
+    model = load(folder, trust_remote_code)
     known = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).exists() else UNKNOWN
     config = cast("Any", model).config
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config)

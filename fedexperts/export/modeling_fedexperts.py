@@ -9,6 +9,7 @@ running anything from the folder. What differs from the base model's class stand
     linears   path of a linear layer → the rank and scale of its adapter
     stacks    path of stacked experts → matrix → the rank and scale of its adapters, and the experts that have one
     experts   transformers' way through stacked experts under which the model was scored
+    extension what the run's method changes beyond that: a function, whose source stands at the end of this file, and its settings
 
 The arithmetic is that of the run, operation by operation, so logits are the same bits on the same number of threads.
 """
@@ -26,7 +27,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FORMAT = 1
+FORMAT = 2  # 1 where there is no extension
 MODEL_TYPE = "fedexperts"
 IMPLEMENTATION = "fedexperts_exported"  # how stacked experts with adapters are called in transformers' registry
 ROW_BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
@@ -85,7 +86,7 @@ def finish(folder: Any, config: Any, changes: dict[str, Any]) -> None:
         "base_model_type": config.model_type,
         "model_type": MODEL_TYPE,  # one that transformers does not have: else it would load the base's class and drop the rest
         "auto_map": {"AutoConfig": "modeling_fedexperts.ClientConfig", auto: "modeling_fedexperts.ClientModel"},
-        "fedexperts": {**changes, "format": FORMAT},
+        "fedexperts": {**changes, "format": FORMAT if "extension" in changes else 1},
     }
     path.write_text(json.dumps(told, indent=2) + "\n")
     shutil.copyfile(__file__, Path(folder) / "modeling_fedexperts.py")
@@ -104,6 +105,14 @@ def change(model: nn.Module, changes: dict[str, Any]) -> None:
     for path, adapters in changes["stacks"].items():
         experts: Any = model.get_submodule(path)
         experts.lora = nn.ModuleDict({name: AdaptedStack(experts, name, **adapter) for name, adapter in adapters.items()})
+    if extension := changes.get("extension"):
+        function: Any = globals().get(extension["function"])
+        if function is None:
+            raise ValueError(
+                f"its structure comes from code of its run's method ({extension['function']}); "
+                "give trust_remote_code=True (--trust-remote-code) to run the copy in modeling_fedexperts.py there"
+            )
+        function(model, **extension["settings"])
 
 
 def _cut(block: Any, num_experts: int, router: str, axes: dict[str, int], router_groups: dict[str, int]) -> None:

@@ -19,6 +19,7 @@ from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, to
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
+from fedexperts.methods.contract import Extension
 from fedexperts.methods.personal import parts
 from fedexperts.models.load import Base, load
 from fedexperts.moe import factors, graft, lora, rows
@@ -55,6 +56,7 @@ class Exported:
     base: Base
     personal: Mapping[str, str] = field(default_factory=dict)  # weights that its client kept to itself → what they are a part of
     added: bool = False  # whether anything was added to the base's weights under the adapters
+    extension: Extension | None = None  # what the run's method changes of the model's structure beyond what we know
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -65,6 +67,8 @@ class Exported:
             "linears": {path: {"rank": rank, "scale": scale} for path, rank, scale in lora.linears(self.model)},
             "stacks": stacks(self.model),
         }
+        if self.extension is not None:
+            found["extension"] = {"function": self.extension.apply.__name__, "settings": dict(self.extension.settings)}
         return {**found, "experts": way_through_experts(self.model)} if any(found.values()) else {}
 
 
@@ -147,7 +151,8 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     model = prepared.method.build_model(job, context_of(prepared, server, name, held)).eval()
     part = parts(rows.layout(model))
     personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in held if each in part}
-    return Exported(model, prepared.base, personal, added=base_changed(shrink(prepared.base.model, job.experts), model))
+    added = base_changed(shrink(prepared.base.model, job.experts), model)
+    return Exported(model, prepared.base, personal, added, prepared.method.extension(job))
 
 
 def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:

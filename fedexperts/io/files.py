@@ -1,4 +1,4 @@
-"""Files that are whole or not there (written under a temporary name, synced, renamed), and folders held for one process."""
+"""Files and folders that are complete or absent (written under a temporary name, synced, renamed), and locks on folders."""
 
 import fcntl
 import os
@@ -16,118 +16,126 @@ from torch import Tensor
 
 from fedexperts.errors import BadValue, Busy
 
+ALIGNMENT = 64  # bytes; tensors in memory start at multiples of it
+
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """`path` holding `data`; after a kill at any moment it holds all of it or what it held before. mode: who may read it."""
-    with whole_file(path, mode) as made:
-        made.write_bytes(data)
+    """Writes `data` to `path`; a crash at any moment leaves the old content or the new. `mode`: the file's permissions."""
+    with atomic_file(path, mode) as scratch:
+        scratch.write_bytes(data)
 
 
 @contextmanager
-def whole_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """A file to write into, which becomes `path` at the end: all of it, synced, or, whatever happens before, nothing."""
+def atomic_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """A temporary file to write into, which becomes `path`, synced, on leaving the block; after an exception it is deleted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
-    made = Path(name)
+    scratch = Path(name)
     try:
-        yield made
-        made.chmod(mode)
-        sync(made)
-        made.replace(path)
+        yield scratch
+        scratch.chmod(mode)
+        sync(scratch)
+        scratch.replace(path)
     except BaseException:
-        made.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of `text` in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with whole_file(path) as made:
+    """Writes a safetensors file; a crash at any moment leaves the old file or the new.
+
+    Raises:
+        OSError: the disk refused, for example because it is full.
+    """
+    with atomic_file(path) as scratch:
         try:
-            save_file(apart(tensors), made)  # without a copy in memory
+            save_file(without_shared_memory(tensors), scratch)  # without a copy in memory
         except SafetensorError as error:
-            found = re.search(r"os error (\d+)", str(error))
-            if found is None:
+            os_error = re.search(r"os error (\d+)", str(error))
+            if os_error is None:
                 raise
-            number = int(found[1])  # of a disk that is full, for one
+            number = int(os_error[1])
             raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def encoded(tensors: Mapping[str, Tensor]) -> bytes:
-    """`tensors` as safetensors."""
-    return save(apart(tensors))
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """`tensors` in the safetensors format."""
+    return save(without_shared_memory(tensors))
 
 
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` as safetensors takes them, which is no two that share memory: each of these comes whole."""
-    found: dict[str, Tensor] = {}
-    memory: set[int] = set()
+def without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, contiguous, with a copy of each that shares its storage with an earlier one, which safetensors refuses."""
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
-        held = tensor.detach().contiguous()
-        found[name] = held.clone() if held.untyped_storage().data_ptr() in memory else held
-        memory.add(held.untyped_storage().data_ptr())
-    return found
+        contiguous = tensor.detach().contiguous()
+        separate[name] = contiguous.clone() if contiguous.untyped_storage().data_ptr() in storages else contiguous
+        storages.add(contiguous.untyped_storage().data_ptr())
+    return separate
 
 
-def even_start(path: Path) -> None:
+def align_tensors(path: Path) -> None:
     """Pads the header of a safetensors file until its tensors begin at a multiple of 64 bytes.
 
-    Readers map the file into memory, and products of what begins elsewhere differ in their last bits.
+    Readers map the file into memory, and matrix products of unaligned tensors differ in their last bits.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
-        header += b" " * (-(8 + length) % 64)  # which the format allows
-        made = path.with_name(f".{path.name}")
-        with made.open("wb") as even:
-            even.write(len(header).to_bytes(8, "little") + header)
-            shutil.copyfileobj(file, even)
-    made.replace(path)
+        header += b" " * (-(8 + length) % ALIGNMENT)  # the format allows trailing spaces
+        scratch = path.with_name(f".{path.name}")
+        with scratch.open("wb") as aligned:
+            aligned.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(file, aligned)
+    scratch.replace(path)
 
 
-def identity(folder: Path) -> str:
-    """What the run in `folder` is called by others, such as its clients on other machines: drawn once, noted in `folder`/id."""
-    named = folder / "id"
-    if not named.exists():
-        write_text(named, uuid4().hex)
-    return named.read_text()
+def run_id(folder: Path) -> str:
+    """The id of the run in `folder`, by which others (clients on other machines, trackers) know it: drawn once, saved as `id`."""
+    path = folder / "id"
+    if not path.exists():
+        write_text(path, uuid4().hex)
+    return path.read_text()
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` at the end: all of it, synced, or, whatever happens before, nothing.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes `folder`, synced, on leaving the block; after an exception it is deleted.
 
     Raises:
-        BadValue: `folder` is there and holds something.
+        BadValue: `folder` exists and is not empty.
     """
-    require_room(folder)
+    require_empty(folder)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        yield made
-        made.chmod(0o755)
-        for path in (*made.rglob("*"), made):
+        yield scratch
+        scratch.chmod(0o755)
+        for path in (*scratch.rglob("*"), scratch):
             sync(path)
-        require_room(folder)
-        made.replace(folder)
+        require_empty(folder)
+        scratch.replace(folder)
         sync(folder.parent)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def require_room(folder: Path) -> None:
-    """Raises BadValue when `folder` is there and is no empty folder."""
+def require_empty(folder: Path) -> None:
+    """Raises BadValue if `folder` exists, unless it is an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadValue(f"{folder} is there already and holds something; give a folder that does not exist yet, or an empty one")
+        raise BadValue(f"{folder} exists and is not empty; give a folder that does not exist yet, or an empty one")
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold what was written to a file or a folder."""
+    """Waits until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -137,10 +145,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder, made where it is missing, for one process; the lock ends with it, however it ends.
+    """Locks `folder`, created if missing, for this process; the lock ends with the block or the process.
 
     Raises:
-        Busy: another process holds it.
+        Busy: another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Settings from TOML files: trees of values, checked against pydantic models, with one sentence for what is wrong."""
+"""Settings from TOML files: trees of values, validated by pydantic models; an error is reported as one sentence."""
 
 import tomllib
 import warnings
@@ -10,38 +10,38 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedexperts.errors import BadValue, nearest
+from fedexperts.errors import BadValue, listed, nearest, shortened
 
 Tree = dict[str, Any]
 
 
 class RenamedSetting(FutureWarning):
-    """Someone used a setting's former name."""
+    """A run file uses the former name of a setting."""
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_tree(path: Path, example: str, settings: Sequence[str] = ()) -> Tree:
-    """What the file says, with each `a.b=c` of `settings` in its place.
+    """The content of the file, with each `a.b=c` of `settings` applied to it.
 
     Raises:
-        BadValue: no such file (an `example` of one is named), or no TOML.
+        BadValue: the file cannot be read (the sentence names `example`, the path of a valid one), or is not TOML.
     """
     try:
         tree = tomllib.loads(path.read_text())
     except OSError as error:
         raise BadValue(f"{path} cannot be read ({error.strerror}); give the path of a run file, such as {example}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadValue(f"{path} is not TOML: {error}; mend that place") from None
+        raise BadValue(f"{path} is not TOML: {shortened(str(error))}; correct that place") from None
     return with_settings(tree, settings)
 
 
 def checked(model: type[Model], tree: Mapping[str, Any]) -> Model:
-    """`tree` as a `model`.
+    """`tree` as an instance of `model`.
 
     Raises:
-        BadValue: an unknown key (names the nearest), or a value that is not allowed.
+        BadValue: an unknown key (the sentence names the nearest), or a value that is not allowed.
     """
     try:
         return model.model_validate(tree)
@@ -50,11 +50,17 @@ def checked(model: type[Model], tree: Mapping[str, Any]) -> Model:
 
 
 def with_settings(tree: Tree, settings: Sequence[str]) -> Tree:
-    """`tree` with each `a.b=c` set; a value is TOML where it reads as TOML, else a string."""
+    """`tree` with each `a.b=c` of `settings` applied; a value that is not valid TOML is taken as a string.
+
+    Raises:
+        BadValue: a setting that is not of this form.
+    """
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise BadValue(f"{setting!r} is not of the form a.b=c; write a setting, = and its value, such as training.lr=1e-3")
+            raise BadValue(
+                f"{shortened(setting)!r} is not of the form a.b=c; write a setting, = and its value, such as training.lr=1e-3"
+            )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -64,72 +70,84 @@ def with_settings(tree: Tree, settings: Sequence[str]) -> Tree:
 
 
 def with_new_names(tree: Tree, renamed: Mapping[str, str], *, warn: bool = False) -> Tree:
-    """`tree` with each setting that has its former name (a key of `renamed`: old → new, full names) under its new one.
+    """`tree` with each former name of a setting (a key of `renamed`: old → new, full names) replaced by its new one.
+
+    With `warn`, each replacement issues a `RenamedSetting` warning.
 
     Raises:
-        BadValue: both names are there.
+        BadValue: `tree` has a setting under both names.
     """
     for old, new in renamed.items():
         *table, key = old.split(".")
-        held: Any = tree
+        settings: Any = tree
         for part in table:
-            held = held.get(part) if isinstance(held, Mapping) else None
-        if not isinstance(held, Mapping) or key not in held:
+            settings = settings.get(part) if isinstance(settings, Mapping) else None
+        if not isinstance(settings, Mapping) or key not in settings:
             continue
-        last = new.rpartition(".")[2]
-        if last in held:
-            raise BadValue(f"{old} is the former name of {new}, and both are given; leave {old} out")
+        new_key = new.rpartition(".")[2]
+        if new_key in settings:
+            raise BadValue(f"{old} is the former name of {new}, and both are set; remove {old}")
         if warn:
             warnings.warn(f"{old} is now called {new}; the former name still works", RenamedSetting, stacklevel=2)
-        moved: Tree = {(last if name == key else name): value for name, value in held.items()}
-        tree = put(tree, table, moved) if table else moved
+        renamed_table: Tree = {(new_key if name == key else name): value for name, value in settings.items()}
+        tree = put(tree, table, renamed_table) if table else renamed_table
     return tree
 
 
 def put(tree: Tree, path: Sequence[str], value: object) -> Tree:
-    """`tree` with `value` at `path`."""
+    """A copy of `tree` with `value` at `path`; tables that are missing on the way are created."""
     head, *rest = path
     below = tree.get(head, {})
     return {**tree, head: put(below if isinstance(below, dict) else {}, rest, value) if rest else value}
 
 
 def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
-    """The first thing wrong in the settings that `root` holds, in one sentence; an unknown one gets the nearest."""
+    """The first mistake that `error` reports, as a sentence; `prefix` is the path of the validated settings within `root`."""
     first = error.errors()[0]
     place = (*prefix, *(str(part) for part in first["loc"]))
     if first["type"] == "missing":
-        return f"{'.'.join(place)} is missing; a run cannot do without it"
+        return f"{'.'.join(place)} is missing; add it to the file"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{'.'.join(place)} is not a setting{closest_setting(place, root)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    said = first["msg"].removeprefix("Input ")[:1].lower() + first["msg"].removeprefix("Input ")[1:]
-    return f"{'.'.join(place)} = {first['input']!r} {said}" if place else first["msg"]
+    reason = first["msg"].removeprefix("Input ")
+    return f"{'.'.join(place)} = {shortened(repr(first['input']))} {reason[:1].lower()}{reason[1:]}" if place else first["msg"]
 
 
 def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:
-    """`; did you mean a.b?`, from the keys beside the unknown one, then from all keys. In a list of tables: all keys there."""
+    """`; did you mean a.b?`: the key most like the unknown one at `place`, from its own table or else from all of `root`.
+
+    In a list of tables, or if no key is similar, the keys that are allowed at `place`.
+    """
     path = [part for part in place if not part.isdigit()]
-    every = list(keys(root))
-    beside = [key for key in every if key.rpartition(".")[0] == ".".join(path[:-1])]
+    all_keys = list(keys(root))
+    siblings = [key for key in all_keys if key.rpartition(".")[0] == ".".join(path[:-1])]
     if len(path) < len(place):
-        return f"; settings there are {', '.join(key.rpartition('.')[2] for key in beside)}"
-    names = {key.rpartition(".")[2]: key for key in [*every, *beside]}
-    initials = {"".join(word[:1] for word in place[-1].split("_")): place[-1]}
+        return f"; settings there are {', '.join(key.rpartition('.')[2] for key in siblings)}"
+    names, unknown = {key.rpartition(".")[2]: key for key in [*all_keys, *siblings]}, place[-1]
     for name in names:
-        if name in initials or "".join(word[:1] for word in name.split("_")) == place[-1]:
+        if name == initials(unknown) or initials(name) == unknown:
             return f"; did you mean {names[name]}?"
-    near = nearest(place[-1], [key.rpartition(".")[2] for key in beside]) or nearest(place[-1], names)
-    found = near.removeprefix("; did you mean ").removesuffix("?")
-    if found:
-        return f"; did you mean {names[found]}?"
-    return f"; settings there are {', '.join(beside)}" if beside else ""
+    suggestion = nearest(unknown, [key.rpartition(".")[2] for key in siblings]) or nearest(unknown, names)
+    name = suggestion.removeprefix("; did you mean ").removesuffix("?")
+    if name:
+        return f"; did you mean {names[name]}?"
+    return f"; settings there are {listed(siblings)}" if siblings else ""
+
+
+def initials(name: str) -> str:
+    """`lr` of `learning_rate`."""
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def keys(model: type, prefix: str = "") -> Iterator[str]:
     """All settings of `model`, a pydantic model or a dataclass, by their full names."""
-    types = {name: each.annotation for name, each in model.model_fields.items()} if issubclass(model, BaseModel) else {}
-    types |= {each.name: each.type for each in fields(model)} if is_dataclass(model) else {}
+    types: dict[str, Any] = {}
+    if issubclass(model, BaseModel):
+        types = {name: each.annotation for name, each in model.model_fields.items()}
+    elif is_dataclass(model):
+        types = {each.name: each.type for each in fields(model)}
     for name, annotation in types.items():
         yield f"{prefix}{name}"
         inner = get_args(annotation)[0] if get_origin(annotation) in (tuple, Annotated) else annotation
@@ -138,12 +156,13 @@ def keys(model: type, prefix: str = "") -> Iterator[str]:
 
 
 def different(one: Tree, other: Tree) -> list[str]:
-    """The full names of all settings in which two resolved runs differ."""
+    """The full names of all settings in which two resolved runs differ, sorted."""
     flat_one, flat_other = flattened(one), flattened(other)
     return sorted(key for key in flat_one.keys() | flat_other.keys() if flat_one.get(key) != flat_other.get(key))
 
 
 def flattened(tree: Tree, prefix: str = "") -> Tree:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     flat: Tree = {}
     for key, value in tree.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -151,6 +170,7 @@ def flattened(tree: Tree, prefix: str = "") -> Tree:
 
 
 def without_none(value: Any) -> Any:
+    """`value` without the keys of tables, at any depth, whose value is None, which TOML cannot express."""
     match value:
         case dict():
             return {key: without_none(inner) for key, inner in value.items() if inner is not None}
@@ -160,4 +180,5 @@ def without_none(value: Any) -> Any:
 
 
 def to_toml(tree: Tree) -> str:
+    """`tree` as the text of a TOML file."""
     return tomli_w.dumps(tree)

@@ -131,6 +131,7 @@ class Declaration:
     keeps_weights: whether clients keep trained weights under their own names.
     personal_experts: experts that each client has beside every MoE block; plans count their memory and their FLOPs.
     selects_experts: whether a client may send fewer experts than its job brought.
+    if_no_expert_is_sent: what a user can do when no client sends an expert, as the end of a sentence.
     lowers_rank: whether a client may send adapters of a lower rank than its job brought.
     local_files: hyperparameters that name a file which every machine has for itself; its hash is noted with the run.
     wrappers: what can be put around the method.
@@ -146,6 +147,7 @@ class Declaration:
     keeps_weights: bool = False
     personal_experts: int = 0
     selects_experts: bool = False
+    if_no_expert_is_sent: str = "look at the method's settings that say which experts clients send"
     lowers_rank: bool = False
     local_files: tuple[str, ...] = ()
     wrappers: frozenset[Wrapping] = frozenset({"server_optimizer", "robust_merging", "masking"})
@@ -183,6 +185,11 @@ class Method:
     def centralized(self) -> bool:
         """Whether all clients' training data lie in one place."""
         return self.declare().centralized
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the library knows its models, since it comes with it."""
+        return type(self).__module__.startswith("fedexperts.")
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
         """What `client` works with for `server.task`; None when it has no part in it."""
@@ -225,6 +232,10 @@ class Wrapper(Method):
     """A method around another: whatever it does not define itself is the other's, its declaration too."""
 
     method: Method
+
+    @property
+    def is_ours(self) -> bool:
+        return self.method.is_ours
 
     def declare(self) -> Declaration:
         return self.method.declare()

@@ -78,7 +78,7 @@ class FedMoE(Method):
             server.clients.values(), key=lambda client: math.inf if client.memory_bytes is None else client.memory_bytes
         )
         if not self.can_profile(server, largest):
-            has, needs = largest.memory_bytes or 0, server.footprint.adapting(self.profile_rank)
+            has, needs = largest.memory_bytes or 0, server.footprint.lora_training_bytes(self.profile_rank)
             raise TooSmall(
                 f"client {largest.name}, the largest, has {has / 1e6:.1f} MB of memory, but to measure its routing it needs "
                 f"{needs / 1e6:.1f} MB for the whole model and an adapter on every expert; give it more memory, or leave that "
@@ -87,7 +87,7 @@ class FedMoE(Method):
 
     def can_profile(self, server: Server, client: Client) -> bool:
         """Whether the client's memory holds the frozen whole model and the adapters of all experts."""
-        return client.memory_bytes is None or server.footprint.adapting(self.profile_rank) <= client.memory_bytes
+        return client.memory_bytes is None or server.footprint.lora_training_bytes(self.profile_rank) <= client.memory_bytes
 
     def held(self, server: Server, client: Client) -> dict[str, tuple[int, ...]]:
         """S_k."""

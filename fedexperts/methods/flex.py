@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights, stratified_first_n, sub_model
 from fedexperts.errors import BadData, BadValue
-from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows
+from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows, of
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import keep
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.logits import is_encoder_decoder
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
-from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Tensors, Update
+
+GRAFTED = "grafted"
+"""A client keeps as `grafted/<block>` which experts of a block its personal ones started as: int64 [grafts]."""
 
 WINDOW = 2000
 """Characters of a piece of public text; the tokens that a client reads of it are the run's max_tokens at most."""
@@ -49,7 +52,7 @@ class FLEx(Method):
     def declare(self) -> Declaration:
         return Declaration(
             job_extra=("public_text",),
-            client_state=(f"{graft.CHILD}/",),
+            client_state=(f"{GRAFTED}/",),
             keeps_weights=True,
             personal_experts=self.num_grafted,
             local_files=("public_text",),
@@ -58,7 +61,7 @@ class FLEx(Method):
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """The whole model with the personal experts that the client has selected, if it has."""
         model = sub_model(job, context)
-        if ids := graft.chosen(context.client_state):
+        if ids := grafted_ids(context.client_state):
             graft.attach(model, ids, context.training.tuning, seed=job.seed)
         return load_weights(model, job, context)
 
@@ -92,9 +95,9 @@ class FLEx(Method):
         The first time it is asked it selects the experts to graft, by the base as it came.
         """
         flops = 0.0
-        if not graft.chosen(context.client_state):
+        if not grafted_ids(context.client_state):
             ids, flops = self.selected(job, context)
-            context.client_state.update(graft.kept(ids))
+            context.client_state.update(as_state(ids))
         model = self.build_model(job, context)
         fitted = fit(model, context, seed=job.seed)
         keep(job, context, model)
@@ -177,3 +180,13 @@ def pieces(text: str, number: int, read_and_written: bool = False) -> Sequence[E
     spread = (starts[turn * len(starts) // chosen] for turn in range(chosen))
     found = (text[start : start + WINDOW] for start in spread)
     return [Example(piece if read_and_written else "", piece, "public") for piece in found]
+
+
+def as_state(ids: Experts) -> dict[str, Tensor]:
+    """`ids` as a client keeps them."""
+    return {f"{GRAFTED}/{name}": torch.tensor(experts) for name, experts in ids.items()}
+
+
+def grafted_ids(client_state: Tensors) -> dict[str, tuple[int, ...]]:
+    """The ids that `as_state` made tensors of; none before the client has selected any."""
+    return {block: tuple(ids.tolist()) for block, ids in of(GRAFTED, client_state).items()}

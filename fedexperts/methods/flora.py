@@ -43,14 +43,14 @@ class FLoRA(Method):
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """Adapters of the client's rank on the base with all that former rounds added to it."""
         model = at_rank_of(job, context)
-        factors.add_to_base(model, base_change(job.extra, context.client_state))
+        factors.add_to_base(model, of("change", base_change(job.extra, context.client_state)))
         return load_weights(model, job, context)
 
     def global_model(self, base: nn.Module, tuning: Tuning, server: Server | None, seed: str) -> nn.Module:
         """With the sum of all products in the base's weights."""
         model = super().global_model(base, tuning, server, seed)
         if server is not None:
-            factors.add_to_base(model, base_change({}, server.method_state))
+            factors.add_to_base(model, of("change", base_change({}, server.method_state)))
         return model
 
     def assign(self, server: Server, client: Client) -> Assignment:

@@ -37,8 +37,8 @@ class HFedMoE(Method):
     redundancy: Weight = 0.1  # β of (14); 0 leaves redundancy out, so that s of (5) decides and not I
     refresh: Literal["batch", "round"] = "batch"
     budget: Budget | None = None  # C_k of every client; None: what its memory holds (ours)
-    usage_floor: Weight = 3.2  # τ of (16) times the number of experts of a layer: 0.05 for the paper's 64 (ours)
-    absolute_floor: Weight | None = None  # τ itself, in place of usage_floor
+    usage_floor: Weight = 1.0  # τ of (16) times the number of experts of a layer (ours): 1 is the layer's average usage
+    absolute_floor: Weight | None = None  # τ itself, in place of usage_floor; the paper's is 0.05
     aggregate: Literal["selective+weighted router", "selective", "fedavg"] = "selective+weighted router"
     alpha: Literal["client", "layer"] = "client"
 
@@ -51,6 +51,7 @@ class HFedMoE(Method):
             metrics={"qualified": Metric(low=0, whole=True), "sent": Metric(low=0, whole=True)},
             job_extra=("budget",),
             selects_experts=self.aggregate != "fedavg",
+            if_no_expert_is_sent="lower method.usage_floor, or method.absolute_floor where it is set",
         )
 
     def budget_of(self, assignment: Assignment) -> int | None:
@@ -107,7 +108,11 @@ class HFedMoE(Method):
         return select(score, batch.picked, sizes(shape), budget)
 
     def floor(self, shape: Anatomy) -> Tensor:
-        """τ for each expert: a usage above which it matters to a client."""
+        """τ for each expert: the usage from which on it matters to a client.
+
+        Usages of a layer add up to 1, so with `usage_floor` = 1 an expert matters that is used at least as much as the layer's
+        experts on average, and each layer has one that is, whatever the number of experts and top-k.
+        """
         relative = torch.tensor([self.usage_floor / number for number in sizes(shape) for _ in range(number)])
         return relative if self.absolute_floor is None else torch.full_like(relative, self.absolute_floor)
 

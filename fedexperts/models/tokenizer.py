@@ -1,4 +1,4 @@
-"""The tokenizers of the bases we make: bytes with a token per instruction word, or byte pairs learnt from text."""
+"""The tokenizers of the models that we pretrain: bytes with a token per instruction word, or byte pairs learned from text."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -12,7 +12,7 @@ PAD, START, END = "<pad>", "<s>", "</s>"
 
 
 def make_tokenizer(max_tokens: int) -> PreTrainedTokenizerFast:
-    """Bytes, and a token per instruction word; reads any text without an unknown token."""
+    """A token per byte and per instruction word; it reads any text without an unknown token."""
     tokenizer = bytes_tokenizer()
     tokenizer.add_special_tokens([PAD, START, END])
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in (SEPARATOR, *INSTRUCTIONS)])
@@ -20,7 +20,10 @@ def make_tokenizer(max_tokens: int) -> PreTrainedTokenizerFast:
 
 
 def learn_tokenizer(max_tokens: int, merges: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Bytes and `merges` byte pairs learnt from `texts`; reads any text without an unknown token. Digits stay apart."""
+    """A token per byte, and `merges` byte pairs learned from `texts`; it reads any text without an unknown token.
+
+    Digits are never merged.
+    """
     tokenizer = bytes_tokenizer()
     special, alphabet = [PAD, START, END], sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = cast("Any", trainers.BpeTrainer)(
@@ -36,6 +39,7 @@ def learn_tokenizer(max_tokens: int, merges: int, texts: Iterable[str]) -> PreTr
 
 
 def bytes_tokenizer() -> Tokenizer:
+    """A token per byte, and the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: id for id, token in enumerate([PAD, START, END, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -45,6 +49,7 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def wrapped(tokenizer: Tokenizer, max_tokens: int) -> PreTrainedTokenizerFast:
+    """`tokenizer` as one of transformers, which puts the start token before a text."""
     start = tokenizer.token_to_id(START)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, start)])
     wrap = cast("Any", PreTrainedTokenizerFast)

@@ -1,1 +1,1 @@
-"""Mixture-of-Experts models by structure: finding, cutting, adapting and counting them. Nothing federated."""
+"""Mixture-of-Experts models by structure: finding, shrinking, adapting and measuring them. Nothing here is federated."""

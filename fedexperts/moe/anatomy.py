@@ -1,4 +1,4 @@
-"""Where the experts and routers of a model are, found by structure and not by a table of class names."""
+"""The experts and routers of a model, found by their structure and not by a table of class names."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class BlockShape:
 
     num_experts: int
     top_k: int
-    groups: int = 1  # of experts among which the router first picks (DeepSeek's group-limited routing)
-    least: int = 1  # experts that the router compares, whatever its top_k (DeepSeek-V3 scores a group by its best two)
-    stacked: bool = True  # all experts in one tensor for each matrix; else each a module of its own (Switch)
+    groups: int = 1  # of experts, among which the router first picks (DeepSeek's group-limited routing)
+    least: int = 1  # experts that the router needs, whatever its top_k (DeepSeek-V3 scores a group by its best two)
+    stacked: bool = True  # one tensor has a matrix of all experts; else each expert is a module (Switch)
 
     @property
     def group_size(self) -> int:
@@ -29,12 +29,12 @@ class BlockShape:
 
     @property
     def unit(self) -> int:
-        """Neighbouring experts that a sub-model keeps or drops together: a whole group, or each by itself."""
+        """Number of neighboring experts that a sub-model keeps or drops together: those of a group, or 1."""
         return self.group_size if self.groups > 1 else 1
 
     @property
     def fewest(self) -> int:
-        """Experts that a sub-model must keep here: enough for the router's choice, in whole groups."""
+        """Number of experts that a sub-model must keep here: enough for the router, in whole groups."""
         return -(-max(self.top_k, self.least) // self.unit) * self.unit
 
 
@@ -64,12 +64,12 @@ class Block:
 
     @property
     def is_switch(self) -> bool:
-        """Whether each expert is a module of its own and the router gives a one-hot mask: Switch Transformers."""
+        """Whether each expert is a module and the router gives a one-hot mask, as in Switch Transformers."""
         return isinstance(self.experts, nn.ModuleDict)
 
     @property
     def sigmoid(self) -> bool:
-        """Whether the router scores each expert by itself (DeepSeek-V3, GLM4) and not all by one softmax."""
+        """Whether the router scores each expert by a sigmoid (DeepSeek-V3, GLM4) and not all by one softmax."""
         return "e_score_correction_bias" in dict(self.router.named_buffers(recurse=False))
 
     @property
@@ -88,17 +88,17 @@ class Block:
         )
 
     def expert_axes(self) -> dict[str, int]:
-        """Path below this block of each tensor that holds all its experts → the axis they stand on.
+        """Path (below this block) of each tensor with one part per expert → the axis of the experts.
 
-        Stacked expert weights, the router's rows and biases. Switch keeps its experts apart, so there only the router's. What an
-        adapter has are experts too, even where it adapts only some.
+        These are stacked expert weights, and the rows and biases of the router; of Switch, whose experts are modules, only the
+        latter. Rows of an adapter of stacked experts count too, even if it adapts only some experts.
         """
         number = self.shape.num_experts
         axes = {path: 0 if path.startswith("experts.lora.") else _axis(tensor, number) for path, tensor in self._tensors()}
         return {path: axis for path, axis in axes.items() if axis is not None}
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The block's own tensors and those of its router and stacked experts, by path below the block."""
+        """The block's own tensors and those of its router and stacked experts, with their paths below the block."""
         names = {id(child): name for name, child in self.module.named_children()}
         yield from _own_tensors(self.module, recurse=False)
         for part in (self.router,) if self.is_switch else (self.router, self.experts):
@@ -108,19 +108,19 @@ class Block:
 def blocks(model: nn.Module) -> dict[str, Block]:
     """The MoE blocks of `model` by name, in the order of its layers.
 
-    A block is a module with stacked `experts` (what transformers' experts interface gives an expert class) and a `gate`
-    or `router` beside them; or Switch's, with a dict of experts and a router that has a `classifier`.
+    A block is a module with stacked `experts` (of a class with transformers' experts interface) and a `gate` or `router`
+    beside them; or one of Switch, with a dict of experts and a router that has a `classifier`.
 
     Raises:
         NoExperts: there is none.
     """
-    found = {name: block for name, module in model.named_modules() if (block := _block(name, module))}
-    if not found:
+    named_blocks = {name: block for name, module in model.named_modules() if (block := _block(name, module))}
+    if not named_blocks:
         raise NoExperts(
             f"{type(model).__name__} has no Mixture-of-Experts layers that we can find; give a model with stacked experts "
             "(Mixtral, Qwen-MoE, OLMoE, DeepSeek, …) or Switch Transformers"
         )
-    return found
+    return named_blocks
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -134,7 +134,7 @@ def _block(name: str, module: nn.Module) -> Block | None:
     if experts is None or router is None:
         return None
     stacked = {"is_transposed", "num_experts"} <= vars(experts).keys()
-    # NLLB's router has a classifier too, but picks two experts and returns something else.
+    # NLLB's router has a classifier too, but picks two experts and has other outputs.
     switch = isinstance(experts, nn.ModuleDict) and "classifier" in dict(router.named_children())
     nllb = "second_expert_policy" in vars(router)
     return Block(name, module, router, experts) if stacked or (switch and not nllb) else None
@@ -145,7 +145,7 @@ def _own_tensors(module: nn.Module, recurse: bool) -> Iterator[tuple[str, Tensor
 
 
 def _axis(tensor: Tensor, num_experts: int) -> int | None:
-    """The axis of the experts: the first, or the second of ERNIE's bias [1, experts]; None without one."""
+    """The axis of the experts: the first, or the second of ERNIE's bias [1, experts]; None if the tensor has no such axis."""
     if tensor.ndim and tensor.shape[0] == num_experts:
         return 0
     return 1 if tuple(tensor.shape) == (1, num_experts) else None

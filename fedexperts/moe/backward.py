@@ -1,7 +1,7 @@
-"""Backward that reaches only chosen experts, as HFedMoE's clients do (arXiv 2601.00583, section 4.2).
+"""Backward that reaches only chosen experts, as in HFedMoE's clients (arXiv 2601.00583, section 4.2).
 
-To mask gradients after backward saves nothing. Here no weight gradient is computed for an expert that is not chosen, nothing
-of its inside is kept for backward, and each expert is a parameter of its own to the optimiser, which so holds no state for it.
+Masking gradients after backward saves nothing. Here no weight gradient is computed for an expert that is not chosen, none of its
+inner activations is stored for backward, and each expert is a separate parameter of the optimizer, which has no state for it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fedexperts.errors import BadValue
+from fedexperts.errors import BadValue, listed
 from fedexperts.moe.anatomy import Block, Experts, blocks
 from fedexperts.moe.lora import ExpertLoRA, activated, ends_of, first_matrix, grouped, grouped_outer, normed, projected
 
@@ -22,22 +22,24 @@ IMPLEMENTATION = "fedexperts_selective"  # the name of our experts function in t
 
 
 class SelectiveBackward:
-    """While it is on, the experts of `model` compute as ever, and backward reaches only those that were chosen.
+    """Within its `with` block, forward of `model` is unchanged, and backward reaches only the chosen experts.
 
-    Between forward and backward `choose` names them. What a token gets from an expert that is not chosen is a constant to
-    backward: no gradient for the expert's weights, and none through them to the layers below. The router's gradient is that
-    of the full backward, since the outputs of all experts are kept for it. What else an expert computed is dropped as soon
-    as it is not chosen (Switch's experts keep nothing, and the chosen compute it again).
+    `choose` sets them between forward and backward. Outputs of experts that are not chosen are constants in backward: their
+    weights get no gradient, and no gradient flows through them to the layers below. The gradient of the router is that of a
+    full backward, since the outputs of all experts are stored for it. All other activations of an expert are freed when it is
+    not chosen. (Experts of Switch store none; the chosen ones are computed again.)
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._parts = {name: (_Apart if block.is_switch else _Stacked)(block) for name, block in blocks(model).items()}
+        self._parts = {
+            name: (_ModuleExperts if block.is_switch else _StackedExperts)(block) for name, block in blocks(model).items()
+        }
         self._undo = ExitStack()
 
     def __enter__(self) -> "SelectiveBackward":
         model = cast("Any", self.model)
-        if any(isinstance(part, _Stacked) for part in self._parts.values()):
+        if any(isinstance(part, _StackedExperts) for part in self._parts.values()):
             self._undo.callback(model.set_experts_implementation, model.get_experts_implementation())
             model.set_experts_implementation(IMPLEMENTATION)
         for part in self._parts.values():
@@ -50,56 +52,57 @@ class SelectiveBackward:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimiser is given: all that is trained, each expert of a stack as a parameter that shares its memory."""
-        split = {id(parameter) for part in self._parts.values() for parameter in part.split()}
-        whole = [each for each in self.model.parameters() if each.requires_grad and id(each) not in split]
-        apart = [row for part in self._parts.values() if isinstance(part, _Stacked) for row in part.rows()]
-        return [*whole, *apart]
+        """The parameters for an optimizer: of a trained stack one per expert, which shares its memory; all others as they are."""
+        split_ids = {id(parameter) for part in self._parts.values() for parameter in part.split_parameters()}
+        whole = [each for each in self.model.parameters() if each.requires_grad and id(each) not in split_ids]
+        rows = [row for part in self._parts.values() if isinstance(part, _StackedExperts) for row in part.row_parameters()]
+        return [*whole, *rows]
 
     def choose(self, experts: Experts) -> None:
-        """The experts that the next backward reaches, by block; of a block that is absent, none.
+        """Sets the experts that the next backward reaches, by block; none of a block that is absent.
 
         Raises:
-            BadValue: a block that the model has not, or ids that it has not or that do not ascend.
+            BadValue: an unknown block, or ids that are unknown or do not ascend.
         """
         for name, ids in experts.items():
             if name not in self._parts:
-                raise BadValue(f"{name} is no MoE block of this model; its blocks are {', '.join(self._parts)}")
+                raise BadValue(
+                    f"{name} is no MoE block of this model; give names of its blocks, such as {next(iter(self._parts))}"
+                )
             number = self._parts[name].number
             if list(ids) != sorted(set(ids)) or not all(0 <= expert < number for expert in ids):
-                raise BadValue(f"{name} was given experts {list(ids)}; give ids from 0 to {number - 1}, ascending, each once")
+                raise BadValue(f"{name} was given experts {listed(ids)}; give ids from 0 to {number - 1}, ascending, each once")
         for name, part in self._parts.items():
             part.choose(torch.tensor(experts.get(name, ()), dtype=torch.int64))
 
     def left_out(self) -> Iterator[nn.Parameter]:
-        """The trained parameters of all experts that are not chosen: an optimiser may forget them."""
+        """The trained parameters of all experts that are not chosen, whose optimizer state can be dropped."""
         for part in self._parts.values():
             chosen = set(part.chosen.tolist()) if part.chosen is not None else set()
             for expert in range(part.number):
                 if expert not in chosen:
-                    yield from part.of(expert)
+                    yield from part.parameters_of(expert)
 
 
-class _Stacked:
-    """The experts of a block whose weights are stacks."""
+class _StackedExperts:
+    """The stacked experts of a block."""
 
     def __init__(self, block: Block) -> None:
         self.experts = block.experts
         self.number = block.shape.num_experts
         self.chosen: Tensor | None = None
         self.anchor = torch.zeros((), requires_grad=True)
-        self.expert = torch.empty(0, dtype=torch.int64)  # of each pair of the last forward
-        self.first: Tensor | None = None  # what the first matrices gave for it; once experts are chosen, for theirs
-        self.chance = torch.empty(0)  # the state of torch's generator before the adapters' dropout drew from it
-        # Each trained stack by its path below the experts, and its rows as parameters of their own: expert → row.
-        self.stacks = dict(self._stacks())
-        self.parameters = {
+        self.expert = torch.empty(0, dtype=torch.int64)  # of each pair (token, expert) of the last forward
+        self.first_outputs: Tensor | None = None  # of the first matrices for these pairs; after `choose`, of the chosen experts
+        self.rng_state = torch.empty(0)  # of torch's generator before the adapters' dropout drew from it
+        self.stacks = dict(self._stacks())  # path of each trained stack below the experts → the stack, and the expert of each row
+        self.parameters = {  # path → expert → its row as a separate parameter
             path: {int(expert): nn.Parameter(row) for expert, row in zip(ids, stack.detach(), strict=True)}
             for path, (stack, ids) in self.stacks.items()
         }
 
     def _stacks(self) -> Iterator[tuple[str, tuple[nn.Parameter, list[int]]]]:
-        """Of those that are trained: the expert that each row belongs to."""
+        """The path of each trained stack, the stack, and the expert of each of its rows."""
         for path, parameter in self.experts.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -115,110 +118,120 @@ class _Stacked:
     def leave(self) -> None:
         del cast("Any", self.experts).selective
 
-    def split(self) -> Iterator[nn.Parameter]:
+    def split_parameters(self) -> Iterator[nn.Parameter]:
         return (stack for stack, _ in self.stacks.values())
 
-    def rows(self) -> Iterator[nn.Parameter]:
+    def row_parameters(self) -> Iterator[nn.Parameter]:
         return (row for rows in self.parameters.values() for row in rows.values())
 
-    def of(self, expert: int) -> Iterator[nn.Parameter]:
+    def parameters_of(self, expert: int) -> Iterator[nn.Parameter]:
         return (rows[expert] for rows in self.parameters.values() if expert in rows)
 
     def choose(self, chosen: Tensor) -> None:
         self.chosen = chosen
-        if self.first is not None:
-            self.first = self.first[torch.isin(self.expert, chosen)]
+        if self.first_outputs is not None:
+            self.first_outputs = self.first_outputs[torch.isin(self.expert, chosen)]
 
     def outputs(self, rows: Tensor, expert: Tensor) -> Tensor:
-        """What the experts make of their rows; what their first matrices gave stays, for backward."""
+        """The outputs of the experts for their rows, before their norm; the outputs of the first matrices are stored."""
         ends = ends_of(expert, self.number)
         self.expert = expert
-        self.chance = torch.get_rng_state()
-        self.first = projected(self.experts, first_matrix(self.experts), rows, expert, ends)
-        return projected(self.experts, "down_proj", activated(self.experts, self.first), expert, ends)
+        self.rng_state = torch.get_rng_state()
+        self.first_outputs = projected(self.experts, first_matrix(self.experts), rows, expert, ends)
+        return projected(self.experts, "down_proj", activated(self.experts, self.first_outputs), expert, ends)
 
-    def finished(self, out: Tensor) -> Tensor:
+    def normed(self, out: Tensor) -> Tensor:
+        """`outputs` after the norm of the experts, if they have one."""
         return normed(self.experts, out)
 
-    def again(self, rows: Tensor, out: Tensor, expert: Tensor, gradient: Tensor) -> None:
-        """Backward through what gave `out`: into `rows` and the parameters of these experts."""
-        assert self.first is not None
-        met = expert.unique()
-        if len(self.first) > len(rows):  # under gradient checkpointing forward came once more after experts were chosen
-            self.first = self.first[torch.isin(self.expert, met)]
-        adapters = self.copies(met)
+    def backward(self, rows: Tensor, out: Tensor, expert: Tensor, gradient: Tensor) -> None:
+        """Backward from `gradient` through the `outputs` of chosen experts into `rows` and their parameters."""
+        assert self.first_outputs is not None
+        present = expert.unique()
+        if len(self.first_outputs) > len(rows):  # gradient checkpointing ran forward again after experts were chosen
+            self.first_outputs = self.first_outputs[torch.isin(self.expert, present)]
+        adapters = self.copies(present)
         with torch.enable_grad():
-            first = self.known(first_matrix(self.experts), rows, expert, self.first, adapters)
-            out = normed(self.experts, self.known("down_proj", activated(self.experts, first), expert, out, adapters))
+            first = self.precomputed(first_matrix(self.experts), rows, expert, self.first_outputs, adapters)
+            out = normed(self.experts, self.precomputed("down_proj", activated(self.experts, first), expert, out, adapters))
         torch.autograd.backward(out, gradient)
         for name, adapter in adapters.items():
             for path, each in adapter.named_parameters():
                 if each.grad is not None:
-                    self.add(f"lora.{name}.{path}", met[adapter.ids], each.grad)
-        self.first = None
+                    self.add_gradients(f"lora.{name}.{path}", present[adapter.ids], each.grad)
+        self.first_outputs = None
 
-    def copies(self, met: Tensor) -> dict[str, ExpertLoRA]:
-        """The adapters of the experts `met`, with gradients of their own and the dropout that they had in forward."""
-        adapters, reached = dict(self.adapters()), torch.isin(self.expert, met)
-        copies = {name: _rows_of(adapter, met) for name, adapter in adapters.items()}
+    def copies(self, present: Tensor) -> dict[str, ExpertLoRA]:
+        """The adapters of the experts `present`, with separate gradients and with the dropout of the forward pass."""
+        adapters, reached = dict(self.adapters()), torch.isin(self.expert, present)
+        copies = {name: _select_experts(adapter, present) for name, adapter in adapters.items()}
         with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.chance)
+            torch.set_rng_state(self.rng_state)
             for name in (first_matrix(self.experts), "down_proj"):  # in the order of `outputs`
                 if name in adapters and adapters[name].dropout.p:
                     a = adapters[name].a
-                    copies[name].dropout = _Drawn(adapters[name].dropout(a.new_ones(len(self.expert), a.shape[2]))[reached])
+                    copies[name].dropout = _FixedDropout(
+                        adapters[name].dropout(a.new_ones(len(self.expert), a.shape[2]))[reached]
+                    )
         return copies
 
-    def known(self, name: str, rows: Tensor, expert: Tensor, value: Tensor, adapters: Mapping[str, ExpertLoRA]) -> Tensor:
-        """`projected`, whose value is known, with a way back to `rows` and to what is trained of these experts."""
-        out = cast("Tensor", _Known.apply(self, name, self.anchor, value, rows, expert))  # type: ignore[no-untyped-call]  # torch's
+    def precomputed(self, name: str, rows: Tensor, expert: Tensor, value: Tensor, adapters: Mapping[str, ExpertLoRA]) -> Tensor:
+        """`projected` with the known result `value`, differentiable in `rows` and in the trained parameters of these experts."""
+        out = cast("Tensor", _Precomputed.apply(self, name, self.anchor, value, rows, expert))  # type: ignore[no-untyped-call]  # torch's
         if name not in adapters or not len(adapters[name].ids):
             return out
-        met, local = expert.unique(return_inverse=True)
-        share = adapters[name].add(torch.zeros_like(value), rows, local, ends_of(local, len(met)))
-        return out + (share - share.detach())  # its value is in `value` already
+        present, local = expert.unique(return_inverse=True)
+        share = adapters[name].add(torch.zeros_like(value), rows, local, ends_of(local, len(present)))
+        return out + (share - share.detach())  # adds only the gradient: `value` has the outputs of the adapters already
 
     def adapters(self) -> Iterator[tuple[str, ExpertLoRA]]:
+        """The name of each adapted matrix and its adapter."""
         if "lora" in self.experts._modules:
             yield from ((name, cast("ExpertLoRA", each)) for name, each in cast("nn.ModuleDict", self.experts.lora).items())
 
-    def add(self, path: str, experts: Tensor, gradients: Tensor) -> None:
-        """A gradient to each of `experts`, for what it has in the stack `path`."""
+    def add_gradients(self, path: str, experts: Tensor, gradients: Tensor) -> None:
+        """Adds a gradient to the row of each of `experts` in the stack `path`."""
         for expert, gradient in zip(experts.tolist(), gradients, strict=True):
             row = self.parameters[path][expert]
             row.grad = gradient if row.grad is None else row.grad + gradient
 
 
-class _Known(torch.autograd.Function):
-    """`projected` without adapters, whose value is known and not computed.
+class _Precomputed(torch.autograd.Function):
+    """`projected` without adapters, with a known result, so that nothing is computed in forward.
 
-    Gradients of the weights are computed for the experts met alone, and left with their own parameters.
+    Backward computes the gradients of the weights only for experts that are present, and adds them to their row parameters.
     """
 
     @staticmethod
-    def forward(ctx: Any, part: _Stacked, name: str, anchor: Tensor, value: Tensor, rows: Tensor, expert: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, part: _StackedExperts, name: str, anchor: Tensor, value: Tensor, rows: Tensor, expert: Tensor
+    ) -> Tensor:
         ctx.part, ctx.name = part, name
         ctx.save_for_backward(rows, expert)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (rows, expert), arriving = ctx.saved_tensors, gradients[0].contiguous()
+        (rows, expert), grad_output = ctx.saved_tensors, gradients[0].contiguous()
         part, name = ctx.part, ctx.name
-        met, local = expert.unique(return_inverse=True)
+        present, local = expert.unique(return_inverse=True)
         if name in part.parameters:
-            left, right = (rows, arriving) if part.experts.is_transposed else (arriving, rows)
-            part.add(name, met, grouped_outer(left, right, ends_of(local, len(met))))
+            left, right = (rows, grad_output) if part.experts.is_transposed else (grad_output, rows)
+            part.add_gradients(name, present, grouped_outer(left, right, ends_of(local, len(present))))
         if f"{name}_bias" in part.parameters:
-            part.add(f"{name}_bias", met, arriving.new_zeros(len(met), arriving.shape[1]).index_add_(0, local, arriving))
+            part.add_gradients(
+                f"{name}_bias",
+                present,
+                grad_output.new_zeros(len(present), grad_output.shape[1]).index_add_(0, local, grad_output),
+            )
         weight = getattr(part.experts, name)
-        back = weight.transpose(1, 2) if part.experts.is_transposed else weight
-        for_rows = grouped(arriving, back, ends_of(expert, part.number)) if ctx.needs_input_grad[4] else None
-        return None, None, None, None, for_rows, None
+        transposed = weight.transpose(1, 2) if part.experts.is_transposed else weight
+        grad_rows = grouped(grad_output, transposed, ends_of(expert, part.number)) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, grad_rows, None
 
 
-class _Drawn(nn.Dropout):
-    """Dropout that was drawn before: `factors` of 0 or 1 / (1 - p)."""
+class _FixedDropout(nn.Dropout):
+    """Dropout with the `factors`, 0 or 1 / (1 - p), of an earlier pass."""
 
     def __init__(self, factors: Tensor) -> None:
         super().__init__()
@@ -228,23 +241,23 @@ class _Drawn(nn.Dropout):
         return rows * self.factors
 
 
-def _rows_of(adapter: ExpertLoRA, chosen: Tensor) -> ExpertLoRA:
-    """The adapter of those of `chosen` that have one, numbered by their places there: copies with gradients of their own."""
-    kept = torch.isin(adapter.ids, chosen)
-    ids = torch.searchsorted(chosen, adapter.ids[kept]).tolist()
-    rows = ExpertLoRA(adapter.a.detach()[kept], adapter.b.detach()[kept], adapter.scale, ids, len(chosen))
-    return rows.requires_grad_(adapter.a.requires_grad)
+def _select_experts(adapter: ExpertLoRA, experts: Tensor) -> ExpertLoRA:
+    """A copy of `adapter` for those of `experts` that it adapts, with their indices in `experts` as ids."""
+    adapted = torch.isin(adapter.ids, experts)
+    ids = torch.searchsorted(experts, adapter.ids[adapted]).tolist()
+    part = ExpertLoRA(adapter.a.detach()[adapted], adapter.b.detach()[adapted], adapter.scale, ids, len(experts))
+    return part.requires_grad_(adapter.a.requires_grad)
 
 
-class _Apart:
-    """The experts of a block that are modules of their own: Switch. Its experts draw dropout, the same in both computations."""
+class _ModuleExperts:
+    """The experts of a block that are modules (Switch). Both computations of a chosen expert draw the same dropout."""
 
     def __init__(self, block: Block) -> None:
         self.experts = cast("nn.ModuleDict", block.experts)
         self.number = block.shape.num_experts
         self.chosen: Tensor | None = None
         self.anchor = torch.zeros((), requires_grad=True)
-        self.chance: dict[int, Tensor] = {}  # its state before each expert drew from it
+        self.rng_states: dict[int, Tensor] = {}  # expert → state of torch's generator before it drew
 
     def enter(self) -> None:
         cast("Any", self.experts).forward = partial(_one_hot_forward, self)
@@ -252,47 +265,48 @@ class _Apart:
     def leave(self) -> None:
         del cast("Any", self.experts).forward
 
-    def split(self) -> Iterator[nn.Parameter]:
+    def split_parameters(self) -> Iterator[nn.Parameter]:
         return iter(())
 
-    def of(self, expert: int) -> Iterator[nn.Parameter]:
+    def parameters_of(self, expert: int) -> Iterator[nn.Parameter]:
         return (each for each in self.experts[f"expert_{expert}"].parameters() if each.requires_grad)
 
     def choose(self, chosen: Tensor) -> None:
         self.chosen = chosen
 
     def outputs(self, rows: Tensor, expert: Tensor) -> Tensor:
-        """What each expert makes of its rows."""
+        """The outputs of the experts for their rows."""
         out = torch.empty_like(rows)
         for each in expert.unique().tolist():
-            self.chance[each] = torch.get_rng_state()
+            self.rng_states[each] = torch.get_rng_state()
             out[expert == each] = self.experts[f"expert_{each}"](rows[expert == each])
         return out
 
-    def finished(self, out: Tensor) -> Tensor:
+    def normed(self, out: Tensor) -> Tensor:
+        """These experts have no norm."""
         return out
 
-    def again(self, rows: Tensor, _: Tensor, expert: Tensor, gradient: Tensor) -> None:
-        """The same once more, and backward through it: into `rows` and the parameters of these experts."""
+    def backward(self, rows: Tensor, _: Tensor, expert: Tensor, gradient: Tensor) -> None:
+        """Computes the outputs of chosen experts again, and backward through them into `rows` and their parameters."""
         for each in expert.unique().tolist():
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                torch.set_rng_state(self.chance[each])
+                torch.set_rng_state(self.rng_states[each])
                 out = self.experts[f"expert_{each}"](rows[expert == each])
             if out.requires_grad:
                 torch.autograd.backward(out, gradient[expert == each])
 
 
 class _Selective(torch.autograd.Function):
-    """Experts, weighted and summed over each token's pairs (token, expert); the pairs are sorted by expert.
+    """The outputs of experts, weighted and summed over the pairs (token, expert) of each token; pairs are sorted by expert.
 
-    `pair` is the place of each in `weights`: token = pair // top_k.
+    `pair` is the flat index of each in `weights`: token = pair // top_k.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        part: _Stacked | _Apart,
-        anchor: Float[Tensor, ""],  # requires a gradient, so that backward comes here even if nothing below is trained
+        part: _StackedExperts | _ModuleExperts,
+        anchor: Float[Tensor, ""],  # requires a gradient, so that backward is called even if nothing below is trained
         hidden: Float[Tensor, "tokens hidden"],
         weights: Float[Tensor, "tokens top_k"],
         expert: Int[Tensor, " pairs"],
@@ -303,7 +317,7 @@ class _Selective(torch.autograd.Function):
         ctx.part = part
         ctx.save_for_backward(hidden, weights, expert, pair, out)
         weighted = hidden.new_zeros(tokens * top_k, out.shape[-1], dtype=torch.promote_types(out.dtype, weights.dtype))
-        weighted[pair] = part.finished(out) * weights.reshape(-1)[pair].unsqueeze(1)
+        weighted[pair] = part.normed(out) * weights.reshape(-1)[pair].unsqueeze(1)
         return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
     @staticmethod
@@ -312,34 +326,34 @@ class _Selective(torch.autograd.Function):
         chosen = ctx.part.chosen
         assert chosen is not None, "choose experts between forward and backward"
         token = pair // weights.shape[1]
-        arriving = gradients[0]
+        grad_output = gradients[0]
 
-        for_weights = torch.zeros_like(weights)
-        for_weights.view(-1)[pair] = (arriving[token] * ctx.part.finished(out)).sum(-1).to(weights.dtype)
+        grad_weights = torch.zeros_like(weights)
+        grad_weights.view(-1)[pair] = (grad_output[token] * ctx.part.normed(out)).sum(-1).to(weights.dtype)
 
         reached = torch.isin(expert, chosen).nonzero().flatten()
         rows = hidden[token[reached]].requires_grad_(ctx.needs_input_grad[2])
-        share = arriving[token[reached]] * weights.reshape(-1)[pair[reached]].unsqueeze(1)
-        ctx.part.again(rows, out[reached], expert[reached], share.to(out.dtype))
-        for_hidden = torch.zeros_like(hidden)
+        grad_rows = grad_output[token[reached]] * weights.reshape(-1)[pair[reached]].unsqueeze(1)
+        ctx.part.backward(rows, out[reached], expert[reached], grad_rows.to(out.dtype))
+        grad_hidden = torch.zeros_like(hidden)
         if rows.grad is not None:
-            for_hidden.index_add_(0, token[reached], rows.grad)
-        return None, None, for_hidden, for_weights, None, None
+            grad_hidden.index_add_(0, token[reached], rows.grad)
+        return None, None, grad_hidden, grad_weights, None, None
 
 
-def _selective(part: _Stacked | _Apart, hidden: Tensor, weights: Tensor, expert: Tensor, pair: Tensor) -> Tensor:
+def _selective(part: _StackedExperts | _ModuleExperts, hidden: Tensor, weights: Tensor, expert: Tensor, pair: Tensor) -> Tensor:
     out = _Selective.apply(part, part.anchor, hidden, weights, expert, pair)  # type: ignore[no-untyped-call]  # torch's
     return cast("Tensor", out)
 
 
 def _stacked_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Stacked experts: what transformers calls in place of its own implementation."""
+    """The forward pass of stacked experts, which transformers calls as one of its implementations."""
     expert, pair = torch.sort(top_k_index.reshape(-1), stable=True)
     return _selective(self.selective, hidden, top_k_weights, expert, pair)
 
 
-def _one_hot_forward(part: _Apart, hidden: Tensor, picked: Tensor, weights: Tensor) -> Tensor:
-    """Switch's experts; a token beyond an expert's capacity has a row of zeros and so no pair."""
+def _one_hot_forward(part: _ModuleExperts, hidden: Tensor, picked: Tensor, weights: Tensor) -> Tensor:
+    """The forward pass of Switch's experts; a token beyond an expert's capacity has a row of zeros in `picked`, so no pair."""
     expert, token = picked.reshape(len(hidden), -1).T.nonzero().unbind(1)
     return _selective(part, hidden, weights, expert, token)
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders of which only some experts are read."""
+"""Reading only some experts of a checkpoint folder."""
 
 import re
 from collections.abc import Iterable
@@ -20,12 +20,12 @@ from fedexperts.moe.anatomy import Experts, blocks
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """A tensor on disk, or some of its rows; nothing is read before `[...]`, which is how transformers asks for it."""
+class LazyTensor:
+    """A tensor on disk, or some of its rows; it is read by `[...]`, with which transformers loads a tensor."""
 
     disk: Any  # safetensors' slice
     axis: int = 0
-    ids: tuple[int, ...] | None = None  # on that axis; None: all
+    ids: tuple[int, ...] | None = None  # of the rows on that axis; None: all
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
         if self.ids is None:
@@ -35,34 +35,34 @@ class Lazy:
         return torch.cat([self.disk[(*before, slice(first, last + 1))] for first, last in _runs(self.ids)], dim=self.axis)
 
 
-def lazy_tensors(folder: Path, model: PreTrainedModel, experts: Experts) -> dict[str, Lazy]:
+def lazy_tensors(folder: Path, model: PreTrainedModel, experts: Experts) -> dict[str, LazyTensor]:
     """The tensors of the checkpoint in `folder` that a model with only `experts` needs, under their names on disk.
 
     Args:
-        folder: with one or several safetensors files, in which experts stand stacked or each by itself.
-        model: of the checkpoint's shapes, as large as it is, on the meta device.
-        experts: MoE block → positions in the checkpoint; a block that is absent keeps all.
+        folder: has one or several safetensors files, with experts stacked or each by itself.
+        model: of the whole checkpoint, on the meta device.
+        experts: MoE block → ids of experts in the checkpoint; a block that is absent keeps all.
 
     Raises:
-        BadValue: no safetensors, or experts stored in a way of which no part can be read.
+        BadValue: no safetensors, or experts stored in a form of which no part can be read.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise BadValue(f"{folder} has no safetensors files; give a model folder as transformers' save_pretrained writes it")
-    wanted = _Wanted(model, experts)
+    selection = _Selection(model, experts)
     tensors = {}
     for file in files:
-        # Through a memory map the kernel reads ahead, up to the whole file; pread reads what is asked for.
+        # Through a memory map the kernel reads ahead, up to the whole file; pread reads only the requested bytes.
         checkpoint: Any = safe_open(file, framework="pt", backend="pread")
         for key in checkpoint.keys():  # noqa: SIM118  (safetensors' object is no dict)
-            if (found := wanted.find(key)) is not None:
-                name, axis, ids = found
-                tensors[name] = Lazy(checkpoint.get_slice(key), axis, ids)
+            if (part := selection.part(key)) is not None:
+                name, axis, ids = part
+                tensors[name] = LazyTensor(checkpoint.get_slice(key), axis, ids)
     return tensors
 
 
-class _Wanted:
-    """Tells what to read of each tensor of a checkpoint, by transformers' own rules of conversion."""
+class _Selection:
+    """The part of each tensor of a checkpoint that is to be read, by the rules by which transformers converts checkpoints."""
 
     def __init__(self, model: PreTrainedModel, experts: Experts) -> None:
         rules = get_model_conversion_mapping(model)
@@ -71,14 +71,14 @@ class _Wanted:
         self._prefix = model.base_model_prefix
         self._names = model.state_dict()
         self._experts = experts
-        found = {name: block for name, block in blocks(model).items() if name in experts}
-        self._axes = {f"{name}.{path}": (name, axis) for name, b in found.items() for path, axis in b.expert_axes().items()}
-        self._apart = [f"{name}.experts.expert_" for name, block in found.items() if block.is_switch]
+        cut = {name: block for name, block in blocks(model).items() if name in experts}
+        self._axes = {f"{name}.{path}": (name, axis) for name, block in cut.items() for path, axis in block.expert_axes().items()}
+        self._module_prefixes = [f"{name}.experts.expert_" for name, block in cut.items() if block.is_switch]
 
-    def find(self, key: str) -> tuple[str, int, tuple[int, ...] | None] | None:
-        """The name to give, the axis and the rows to read of the tensor `key`; None when it is not needed."""
+    def part(self, key: str) -> tuple[str, int, tuple[int, ...] | None] | None:
+        """The new name of the tensor `key`, and the axis and ids of the rows to read; None if it is not needed."""
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._names)
-        for prefix in self._apart:
+        for prefix in self._module_prefixes:
             if name.startswith(prefix):
                 return self._expert_module(name, prefix)
         if name not in self._axes:
@@ -89,20 +89,20 @@ class _Wanted:
         return (key, 0, None) if self._number(key, pattern) in self._experts[block] else None
 
     def _expert_module(self, name: str, prefix: str) -> tuple[str, int, None] | None:
-        """Switch: the kept experts move together, so expert 5 may become expert_1."""
-        kept = self._experts[prefix.removesuffix(".experts.expert_")]
+        """The part of a tensor of Switch: the kept experts are numbered anew, so expert 5 may become expert_1."""
+        kept_ids = self._experts[prefix.removesuffix(".experts.expert_")]
         number, _, rest = name.removeprefix(prefix).partition(".")
-        return (f"{prefix}{kept.index(int(number))}.{rest}", 0, None) if int(number) in kept else None
+        return (f"{prefix}{kept_ids.index(int(number))}.{rest}", 0, None) if int(number) in kept_ids else None
 
     def _number(self, key: str, pattern: str) -> int:
         """The expert in a name such as "model.layers.0.mlp.experts.7.up_proj.weight"."""
         match = re.search(pattern.replace("*.", r"(\d+)\."), apply_renamings(key, self._renamings))
         if match is None or "*." not in pattern:
-            raise BadValue(f"{key} holds experts in a form that cannot be read in part; load the whole model and shrink it")
+            raise BadValue(f"{key} stores experts in a form that cannot be read in part; load the whole model and shrink it")
         return int(match.group(1))
 
 
 def _runs(ids: Iterable[int]) -> list[tuple[int, int]]:
-    """First and last of each run of neighbours."""
+    """First and last number of each run of consecutive `ids`."""
     runs = [[number for _, number in group] for _, group in groupby(enumerate(ids), lambda pair: pair[1] - pair[0])]
     return [(run[0], run[-1]) for run in runs]

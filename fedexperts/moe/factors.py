@@ -1,6 +1,6 @@
-"""The factors of low-rank adapters, row-first and by name: A [rows, rank, in] and B [rows, out, rank], a row being an expert.
+"""The factors of low-rank adapters, row-first and by name: A [rows, rank, in] and B [rows, out, rank]; a row is an expert.
 
-What is said of BA is said of the product alone; the scale, the same for all clients, comes in where it meets the weights.
+BA is the product without the scale, which is the same for all clients and is applied when BA is added to weights.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ _STACKED = ".experts.lora."  # in the names of adapters of stacked experts, whic
 
 
 def pairs(names: Iterable[str]) -> dict[str, str]:
-    """Each A among `names`, and what its B is called."""
+    """Name of each A among `names` → name of its B."""
     return {name: b for name in names if (b := _b_of(name))}
 
 
@@ -30,43 +30,43 @@ def _b_of(a: str) -> str | None:
 
 
 def rank_axes(names: Iterable[str]) -> dict[str, int]:
-    """Each A and B of `names`, and the axis of its rank, row-first."""
+    """Name of each A and B among `names` → the axis of its rank, row-first."""
     return {name: axis for pair in pairs(names).items() for name, axis in zip(pair, (1, 2), strict=True)}
 
 
 def rank_of(tensors: Tensors) -> int:
-    """The rank of all adapters in `tensors`."""
+    """The rank of the adapters in `tensors`, which all have the same."""
     return next(tensors[name].shape[axis] for name, axis in rank_axes(tensors).items())
 
 
 def rank_step(tensors: Tensors) -> int:
-    """What ranks are multiples of: with adapters of stacked experts among them, what those take."""
+    """The number of which ranks must be multiples: that of the adapters of stacked experts, or 1 if there are none."""
     return max((lora.rank_step(tensors[a].dtype) for a in pairs(tensors) if _STACKED in a), default=1)
 
 
 def cut(tensors: Tensors, rank: int) -> dict[str, Tensor]:
     """`tensors`, their adapters truncated to the first `rank` rows of A and columns of B."""
-    short = {name: tensors[name].narrow(axis, 0, rank).contiguous() for name, axis in rank_axes(tensors).items()}
-    return {**tensors, **short}
+    truncated = {name: tensors[name].narrow(axis, 0, rank).contiguous() for name, axis in rank_axes(tensors).items()}
+    return {**tensors, **truncated}
 
 
 def padded(tensor: Tensor, axis: int, rank: int) -> Tensor:
-    """An A or B with zeros up to `rank` along `axis`, 1 or 2."""
+    """An A or B, padded with zeros to `rank` along `axis`, 1 or 2."""
     missing = rank - tensor.shape[axis]
     return functional.pad(tensor, (0, 0, 0, missing) if axis == 1 else (0, missing))
 
 
 def stacked(parts: Sequence[tuple[float, Tensors]]) -> dict[str, Tensor]:
-    """Factors of Σ p_k B_k A_k over `parts`, (weight, adapters): A_k above one another, p_k B_k side by side.
+    """Factors of Σ p_k B_k A_k over `parts`, pairs of a weight and adapters: the A_k stacked, the p_k B_k side by side.
 
-    p_k is the part's share of all weight.
+    p_k is the weight of a part over the sum of all weights.
     """
     total = sum(weight for weight, _ in parts)
-    found = {}
+    factors = {}
     for a, b in pairs(parts[0][1]).items():
-        found[a] = torch.cat([tensors[a] for _, tensors in parts], dim=1)
-        found[b] = torch.cat([weight / total * tensors[b] for weight, tensors in parts], dim=2)
-    return found
+        factors[a] = torch.cat([tensors[a] for _, tensors in parts], dim=1)
+        factors[b] = torch.cat([weight / total * tensors[b] for weight, tensors in parts], dim=2)
+    return factors
 
 
 def truncated_svd(
@@ -74,23 +74,23 @@ def truncated_svd(
 ) -> tuple[Float[Tensor, "rows out {rank}"], Float[Tensor, "rows {rank} in"]]:
     """B and A of this rank whose product is nearest to b a: U Σ and Vᵀ of its singular value decomposition, largest first.
 
-    In float64, from QR of the factors: b a itself, [out, in], is not made. Where it has fewer ranks, the rest of Σ is zero, and
-    the rest of Vᵀ lies in what the rows of `a` span. What a rank above out or in leaves is zeros.
+    Computed in float64, from the QR decompositions of the factors: b a itself, [out, in], is not computed. If its rank is lower,
+    the rest of Σ is zero, and the rest of Vᵀ is in the span of the rows of `a`. Beyond a rank of out or in there are zeros.
     """
-    left, left_rest = torch.linalg.qr(b.double())
-    right, right_rest = torch.linalg.qr(a.double().mT)
-    u, sigma, vt = torch.linalg.svd(left_rest @ right_rest.mT, full_matrices=False)
-    first, second = (left @ u * sigma.unsqueeze(1))[..., :rank], (vt @ right.mT)[:, :rank]
-    return padded(first, 2, rank).to(b.dtype), padded(second, 1, rank).to(a.dtype)
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().mT)
+    u, sigma, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    new_b, new_a = (q_b @ u * sigma.unsqueeze(1))[..., :rank], (vt @ q_a.mT)[:, :rank]
+    return padded(new_b, 2, rank).to(b.dtype), padded(new_a, 1, rank).to(a.dtype)
 
 
 def norm(b: Float[Tensor, "rows out rank"], a: Float[Tensor, "rows rank in"]) -> Float[Tensor, " rows"]:
-    """The Frobenius norm of each row's BA, which is not made: ‖BA‖² is the sum over BᵀB ∘ AAᵀ."""
+    """The Frobenius norm of BA of each row, without computing BA: ‖BA‖² is the sum over BᵀB ∘ AAᵀ."""
     b, a = b.double(), a.double()
     return ((b.mT @ b) * (a @ a.mT)).sum((1, 2)).clamp(min=0).sqrt()
 
 
 def add_to_base(model: nn.Module, change: Tensors) -> None:
-    """Adds a `base_change` to the weights of `model` under its adapters, in its own memory."""
+    """Adds to the weights of `model` under its adapters, in its own memory, each product BA of `change`, by the name of its A."""
     if change:
-        lora.add_beneath(model, rows.paired(model, {name.removeprefix("change/"): t for name, t in change.items()}))
+        lora.add_to_base_weights(model, rows.paired(model, change))

@@ -1,4 +1,4 @@
-"""What a model costs to hold and to run, counted on its real module tree."""
+"""The memory, parameters and FLOPs of a model, counted on its modules."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -22,60 +22,60 @@ Batch = Mapping[str, Tensor]
 Optimizer = Literal["adamw", "sgd"]
 
 COPIES = {"adamw": 4, "sgd": 2}
-"""Times its own size that a trained parameter takes: weight and gradient, and two moments under AdamW."""
+"""Optimizer → size of a trained parameter with its gradient and optimizer state, in multiples of its own (AdamW: two moments)."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that training a (sub-)model holds in memory: weights, gradients, optimiser state, activations."""
+    """Bytes of memory that training a model or a sub-model takes: weights, gradients, optimizer state, activations."""
 
-    dense_bytes: int  # of all that is no routed expert and no router row
+    dense_bytes: int  # of all but routed experts and router rows
     expert_bytes: Mapping[str, int]  # MoE block → one expert with its router row
     activation_bytes: int
     frozen_bytes: int = 0  # of the whole model's weights alone
-    sides: int = 0  # rows plus columns of all experts' matrices: what a LoRA of rank 1 on every expert has parameters
-    copies: int = 4  # times its own bytes that a trained parameter takes
-    lora_bytes: int | None = None  # of training the whole model's adapters, when that is how the run trains
-    num_experts: Mapping[str, int] = field(default_factory=dict)  # MoE block → those of the whole model
-    update_bytes: Mapping[str, int] = field(default_factory=dict)  # MoE block → gradient and optimiser state of one expert
+    sides: int = 0  # rows plus columns of all matrices of all experts: the number of parameters of LoRA of rank 1 on them
+    copies: int = 4  # see COPIES
+    lora_bytes: int | None = None  # of training the whole model's adapters, if the run trains adapters
+    num_experts: Mapping[str, int] = field(default_factory=dict)  # MoE block → experts of the whole model
+    update_bytes: Mapping[str, int] = field(default_factory=dict)  # MoE block → gradient and optimizer state of one expert
 
     def of(self, experts: Experts) -> int:
-        """Bytes of the sub-model that holds `experts`."""
-        held = sum(len(ids) * self.expert_bytes[block] for block, ids in experts.items())
-        return self.dense_bytes + held + self.activation_bytes
+        """Bytes of training the sub-model with `experts`."""
+        all_expert_bytes = sum(len(ids) * self.expert_bytes[block] for block, ids in experts.items())
+        return self.dense_bytes + all_expert_bytes + self.activation_bytes
 
     @property
     def fixed_bytes(self) -> int:
-        """Of training the whole model while backward reaches no expert: weights, what is trained besides, activations."""
-        everything = {block: tuple(range(number)) for block, number in self.num_experts.items()}
-        return self.of(everything) - sum(number * self.update_bytes[block] for block, number in self.num_experts.items())
+        """Bytes of training the whole model if backward reaches no expert: all but gradients and optimizer state of experts."""
+        all_experts = {block: tuple(range(number)) for block, number in self.num_experts.items()}
+        return self.of(all_experts) - sum(number * self.update_bytes[block] for block, number in self.num_experts.items())
 
     @property
     def reached_bytes(self) -> int:
-        """Of each expert that backward reaches: gradient and optimiser state, where blocks differ of one that takes most."""
+        """Bytes of gradient and optimizer state of an expert that backward reaches; of the largest if blocks differ."""
         return max(self.update_bytes.values())
 
     def reaching(self, number: int) -> int:
-        """Bytes of training the whole model, of whose experts backward reaches at most `number` at a time (HFedMoE).
+        """Bytes of training the whole model if backward reaches at most `number` experts at a time (HFedMoE).
 
-        Where the blocks' experts differ in size, all count as the largest, so it may be more than they take.
+        If the experts of blocks differ in size, all count as the largest, so this is an upper bound.
         """
         return self.fixed_bytes + min(number, sum(self.num_experts.values())) * self.reached_bytes
 
     def reached_within(self, memory_bytes: int) -> int:
-        """The most experts that backward may reach at a time within `memory_bytes`: at least 0, at most all.
+        """The largest number of experts that backward can reach at a time within `memory_bytes`: from 0 to all.
 
-        C_k of HFedMoE, for which the paper gives no formula: what is fixed off the memory, divided by what an expert takes.
+        C_k of HFedMoE, for which the paper gives no formula: the memory less `fixed_bytes`, divided by `reached_bytes`.
         """
-        left, most = memory_bytes - self.fixed_bytes, sum(self.num_experts.values())
-        if left < 0:
+        free_bytes, num_experts = memory_bytes - self.fixed_bytes, sum(self.num_experts.values())
+        if free_bytes < 0:
             return 0
-        return min(left // self.reached_bytes, most) if self.reached_bytes else most  # frozen ones take nothing
+        return min(free_bytes // self.reached_bytes, num_experts) if self.reached_bytes else num_experts  # 0: frozen experts
 
-    def adapting(self, rank: int) -> int:
-        """Bytes of training LoRA of this rank on every expert of the whole model, in fp32, all else frozen.
+    def lora_training_bytes(self, rank: int) -> int:
+        """Bytes of training LoRA of this rank on every expert of the whole model, in fp32, with all else frozen.
 
-        A run that trains LoRA anyway takes its own adapters for that. Activations are those of the run's own training.
+        If the run trains LoRA itself, these are the bytes of its own adapters. Activations are those of the run's training.
         """
         if self.lora_bytes is not None:
             return self.lora_bytes
@@ -84,63 +84,64 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a model has, by kind; tied ones count once."""
+    """The numbers of parameters of a model, by kind; tied ones count once."""
 
-    dense: int  # all that is no routed expert and no router row
+    dense: int  # all but routed experts and router rows
     expert: Mapping[str, int]  # MoE block → one expert
-    router_row: Mapping[str, int]  # MoE block → what the router holds for one expert
+    router_row: Mapping[str, int]  # MoE block → parameters of the router for one expert
     blocks: Mapping[str, BlockShape]
 
     @property
     def total(self) -> int:
+        """Of the whole model."""
         return self.of({name: tuple(range(shape.num_experts)) for name, shape in self.blocks.items()})
 
     @property
     def active(self) -> int:
-        """Those that one token meets: its top-k experts, and the whole router."""
+        """Those used for one token: its top-k experts, and the whole router."""
         routed = sum(shape.top_k * self.expert[name] for name, shape in self.blocks.items())
         routers = sum(shape.num_experts * self.router_row[name] for name, shape in self.blocks.items())
         return self.dense + routed + routers
 
     def of(self, experts: Experts) -> int:
-        """Those of the sub-model that holds `experts`, router rows included."""
+        """Those of the sub-model with `experts`, router rows included."""
         return self.dense + sum(len(ids) * (self.expert[name] + self.router_row[name]) for name, ids in experts.items())
 
 
-class Located(NamedTuple):
-    """A parameter, and whose it is."""
+class ClassifiedParameter(NamedTuple):
+    """A parameter, and the kind to which it belongs."""
 
     name: str
     parameter: nn.Parameter
-    block: str | None  # the MoE block that has one share of it for each expert; None: dense
+    block: str | None  # the MoE block whose experts have equal shares of it; None: dense
     kind: Literal["expert", "router", "dense"]
 
 
-def located(model: nn.Module) -> Iterator[Located]:
-    """Every parameter of `model`, each once."""
-    found = blocks(model)
-    rows = {f"{name}.{path}" for name, block in found.items() for path in block.expert_axes()}
+def classified_parameters(model: nn.Module) -> Iterator[ClassifiedParameter]:
+    """Each parameter of `model` once, with its kind."""
+    model_blocks = blocks(model)
+    rows = {f"{name}.{path}" for name, block in model_blocks.items() for path in block.expert_axes()}
     for name, parameter in model.named_parameters():
-        block = next((block for block in found if name.startswith(f"{block}.")), None)
+        block = next((block for block in model_blocks if name.startswith(f"{block}.")), None)
         if block and name.startswith(f"{block}.experts."):
-            yield Located(name, parameter, block, "expert")
+            yield ClassifiedParameter(name, parameter, block, "expert")
         elif block and name in rows:
-            yield Located(name, parameter, block, "router")
+            yield ClassifiedParameter(name, parameter, block, "router")
         else:
-            yield Located(name, parameter, None, "dense")
+            yield ClassifiedParameter(name, parameter, None, "dense")
 
 
 def parameters(model: nn.Module) -> Parameters:
-    """The parameters of `model`, which may be on the meta device, counted by kind."""
-    dense, expert, row = weigh(model, lambda parameter: parameter.numel())
+    """The numbers of parameters of `model`, which may be on the meta device."""
+    dense, expert, row = sum_by_kind(model, lambda parameter: parameter.numel())
     return Parameters(dense, expert, row, anatomy(model).blocks)
 
 
-def weigh(model: nn.Module, weight: Callable[[nn.Parameter], int]) -> tuple[int, dict[str, int], dict[str, int]]:
+def sum_by_kind(model: nn.Module, weight: Callable[[nn.Parameter], int]) -> tuple[int, dict[str, int], dict[str, int]]:
     """Sum of `weight` over the dense parameters, and by MoE block over one expert and over one router row."""
     shapes = anatomy(model).blocks
     dense, sums = 0, {"expert": dict.fromkeys(shapes, 0), "router": dict.fromkeys(shapes, 0)}
-    for _, parameter, block, kind in located(model):
+    for _, parameter, block, kind in classified_parameters(model):
         if block is None:
             dense += weight(parameter)
         else:
@@ -157,30 +158,30 @@ def footprint(
     batch: tuple[int, int],
     optimizer: Optimizer = "adamw",
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
-    target_places: int | None = None,
+    target_positions: int | None = None,
     grafts: int = 0,
 ) -> Footprint:
-    """Bytes that it takes to train `model` as `tuning` says on batches of (examples, tokens each).
+    """Bytes that it takes to train `model` as `tuning` says on batches of `batch` = (examples, tokens of each).
 
     Nothing is computed and no weight is copied: a twin of `model` without data takes one training step of shapes. A frozen
-    parameter counts its own bytes, a trained one four times that under AdamW (weight, gradient, two moments: 16 bytes in
-    fp32) and twice under SGD. `activation_bytes` is the most that was alive in forward and backward beside the parameters
-    and their gradients: what autograd saves, logits, temporaries. `loss` stands for the training loop's own (default:
-    cross-entropy of the next token).
+    parameter counts its own bytes, a trained one four times that with AdamW (weight, gradient, two moments: 16 bytes in fp32)
+    and twice with SGD. `activation_bytes` is the peak in forward and backward beside the parameters and their gradients: what
+    autograd saves, logits, temporaries.
 
-    `target_places` are the places of a batch at which some example has a target: logits are made nowhere else, by models that
-    can be told so. Of an encoder-decoder they are the tokens it writes. Default: all of `tokens each`.
-
-    `grafts` personal experts stand beside each MoE block (FLEx): `dense_bytes` holds them.
+    Args:
+        loss: the loss of the training loop; by default the cross-entropy of the next token.
+        target_positions: number of positions in a batch at which some example has a target, if the model computes logits only
+            there; of an encoder-decoder, the tokens of the response. By default all tokens.
+        grafts: number of personal experts beside each MoE block (FLEx), which count in `dense_bytes`.
     """
     twin = as_trained(model, tuning, grafts)
-    _, update, _ = weigh(twin, lambda p: p.nbytes * (COPIES[optimizer] - 1) if p.requires_grad else 0)
-    dense, expert, row = weigh(twin, lambda p: p.nbytes * (COPIES[optimizer] if p.requires_grad else 1))
+    _, update, _ = sum_by_kind(twin, lambda p: p.nbytes * (COPIES[optimizer] - 1) if p.requires_grad else 0)
+    dense, expert, row = sum_by_kind(twin, lambda p: p.nbytes * (COPIES[optimizer] if p.requires_grad else 1))
     with FakeTensorMode(allow_non_fake_inputs=True):
         device = next(model.parameters()).device
         twin = with_tensors(twin, lambda tensor: torch.empty_like(tensor, device="cpu" if device.type == "meta" else device))
         as_shapes(twin)
-        activations = step_bytes(twin, batch, loss or next_token_loss, batch[1] if target_places is None else target_places)
+        activations = step_bytes(twin, batch, loss or next_token_loss, batch[1] if target_positions is None else target_positions)
     cost = Footprint(
         dense_bytes=dense,
         expert_bytes={block: expert[block] + row[block] for block in expert},
@@ -195,7 +196,7 @@ def footprint(
 
 
 def as_trained(model: nn.Module, tuning: Tuning, grafts: int = 0) -> nn.Module:
-    """A twin of `model` on the meta device as a client trains it, with so many personal experts beside each MoE block."""
+    """A twin of `model` on the meta device as a client trains it, with `grafts` personal experts beside each MoE block."""
     twin = prepare(on_meta(model), tuning, seed="")
     if grafts:
         graft.attach(twin, {name: tuple(range(grafts)) for name in anatomy(model).blocks}, tuning, seed="")
@@ -203,9 +204,9 @@ def as_trained(model: nn.Module, tuning: Tuning, grafts: int = 0) -> nn.Module:
 
 
 def expert_sides(model: nn.Module) -> int:
-    """Rows plus columns of every matrix of every expert of `model`."""
-    experts = (each for each in located(model) if each.kind == "expert" and "bias" not in each.name)
-    matrices = [each.parameter.shape for each in experts if each.parameter.ndim >= 2]
+    """The sum of rows plus columns over every matrix of every expert of `model`."""
+    experts = (each.parameter for each in classified_parameters(model) if each.kind == "expert" and "bias" not in each.name)
+    matrices = [parameter.shape for parameter in experts if parameter.ndim >= 2]
     return sum((shape[0] if len(shape) == 3 else 1) * sum(shape[-2:]) for shape in matrices)
 
 
@@ -215,7 +216,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def with_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A twin of `model` whose parameters and buffers are made from those of `model`; what is tied stays tied."""
+    """A twin of `model` with `make(tensor)` of each of its parameters and buffers; tied parameters stay tied."""
     memo: dict[int, Any] = {id(buffer): make(buffer) for buffer in model.buffers()}
     for old in model.parameters():
         memo[id(old)] = nn.Parameter(make(old.detach()), requires_grad=old.requires_grad)
@@ -223,7 +224,7 @@ def with_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Modul
 
 
 def as_shapes(twin: nn.Module) -> None:
-    """Where a forward pass looks at values (which expert got which token), makes it go by shapes alone."""
+    """Replaces the forward passes of `twin` that depend on values (the expert of each token) by ones that use shapes alone."""
     one_by_one = "eager" in cast("Any", twin).get_experts_implementation().values()
     for block in blocks(twin).values():
         if block.is_switch:
@@ -236,19 +237,19 @@ def as_shapes(twin: nn.Module) -> None:
 
 
 def in_equal_shares(experts: list[nn.Module], hidden: Tensor, weights: Tensor) -> Tensor:
-    """What Switch's experts give, and save for backward, if each gets its share of the tokens."""
+    """The outputs of Switch's experts if each gets an equal share of the tokens; it saves for backward what the real one does."""
     out = torch.zeros_like(hidden)
     shares = zip(experts, hidden.tensor_split(len(experts)), weights.tensor_split(len(experts)), strict=True)
     start = 0
     for expert, share, weight in shares:
-        where = torch.arange(start, start + len(share))
-        out.index_add_(0, where, expert(share.clone()) * weight)
+        tokens = torch.arange(start, start + len(share))
+        out.index_add_(0, tokens, expert(share.clone()) * weight)
         start += len(share)
     return out
 
 
 def stack_in_equal_shares(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The same of a stack whose experts are computed one by one (transformers' eager)."""
+    """The same for stacked experts that are computed one by one (transformers' eager implementation)."""
 
     def product(name: str, rows: Tensor, expert: int) -> Tensor:
         weight = getattr(experts, name)[expert]
@@ -265,29 +266,29 @@ def stack_in_equal_shares(experts: Any, hidden: Tensor, index: Tensor, weights: 
 
 
 def step_bytes(
-    twin: nn.Module, batch: tuple[int, int], loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], target_places: int
+    twin: nn.Module, batch: tuple[int, int], loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], target_positions: int
 ) -> int:
-    """The most bytes alive beside parameters and gradients in one forward and backward of `twin`."""
+    """The peak of bytes beside parameters and gradients in one forward and backward of `twin`."""
     device = next(twin.parameters()).device
     ids = torch.zeros(batch, dtype=torch.int64, device=device)
     labels = ids.clone()
     if is_encoder_decoder(twin):
-        labels = labels[:, :target_places].contiguous()
+        labels = labels[:, :target_positions].contiguous()
     elif keeps_logits(twin):
-        labels = labels[:, : target_places + 1]  # the first is nobody's target
+        labels = labels[:, : target_positions + 1]  # the first is no target
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     for parameter in twin.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     twin.train()
-    weights = sum(each.nbytes for each in (*twin.parameters(), *twin.buffers()))
+    weights = sum(tensor.nbytes for tensor in (*twin.parameters(), *twin.buffers()))
     with ShapeMeter(twin, inputs.values()) as meter:
         loss(twin, inputs).backward()
     return meter.peak_bytes - weights
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy as a training loop takes it."""
+    """The cross-entropy of the next token, with label smoothing."""
     logits, targets = predictions(model, batch)
     return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), label_smoothing=0.1)
 
@@ -306,7 +307,7 @@ class ShapeMeter(MemoryMeter):
 
 
 def grouped_shape(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """An empty result of the grouped product: of rows and matrices, or (the gradient of the matrices) of rows and rows."""
+    """An empty result of a grouped product: of rows and matrices, or (the gradient of the matrices) of rows and rows."""
     if right.ndim == 3:
         return left.new_empty(left.shape[0], right.shape[2])
     return left.new_empty(ends.shape[0], left.shape[0], right.shape[1])
@@ -314,29 +315,29 @@ def grouped_shape(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 @runtime_checkable
 class FlopsOfBatch(Protocol):
-    """Of a training step on a batch. `reached`: MoE block → share of the pairs (token, expert) that backward reaches."""
+    """FLOPs of a training step on a batch. `reached`: MoE block → share of the pairs (token, expert) that backward reaches."""
 
     def __call__(self, batch: Batch, reached: Mapping[str, float] | None = None) -> float: ...
 
 
 @runtime_checkable
 class FlopsOfLengths(Protocol):
-    """FlopsOfBatch for sequences of these lengths."""
+    """FLOPs of a training step on sequences with these numbers of tokens."""
 
     def __call__(self, read: list[int], written: list[int], reached: Mapping[str, float] | None = None) -> float: ...
 
 
 def flops_estimated(model: nn.Module) -> FlopsOfBatch:
-    """Counts the floating point operations of a training step on a batch, from shapes; padding is not counted.
+    """Estimates the floating point operations of a training step on a batch from shapes, without padding.
 
-    Forward: 2 for each weight that multiplies a token, where of a stack of E experts a token meets top_k; plus attention
-    scores, 2 * length * (width of all query heads + width of all value heads) for each token and layer (causal masks do not
-    halve it). Backward: as much again for the gradient of the inputs; for the gradient of the weights another 2 for each
-    weight that is trained; scores twice the forward. Embedding look-ups, norms, biases and activations count nothing. Of an
-    encoder-decoder, the encoder sees the prompt and all else the labels.
+    Forward: 2 for each weight that multiplies a token (of E stacked experts, those of top_k), plus attention scores,
+    2 * length * (width of all query heads + width of all value heads) for each token and layer (causal masks do not halve it).
+    Backward: as much again for the gradient of the inputs, another 2 for each trained weight for its gradient, and twice the
+    forward of the scores. Embedding look-ups, norms, biases and activations count nothing. In an encoder-decoder, the encoder
+    counts the tokens of the prompt and all else those of the labels.
 
-    Where backward reaches only some experts of a block (moe/backward.py), it takes that share of what it else would for them;
-    and 2 more for each weight of Switch's experts and of adapters, which are computed again. Other blocks and all else as ever.
+    If backward reaches only a share of the experts of a block (moe/backward.py), it takes this share for them, and 2 more for
+    each weight of Switch's experts and of adapters, which are computed again. All else is unchanged.
     """
     of_lengths = per_step(model)
 
@@ -348,18 +349,18 @@ def flops_estimated(model: nn.Module) -> FlopsOfBatch:
 
 
 def per_step(model: nn.Module) -> FlopsOfLengths:
-    """flops_estimated for sequences of given lengths, read and written; the model is looked through once."""
-    encoder = "encoder." if is_encoder_decoder(model) else ""  # all that a decoder-only model has goes by what it reads
+    """`flops_estimated` for sequences of given lengths, read and written; the modules are inspected once, here."""
+    encoder = "encoder." if is_encoder_decoder(model) else ""  # all modules of a decoder-only model count the tokens read
     matrices, scores = list(products(model)), list(score_widths(model))
 
     def of_lengths(read: list[int], written: list[int], reached: Mapping[str, float] | None = None) -> float:
         tokens = {True: sum(read), False: sum(written)}
         multiplied = sum(
-            tokens[each.module.startswith(encoder)] * each.weights * operations(each, reached or {}) for each in matrices
+            tokens[matrix.module.startswith(encoder)] * matrix.weights * operations(matrix, reached or {}) for matrix in matrices
         )
         squares = {True: sum(n * n for n in read), False: sum(n * n for n in written)}
-        attended = sum(squares[name.startswith(encoder)] * width * 6 for name, width in scores)
-        return float(multiplied + attended)
+        attention = sum(squares[name.startswith(encoder)] * width * 6 for name, width in scores)
+        return float(multiplied + attention)
 
     return of_lengths
 
@@ -368,36 +369,36 @@ class Product(NamedTuple):
     """A matrix, or a stack of them, that multiplies tokens."""
 
     module: str
-    block: str | None  # the MoE block whose experts it is of
-    weights: float  # that one token meets
+    block: str | None  # the MoE block to whose experts it belongs
+    weights: float  # used for one token
     trained: bool
-    again: bool  # whether a backward that reaches only some experts computes it once more
+    recomputed: bool  # whether a backward that reaches only some experts computes it again
 
 
 def operations(product: Product, reached: Mapping[str, float]) -> float:
-    """Of a training step, for each weight that a token meets: forward, and backward as far as it reaches."""
+    """Operations of a training step per token and weight: of forward, and of backward as far as it reaches."""
     backward = 4.0 if product.trained else 2.0
     if product.block is None or product.block not in reached:
         return 2 + backward
-    return 2 + reached[product.block] * (backward + 2 * product.again)
+    return 2 + reached[product.block] * (backward + 2 * product.recomputed)
 
 
 def products(model: nn.Module) -> Iterator[Product]:
-    """Each matrix that multiplies tokens."""
-    found = blocks(model)
+    """Each matrix of `model` that multiplies tokens."""
+    model_blocks = blocks(model)
     for name, module in model.named_modules():
-        block = next((path for path in found if name.startswith(f"{path}.experts")), None)
-        share = found[block].shape.top_k / found[block].shape.num_experts if block else 1.0
-        again = isinstance(module, ExpertLoRA) or (block is not None and found[block].is_switch)
+        block = next((path for path in model_blocks if name.startswith(f"{path}.experts")), None)
+        share = model_blocks[block].shape.top_k / model_blocks[block].shape.num_experts if block else 1.0
+        recomputed = isinstance(module, ExpertLoRA) or (block is not None and model_blocks[block].is_switch)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and "bias" not in key and not isinstance(module, nn.Embedding):
-                yield Product(name, block, parameter.numel() * share, parameter.requires_grad, again)
+                yield Product(name, block, parameter.numel() * share, parameter.requires_grad, recomputed)
 
 
 def score_widths(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Each attention module, and the width of its query and value heads together."""
+    """Each attention module, and the sum of the widths of its query and value heads."""
     for name in attentions(model):
         children = dict(model.get_submodule(name).named_children())
-        query = [children[each] for each in PROJECTIONS["q"] if each in children][-1]
-        out = next(children[each] for each in PROJECTIONS["o"] if each in children)
+        query = [children[child] for child in PROJECTIONS["q"] if child in children][-1]
+        out = next(children[child] for child in PROJECTIONS["o"] if child in children)
         yield name, cast("Any", query).out_features + cast("Any", out).in_features

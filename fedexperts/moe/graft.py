@@ -1,4 +1,4 @@
-"""Personal experts: copies of some experts of each MoE block, beside it, each with a gate of its own.
+"""Personal experts: copies of some experts of each MoE block, beside it, each with its own gate.
 
 Liu et al., "FLEx: Personalized Federated Learning for Mixture-of-Experts LLMs via Expert Grafting",
 https://arxiv.org/abs/2506.00965. The block itself, its router and its experts, stays as it is.
@@ -13,73 +13,75 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedexperts.errors import BadValue
+from fedexperts.errors import BadValue, listed
 from fedexperts.moe import lora
 from fedexperts.moe.anatomy import Block, BlockShape, Experts, blocks
 from fedexperts.moe.tuning import Tuning
 
 CHILD = "grafted"
-"""What a block calls its personal experts. Every weight with it in its name is one client's own."""
+"""The name of the personal experts in a block. Every weight with it in its path is personal to one client."""
 
 
 class Grafted(nn.Module):
-    """The personal experts of one block: it then gives y = block(x) + Σ_p σ(w_p · x) E_p(x).
+    """The personal experts of one block, whose output becomes y = block(x) + Σ_p σ(w_p · x) E_p(x).
 
-    E_p starts as a copy of an expert of the block, w_p as that expert's row of the router (a bias of the router stays behind),
-    in the type of the experts: the routers of some families are in float32 whatever the model is in.
+    E_p starts as a copy of an expert of the block, w_p as that expert's row of the router, without the router's bias, in the
+    dtype of the experts: the routers of some families are float32 whatever the dtype of the model.
     """
 
     def __init__(self, block: Block, ids: Sequence[int]):
         super().__init__()
-        self.copies = copied(block, ids)
+        self.copies = copied_experts(block, ids)
         rows = router_rows(block).detach()[list(ids)].to(next(self.copies.parameters()))
         self.own_gate = nn.Linear(rows.shape[1], len(ids), bias=False, device="meta")
         self.own_gate.weight = nn.Parameter(rows)
 
     def forward(self, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
-        """What is added to the block's output."""
+        """The sum over p, which is added to the output of the block."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         shares = torch.sigmoid(self.own_gate(rows).float()).to(rows.dtype)
-        outputs = run(self.copies, rows, range(shares.shape[1]))
+        outputs = run_experts(self.copies, rows, range(shares.shape[1]))
         return torch.einsum("tg,gth->th", shares, outputs).reshape(hidden.shape)
 
 
 def attach(model: nn.Module, ids: Experts, tuning: Tuning, seed: str) -> None:
-    """Grafts personal experts onto `model`, in place: copies of those that `ids` names in each MoE block.
+    """Grafts personal experts onto `model`, in place: copies of the experts `ids` of each MoE block.
 
-    Under "full" they and their gates are trained whole; under "lora" they get adapters drawn from `seed`, whatever
-    `tuning.parts` says of the model itself.
+    With "full" they and their gates are trained whole; with "lora" they get adapters drawn from `seed`, whatever
+    `tuning.parts` says about the model itself.
 
     Raises:
-        BadValue: an expert that the block does not have, or one that is named twice.
+        BadValue: an expert that the block does not have, or the same expert twice.
     """
-    found = blocks(model)
-    for name, chosen in ids.items():
-        require_experts(name, found[name].shape, chosen)
-        personal = Grafted(found[name], chosen)
+    model_blocks = blocks(model)
+    for name, block_ids in ids.items():
+        block = model_blocks[name]
+        require_experts(name, block.shape, block_ids)
+        personal = Grafted(block, block_ids)
         personal.requires_grad_(tuning.train == "full")
-        setattr(found[name].module, CHILD, personal)
-        found[name].module.register_forward_hook(add, with_kwargs=True)
+        setattr(block.module, CHILD, personal)
+        block.module.register_forward_hook(add_personal_output, with_kwargs=True)
     if tuning.train == "lora":
-        adapt(model, tuning, f"{seed}/{CHILD}")
+        attach_adapters(model, tuning, f"{seed}/{CHILD}")
 
 
-def require_experts(name: str, shape: BlockShape, chosen: Sequence[int]) -> None:
-    """Raises BadValue unless `chosen` are different experts of the block `name`."""
-    if len(set(chosen)) < len(chosen) or not all(0 <= expert < shape.num_experts for expert in chosen):
-        raise BadValue(
-            f"{name} has experts 0 to {shape.num_experts - 1}, and {list(chosen)} of them would be grafted; name each once"
-        )
+def require_experts(name: str, shape: BlockShape, ids: Sequence[int]) -> None:
+    """Raises BadValue unless `ids` are different experts of the block `name`."""
+    if len(set(ids)) < len(ids) or not all(0 <= expert < shape.num_experts for expert in ids):
+        raise BadValue(f"experts {listed(ids)} of {name} cannot be grafted; give different ids from 0 to {shape.num_experts - 1}")
 
 
-def add(block: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
-    """The block's output with what its personal experts add; some families give a tuple, whose first part is the output."""
-    added = getattr(block, CHILD)(args[0] if args else named["hidden_states"])
-    return output + added if isinstance(output, Tensor) else (output[0] + added, *output[1:])
+def add_personal_output(block: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
+    """A forward hook: the output of the block plus that of its personal experts.
+
+    The output of some families is a tuple, whose first element are the hidden states.
+    """
+    personal = getattr(block, CHILD)(args[0] if args else named["hidden_states"])
+    return output + personal if isinstance(output, Tensor) else (output[0] + personal, *output[1:])
 
 
-def adapt(model: nn.Module, tuning: Tuning, seed: str) -> None:
-    """Puts an adapter on every matrix of every personal expert, and on every gate."""
+def attach_adapters(model: nn.Module, tuning: Tuning, seed: str) -> None:
+    """Attaches an adapter to every matrix of every personal expert, and to every gate."""
     linears = []
     for name, block in blocks(model).items():
         personal = block.module._modules.get(CHILD)
@@ -90,22 +92,22 @@ def adapt(model: nn.Module, tuning: Tuning, seed: str) -> None:
         if not block.is_switch:
             copies = Block(path, personal, block.router, personal.copies)
             ids = tuple(range(copies.shape.num_experts))
-            known = [f"{seed}/{name}/{expert}" for expert in ids]
+            seeds = [f"{seed}/{name}/{expert}" for expert in ids]
             personal.copies.lora = nn.ModuleDict(
                 {
-                    each: lora.expert_lora(copies, each, ids, tuning.rank, tuning.alpha, known, tuning.dropout)
-                    for each in lora.matrices(personal.copies)
+                    matrix: lora.expert_lora(copies, matrix, ids, tuning.rank, tuning.alpha, seeds, tuning.dropout)
+                    for matrix in lora.matrices(personal.copies)
                 }
             )
     lora.attach_linears(model, {path: path for path in linears}, tuning.rank, tuning.alpha, seed, tuning.dropout)
 
 
-def copied(block: Block, ids: Sequence[int]) -> nn.Module:
-    """A module like the block's experts that holds copies of `ids` alone, in this order."""
+def copied_experts(block: Block, ids: Sequence[int]) -> nn.Module:
+    """A module like the block's experts with copies of the experts `ids` alone, in this order."""
     if isinstance(block.experts, nn.ModuleDict):
         return nn.ModuleDict({f"expert_{new}": copy.deepcopy(block.experts[f"expert_{old}"]) for new, old in enumerate(ids)})
     stacks: dict[int, Any] = {id(stack): stack for stack in block.experts.parameters(recurse=False)}
-    copies = copy.deepcopy(block.experts, memo=stacks)  # all but the stacks: of these only `ids` are copied
+    copies = copy.deepcopy(block.experts, memo=stacks)  # all but the stacks, of which only `ids` are copied
     for name, stack in list(copies._parameters.items()):
         if stack is not None:
             copies._parameters[name] = nn.Parameter(stack.detach()[list(ids)])
@@ -114,12 +116,14 @@ def copied(block: Block, ids: Sequence[int]) -> nn.Module:
 
 
 def router_rows(block: Block) -> Float[Tensor, "experts hidden"]:
-    """What the router multiplies a token by, a row for each expert."""
+    """The weight of the router, with a row for each expert."""
     return next(weight for weight in block.router.parameters() if weight.ndim == 2 and len(weight) == block.shape.num_experts)
 
 
-def run(experts: nn.Module, rows: Float[Tensor, "tokens hidden"], ids: Sequence[int]) -> Float[Tensor, "ids tokens hidden"]:
-    """What each of the experts `ids`, ascending, makes of every row, unweighted."""
+def run_experts(
+    experts: nn.Module, rows: Float[Tensor, "tokens hidden"], ids: Sequence[int]
+) -> Float[Tensor, "ids tokens hidden"]:
+    """The unweighted outputs of each of the experts `ids`, which ascend, for every row."""
     if isinstance(experts, nn.ModuleDict):
         return torch.stack([experts[f"expert_{expert}"](rows) for expert in ids])
     expert = torch.tensor(list(ids), device=rows.device).repeat_interleave(len(rows))
@@ -127,16 +131,5 @@ def run(experts: nn.Module, rows: Float[Tensor, "tokens hidden"], ids: Sequence[
 
 
 def is_personal(name: str) -> bool:
-    """Whether what is so called is one client's own: a weight of a personal expert or its gate, or which experts they were."""
+    """Whether a tensor of this name is personal to one client: of a personal expert or its gate, or ids of copied experts."""
     return CHILD in re.split(r"[./]", name)
-
-
-def kept(ids: Experts) -> dict[str, Tensor]:
-    """`ids` as a client keeps them: `grafted/<block>` → int64 [grafts]."""
-    return {f"{CHILD}/{name}": torch.tensor(chosen) for name, chosen in ids.items()}
-
-
-def chosen(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The ids that `kept` made tensors of, among whatever else a client keeps; nothing where it has no personal expert."""
-    start = f"{CHILD}/"
-    return {key.removeprefix(start): tuple(ids.tolist()) for key, ids in tensors.items() if key.startswith(start)}

@@ -1,4 +1,4 @@
-"""Which of transformers' ways through stacked experts their shapes allow."""
+"""The implementation of stacked experts in transformers that their shapes allow."""
 
 from typing import Any, cast
 
@@ -7,23 +7,23 @@ from torch._subclasses.fake_tensor import is_fake
 
 from fedexperts.moe.anatomy import blocks
 
-ROW_BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
+ROW_BYTES = 16  # torch's grouped product takes only rows of a multiple of this many bytes
 
 
 def choose_kernel(model: nn.Module) -> None:
-    """Sets `model` to grouped_mm, the fastest way through the experts, or to eager where their shapes do not allow it.
+    """Sets `model` to grouped_mm, the fastest implementation of experts, or to eager if their shapes do not allow it.
 
-    Experts that are no stack (Switch) have only a way of their own.
+    Experts that are modules (Switch) have a single implementation, so nothing is set.
 
     Raises:
-        NoExperts: there are none.
+        NoExperts: the model has no experts.
     """
     stacks = [block.experts for block in blocks(model).values() if not block.is_switch]
     if stacks:
-        whole = all(fits(weight) for experts in stacks for weight in experts.parameters() if weight.ndim == 3)
-        cast("Any", model).set_experts_implementation("grouped_mm" if whole else "eager")
+        all_fit = all(fits(weight) for experts in stacks for weight in experts.parameters() if weight.ndim == 3)
+        cast("Any", model).set_experts_implementation("grouped_mm" if all_fit else "eager")
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether torch has a grouped product for matrices of this shape; one without data takes any."""
+    """Whether torch has a grouped product for matrices of this shape; of tensors without data it has one for any shape."""
     return is_fake(weight) or all(size * weight.element_size() % ROW_BYTES == 0 for size in weight.shape[1:])

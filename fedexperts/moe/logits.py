@@ -1,4 +1,4 @@
-"""What a model predicts for the responses of a batch, decoder-only or encoder-decoder."""
+"""The predictions of a model, decoder-only or encoder-decoder, for the responses of a batch."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -10,25 +10,26 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 IGNORED = -100
-"""A target that takes no part in a loss."""
+"""A label that does not count in a loss."""
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads prompts in an encoder and writes responses in a decoder."""
     return bool(cast("Any", model).config.is_encoder_decoder)
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Whether the model can be told at which places to make logits."""
+    """Whether the model can compute logits at some positions alone (`logits_to_keep`)."""
     return "logits_to_keep" in signature(model.forward).parameters
 
 
 def predictions(
     model: nn.Module, batch: Mapping[str, Tensor]
-) -> tuple[Float[Tensor, "examples places vocabulary"], Int[Tensor, "examples places"]]:
-    """Logits, and the token that each should give (-100 where none counts).
+) -> tuple[Float[Tensor, "examples positions vocabulary"], Int[Tensor, "examples positions"]]:
+    """Logits, and the token that each should predict (-100: no prediction counts).
 
-    Decoder-only models predict the next token, so there the last logits and the first label have no partner; and the logits
-    of places where no example has a target are never made, since prompts are long and vocabularies wide.
+    Decoder-only models predict the next token, so there the last logits and the first label are left out. Logits at
+    positions where no example has a target are not computed, since prompts are long and vocabularies large.
     """
     if is_encoder_decoder(model):
         return model(**batch, use_cache=False).logits, batch["labels"]
@@ -36,6 +37,6 @@ def predictions(
     targets = batch["labels"][:, 1:]
     if not keeps_logits(model):
         return model(**inputs, use_cache=False).logits[:, :-1], targets
-    everywhere = torch.arange(targets.shape[1], device=targets.device)  # where labels have no values to look at
-    wanted = everywhere if is_fake(targets) else (targets != IGNORED).any(dim=0).nonzero().flatten()
-    return model(**inputs, use_cache=False, logits_to_keep=wanted).logits, targets[:, wanted]
+    all_positions = torch.arange(targets.shape[1], device=targets.device)  # if the labels have no values
+    positions = all_positions if is_fake(targets) else (targets != IGNORED).any(dim=0).nonzero().flatten()
+    return model(**inputs, use_cache=False, logits_to_keep=positions).logits, targets[:, positions]

@@ -1,7 +1,7 @@
-"""Low-rank adapters: our own on stacked experts, peft's on single matrices (attention, the experts of Switch).
+"""Low-rank adapters: our own for stacked experts, peft's for single matrices (attention, the experts of Switch).
 
-On stacked experts peft builds W + BA for all of them in every forward pass; ours never does: it adds B(Ax) for the rows of
-each expert, through the same grouped products that the experts use themselves. It can also adapt only some of the experts.
+peft computes W + BA for all stacked experts in every forward pass. Our adapter never does: it adds B(Ax) to the outputs of each
+expert, with the same grouped products that the experts use. It can also adapt only some of the experts.
 """
 
 import math
@@ -25,13 +25,13 @@ from fedexperts.moe.kernel import ROW_BYTES, choose_kernel, fits
 from fedexperts.moe.shrink import kept_experts
 
 IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function in transformers' registry
-LINEAR = (nn.Linear, LinearLoRA)  # a linear layer, bare or with an adapter
+LINEAR = (nn.Linear, LinearLoRA)  # a linear layer, without or with an adapter
 
 
 class ExpertLoRA(nn.Module):
-    """What is added to one stacked matrix: scale * B[e] A[e] for each adapted expert e.
+    """The adapter of one stacked matrix: it adds scale * B[e] A[e] to the matrix of each adapted expert e.
 
-    Row s of `a` and `b` belongs to expert `ids[s]`, an index into the stack.
+    Row s of `a` and `b` belongs to expert `ids[s]`, an index into the stack; the ids ascend.
     """
 
     ids: Tensor
@@ -42,7 +42,7 @@ class ExpertLoRA(nn.Module):
         self.b = nn.Parameter(b)  # [adapted, out, rank]
         self.scale = scale
         self.num_experts = num_experts
-        self.dropout = nn.Dropout(dropout)  # of the rows that the adapter reads, in training
+        self.dropout = nn.Dropout(dropout)  # of the adapter's inputs, in training
         self.register_buffer("ids", torch.tensor(tuple(ids), device=a.device), persistent=False)
 
     def extra_repr(self) -> str:
@@ -50,28 +50,28 @@ class ExpertLoRA(nn.Module):
         return f"{adapted} of {self.num_experts} experts, rank {rank}, scale {self.scale:g}"
 
     def add(self, out: Tensor, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
-        """`out` plus the adapters' share; `rows` are sorted by `expert`, those of expert e end before `ends[e]`."""
+        """`out` plus the output of the adapter; `rows` are sorted by `expert`, and those of expert e end before `ends[e]`."""
         rows = self.dropout(rows)
         if len(self.ids) == self.num_experts:
-            return out.add_(self.of(rows, ends))
+            return out.add_(self.output(rows, ends))
         adapted = torch.isin(expert, self.ids)
-        own_ends = torch.searchsorted(expert[adapted], self.ids, right=True).to(torch.int32)
-        return out.index_add(0, adapted.nonzero().squeeze(1), self.of(rows[adapted], own_ends))
+        adapted_ends = torch.searchsorted(expert[adapted], self.ids, right=True).to(torch.int32)
+        return out.index_add(0, adapted.nonzero().squeeze(1), self.output(rows[adapted], adapted_ends))
 
-    def of(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """The adapters' output for rows of the adapted experts alone."""
+    def output(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """The output of the adapter for rows of adapted experts alone."""
         inner = grouped(rows, self.a.transpose(1, 2), ends) * self.scale
         return grouped(inner, self.b.transpose(1, 2), ends)
 
     def delta(self) -> Float[Tensor, "adapted out in"]:
-        """What merging adds to the weights."""
+        """The change of the weights when the adapter is merged."""
         return torch.bmm(self.b, self.a) * self.scale
 
 
 def grouped(
     rows: Float[Tensor, "rows fan_in"], weight: Float[Tensor, "experts fan_in fan_out"], ends: Int[Tensor, " experts"]
 ) -> Float[Tensor, "rows fan_out"]:
-    """Each row times the matrix of its expert; one product per expert where torch has no grouped one for this width."""
+    """Each row times the matrix of its expert; one product per expert if torch has no grouped product for this width."""
     if fits(weight):
         return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -81,7 +81,7 @@ def grouped(
 def grouped_outer(
     rows: Float[Tensor, "rows fan_in"], gradient: Float[Tensor, "rows fan_out"], ends: Int[Tensor, " experts"]
 ) -> Float[Tensor, "experts fan_in fan_out"]:
-    """The gradient of the matrices of `grouped`."""
+    """The gradient of the matrices in `grouped`."""
     if fits(rows.unsqueeze(0)) and fits(gradient.unsqueeze(0)):
         return torch.nn.functional.grouped_mm(rows.t(), gradient, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -89,34 +89,35 @@ def grouped_outer(
 
 
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Stacked experts with their adapters: what transformers calls in place of its own implementation."""
+    """The forward pass of stacked experts with their adapters, which transformers calls as one of its implementations."""
     tokens, top_k = top_k_index.shape
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     out = expert_outputs(self, hidden[order // top_k], expert)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    weighted = (out * top_k_weights.reshape(-1)[order].unsqueeze(1))[back]
+    inverse_order = torch.empty_like(order)
+    inverse_order[order] = torch.arange(len(order), device=order.device)
+    weighted = (out * top_k_weights.reshape(-1)[order].unsqueeze(1))[inverse_order]
     return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
 
 def expert_outputs(self: Any, rows: Float[Tensor, "rows hidden"], expert: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
-    """What stacked experts, with adapters or without, make of rows that are sorted by their `expert`; not weighted yet."""
+    """The unweighted outputs of stacked experts, with or without adapters, for rows that are sorted by their `expert`."""
     ends = ends_of(expert, self.num_experts)
     inner = activated(self, projected(self, first_matrix(self), rows, expert, ends))
     return normed(self, projected(self, "down_proj", inner, expert, ends))
 
 
 def ends_of(expert: Int[Tensor, " rows"], num_experts: int) -> Int[Tensor, " experts"]:
-    """Where the rows of each expert end, which are sorted by `expert`."""
+    """The end of the rows of each expert, as grouped products take it; rows are sorted by `expert`."""
     return torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True).to(torch.int32)
 
 
 def first_matrix(self: Any) -> str:
+    """The name of the stacked matrix that reads the inputs of the experts."""
     return "gate_up_proj" if self.has_gate else "up_proj"
 
 
 def projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
-    """Sorted rows times the stacked matrix `name`, with its adapters and biases."""
+    """Sorted rows times the stacked matrix `name`, plus its adapter and its biases."""
     weight = getattr(self, name)
     out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
     adapters = self.lora if "lora" in self._modules else {}
@@ -125,10 +126,12 @@ def projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor) 
 
 
 def activated(self: Any, first: Tensor) -> Tensor:
+    """The activation of the outputs of the first matrix, gated if the experts have a gate."""
     return cast("Tensor", self._apply_gate(first) if self.has_gate else self.act_fn(first))
 
 
 def normed(self: Any, out: Tensor) -> Tensor:
+    """The outputs of the experts after their norm, if they have one."""
     return cast("Tensor", self.post_expert_norm(out)) if self.has_post_expert_norm else out
 
 
@@ -136,12 +139,12 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 def rank_step(dtype: torch.dtype) -> int:
-    """What the grouped products of stacked experts take multiples of as a rank."""
+    """The number of which the rank of an adapter of stacked experts must be a multiple: 4 in fp32, 8 in bf16."""
     return ROW_BYTES // dtype.itemsize
 
 
 def check_rank(rank: int, dtype: torch.dtype, setting: str = "training.rank") -> None:
-    """Raises BadValue for a rank that the grouped products of stacked experts do not take."""
+    """Raises BadValue if adapters of stacked experts cannot have this rank."""
     step = rank_step(dtype)
     if rank < 1 or rank % step:
         raise BadValue(
@@ -151,25 +154,28 @@ def check_rank(rank: int, dtype: torch.dtype, setting: str = "training.rank") ->
 
 
 def matrices(experts: nn.Module) -> list[str]:
-    """Names of the stacked matrices of `experts`."""
+    """Names of the stacked matrices of `experts`, without biases."""
     return [name for name, value in experts.named_parameters(recurse=False) if value.ndim == 3]
 
 
 def attach_experts(
     model: nn.Module, rank: int, alpha: float, seed: str, adapt: Experts | None = None, dropout: float = 0.0
 ) -> None:
-    """Puts an adapter on every stacked matrix of all experts, or of those in `adapt` (indices into the model's stacks).
+    """Puts an adapter on every stacked matrix of all experts, or of those in `adapt` (MoE block → indices into its stacks).
 
-    B starts at zero and A is drawn from `seed`, block, matrix and expert alone, so an expert's A is the same in the full
-    model and in each model that was cut from it. Experts that are no stack (Switch) are left alone.
+    B starts at zero. A depends on `seed`, block, matrix and expert alone, so an expert has the same A in the full model and in
+    each sub-model. Experts that are modules (Switch) get none.
+
+    Raises:
+        BadValue: a rank that adapters of stacked experts cannot have.
     """
     stacked = {name: block for name, block in blocks(model).items() if not block.is_switch}
-    held = kept_experts(model)
+    original_ids = kept_experts(model)
     for name, block in stacked.items():
-        chosen = tuple(range(len(held[name]))) if adapt is None else tuple(sorted(adapt.get(name, ())))
-        known = [f"{seed}/{name}/{held[name][expert]}" for expert in chosen]
+        ids = tuple(range(len(original_ids[name]))) if adapt is None else tuple(sorted(adapt.get(name, ())))
+        seeds = [f"{seed}/{name}/{original_ids[name][expert]}" for expert in ids]
         adapters = {
-            each: expert_lora(block, each, chosen, rank, alpha, known, dropout) for each in matrices(block.experts) if chosen
+            matrix: expert_lora(block, matrix, ids, rank, alpha, seeds, dropout) for matrix in matrices(block.experts) if ids
         }
         block.experts.lora = nn.ModuleDict(adapters)
     if stacked:
@@ -177,39 +183,39 @@ def attach_experts(
 
 
 def expert_lora(
-    block: Block, matrix: str, chosen: tuple[int, ...], rank: int, alpha: float, seeds: list[str], dropout: float = 0.0
+    block: Block, matrix: str, ids: tuple[int, ...], rank: int, alpha: float, seeds: list[str], dropout: float = 0.0
 ) -> ExpertLoRA:
-    """A new adapter of one stacked matrix, for the `chosen` experts."""
+    """A new adapter of one stacked matrix for the experts `ids`, with a seed for the A of each."""
     weight = cast("Tensor", getattr(block.experts, matrix))
     check_rank(rank, weight.dtype)
     transposed = bool(cast("Any", block.experts).is_transposed)
-    wide, narrow = (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
-    a = torch.stack([uniform((rank, wide), f"{seed}/{matrix}", weight) for seed in seeds])
-    b = weight.new_zeros(len(chosen), narrow, rank)
-    return ExpertLoRA(a, b, alpha / rank, chosen, block.shape.num_experts, dropout)
+    fan_in, fan_out = (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
+    a = torch.stack([uniform((rank, fan_in), f"{seed}/{matrix}", weight) for seed in seeds])
+    b = weight.new_zeros(len(ids), fan_out, rank)
+    return ExpertLoRA(a, b, alpha / rank, ids, block.shape.num_experts, dropout)
 
 
 def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha: float, seed: str, dropout: float = 0.0) -> None:
-    """Puts peft's adapter on the named linear layers (path → the name that its A is drawn from); B starts at zero."""
+    """Puts peft's adapter on linear layers; B starts at zero, and A is drawn from `seed` and a name: `names` is path → name."""
     config = peft.LoraConfig(
         r=rank, lora_alpha=cast("int", alpha), target_modules=sorted(names), lora_dropout=dropout, bias="none"
     )
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if hasattr(model, "peft_config"):  # of adapters put on before, which stay
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if hasattr(model, "peft_config"):  # of earlier adapters, which stay
         del model.peft_config
     # On meta, so that peft draws nothing from torch's global generator.
     peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
-    for path, known in names.items():
+    for path, name in names.items():
         layer = cast("Any", model.get_submodule(path))
         weight = layer.get_base_layer().weight
-        layer.lora_A["default"].weight = nn.Parameter(uniform((rank, layer.in_features), f"{seed}/{known}", weight))
+        layer.lora_A["default"].weight = nn.Parameter(uniform((rank, layer.in_features), f"{seed}/{name}", weight))
         layer.lora_B["default"].weight = nn.Parameter(weight.new_zeros(layer.out_features, rank))
-    for parameter in learning:  # which peft has frozen
+    for parameter in trained:  # peft has frozen them
         parameter.requires_grad_(True)
 
 
 def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:
-    """The start of an A as peft draws it, U(-1/sqrt(in), 1/sqrt(in)), from a generator of `seed`; empty on meta."""
+    """An initial A from U(-1/sqrt(in), 1/sqrt(in)), as in peft, drawn from `seed`; empty on the meta device."""
     if like.is_meta:
         return like.new_empty(shape)
     generator = torch.Generator().manual_seed(Random(seed).getrandbits(63))
@@ -219,7 +225,7 @@ def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """`model` with its adapters added into its weights and taken off, in place; weights shared with others are not written."""
+    """`model`, whose adapters are merged into its weights and removed, in place; weights that it shares are not written."""
     stacks = [module for module in model.modules() if isinstance(module._modules.get("lora"), nn.ModuleDict)]
     for experts in stacks:
         merge_stack(experts)
@@ -229,13 +235,13 @@ def merge(model: nn.Module) -> nn.Module:
         base: Any = layer.get_base_layer()
         base.weight = nn.Parameter(base.weight + layer.get_delta_weight("default"), requires_grad=False)
         model.set_submodule(path, base)
-    if hasattr(model, "peft_config"):  # left behind by peft's injection
+    if hasattr(model, "peft_config"):  # peft's injection left it
         del model.peft_config
     return model
 
 
 def merge_stack(experts: nn.Module) -> None:
-    """Adds the adapters of one block's stacked experts into their weights and takes them off."""
+    """Merges the adapters of one block's stacked experts into their weights and removes them."""
     for name, adapter in cast("nn.ModuleDict", experts.lora).items():
         assert isinstance(adapter, ExpertLoRA)
         add_to_stack(experts, name, adapter.ids, adapter.delta())
@@ -243,17 +249,18 @@ def merge_stack(experts: nn.Module) -> None:
 
 
 def add_to_stack(experts: nn.Module, name: str, ids: Tensor, delta: Float[Tensor, "adapted out in"]) -> None:
-    """Gives the stacked matrix `name` a weight of its own: what it was, and `delta` on those of the experts `ids`."""
+    """Replaces the stacked matrix `name` by a new parameter: its values, plus `delta` for the experts `ids`."""
     weight = getattr(experts, name)
     added = weight.index_add(0, ids, delta.transpose(1, 2) if experts.is_transposed else delta)
     setattr(experts, name, nn.Parameter(added, requires_grad=False))
 
 
 @torch.no_grad()
-def add_beneath(model: nn.Module, products: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-    """Adds to the frozen weight under each of these A what merging an adapter of this product BA would; A and B stay.
+def add_to_base_weights(model: nn.Module, products: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Adds to the frozen weights what merging adapters would add; the model's own adapters stay.
 
-    Weights shared with others are not written.
+    `products` are pairs of an A of the model, which stands for its weight, and the product BA to add to it, times the scale.
+    Weights that the model shares are not written.
     """
     product_of = {id(a): product for a, product in products}
     for layer in [module for module in model.modules() if isinstance(module, LinearLoRA)]:
@@ -268,12 +275,16 @@ def add_beneath(model: nn.Module, products: Iterable[tuple[nn.Parameter, Tensor]
 
 
 def beneath(model: nn.Module, base: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Each frozen weight of `model` under an adapter, and what `base`, a model of the same shape, has in its place."""
-    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]:
-        yield layer.get_base_layer().weight, base.get_submodule(path).weight
-    for path, experts in [(path, module) for path, module in model.named_modules() if "lora" in module._modules]:
-        if isinstance(experts.lora, nn.ModuleDict):
-            yield from ((getattr(experts, name), getattr(base.get_submodule(path), name)) for name in experts.lora)
+    """Each frozen weight of `model` under an adapter, and what `base`, of which it is made, has in its place.
+
+    Personal experts, which `base` does not have, are left out.
+    """
+    there = dict(base.named_modules())
+    for path, module in model.named_modules():
+        if path in there and isinstance(module, LinearLoRA):
+            yield module.get_base_layer().weight, there[path].weight
+        elif path in there and isinstance(adapters := module._modules.get("lora"), nn.ModuleDict):
+            yield from ((getattr(module, name), getattr(there[path], name)) for name in adapters)
 
 
 def linears(model: nn.Module) -> list[tuple[str, int, float]]:
@@ -283,14 +294,14 @@ def linears(model: nn.Module) -> list[tuple[str, int, float]]:
 
 
 def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> None:
-    """Writes what the adapters of `model` hold, and its routers where they are trained, as an adapter of peft.
+    """Writes the adapters of `model`, and its routers if they are trained, as an adapter of peft.
 
     Args:
-        bare: the model that they were put on, which peft wraps: it is of no other use afterwards.
-        base: what the adapter names as its base.
+        bare: the model without adapters; peft wraps it, so it cannot be used afterwards.
+        base: the name of the base model that the adapter refers to.
 
     Raises:
-        BadValue: there are no adapters.
+        BadValue: there are no adapters, or they have several ranks or scales.
     """
     ours = {path: cast("Any", model.get_submodule(path)) for path, _, _ in linears(model)}
     stacked = [
@@ -299,13 +310,13 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
         if "lora" in block.experts._modules
         for matrix, adapter in cast("nn.ModuleDict", block.experts.lora).items()
     ]
-    sizes = {(rank, scale) for _, rank, scale in linears(model)} | {(each.a.shape[1], each.scale) for _, _, each in stacked}
+    sizes = {(rank, scale) for _, rank, scale in linears(model)} | {(lora.a.shape[1], lora.scale) for _, _, lora in stacked}
     if len(sizes) != 1:
         raise BadValue(
-            "the model has no adapters, or adapters of several ranks, and an adapter of peft has one; leave out --adapter"
+            "the model has no adapters, or adapters of several ranks, but an adapter of peft has one rank; leave out --adapter"
         )
     ((rank, scale),) = sizes
-    routers = {f"{name}.{router_name(block)}": block.router for name, block in blocks(model).items() if learns(block.router)}
+    routers = {f"{name}.{router_name(block)}": block.router for name, block in blocks(model).items() if is_trained(block.router)}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=cast("int", scale * rank),  # which need not be whole
@@ -316,8 +327,8 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
         base_model_name_or_path=base,
         task_type="SEQ_2_SEQ_LM" if cast("Any", model).config.is_encoder_decoder else "CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws weights, which are written over here
-        warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by a name that has another since
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws weights, which are overwritten below
+        warnings.simplefilter("ignore", FutureWarning)  # it calls transformers by a deprecated name
         wrapped: Any = peft.get_peft_model(cast("Any", bare), config)
     theirs = dict(wrapped.get_base_model().named_modules())
     with torch.no_grad():
@@ -325,32 +336,33 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
             theirs[path].lora_A["default"].weight.copy_(layer.lora_A["default"].weight)
             theirs[path].lora_B["default"].weight.copy_(layer.lora_B["default"].weight)
         for path, matrix, adapter in stacked:
-            wrapper = next(each for each in within(theirs[path]) if each.parameter_name == matrix)
-            wrapper.lora_A["default"].weight.copy_(a_to_peft(of_all(adapter.a, adapter)))
-            wrapper.lora_B["default"].weight.copy_(b_to_peft(of_all(adapter.b, adapter)))
+            wrapper = next(wrapper for wrapper in nested_wrappers(theirs[path]) if wrapper.parameter_name == matrix)
+            wrapper.lora_A["default"].weight.copy_(a_to_peft(expand_to_all_experts(adapter.a, adapter)))
+            wrapper.lora_B["default"].weight.copy_(b_to_peft(expand_to_all_experts(adapter.b, adapter)))
         for path, router in routers.items():
             theirs[path].modules_to_save["default"].load_state_dict(router.state_dict())
     wrapped.save_pretrained(folder, save_embedding_layers=False)
 
 
 def router_name(block: Block) -> str:
-    """What the block calls its router."""
+    """The name of the router within the block."""
     return next(name for name, child in block.module.named_children() if child is block.router)
 
 
-def learns(module: nn.Module) -> bool:
+def is_trained(module: nn.Module) -> bool:
+    """Whether any parameter of `module` is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def within(wrapper: Any) -> Iterator[Any]:
-    """peft's wrappers of the matrices of one block's experts, which lie in one another."""
+def nested_wrappers(wrapper: Any) -> Iterator[Any]:
+    """peft's wrappers of the matrices of one block's experts, of which each contains the next."""
     while isinstance(wrapper, ParamWrapper):
         yield wrapper
         wrapper = wrapper.base_layer
 
 
-def of_all(factor: Float[Tensor, "adapted x y"], adapter: ExpertLoRA) -> Float[Tensor, "experts x y"]:
-    """A factor of an adapter by expert, of those too that have none: zeros."""
+def expand_to_all_experts(factor: Float[Tensor, "adapted x y"], adapter: ExpertLoRA) -> Float[Tensor, "experts x y"]:
+    """A factor of an adapter with a row for each expert: zeros for those without an adapter."""
     return factor.new_zeros(adapter.num_experts, *factor.shape[1:]).index_copy(0, adapter.ids, factor.detach())
 
 
@@ -370,5 +382,5 @@ def a_from_peft(a: Float[Tensor, "experts_rank in"], experts: int) -> Float[Tens
 
 
 def b_from_peft(b: Float[Tensor, "out rank_experts"], experts: int) -> Float[Tensor, "{experts} out rank"]:
-    """A view of peft's B, by expert: in B, unlike in A, the expert is what changes fastest."""
+    """A view of peft's B, by expert: in B, unlike in A, the expert is the fastest-varying index."""
     return b.view(b.shape[0], -1, experts).permute(2, 0, 1)

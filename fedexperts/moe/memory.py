@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive while code runs, and at most were."""
+"""The bytes of tensors that are alive while code runs, and their peak."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -12,26 +12,28 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-Held = nn.Module | Optimizer | Iterable[Tensor]
+Owner = nn.Module | Optimizer | Iterable[Tensor]
+"""Has tensors that exist before the measurement."""
 
 
 class MemoryMeter(TorchDispatchMode):
-    """While it is on, `peak_bytes` is the largest sum of the bytes of all tensors alive at once.
+    """Within its `with` block, `peak_bytes` is the largest sum of the bytes of all tensors alive at the same time.
 
-    Counted are what `held` holds when it is entered (weights, gradients, optimiser state; whole storages, each once) and every
-    tensor made since. Not seen: scratch space inside one kernel. On cuda the allocator itself is asked.
+    It counts the tensors that `owners` have at the start (weights, gradients, optimizer state; whole storages, each once) and
+    every tensor made since, but not scratch space inside a kernel. If a tensor of `owners` is on cuda, the peak is that of the
+    allocator there.
     """
 
-    def __init__(self, *held: Held):
+    def __init__(self, *owners: Owner):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.held = held
+        self.owners = owners
         self.bytes = 0  # alive now
         self.peak_bytes = 0
-        self.known: dict[int, ref[torch.UntypedStorage]] = {}
+        self.storages: dict[int, ref[torch.UntypedStorage]] = {}
         self.on_cuda = False
 
     def __enter__(self) -> "MemoryMeter":
-        before = [tensor for each in self.held for tensor in tensors_of(each)]
+        before = [tensor for owner in self.owners for tensor in tensors_of(owner)]
         self.on_cuda = any(tensor.is_cuda for tensor in before)
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -44,43 +46,43 @@ class MemoryMeter(TorchDispatchMode):
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's
         if self.on_cuda:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
-        self.known.clear()
-        self.held = ()
+        self.storages.clear()
+        self.owners = ()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if not self.on_cuda:
-            for each in tree_iter(out):
-                if isinstance(each, Tensor):
-                    self.see(each)
+            for leaf in tree_iter(out):
+                if isinstance(leaf, Tensor):
+                    self.see(leaf)
         return out
 
     def see(self, tensor: Tensor) -> None:
-        """Counts the storage of `tensor`, if it is new, until it dies."""
+        """Counts the storage of `tensor`, if it is new, until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known[key] = ref(storage, partial(self.died, key, size))
+        if key not in self.storages:
+            self.storages[key] = ref(storage, partial(self.forget, key, size))
             self.bytes += size
             self.peak_bytes = max(self.peak_bytes, self.bytes)
 
-    def died(self, key: int, size: int, _: object) -> None:
-        """No longer counts a storage."""
-        if self.known.pop(key, None) is not None:
+    def forget(self, key: int, size: int, _: object) -> None:
+        """No longer counts a storage, which was freed."""
+        if self.storages.pop(key, None) is not None:
             self.bytes -= size
 
 
-def tensors_of(held: Held) -> Iterable[Tensor]:
-    """Weights, buffers and gradients of a model, the state of an optimiser, or the tensors themselves."""
-    if isinstance(held, nn.Module):
-        yield from held.buffers()
-        for parameter in held.parameters():
+def tensors_of(owner: Owner) -> Iterable[Tensor]:
+    """Weights, buffers and gradients of a model, the state of an optimizer, or the tensors themselves."""
+    if isinstance(owner, nn.Module):
+        yield from owner.buffers()
+        for parameter in owner.parameters():
             yield parameter
             if parameter.grad is not None:
                 yield parameter.grad
-    elif isinstance(held, Optimizer):
-        yield from (each for state in held.state.values() for each in state.values() if isinstance(each, Tensor))
+    elif isinstance(owner, Optimizer):
+        yield from (value for state in owner.state.values() for value in state.values() if isinstance(value, Tensor))
     else:
-        yield from held
+        yield from owner

@@ -1,7 +1,7 @@
-"""Which experts do the work of a whole MoE block on some text: by how well they alone give what the block gives.
+"""Selects the experts that alone best reproduce the output of their MoE block on some text.
 
-Selection of FLEx (Liu et al., https://arxiv.org/abs/2506.00965), as reconstructed from its code and the pruning method it builds
-on. Choices of ours are marked.
+The selection of FLEx (Liu et al., https://arxiv.org/abs/2506.00965), as reconstructed from its code and the pruning method on
+which it builds. Our own choices are marked.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,38 +14,39 @@ from torch import Tensor, nn
 
 from fedexperts.moe.anatomy import Block, Experts, blocks
 from fedexperts.moe.flops import flops_estimated
-from fedexperts.moe.graft import run
+from fedexperts.moe.graft import run_experts
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.routing import Recorder, log_gates
 
 Batch = Mapping[str, Tensor]
 CHUNK_BYTES = 2**25
-"""About as many bytes of experts' inner activations are alive at a time."""
+"""About this many bytes of inner activations of experts are alive at a time."""
 
 
 def by_reconstruction(model: nn.Module, batches: Sequence[Batch], number: int = 1, stride: int = 1) -> Experts:
-    """The `number` experts of each block with the least loss of reconstruction, chosen one after the other (greedily).
+    """The `number` experts of each block with the lowest reconstruction loss, selected greedily one after the other.
 
-    Each takes a pass over the text. Of equal losses the lower id wins. `stride`: see `reconstruction_losses`.
+    Each takes a pass over the text. Of equal losses the lower id is selected. `stride`: see `reconstruction_losses`.
     """
-    held: Experts = {}
+    selected: Experts = {}
     for _ in range(number):
-        losses = reconstruction_losses(model, batches, held, stride)
-        held = {name: tuple(sorted((*held.get(name, ()), int(loss.argmin())))) for name, loss in losses.items()}
-    return held
+        losses = reconstruction_losses(model, batches, selected, stride)
+        selected = {name: tuple(sorted((*selected.get(name, ()), int(loss.argmin())))) for name, loss in losses.items()}
+    return selected
 
 
 @torch.no_grad()
 def reconstruction_losses(
-    model: nn.Module, batches: Iterable[Batch], held: Experts, stride: int = 1
+    model: nn.Module, batches: Iterable[Batch], selected: Experts, stride: int = 1
 ) -> dict[str, Float[Tensor, " experts"]]:
-    """MoE block → for each expert j the loss Σ_x ‖Z(x) − Ẑ_j(x)‖₂ over the tokens x of `batches`, padding left out; float64.
+    """MoE block → for each expert j the loss Σ_x ‖Z(x) − Ẑ_j(x)‖₂ over the tokens x of `batches` without padding; float64.
 
-    Z is what the block's routed experts give, without a shared one. Ẑ_j is what `held` and j would give if the router had no
-    others: Σ_e G_e(x) E_e(x) over them, G the router's softmax over them alone; E_j(x) where nothing is held. An expert
-    that is held already has an infinite loss. In one forward pass for each batch, a block at a time, so what it takes does
-    not grow with the text. With a `stride` only every so many-th token of a batch is looked at: experts see all tokens else,
-    not the few that they are routed, which is most of what a pass takes.
+    Z is the output of the block's routed experts, without a shared expert. Ẑ_j is the output of the experts `selected` and j if
+    the router had no others: Σ_e G_e(x) E_e(x) over them, with G the router's softmax over them; E_j(x) if none is selected. An
+    expert that is already selected has an infinite loss.
+
+    Each batch takes one forward pass, and one block at a time is evaluated, so the memory does not grow with the text. Every
+    expert is run on every token, which is most of the cost; with a `stride` s only on every s-th token of a batch.
     """
     was_training = model.training
     model.eval()
@@ -53,24 +54,24 @@ def reconstruction_losses(
     for batch in batches:
         with Recorder(model, keep_logits=True) as recorder, ExitStack() as hooks:
             for name, block in recorder.blocks.items():
-                hook = adding(losses, recorder, block, held.get(name, ()), stride)
+                hook = adding_losses(losses, recorder, block, selected.get(name, ()), stride)
                 hooks.callback(block.experts.register_forward_hook(hook).remove)
             predictions(model, batch)
     model.train(was_training)
     return {name: losses[name] for name in recorder.blocks}
 
 
-def adding(
-    losses: dict[str, Tensor], recorder: Recorder, block: Block, held: tuple[int, ...], stride: int
+def adding_losses(
+    losses: dict[str, Tensor], recorder: Recorder, block: Block, selected: tuple[int, ...], stride: int
 ) -> Callable[..., None]:
-    """A hook on the experts of `block` that adds to its losses what the tokens of a forward pass give."""
+    """A forward hook on the experts of `block` that adds the losses on the tokens of the pass to `losses`."""
 
     def hook(experts: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         logits, counts = recorder.last(block.name)
-        counted = counts.nonzero().squeeze(1)[::stride]
-        rows, wanted = (each.reshape(-1, each.shape[-1])[counted] for each in (args[0], output))
-        added = losses_of(block, rows, wanted, log_gates(logits[counted], block.sigmoid), held)
-        losses[block.name] = losses[block.name] + added if block.name in losses else added
+        tokens = counts.nonzero().squeeze(1)[::stride]
+        rows, targets = (states.reshape(-1, states.shape[-1])[tokens] for states in (args[0], output))
+        pass_losses = losses_of(block, rows, targets, log_gates(logits[tokens], block.sigmoid), selected)
+        losses[block.name] = losses[block.name] + pass_losses if block.name in losses else pass_losses
 
     return hook
 
@@ -78,24 +79,26 @@ def adding(
 def losses_of(
     block: Block,
     rows: Float[Tensor, "tokens hidden"],
-    wanted: Float[Tensor, "tokens hidden"],
+    targets: Float[Tensor, "tokens hidden"],
     log_gate: Float[Tensor, "tokens experts"],
-    held: tuple[int, ...],
+    selected: tuple[int, ...],
 ) -> Float[Tensor, " experts"]:
-    """The losses of one block on some tokens."""
-    free = [expert for expert in range(block.shape.num_experts) if expert not in held]
+    """The losses of the experts of one block on tokens whose inputs are `rows` and whose outputs should be `targets`."""
+    candidates = [expert for expert in range(block.shape.num_experts) if expert not in selected]
     losses = torch.full((block.shape.num_experts,), torch.inf, dtype=torch.float64)
-    old = run(block.experts, rows, held) if held else rows.new_zeros(0, *rows.shape)
-    for some in chunks(free, block, rows):
-        for expert, new in zip(some, run(block.experts, rows, some), strict=True):
-            share = log_gate[:, [*held, expert]].softmax(-1)  # G among them
-            approximated = torch.einsum("te,eth->th", share, torch.cat([old, new.unsqueeze(0)]).float()) if held else new.float()
-            losses[expert] = float((wanted.float() - approximated).norm(dim=-1).double().sum())
+    old = run_experts(block.experts, rows, selected) if selected else rows.new_zeros(0, *rows.shape)
+    for chunk in chunks(candidates, block, rows):
+        for expert, new in zip(chunk, run_experts(block.experts, rows, chunk), strict=True):
+            gates = log_gate[:, [*selected, expert]].softmax(-1)  # G among them
+            approximated = (
+                torch.einsum("te,eth->th", gates, torch.cat([old, new.unsqueeze(0)]).float()) if selected else new.float()
+            )
+            losses[expert] = float((targets.float() - approximated).norm(dim=-1).double().sum())
     return losses
 
 
 def chunks(ids: list[int], block: Block, rows: Tensor) -> Iterable[list[int]]:
-    """`ids` in groups whose activations together take about CHUNK_BYTES."""
+    """`ids` in groups whose inner activations together take about CHUNK_BYTES, each of at least one."""
     widest = max(max(weight.shape) for weight in block.experts.parameters() if weight.ndim > 1)
     number = max(1, CHUNK_BYTES // max(1, len(rows) * widest * rows.element_size()))
     return (ids[start : start + number] for start in range(0, len(ids), number))
@@ -103,7 +106,7 @@ def chunks(ids: list[int], block: Block, rows: Tensor) -> Iterable[list[int]]:
 
 @torch.no_grad()
 def most_used(model: nn.Module, batches: Iterable[Batch], number: int = 1) -> Experts:
-    """The `number` experts of each block that routing picks most often; of equals the lower id."""
+    """The `number` experts of each block that routing picks most often, ascending; of equal counts the lower id is selected."""
     was_training = model.training
     model.eval()
     with Recorder(model) as recorder:
@@ -115,17 +118,19 @@ def most_used(model: nn.Module, batches: Iterable[Batch], number: int = 1) -> Ex
 
 
 def selection_flops_estimated(model: nn.Module, batches: Iterable[Batch], passes: int, stride: int = 1) -> float:
-    """Operations of `passes` passes of `by_reconstruction` over `batches`, padding left out; of `most_used` with 0 passes.
+    """FLOPs of `passes` passes of `by_reconstruction` over `batches` without padding; with 0 passes, of `most_used`.
 
-    Each is a forward pass, a third of a step that trains the whole model, and two operations for each weight of each expert
-    and each token that is looked at; those of a decoder that has an encoder look at the answers.
+    Each pass is a forward pass, a third of a step that trains the whole model, and 2 for each weight of each expert and each
+    token on which the expert is run: with an encoder-decoder, those of the prompt in the encoder, of the response in the decoder.
     """
     flops_of = flops_estimated(model)
     forward = sum(flops_of(batch) for batch in batches) / 3
     read = sum(int(batch["attention_mask"].sum()) for batch in batches)
     written = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-    looked = 0
+    expert_weights_times_tokens = 0
     for name, block in blocks(model).items():
         weights = sum(weight.numel() for weight in block.experts.parameters() if weight.ndim > 1)
-        looked += weights * (written if is_encoder_decoder(model) and not name.startswith("encoder.") else read)
-    return max(passes, 1) * forward + passes * 2.0 * looked / stride
+        expert_weights_times_tokens += weights * (
+            written if is_encoder_decoder(model) and not name.startswith("encoder.") else read
+        )
+    return max(passes, 1) * forward + passes * 2.0 * expert_weights_times_tokens / stride

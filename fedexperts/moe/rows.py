@@ -1,4 +1,4 @@
-"""Trained parameters row-first: axis 0 is a row one can send alone, an expert or the whole as its only row."""
+"""Trained parameters row-first: axis 0 has rows that can be sent alone, either experts or the whole parameter as its only row."""
 
 import ctypes
 import mmap
@@ -22,37 +22,39 @@ Layout = Mapping[str, str | None]
 """Row-first name → the MoE block whose experts are its rows, or None: a dense parameter, one row."""
 
 ON_DISK_BYTES = 2**24
-"""From which on the sums of a tensor lie on disk."""
+"""From this size on the sums of a tensor are stored in a file."""
 AT_ONCE = 2**20
-"""Elements that are taken in at a time: each is a float64 or two on the way."""
+"""Number of elements that are added at a time; each takes one or two temporary float64."""
 
 _EXPERT_MODULE = re.compile(r"\.expert_(\d+)\.")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the rows of one row-first tensor are in the model."""
+    """The parameters of the model that have the rows of one row-first tensor."""
 
     block: str | None
-    parameters: tuple[nn.Parameter, ...]  # one for each row, or one that holds them all
-    axis: int | None  # of the rows in that one
+    parameters: tuple[nn.Parameter, ...]  # one for each row, or one with all rows
+    axis: int | None  # of the rows in the one parameter; None: one for each row
 
     def read(self) -> Tensor:
-        """A copy."""
+        """The rows, copied."""
         rows = self.take()
         return rows if self.axis is None else rows.clone(memory_format=torch.contiguous_format)
 
     def take(self) -> Tensor:
-        """Of one parameter a view, of several a copy."""
+        """The rows: a view of one parameter, a copy of several."""
         if self.axis is None:
             return torch.stack([parameter.detach() for parameter in self.parameters])
         return self.parameters[0].detach().movedim(self.axis, 0)
 
     def write(self, rows: Tensor, ids: list[int]) -> None:
+        """Copies `rows` into the rows `ids`."""
         for row, index in zip(rows, ids, strict=True):
             self._row(index).copy_(row)
 
     def split(self, rows: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with the view of `rows`, which are all rows, that belongs to it."""
         if self.axis is None:
             yield from zip(self.parameters, rows, strict=True)
         else:
@@ -76,69 +78,69 @@ def layout(model: nn.Module) -> dict[str, str | None]:
 
 
 def read(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trainable parameters of `model`, row-first. A tied parameter comes once."""
+    """Copies of the trainable parameters of `model`, row-first; a tied parameter is there once."""
     return {name: source.read() for name, source in _sources(model).items()}
 
 
 def take(model: nn.Module) -> dict[str, Tensor]:
-    """As `read`, but not copied where rows lie first already: for a model that nobody else needs."""
+    """As `read`, but parameters that are row-first already are not copied: for a model that is not used afterwards."""
     return {name: source.take().contiguous() for name, source in _sources(model).items()}
 
 
 @torch.no_grad()
 def write(model: nn.Module, tensors: Tensors, rows: Mapping[str, Tensor] | None = None) -> None:
-    """Copy `tensors` into the trainable parameters of `model`, in place: all rows, or those whose ids stand in `rows`.
+    """Copies `tensors` into the trainable parameters of `model`, in place: all rows, or those whose ids are in `rows`.
 
     Raises:
-        BadValue: a name that `model` does not train, or rows of another shape.
+        BadValue: a name that is no trainable parameter, or a tensor of another shape.
     """
     sources = _sources(model)
     for name, tensor in tensors.items():
         if name not in sources:
-            raise BadValue(f"{name} is no trained parameter of this model{nearest(name, sources)}")
+            raise BadValue(f"{name} is no trained parameter of this model; give the name of one{nearest(name, sources)}")
         shape = sources[name].shape
         ids = rows[name].tolist() if rows and name in rows else list(range(shape[0]))
         if tuple(tensor.shape) != (len(ids), *shape[1:]):
-            raise BadValue(f"{name} is {list(tensor.shape)}, but the model takes {[len(ids), *shape[1:]]}: rows first")
+            raise BadValue(f"{name} has shape {list(tensor.shape)}; give {[len(ids), *shape[1:]]}, rows first")
         sources[name].write(tensor, ids)
 
 
 def paired(model: nn.Module, tensors: Tensors) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each trainable parameter of `model` that `tensors` names with what they, all its rows, have for it: a view."""
+    """Each trainable parameter of `model` that `tensors`, which have all rows, names; with the view of a tensor that is its."""
     return [pair for name, source in _sources(model).items() if name in tensors for pair in source.split(tensors[name])]
 
 
 def parameters(model: nn.Module, names: Collection[str]) -> list[nn.Parameter]:
-    """The trainable parameters of `model` that hold what is called `names`."""
+    """The trainable parameters of `model` whose row-first names are in `names`."""
     return [parameter for name, source in _sources(model).items() if name in names for parameter in source.parameters]
 
 
 def cut(tensors: Tensors, layout: Layout, experts: Experts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The rows of `tensors` that belong to `experts`, and the ids of these rows by name.
 
-    Dense parameters and blocks absent from `experts` come whole, without ids. Names of one block share one id tensor. What
-    comes whole is not copied.
+    Dense parameters and blocks absent from `experts` are given whole, without ids. Names of one block share one id tensor.
+    Tensors that are given whole are not copied.
     """
-    ids = {block: torch.tensor(kept, dtype=torch.int64) for block, kept in experts.items()}
+    ids = {block: torch.tensor(block_ids, dtype=torch.int64) for block, block_ids in experts.items()}
     rows = {name: ids[block] for name in tensors if (block := layout[name]) in ids}
-    return {name: _chosen(t, rows[name]) if name in rows else t for name, t in tensors.items()}, rows
+    return {name: _select_rows(t, rows[name]) if name in rows else t for name, t in tensors.items()}, rows
 
 
-def _chosen(tensor: Tensor, ids: Tensor) -> Tensor:
-    """Its rows `ids`; itself where these are all."""
+def _select_rows(tensor: Tensor, ids: Tensor) -> Tensor:
+    """The rows `ids` of `tensor`; `tensor` itself if these are all."""
     return tensor if torch.equal(ids, torch.arange(len(tensor))) else tensor[ids.to(tensor.device)]
 
 
 def router_of(name: str, layout: Layout) -> str | None:
-    """The MoE block whose router has the tensor `name`; None for an expert's own tensors and for dense ones."""
+    """The MoE block whose router has the tensor `name`; None if it belongs to experts or is dense."""
     block = layout[name]
     return None if block is None or name.startswith(f"{block}.experts.") else block
 
 
 class RowMean:
-    """Weighted mean of tensors that may each hold only some rows; a row nobody sent keeps its old value.
+    """Weighted mean of tensors that may each have only some rows; a row that no client sent keeps its value in `start`.
 
-    Sums in float64, one tensor at a time, so the order in which they come does not show. The sums of a large tensor lie on disk.
+    Tensors are added one at a time in float64, so their order does not change the mean. The sums of a large tensor are on disk.
     """
 
     def __init__(self, start: Tensor) -> None:
@@ -152,7 +154,7 @@ class RowMean:
         ids: Int[Tensor, " rows"] | None = None,
         weight: float | Float[Tensor, " rows"] = 1.0,
     ) -> None:
-        """Take `rows` in, the rows `ids` of the whole (None: all), each with its weight or all with one."""
+        """Adds `rows`, which are the rows `ids` (None: all) of the mean, with one weight for all or one for each."""
         if ids is None:
             ids = torch.arange(len(self._weight))
         weights = torch.as_tensor(weight, dtype=torch.float64).expand(len(ids))
@@ -165,14 +167,14 @@ class RowMean:
 
     @property
     def weights(self) -> Float[Tensor, " rows"]:
-        """What each row has weighed so far; 0 for a row that nobody sent."""
+        """The sum of the weights of each row so far; 0 for a row that no client sent."""
         return self._weight.clone()
 
     def result(self) -> Tensor:
-        """The mean so far, as `start` is: its dtype and device."""
+        """The mean so far, in the dtype and on the device of `start`."""
         sent = self._weight > 0
         result = self._start.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        sums, flat = (each.view(len(sent), self._width) for each in (self._sum, result))
+        sums, flat = (tensor.view(len(sent), self._width) for tensor in (self._sum, result))
         for part in _columns(flat):
             flat[sent, part] = (sums[sent, part] / self._weight[sent, None]).to(result.dtype)
         self._release()
@@ -180,41 +182,41 @@ class RowMean:
 
 
 def _columns(flat: Tensor) -> Iterator[slice]:
-    """Slices of the columns of `flat`, so narrow that no part of all rows has more elements than AT_ONCE."""
+    """Slices of the columns of `flat` with at most AT_ONCE elements, or of one column."""
     rows, columns = flat.shape
     width = max(1, AT_ONCE // max(rows, 1))
     return (slice(first, first + width) for first in range(0, columns, width))
 
 
 def _sums(number: int) -> tuple[Tensor, Callable[[], None]]:
-    """So many zeros in float64, and what has the system take them out of this process's memory until they are used again.
+    """`number` zeros in float64, and a function that lets the system write them to disk until they are used again.
 
-    Many lie in a file, soon without a name, in the folder for temporary files (TMPDIR), so a merge holds one update beside the
-    model; few, or where a disk has no room, or a system no such files, in memory.
+    From ON_DISK_BYTES on they are in an unlinked file in the folder for temporary files (TMPDIR), so that a merge needs memory
+    for one update beside the model. Fewer, or without room on the disk, or on a system without such files, they are in memory.
     """
     size = 8 * number
     if size >= ON_DISK_BYTES:
         with suppress(OSError, AttributeError, RuntimeError), tempfile.NamedTemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would end the process at some later write
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process at a later write
             sums = torch.from_file(file.name, shared=True, size=number, dtype=torch.float64)
-            madvise, place = ctypes.CDLL(None).madvise, ctypes.c_void_p(sums.data_ptr())
-            return sums, lambda: madvise(place, ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+            madvise, address = ctypes.CDLL(None).madvise, ctypes.c_void_p(sums.data_ptr())
+            return sums, lambda: madvise(address, ctypes.c_size_t(size), mmap.MADV_DONTNEED)
     return torch.zeros(number, dtype=torch.float64), lambda: None
 
 
 def _sources(model: nn.Module) -> dict[str, _Source]:
-    """Row-first name → its parameters in the model. Sorted as the model holds them, so the same in every process."""
-    found = blocks(model)
-    axes = {f"{name}.{path}": (name, axis) for name, block in found.items() for path, axis in block.expert_axes().items()}
-    apart = [block for block in found.values() if block.is_switch]
+    """Row-first name → its parameters, in the order of the model's parameters, which is the same in every process."""
+    model_blocks = blocks(model)
+    axes = {f"{name}.{path}": (name, axis) for name, block in model_blocks.items() for path, axis in block.expert_axes().items()}
+    switch_blocks = [block for block in model_blocks.values() if block.is_switch]
     sources: dict[str, _Source] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if switch := _block_of(name, apart):
-            joint = _EXPERT_MODULE.sub(".", name, count=1)
-            before = sources[joint].parameters if joint in sources else ()
-            sources[joint] = _Source(switch.name, (*before, parameter), None)
+        if block := _block_of(name, switch_blocks):
+            row_first_name = _EXPERT_MODULE.sub(".", name, count=1)
+            earlier = sources[row_first_name].parameters if row_first_name in sources else ()
+            sources[row_first_name] = _Source(block.name, (*earlier, parameter), None)
         elif name in axes:
             sources[name] = _Source(axes[name][0], (parameter,), axes[name][1])
         else:
@@ -222,6 +224,6 @@ def _sources(model: nn.Module) -> dict[str, _Source]:
     return sources
 
 
-def _block_of(name: str, apart: list[Block]) -> Block | None:
-    """The block that holds the parameter `name` in one of its expert modules."""
-    return next((block for block in apart if name.startswith(f"{block.name}.experts.expert_")), None)
+def _block_of(name: str, switch_blocks: list[Block]) -> Block | None:
+    """The block with the parameter `name` in one of its expert modules."""
+    return next((block for block in switch_blocks if name.startswith(f"{block.name}.experts.expert_")), None)

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained: all of them, or low-rank adapters, each part on or off."""
+"""The parameters of a model that are trained: whole parts, or low-rank adapters on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 from torch import nn
 
-from fedexperts.errors import BadValue, nearest
+from fedexperts.errors import BadValue, listed, nearest
 from fedexperts.moe import lora
 from fedexperts.moe.anatomy import Experts, blocks
 from fedexperts.moe.shrink import kept_experts
@@ -23,17 +23,17 @@ PROJECTIONS = {
     "v": ("v_proj", "v", "kv_a_proj_with_mqa", "kv_b_proj"),
     "o": ("o_proj", "o", "out_proj"),
 }
-"""What the families call the four projections of attention; DeepSeek's latent attention has two steps for each."""
+"""The names of the four projections of attention in the model families; DeepSeek's latent attention has two steps for each."""
 
 UNTRAINED = "e_score_correction_bias"
-"""DeepSeek-V3's routing bias is set by counting tokens, never by a gradient; ERNIE keeps it as a parameter."""
+"""DeepSeek-V3's routing bias, which is set by counting tokens, never by a gradient; in ERNIE it is a parameter."""
 
 
 @dataclass(frozen=True)
 class Tuning:
     """How a model is fine-tuned.
 
-    Under "full" each part is trained whole. Under "lora" attention and experts get adapters and the router is trained whole.
+    With "full" each part is trained whole. With "lora" attention and experts get adapters and the router is trained whole.
     """
 
     train: Literal["full", "lora"] = "full"
@@ -51,52 +51,55 @@ class Tuning:
         return PARTS if self.train == "full" else PARTS[:3]
 
     def check(self) -> None:
-        """Raises BadValue for what no model can be trained with."""
+        """Raises BadValue if no model can be trained with these settings."""
         for part in self.trained:
             if part not in PARTS:
                 raise BadValue(f"training.parts has {part!r}, which is not one of {', '.join(PARTS)}{nearest(part, PARTS)}")
         if self.train not in ("full", "lora"):
             raise BadValue(f"training.train = {self.train!r} is not one of full, lora{nearest(self.train, ('full', 'lora'))}")
         if not self.trained:
-            raise BadValue(f"training.parts is empty, so nothing would be trained; name some of {', '.join(PARTS)}")
+            raise BadValue(f"training.parts is empty, so nothing would be trained; set some of {', '.join(PARTS)}")
         if self.train == "lora" and "dense" in self.trained:
             raise BadValue(
                 "training.parts has 'dense', but LoRA adapts attention and experts only and trains the router whole; "
                 "leave 'dense' out, or set train = \"full\""
             )
         if self.train == "lora" and (self.rank < 1 or self.alpha <= 0):
-            raise BadValue(f"training.rank = {self.rank} and training.alpha = {self.alpha:g}, but both must be above zero")
+            raise BadValue(
+                f"training.rank = {self.rank} and training.alpha = {self.alpha:g}, but both must be above zero; raise them"
+            )
         if self.dropout and self.train != "lora":
             raise BadValue(
-                f"training.dropout = {self.dropout:g} is of what LoRA's adapters read, and training.train = {self.train!r} has "
-                'none; set train = "lora", or leave dropout out'
+                f"training.dropout = {self.dropout:g} applies to LoRA adapters, and training.train = {self.train!r} has none; "
+                'set train = "lora", or remove dropout'
             )
         if not 0 <= self.dropout < 1:
-            raise BadValue(f"training.dropout = {self.dropout:g}, but it is a share from 0 to below 1")
+            raise BadValue(f"training.dropout = {self.dropout:g}, but it must be at least 0 and below 1; change it")
 
 
 def prepare(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None = None) -> nn.Module:
-    """`model`, made ready in place to be trained as `tuning` says.
+    """`model`, prepared in place to be trained as `tuning` says.
 
-    What is trained becomes the model's own copy; all else stays shared with whatever it was shared with, and frozen. No
-    parameter object of the base is touched, so its values and its `requires_grad` stay as they are. Weights that the model
-    ties stay tied. Adapters start from `seed`: B at zero, A the same for an expert in the full model and every shrunk one.
-    `only`: of the experts these alone, by their places in `model`, get any.
+    Trained parameters become copies; all others stay shared and frozen. Parameter objects of the base are replaced in `model`
+    and not changed, so their values and `requires_grad` stay as they are. Tied weights stay tied. Adapters start from `seed`:
+    B at zero, and A the same for an expert in the full model and in every shrunk one. If `only` is given, of the experts only
+    these, by their ids in `model`, get adapters.
 
     Raises:
-        BadValue: a part, rank or projection that this model cannot be trained with.
+        BadValue: a part, rank or projection with which this model cannot be trained.
     """
     tuning.check()
-    part = parts(model)
-    whole = set(tuning.trained) if tuning.train == "full" else set(tuning.trained) & {"router"}
-    own(model, {path for path, its in part.items() if its in whole and not path.endswith(UNTRAINED)})
+    part_of = parts(model)
+    whole_parts = set(tuning.trained) if tuning.train == "full" else set(tuning.trained) & {"router"}
+    whole = {path for path, part in part_of.items() if part in whole_parts and not path.endswith(UNTRAINED)}
+    replace_parameters(model, whole)
     if tuning.train == "lora":
-        adapt(model, tuning, seed, only)
+        attach_adapters(model, tuning, seed, only)
     return model
 
 
 def parts(model: nn.Module) -> dict[str, Part]:
-    """Parameter → the part of the model it belongs to; a tied parameter once, under its first name."""
+    """Parameter → the part of the model to which it belongs; a tied parameter once, under its first name."""
     part_of: dict[int, Part] = {}
     for block in blocks(model).values():
         part_of |= {id(parameter): "experts" for parameter in block.experts.parameters()}
@@ -116,67 +119,69 @@ def attentions(model: nn.Module) -> list[str]:
 
 
 def projections(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """Paths of the attention's linear layers called `names`, or what this family calls the same.
+    """Paths of the attention's linear layers called `names`, or by the names that this family has for them.
 
     Raises:
-        BadValue: the model's attention has none of them, or has not one that is named by a name of its own.
+        BadValue: the model's attention has none of them, or lacks one that is no common projection.
     """
-    wanted = {alias for name in names for alias in aliases(name)}
+    accepted = {alias for name in names for alias in aliases(name)}
     linears = [f"{name}.{child}" for name in attentions(model) for child in linear_children(model.get_submodule(name))]
-    found = [linear for linear in linears if linear.rpartition(".")[2] in wanted]
-    there = sorted({linear.rpartition(".")[2] for linear in linears})
-    unknown = [name for name in names if aliases(name) == (name,) and name not in there]
-    if unknown or not found:
+    selected = [linear for linear in linears if linear.rpartition(".")[2] in accepted]
+    available = sorted({linear.rpartition(".")[2] for linear in linears})
+    unknown = [name for name in names if aliases(name) == (name,) and name not in available]
+    if unknown or not selected:
         raise BadValue(
-            f"training.attention_modules = {', '.join(unknown or names)}, but this model's attention has "
-            f"{', '.join(there) or 'no projections'}; name some of these, or leave 'attention' out of training.parts"
+            f"training.attention_modules = {listed(unknown or names)}, but this model's attention has "
+            f"{listed(available) or 'no projections'}; name some of these, or leave 'attention' out of training.parts"
         )
-    return found
+    return selected
 
 
 def aliases(name: str) -> tuple[str, ...]:
-    """What the families call the projection `name`: `q_proj`, or `q`, is one of all; a name of its own is itself."""
+    """The names of the projection `name` in the families, if it is a common one such as `q_proj` or `q`; else `name` alone."""
     return PROJECTIONS.get(name.removesuffix("_proj"), (name,))
 
 
 def linear_children(module: nn.Module) -> Iterator[str]:
+    """The names of the linear layers directly below `module`."""
     return (name for name, child in module.named_children() if isinstance(child, nn.Linear))
 
 
-def own(model: nn.Module, trained: set[str]) -> None:
-    """Gives `model` parameter objects of its own: copies of those named in `trained`, frozen views of the rest."""
+def replace_parameters(model: nn.Module, trained: set[str]) -> None:
+    """Replaces the parameters of `model`: those named in `trained` by copies, the rest by frozen views."""
     trained_ids = {id(parameter) for name, parameter in model.named_parameters() if name in trained}
-    made: dict[int, nn.Parameter] = {}
+    replacements: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is None:
                 continue
-            if id(old) not in made:
-                learns = id(old) in trained_ids
-                made[id(old)] = nn.Parameter(old.detach().clone() if learns else old.detach(), requires_grad=learns)
-            module._parameters[name] = made[id(old)]
+            if id(old) not in replacements:
+                is_trained = id(old) in trained_ids
+                values = old.detach().clone() if is_trained else old.detach()
+                replacements[id(old)] = nn.Parameter(values, requires_grad=is_trained)
+            module._parameters[name] = replacements[id(old)]
 
 
-def adapt(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None) -> None:
-    """Puts on the adapters that `tuning` asks for."""
+def attach_adapters(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None) -> None:
+    """Attaches the adapters that `tuning` names."""
     linears: dict[str, str] = {}
     if "attention" in tuning.trained:
         linears |= {name: name for name in projections(model, tuning.attention_modules)}
     if "experts" in tuning.trained:
-        linears |= single_experts(model, only)
+        linears |= module_expert_linears(model, only)
         lora.attach_experts(model, tuning.rank, tuning.alpha, seed, only, tuning.dropout)
     if linears:
         lora.attach_linears(model, linears, tuning.rank, tuning.alpha, seed, tuning.dropout)
 
 
-def single_experts(model: nn.Module, only: Experts | None) -> dict[str, str]:
-    """The linear layers of experts that are modules of their own (Switch), or of `only` those: path → path in the full model."""
-    held = kept_experts(model)
+def module_expert_linears(model: nn.Module, only: Experts | None) -> dict[str, str]:
+    """The linear layers of experts that are modules (Switch), or of those in `only`: path → path in the full model."""
+    original_ids = kept_experts(model)
     return {
-        f"{name}.experts.expert_{index}.{child}": f"{name}.experts.expert_{known}.{child}"
+        f"{name}.experts.expert_{index}.{child}": f"{name}.experts.expert_{original}.{child}"
         for name, block in blocks(model).items()
         if isinstance(block.experts, nn.ModuleDict)
-        for index, known in enumerate(held[name])
+        for index, original in enumerate(original_ids[name])
         if only is None or index in only.get(name, ())
         for child in linear_children(block.experts[f"expert_{index}"])
     }

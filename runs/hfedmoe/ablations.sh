@@ -18,4 +18,4 @@ compare $half --out results/hfedmoe/lambda --methods \
 compare $half --out results/hfedmoe/beta --methods \
   "0=hfedmoe:redundancy=0:$own,0.1=hfedmoe:$own,0.3=hfedmoe:redundancy=0.3:$own,1=hfedmoe:redundancy=1:$own"
 compare $half --out results/hfedmoe/tau --methods \
-  "0=hfedmoe:usage_floor=0:$fast,0.8=hfedmoe:usage_floor=0.8:$fast,1=hfedmoe:$own,1.2=hfedmoe:usage_floor=1.2:$fast,3.2=hfedmoe:$fast"
+  "0=hfedmoe:usage_floor=0:$fast,0.8=hfedmoe:usage_floor=0.8:$fast,1=hfedmoe:$own,1.2=hfedmoe:usage_floor=1.2:$fast,3.2=hfedmoe:usage_floor=3.2:$fast"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedexperts.data.sources import data_folder
+from fedexperts.data.pack import data_folder
 from fedexperts.errors import BadData
 
 

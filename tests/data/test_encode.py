@@ -37,11 +37,11 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 
 
 PLAIN, STARTS, ENDS = byte_pairs(), with_template("<s> $A"), with_template("$A </s>")
-ASKED = Example("What is this news about?\nAnswer:\n", "Business", "ag_news")
+QUESTION = Example("What is this news about?\nAnswer:\n", "Business", "ag_news")
 texts = st.text(max_size=80)
 
 
-def kept(row: torch.Tensor, mask: torch.Tensor) -> list[int]:
+def unmasked(row: torch.Tensor, mask: torch.Tensor) -> list[int]:
     return row[mask.bool()].tolist()
 
 
@@ -51,8 +51,12 @@ def kept(row: torch.Tensor, mask: torch.Tensor) -> list[int]:
 def test_training_sees_the_prompt_that_generation_sees_and_then_the_response(tokenizer, prompt, response, max_tokens, choices):
     encoder = Encoder(tokenizer, max_tokens)
     example = Example(prompt, response, "any", choices=choices)
-    batch, asked = encoder.batch([example]), encoder.prompts([example])
-    ids, labels, prompt_ids = batch["input_ids"][0], batch["labels"][0], kept(asked["input_ids"][0], asked["attention_mask"][0])
+    batch, encoded = encoder.batch([example]), encoder.prompts([example])
+    ids, labels, prompt_ids = (
+        batch["input_ids"][0],
+        batch["labels"][0],
+        unmasked(encoded["input_ids"][0], encoded["attention_mask"][0]),
+    )
     answer = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
     assert len(ids) <= max_tokens
@@ -63,14 +67,14 @@ def test_training_sees_the_prompt_that_generation_sees_and_then_the_response(tok
 
 @given(responses=st.tuples(texts, texts))
 @settings(max_examples=30, deadline=None)
-def test_how_much_of_a_prompt_is_kept_does_not_tell_its_response(responses):
+def test_the_length_of_a_cut_prompt_does_not_depend_on_its_response(responses):
     examples = [Example("word " * 100, response, "any") for response in responses]
     first, second = Encoder(PLAIN, 40).prompts(examples)["input_ids"]
     assert torch.equal(first, second)
 
 
 def test_only_response_and_end_token_have_labels_and_padding_is_on_the_right():
-    batch = Encoder(PLAIN, 64).batch([ASKED, Example("a", "b", "any")])
+    batch = Encoder(PLAIN, 64).batch([QUESTION, Example("a", "b", "any")])
     short = batch["labels"][1]
     answer = PLAIN("b")["input_ids"]
     assert short[short != IGNORED].tolist() == [*answer, PLAIN.eos_token_id]
@@ -82,13 +86,13 @@ def test_only_response_and_end_token_have_labels_and_padding_is_on_the_right():
 
 
 def test_prompts_are_padded_on_the_left():
-    asked = Encoder(PLAIN, 64).prompts([ASKED, Example("a", "b", "any")])
-    assert asked["attention_mask"][1].tolist() == [0] * (asked["input_ids"].shape[1] - 1) + [1]
+    encoded = Encoder(PLAIN, 64).prompts([QUESTION, Example("a", "b", "any")])
+    assert encoded["attention_mask"][1].tolist() == [0] * (encoded["input_ids"].shape[1] - 1) + [1]
 
 
 def test_without_a_pad_token_the_end_token_pads_and_is_still_learned():
     tokenizer = byte_pairs(pad_token=None)
-    batch = Encoder(tokenizer, 64).batch([ASKED, Example("a", "b", "any")])
+    batch = Encoder(tokenizer, 64).batch([QUESTION, Example("a", "b", "any")])
     assert batch["input_ids"][1, -1] == tokenizer.eos_token_id and batch["attention_mask"][1, -1] == 0
     assert (batch["labels"][1] == tokenizer.eos_token_id).sum() == 1
 
@@ -105,11 +109,11 @@ def test_a_long_prompt_loses_its_middle():
 def test_room_for_the_answer_is_what_the_longest_choice_needs():
     prompt, choices = "word " * 200, ("yes", "perhaps not")
     longest = max(len(ids) for ids in PLAIN(list(choices))["input_ids"])
-    asked = Encoder(PLAIN, 64).prompts([Example(prompt, "yes", "any", choices=choices)])
-    assert asked["input_ids"].shape[1] == 64 - longest - 1
+    encoded = Encoder(PLAIN, 64).prompts([Example(prompt, "yes", "any", choices=choices)])
+    assert encoded["input_ids"].shape[1] == 64 - longest - 1
 
 
-def test_a_free_answer_has_a_quarter_of_the_tokens_for_itself_or_as_many_as_told():
+def test_a_free_answer_has_a_quarter_of_the_tokens_for_itself_or_response_tokens():
     free = Example("word " * 200, "yes", "any")
     assert Encoder(PLAIN, 64).prompts([free])["input_ids"].shape[1] == 48
     assert Encoder(PLAIN, 64, response_tokens=40).prompts([free])["input_ids"].shape[1] == 24
@@ -128,23 +132,23 @@ def test_plain_text_starts_from_an_end_token_and_fills_the_rest():
 
 
 def test_a_start_token_is_put_before_the_prompt_once():
-    ids = Encoder(STARTS, 64).batch([ASKED])["input_ids"][0].tolist()
+    ids = Encoder(STARTS, 64).batch([QUESTION])["input_ids"][0].tolist()
     assert ids[0] == STARTS.bos_token_id and ids.count(STARTS.bos_token_id) == 1
 
 
 def test_a_decoder_never_sees_an_end_token_between_prompt_and_response():
-    ids = Encoder(ENDS, 64).batch([ASKED])["input_ids"][0].tolist()
+    ids = Encoder(ENDS, 64).batch([QUESTION])["input_ids"][0].tolist()
     assert ids.count(ENDS.eos_token_id) == 1 and ids[-1] == ENDS.eos_token_id
 
 
 def test_an_encoder_decoder_reads_the_prompt_and_learns_the_response():
     encoder = Encoder(ENDS, 64, encoder_decoder=True)
-    batch = encoder.batch([ASKED, Example("a", "b", "any")])
-    assert kept(batch["input_ids"][0], batch["attention_mask"][0]) == ENDS(ASKED.prompt)["input_ids"]
-    assert batch["labels"][0].tolist() == ENDS(ASKED.response)["input_ids"]
+    batch = encoder.batch([QUESTION, Example("a", "b", "any")])
+    assert unmasked(batch["input_ids"][0], batch["attention_mask"][0]) == ENDS(QUESTION.prompt)["input_ids"]
+    assert batch["labels"][0].tolist() == ENDS(QUESTION.response)["input_ids"]
     assert batch["labels"][1, 2:].unique().tolist() == [IGNORED]
-    asked = encoder.prompts([ASKED])
-    assert asked["input_ids"][0].tolist() == ENDS(ASKED.prompt)["input_ids"]
+    encoded = encoder.prompts([QUESTION])
+    assert encoded["input_ids"][0].tolist() == ENDS(QUESTION.prompt)["input_ids"]
 
 
 def test_prompt_and_response_of_an_encoder_decoder_have_all_tokens_each():
@@ -165,18 +169,18 @@ def test_decoding_stops_at_the_first_end_token():
 
 def test_decoding_what_was_encoded_gives_the_response():
     encoder = Encoder(PLAIN, 64)
-    labels = encoder.batch([ASKED])["labels"][0]
+    labels = encoder.batch([QUESTION])["labels"][0]
     assert encoder.decode(labels[labels != IGNORED][None]) == ["Business"]
 
 
-def test_remembered_prompts_change_nothing(monkeypatch):
-    monkeypatch.setattr(encode, "REMEMBERED", 3)
+def test_cached_prompts_change_nothing(monkeypatch):
+    monkeypatch.setattr(encode, "CACHED_PROMPTS", 3)
     examples = [Example(f"ask {number}", "yes", "any", choices=("yes", "no")[: number % 3]) for number in range(6)]
-    encoder, seen = Encoder(PLAIN, 16), 0
+    encoder, equal = Encoder(PLAIN, 16), 0
     for start in (0, 1, 0, 4, 2):
         batch, fresh = (one.batch(examples[start : start + 2]) for one in (encoder, Encoder(PLAIN, 16)))
-        seen += all(torch.equal(batch[name], fresh[name]) for name in fresh)
-    assert seen == 5
+        equal += all(torch.equal(batch[name], fresh[name]) for name in fresh)
+    assert equal == 5
 
 
 def test_a_tokenizer_without_an_end_token_is_refused():
@@ -189,3 +193,25 @@ def test_a_batch_of_nothing_and_too_few_tokens_are_refused():
         Encoder(PLAIN, 64).batch([])
     with pytest.raises(BadValue, match="at least 4 tokens"):
         Encoder(PLAIN, 3)
+
+
+def test_choices_longer_than_all_tokens_leave_the_prompt_a_quarter():
+    example = Example("word " * 200, "yes", "any", choices=("yes", "no " * 100))
+    assert Encoder(PLAIN, 64).prompts([example])["input_ids"].shape[1] == 16
+
+
+def test_a_response_may_reserve_all_but_two_tokens():
+    free = Example("word " * 200, "yes", "any")
+    assert Encoder(PLAIN, 7, response_tokens=99).prompts([free])["input_ids"].shape[1] == 2
+
+
+def test_of_an_odd_number_of_tokens_the_end_of_a_prompt_has_one_more():
+    assert without_middle([1, 2, 3, 4, 5, 6], 5) == [1, 2, 4, 5, 6]
+    assert without_middle([1, 2, 3], 3) == [1, 2, 3]
+    assert without_middle([1, 2, 3], 1) == [3]
+
+
+def test_the_end_token_with_which_an_encoder_decoder_starts_does_not_end_its_answer():
+    ids, end = PLAIN(" Business")["input_ids"], PLAIN.eos_token_id
+    assert Encoder(PLAIN, 64, encoder_decoder=True).decode(torch.tensor([[end, *ids, end, *ids]])) == ["Business"]
+    assert Encoder(PLAIN, 64, encoder_decoder=True).decode(torch.tensor([[end, *ids, *ids]])) == ["Business Business"]

@@ -54,17 +54,17 @@ def test_quantity_gives_every_index_once_and_nobody_less_than_the_minimum(number
     assert min(map(len, parts)) >= 3
 
 
-@given(clients=st.integers(1, 20), kinds=st.integers(1, 10), held=st.integers(1, 10), seed=seeds)
+@given(clients=st.integers(1, 20), kinds=st.integers(1, 10), labels_per_client=st.integers(1, 10), seed=seeds)
 @settings(max_examples=50, deadline=None)
-def test_pathological_gives_each_client_its_number_of_labels_and_no_index_twice(clients, kinds, held, seed):
+def test_pathological_gives_each_client_its_number_of_labels_and_no_index_twice(clients, kinds, labels_per_client, seed):
     labels = labels_of(1100, kinds)
-    held = min(held, kinds)
-    parts = partition.pathological(labels, clients, held, seed)
-    given_away = [index for part in parts for index in part]
-    assert len(parts) == clients and len(given_away) == len(set(given_away))
-    assert {len({labels[index] for index in part}) for part in parts} == {held}
-    holders = Counter(label for part in parts for label in {labels[index] for index in part})
-    assert max(holders.values()) - min(holders[label] for label in range(kinds)) <= 1
+    labels_per_client = min(labels_per_client, kinds)
+    parts = partition.pathological(labels, clients, labels_per_client, seed)
+    used = [index for part in parts for index in part]
+    assert len(parts) == clients and len(used) == len(set(used))
+    assert {len({labels[index] for index in part}) for part in parts} == {labels_per_client}
+    clients_of = Counter(label for part in parts for label in {labels[index] for index in part})
+    assert max(clients_of.values()) - min(clients_of[label] for label in range(kinds)) <= 1
 
 
 TEXTS = [f"word{index % 9} and{index % 7}" for index in range(400)]
@@ -86,7 +86,7 @@ def test_a_seed_gives_the_same_parts_again_and_another_seed_others(name):
     assert MAKERS[name]("0/a") != MAKERS[name]("1/a")
 
 
-def test_draws_are_as_many_as_asked_for_with_replacement_and_labels_count_alike_however_rare():
+def test_each_client_draws_its_number_with_replacement_and_labels_count_alike_however_rare():
     labels = ["often"] * 900 + ["rare"] * 100
     even = partition.dirichlet_draws(labels, 5, 1e6, 2000, "0")
     assert {len(part) for part in even} == {2000}
@@ -94,7 +94,7 @@ def test_draws_are_as_many_as_asked_for_with_replacement_and_labels_count_alike_
     assert all(len(set(part)) < 1000 and max(part) < 1000 and part == sorted(part) for part in even)
     lopsided = partition.dirichlet_draws(labels, 40, 0.05, 100, "0")
     assert sum(max(Counter(labels[index] for index in part).values()) > 95 for part in lopsided) > 25
-    with pytest.raises(BadData, match="each client would draw 3 examples, but needs 4; raise draws"):
+    with pytest.raises(BadData, match="each client would draw 3 examples, but needs 4; set draws to at least 4"):
         partition.dirichlet_draws(labels, 2, 0.5, 3, "0", minimum=4)
 
 
@@ -127,7 +127,7 @@ def test_each_client_has_one_task_and_tasks_share_clients_evenly():
     assert [{tasks[index] for index in part} for part in parts] == [{"sort"}] * 3 + [{"add"}] * 2 + [{"count"}] * 2
 
 
-def test_clients_of_each_task_can_be_told():
+def test_the_number_of_clients_of_each_task_can_be_set():
     tasks = ["sort"] * 90 + ["add"] * 10
     parts = partition.by_task(tasks, 3, "0", {"add": 2, "sort": 1})
     assert [len(part) for part in parts] == [90, 5, 5]
@@ -138,7 +138,7 @@ def test_clients_of_each_task_can_be_told():
 
 
 def test_more_clients_than_data_is_refused_with_the_numbers():
-    with pytest.raises(BadData, match="50 clients of at least 2 examples need 100, but there are 60; ask for at most 30"):
+    with pytest.raises(BadData, match="50 clients of at least 2 examples need 100, but there are 60; use at most 30 clients"):
         partition.iid(60, 50, "0", minimum=2)
     with pytest.raises(BadData, match="task add: 4 clients of at least 1 examples need 4, but there are 3"):
         partition.by_task(["sort"] * 90 + ["add"] * 3, 8, "0")
@@ -146,17 +146,19 @@ def test_more_clients_than_data_is_refused_with_the_numbers():
         partition.by_task(["sort", "add", "count"], 2, "0")
     with pytest.raises(BadData, match="a client would get 1 of 6 examples"):
         partition.pathological([0, 0, 0, 1, 1, 1], 6, 1, "0", minimum=2)
-    with pytest.raises(BadData, match="hold 3 labels, but there are 2"):
+    with pytest.raises(
+        BadData, match="labels_per_client = 3, but the examples have 2 labels; set labels_per_client to at most 2"
+    ):
         partition.pathological([0, 1], 1, 3, "0")
 
 
 def test_texts_about_one_thing_fall_into_one_cluster():
     texts = [f"{words} {extra}" for extra in range(20) for words in WORDS.values()]
     clusters = Clusters(texts, 3, "0")
-    found = clusters.of(texts)
-    assert len(set(found)) == 3
-    assert all(len(set(found[kind::3])) == 1 for kind in range(3))
-    assert clusters.of(["the player of this team"]) == [found[0]]
+    numbers = clusters.of(texts)
+    assert len(set(numbers)) == 3
+    assert all(len(set(numbers[kind::3])) == 1 for kind in range(3))
+    assert clusters.of(["the player of this team"]) == [numbers[0]]
     assert clusters.of([]) == []
 
 
@@ -184,7 +186,7 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path):
     with pytest.raises(BadData, match="do not match its hash"):
         Partition.load(path)
     path.write_text("{")
-    with pytest.raises(BadData, match="not a partition manifest"):
+    with pytest.raises(BadData, match="is no partition manifest"):
         Partition.load(path)
 
 
@@ -203,7 +205,7 @@ def test_anything_with_load_partition_is_a_partition():
     assert made.indices == ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 
 
-def test_objects_that_hand_out_nothing_are_refused():
+def test_objects_without_rows_are_refused():
     with pytest.raises(BadValue, match="list has no load_partition"):
         from_object([], clients=2)
     empty = type("Empty", (), {"load_partition": lambda self, partition_id: []})()

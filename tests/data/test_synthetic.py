@@ -11,10 +11,10 @@ from fedexperts.data.synthetic import (
     ROOMS,
     SEPARATOR,
     SYNTHETIC,
-    draw,
+    draw_example,
     examples,
-    side,
-    text,
+    sentences,
+    split_of,
 )
 from fedexperts.errors import BadData, BadValue
 
@@ -24,7 +24,7 @@ def body(prompt: str) -> str:
 
 
 def label(x: str, words: dict[str, tuple[str, ...]]) -> str:
-    (kind,) = (kind for kind, named in words.items() if set(named) & set(x.split()))
+    (kind,) = (kind for kind, names in words.items() if set(names) & set(x.split()))
     return kind
 
 
@@ -78,8 +78,8 @@ def test_the_same_seed_gives_the_same_examples_and_another_gives_others():
 
 
 def test_about_one_prompt_in_five_is_a_test_prompt():
-    sides = [side(draw("reverse", Random(seed)).prompt) for seed in range(1000)]
-    assert 150 < sides.count("test") < 250
+    splits = [split_of(draw_example("reverse", Random(seed)).prompt) for seed in range(1000)]
+    assert 150 < splits.count("test") < 250
 
 
 @pytest.mark.parametrize("task", LABELS)
@@ -93,8 +93,10 @@ def test_a_new_task_is_a_classification_with_five_labels():
     assert len(LABELS["room"]) == 5 and "room" in NEW_TASKS
 
 
-def test_asking_for_more_prompts_than_there_are_says_how_many_there_are():
-    with pytest.raises(BadData, match=r"10001 different prompts of 'add' .* only [0-9]+ were found"):
+def test_too_few_different_prompts_are_refused_with_their_number():
+    with pytest.raises(
+        BadData, match=r"'add' cannot give 10001 different prompts, only [0-9]+ were drawn; set a limit of at most [0-9]+$"
+    ):
         examples("add", 10_001, 0)
 
 
@@ -104,7 +106,7 @@ def test_an_unknown_task_is_an_error_that_names_the_nearest():
 
 
 def test_text_has_no_prompt_and_is_judged_by_perplexity():
-    made = text(5, 0)
-    assert made == text(5, 0) and made != text(5, 1)
+    made = sentences(5, 0)
+    assert made == sentences(5, 0) and made != sentences(5, 1)
     assert [(example.prompt, example.metric) for example in made] == [("", "perplexity")] * 5
     assert all(example.response.endswith(".") for example in made)

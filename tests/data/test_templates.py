@@ -47,7 +47,7 @@ def test_instructions_take_the_form_of_alpaca_with_input_or_without():
 
 
 @pytest.mark.parametrize(("kind", "metric"), [("short_answer", "token_f1"), ("summary", "rouge2"), ("exact", "exact_match")])
-def test_kinds_are_judged_by_their_own_metric_unless_told(kind, metric):
+def test_kinds_are_judged_by_their_own_metric_unless_another_is_set(kind, metric):
     row = {"instruction": "Do it.", "input": "text", "output": "answer"}
     assert TEMPLATES[kind](row, Hints("any")) == Example("Do it.\ntext\nAnswer:\n", "answer", "any", metric)
     assert TEMPLATES[kind](row, Hints("any", metric="rouge1")).metric == "rouge1"
@@ -79,12 +79,12 @@ def test_named_fields_may_be_whole_sentences():
         ({"text": "a"}, "plain_text"),
     ],
 )
-def test_rows_are_recognised_by_their_fields(row, kind):
+def test_rows_are_recognized_by_their_fields(row, kind):
     assert kind_of(row) == kind
 
 
 def test_unknown_fields_are_refused_with_what_can_be_done():
-    with pytest.raises(BadData, match=r"its fields are a, q, but we know only .*name them"):
+    with pytest.raises(BadData, match=r"its fields are a, q, but known are only .*name them"):
         kind_of({"q": 1, "a": 2})
 
 
@@ -104,7 +104,10 @@ def test_names_of_classes_are_readable_and_in_the_order_of_their_ids():
 
 def test_a_sum_is_right_when_its_last_number_is():
     example = templates.exact({"instruction": "How many?", "input": "", "output": "Half of 48 is 24.\n#### 24"}, Hints("gsm8k"))
-    assert [judge(said, example)[0]["exact_match"] for said in ("48 / 2\n#### 24", "Half of 48 is 24.\n#### 23")] == [1.0, 0.0]
+    assert [judge(answer, example)[0]["exact_match"] for answer in ("48 / 2\n#### 24", "Half of 48 is 24.\n#### 23")] == [
+        1.0,
+        0.0,
+    ]
 
 
 ASK = {"instruction": "Mood?", "output": "glad"}

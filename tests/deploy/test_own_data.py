@@ -12,7 +12,7 @@ from fakegrid import FakeGrid, identity  # noqa: F401  # the second is a fixture
 from safetensors.torch import load_file
 
 from fedexperts.config import RunConfig
-from fedexperts.data.clients import Counts
+from fedexperts.data.own import Counts
 from fedexperts.deploy import server
 from fedexperts.deploy.client import ClientWorker
 from fedexperts.engines.client_store import ClientStateStore

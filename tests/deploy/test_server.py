@@ -23,7 +23,7 @@ def test_keys_prints_what_it_wrote_and_the_second_time_that_nothing_was_missing(
     assert code == 0
     written = {line.removeprefix("written: ") for line in out.splitlines()}
     assert written == {str(path) for path in (tmp_path / "keys").rglob("*") if path.is_file()}
-    assert fedexperts(*options)[:2] == (0, "all keys are there already\n")
+    assert fedexperts(*options)[:2] == (0, "all keys exist already\n")
 
 
 def test_keys_or_no_security_must_be_given(fedexperts, run_file, tmp_path):

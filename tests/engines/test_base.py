@@ -110,9 +110,9 @@ def test_what_does_not_fit_is_a_failure_that_names_the_tensor(answer, said):
         ({"p": torch.tensor([0.5, 1.5])}, "its update has numbers in the extra tensor p beyond 0 to 1"),
         ({"p": torch.tensor([0.5, torch.inf])}, "its update has NaN or infinity in the extra tensor p"),
         ({**P, "rank": torch.tensor(0)}, "its update has numbers in the extra tensor rank beyond 1 to 1e+06"),
-        ({**P, "q": torch.ones(1)}, "its update has an extra tensor q, which is not declared by its method"),
-        ({**P, "control/e": torch.ones(2, 3)}, "its update has an extra tensor control/e, which is not declared by its method"),
-        ({**P, "grafted/x": torch.ones(1)}, "its update has an extra tensor grafted/x, which is a personal expert's"),
+        ({**P, "q": torch.ones(1)}, "its update has an extra tensor q, which its method does not declare"),
+        ({**P, "control/e": torch.ones(2, 3)}, "its update has an extra tensor control/e, which its method does not declare"),
+        ({**P, "grafted/x": torch.ones(1)}, "its update has an extra tensor grafted/x, which its method does not declare"),
     ],
 )
 def test_extra_tensors_are_those_that_the_method_declares(extra, said):

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedexperts.config import RunConfig
 from fedexperts.core import evaluation
-from fedexperts.data.clients import key
+from fedexperts.data.pool import duplicate_key
 from fedexperts.errors import BadRun
 from fedexperts.experiment.client_task import apply_update, bits
 from fedexperts.experiment.runner import run
@@ -89,7 +90,7 @@ def test_drift_is_told_of_each_layer_and_is_not_nothing_after_training(measured)
 
 def test_a_method_that_trains_nothing_retains_what_the_base_knows_and_does_not_drift(tiny_tree, quiz, tmp_path):
     asked = config(tiny_tree, rounds=1, retained=[quiz], drift=True)
-    still = asked.model_copy(update={"training": asked.training.model_copy(update={"lr": 1e-12, "optimizer": "sgd"})})
+    still = asked.model_copy(update={"training": replace(asked.training, lr=1e-12, optimizer="sgd")})
     base, *clients = [row for row in lines(run(still, tmp_path / "out")) if "retained" in row]
     assert len(clients) == 4
     for row in clients:
@@ -128,9 +129,9 @@ def test_nobody_trains_on_a_retained_example(tiny_tree, tmp_path):
     for side, some in (("train", rows[4:]), ("test", rows[:4])):
         (tmp_path / f"held.{side}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in some))
     with_held = prepare_run(config(tiny_tree, retained=[str(tmp_path / "held.train.jsonl")]))
-    held = {key(example) for example in with_held.retained.examples}
-    trained = {key(example) for name in with_held.clients for example in with_held.clients[name].train}
-    assert len(held) == 4 and held == {key(example) for example in pool.train[:4]}
+    held = {duplicate_key(example) for example in with_held.retained.examples}
+    trained = {duplicate_key(example) for name in with_held.clients for example in with_held.clients[name].train}
+    assert len(held) == 4 and held == {duplicate_key(example) for example in pool.train[:4]}
     assert not held & trained and len(with_held.clients.pool.train) == len(pool.train) - 4
 
 
@@ -142,11 +143,11 @@ def test_a_run_killed_before_its_last_checkpoint_writes_nothing_twice(tiny_tree,
 
     original = checkpoint.save
 
-    def save(out, server, answered):
+    def save(out, server):
         if server.round == 3 and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             raise Killed
-        original(out, server, answered)
+        original(out, server)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(Killed):
@@ -233,7 +234,7 @@ def test_a_run_goes_on_with_the_public_text_it_began_with(tiny_tree, tmp_path):
     asked = checked(RunConfig, {**tiny_tree, "method": method, "training": training, "federation": {"rounds": 1}})
     out = run(asked, tmp_path / "out")
     text.write_text("another text")
-    with pytest.raises(BadRun, match="began with other files: the public text changed"):
+    with pytest.raises(BadRun, match="began with other files: a file that the method names changed"):
         run(asked, out, resume=True)
     told = json.loads((out / "versions.json").read_text())
     before = {name: each for name, each in told.items() if name not in ("text_hash", "config_hash")}

@@ -86,7 +86,7 @@ def test_personal_experts_are_what_a_client_needs_beside_what_it_is_sent(tiny_tr
     assert (planned["full_bytes"], planned["personal_bytes"]) == (shared, own)
     assert [client["first_fits"] for client in planned["clients"]] == [True, False, False, True]
     assert [client["full_fits"] for client in planned["clients"]] == [True, False, False, True]
-    assert "beside it, personal experts (estimated)" in printed(planned)
+    assert "more for personal experts (estimated)" in printed(planned)
 
     three = prepared_with({**flex, "method": {"name": "flex", "num_grafted": 3}}).personal_bytes
     assert three > 2 * own

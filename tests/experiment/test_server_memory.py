@@ -34,7 +34,7 @@ class Elsewhere:
                 yield Update(job.client, job.round, job.task, patch, 26)
                 del patch
             else:
-                yield Update(job.client, job.round, job.task, Patch({}), 26, metrics={"scores": {}})
+                yield Update(job.client, job.round, job.task, Patch({}), 26)
 
 
 def tensor_bytes():

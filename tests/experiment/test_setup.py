@@ -76,7 +76,7 @@ def test_training_with_short_answers_takes_no_more_than_is_planned_and_not_much_
 
     measured = fit(prepare(model, tuning, seed="0"), context, seed="0", steps=3).cost.peak_bytes
     planned, everywhere = (
-        footprint(model, tuning, (4, tokens), target_places=each).of(anatomy(model).all_experts) for each in (most, None)
+        footprint(model, tuning, (4, tokens), target_positions=each).of(anatomy(model).all_experts) for each in (most, None)
     )
     assert most == 8
     assert measured <= planned <= 1.5 * measured
@@ -89,7 +89,7 @@ def test_a_run_plans_with_the_longest_response_of_its_data_and_looks_for_it_once
     config, parts = checked(RunConfig, {**tiny_tree, "data": data}), Parts()
     server = prepare_run(config, parts=parts).server
     model = parts.base(config.model).model
-    assert server.footprint == footprint(model, Tuning(), (2, 24), target_places=2 * (1 + 1))
+    assert server.footprint == footprint(model, Tuning(), (2, 24), target_positions=2 * (1 + 1))
     assert server.footprint.activation_bytes < footprint(model, Tuning(), (2, 24)).activation_bytes
     assert prepare_run(config.model_copy(update={"seed": 7}), parts=parts).server.footprint is server.footprint
     assert list(parts.responses.values()) == [2]

@@ -105,7 +105,8 @@ def test_references_are_told_from_methods_that_federate():
     assert {name for name, method in METHODS.items() if method().declare().reference} == {"local", "centralized"}
 
 
-def test_former_names_of_settings_and_methods_name_the_same_variant(config):
+def test_former_names_of_settings_and_methods_name_the_same_variant(tiny_tree):
+    config = checked(RunConfig, tiny_tree)
     (old,) = read_variants("centralised:training.clip=0")
     assert old.method == "centralized"
     assert old.of(config).training.max_grad_norm == 0

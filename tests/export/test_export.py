@@ -25,7 +25,7 @@ from fedexperts.experiment.client_task import ClientTask
 from fedexperts.export import card, export, load, modeling_fedexperts, write_changed
 from fedexperts.export.generate import asking, encoded, generate
 from fedexperts.export.models import Exported
-from fedexperts.io.files import even_start, locked, whole_folder
+from fedexperts.io.files import align_tensors, atomic_folder, locked
 from fedexperts.methods import METHODS
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.models.load import Base
@@ -490,11 +490,11 @@ def test_a_folder_is_written_whole_or_not_at_all_and_never_over_another(ended, t
     run = ended("olmoe", "full").folder
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    refused(BadValue, "is there already and holds something", run, tmp_path / "full")
+    refused(BadValue, "exists and is not empty", run, tmp_path / "full")
     (tmp_path / "empty").mkdir()
     export(run, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").exists()
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "never") as made:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "never") as made:
         (made / "half").write_text("half")
         raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
@@ -509,7 +509,7 @@ def test_weights_lie_at_even_places_in_memory_wherever_a_file_has_them(bases, tm
     for blanks in (0, 8, 24, 56):
         save_file(tensors, file, metadata={"format": "pt", "note": "x" * blanks})
         assert {parameter.data_ptr() % 64 for parameter in load_base(str(folder)).model.parameters()} == {0}
-        even_start(file)
+        align_tensors(file)
         assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 64 == 0
         again = load_file(file)
         assert again.keys() == tensors.keys() and all(torch.equal(again[name], each) for name, each in tensors.items())
@@ -535,7 +535,7 @@ def test_the_commands_write_a_folder_and_ask_it(ended, tmp_path, fedexperts):
     code, out, _ = fedexperts("export", run, "--client", "c01", "--to", tmp_path / "c01")
     assert (code, out.strip()) == (
         0,
-        f"written: {tmp_path / 'c01'} (transformers reads it, with trust_remote_code=True; its README.md says how)",
+        f"written: {tmp_path / 'c01'} (for transformers, with trust_remote_code=True; its README.md shows how to load it)",
     )
     code, out, _ = fedexperts("generate", tmp_path / "c01", "abc", "--tokens", "3")
     assert (code, out) == (0, generate(tmp_path / "c01", "abc", tokens=3) + "\n")

@@ -62,9 +62,8 @@ def test_a_run_is_training_on_the_pooled_examples_scored_on_each_clients_own(tin
     whole = prepared.server.anatomy.all_experts
     job = Job("c01-c04", 1, "train", "0/1/train/c01-c04", whole, patch_for(prepared.server, Assignment(whole)))
     runtime = engine_for(prepared, tmp_path).runtime
-    context = ClientContext(
-        runtime.clients["c01-c04"], runtime.model, prepared.clients.together()["c01-c04"], runtime.encoder, runtime.training, {}
-    )
+    data = prepared.clients.as_one_client()["c01-c04"]
+    context = ClientContext(runtime.clients["c01-c04"], runtime.model, data, runtime.encoder, runtime.training, {})
     assert context.training.local_steps == 4
     assert equal(weights(out), Method().train(job, context).patch.tensors)
 

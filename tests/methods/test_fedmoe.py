@@ -438,8 +438,8 @@ def test_a_run_that_trains_lora_measures_only_where_its_own_adapters_fit():
     training = Training(train="lora", rank=64, batch_size=2)
     model = tiny_model("olmoe")
     cost = tiny_server(model, [], training).footprint
-    assert cost.adapting(rank=8) == cost.of(tiny_server(model, [], training).anatomy.all_experts)
-    small = Client("small", 8, memory_bytes=cost.adapting(8) - 1)
+    assert cost.lora_training_bytes(rank=8) == cost.of(tiny_server(model, [], training).anatomy.all_experts)
+    small = Client("small", 8, memory_bytes=cost.lora_training_bytes(8) - 1)
     server = replace(tiny_server(model, [small, Client("large", 8)], training), task="profile")
     assert [FedMoE().assign(server, client) is None for client in server.clients.values()] == [True, False]
 
@@ -447,4 +447,4 @@ def test_a_run_that_trains_lora_measures_only_where_its_own_adapters_fit():
 def test_sgd_needs_less_to_measure_than_adamw():
     model = tiny_model("olmoe")
     adamw, sgd = (tiny_server(model, [], Training(optimizer=kind)).footprint for kind in ("adamw", "sgd"))
-    assert adamw.adapting(8) - sgd.adapting(8) == 2 * 4 * 8 * adamw.sides
+    assert adamw.lora_training_bytes(8) - sgd.lora_training_bytes(8) == 2 * 4 * 8 * adamw.sides

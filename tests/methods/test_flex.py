@@ -7,7 +7,7 @@ import torch
 
 from fedexperts.errors import BadData, BadValue
 from fedexperts.federation import jobs_for
-from fedexperts.methods.flex import FLEx, pieces
+from fedexperts.methods.flex import FLEx, as_state, grafted_ids, pieces
 from fedexperts.moe import graft
 from fedexperts.moe.reconstruction import by_reconstruction, most_used
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
@@ -62,13 +62,13 @@ def test_what_is_evaluated_has_the_clients_own_experts():
 def test_experts_are_selected_once_and_stay():
     first = {name: context.client_state for name, context in one_round(FLEx(select="random"))[0].items()}
     later = {name: context.client_state for name, context in one_round(FLEx(select="random"), rounds=3)[0].items()}
-    assert all(graft.chosen(first[name]) == graft.chosen(later[name]) for name in first)
-    assert graft.chosen(first["a"]) != graft.chosen(first["b"])
+    assert all(grafted_ids(first[name]) == grafted_ids(later[name]) for name in first)
+    assert grafted_ids(first["a"]) != grafted_ids(first["b"])
 
 
 def test_each_selection_selects_what_it_says(tmp_path):
     def chosen(method):
-        return {name: graft.chosen(context.client_state) for name, context in one_round(method)[0].items()}
+        return {name: grafted_ids(context.client_state) for name, context in one_round(method)[0].items()}
 
     context = tiny_context(tiny_model("olmoe"), CLIENTS[0], TRAINING)
     batches = [context.encoder.batch(context.data.train[start : start + 4]) for start in (0, 4)]
@@ -178,3 +178,8 @@ def test_pieces_are_spread_over_the_text():
     assert [piece.response[0] for piece in pieces(text, 5)] == ["0", "2", "4", "6", "8"]
     assert [piece.response[0] for piece in pieces(text, 6)] == ["0", "1", "3", "5", "6", "8"]
     assert len(pieces(text, 100)) == 10
+
+
+def test_ids_are_kept_as_tensors_and_found_among_others():
+    ids = {"model.layers.0.mlp": (3, 1), "model.layers.1.mlp": (0, 2)}
+    assert grafted_ids({"model.layers.0.mlp.grafted.own_gate.weight": torch.zeros(1), **as_state(ids)}) == ids

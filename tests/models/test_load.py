@@ -11,7 +11,7 @@ from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
 from fedexperts.errors import BadValue, NoExperts
 from fedexperts.models import summary
-from fedexperts.models.load import OURS, load
+from fedexperts.models.load import BUNDLED, align_parameters, load, load_or_explain
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.testing import tiny_model
@@ -36,11 +36,11 @@ def test_the_shipped_base_is_a_small_moe_in_fp32_and_eval_mode():
 def test_the_shipped_base_knows_its_tasks_and_has_new_ones_to_learn():
     base = load("tiny")
     encoder = Encoder(base.tokenizer, 128)
-    asked = [example for task in (*BASE_TASKS, *NEW_TASKS) for example in examples(task, 20, "shipped", "test")]
-    found = evaluation.score(base.model, asked, encoder, generate_tokens=16, batch_size=60).by_task()
-    assert len(found) == len(BASE_TASKS) + len(NEW_TASKS)
-    assert mean(found[task]["verbatim"] for task in BASE_TASKS) > 0.85
-    assert mean(found[task]["verbatim"] for task in NEW_TASKS) < 0.35
+    prompts = [example for task in (*BASE_TASKS, *NEW_TASKS) for example in examples(task, 20, "shipped", "test")]
+    scores = evaluation.score(base.model, prompts, encoder, generate_tokens=16, batch_size=60).by_task()
+    assert len(scores) == len(BASE_TASKS) + len(NEW_TASKS)
+    assert mean(scores[task]["verbatim"] for task in BASE_TASKS) > 0.85
+    assert mean(scores[task]["verbatim"] for task in NEW_TASKS) < 0.35
 
 
 def mean(values):
@@ -48,9 +48,9 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def test_the_base_of_the_reported_runs_lies_in_the_checkout_and_how_to_get_it_is_told_where_it_does_not(tmp_path, monkeypatch):
-    assert OURS["small"] == Path(__file__).parents[2] / "assets" / "small"
-    monkeypatch.setitem(OURS, "small", tmp_path / "small")
+def test_the_base_of_the_reported_runs_is_in_the_checkout_and_its_error_says_how_to_make_it(tmp_path, monkeypatch):
+    assert BUNDLED["small"] == Path(__file__).parents[2] / "assets" / "small"
+    monkeypatch.setitem(BUNDLED, "small", tmp_path / "small")
     for read in (load, summary.read_config):
         with pytest.raises(BadValue, match=r"fedexperts pretrain runs/pretrain-small\.toml") as raised:
             read("small")
@@ -101,20 +101,20 @@ def test_a_model_without_experts_is_refused_for_that_whatever_else_it_lacks(tmp_
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
-def test_a_model_with_experts_but_no_tokenizer_is_told_so(tmp_path, family):
+def test_a_model_with_experts_but_no_tokenizer_is_refused(tmp_path, family):
     tiny_model(family).save_pretrained(tmp_path)
     with pytest.raises(BadValue, match="tokenizer"):
         load(str(tmp_path))
 
 
-def test_a_missing_folder_is_told_by_its_name():
+def test_a_missing_folder_is_named():
     with pytest.raises(BadValue, match=r"'\./nowhere' is a folder that does not exist"):
         load("./nowhere")
     with pytest.raises(BadValue, match=r"'\./small' is a folder that does not exist.*; did you mean small\?$"):
         load("./small")
 
 
-def test_a_folder_without_a_model_is_told_by_its_name(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(BadValue, match="cannot be loaded"):
         load(str(tmp_path))
 
@@ -127,16 +127,38 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("read", [load, summary.read_config])
-@pytest.mark.parametrize(("given", "meant"), [("smal", "small"), ("tinny", "tiny")])
-def test_a_misspelt_base_of_ours_is_told_with_the_one_meant(monkeypatch, read, given, meant):
+@pytest.mark.parametrize(("name", "nearest"), [("smal", "small"), ("tinny", "tiny")])
+def test_a_misspelled_bundled_base_is_refused_with_the_nearest_one(monkeypatch, read, name, nearest):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(BadValue, match=rf"'{given}' .*give tiny, small, .*; did you mean {meant}\?$") as raised:
-        read(given)
+    with pytest.raises(BadValue, match=rf"'{name}' .*give tiny, small, .*; did you mean {nearest}\?$") as raised:
+        read(name)
     assert "\n" not in str(raised.value)
 
 
 def test_a_model_with_code_of_its_own_runs_only_on_trust(tmp_path):
     own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
-    with pytest.raises(BadValue, match=r"set model\.trust_remote_code = true if you trust them"):
+    with pytest.raises(BadValue, match=r"set model\.trust_remote_code = true if you trust its authors"):
         load(str(tmp_path))
+
+
+def test_parameters_that_start_anywhere_are_moved_to_multiples_of_64_bytes_and_others_stay():
+    model = torch.nn.Linear(8, 8, bias=False)
+    memory = torch.arange(100.0)
+    shifted = next(start for start in range(17) if memory[start:].data_ptr() % 64 == 4)
+    values = memory[shifted : shifted + 64].view(8, 8)
+    model.weight = torch.nn.Parameter(values)
+    align_parameters(model)
+    assert model.weight.data_ptr() % 64 == 0 and torch.equal(model.weight, values)
+    address = model.weight.data_ptr()
+    align_parameters(model)
+    assert model.weight.data_ptr() == address
+
+
+def test_error_sentences_about_a_model_stay_short(tmp_path, monkeypatch):
+    def fail():
+        raise OSError("reason " * 200)
+
+    with pytest.raises(BadValue) as refused:
+        load_or_explain("someone/model", fail)
+    assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from fedexperts.models.load import Base
-from fedexperts.models.measure import Bigram, bits_per_byte, held_out, held_out_bits, held_out_texts, loads, routing, token_bytes
+from fedexperts.models.measure import (
+    Bigram,
+    bits_per_byte,
+    held_out_bits,
+    held_out_file,
+    held_out_texts,
+    loads,
+    routing,
+    token_bytes,
+)
 from fedexperts.models.settings import PretrainSettings, Stream, Texts
 from fedexperts.models.stream import Windows
 from fedexperts.models.tokenizer import learn_tokenizer, make_tokenizer
@@ -16,20 +25,20 @@ MIXED = "Reverse: naïve ☂\n\ttwo  spaces => the plain, the plain"
 
 
 def test_a_bigram_falls_back_on_tokens_as_witten_and_bell_say():
-    pair = Bigram(torch.tensor([0, 1, 0, 1, 1], dtype=torch.int16), vocabulary=3)  # 0→1 twice, 1→0 and 1→1 once
+    bigram = Bigram(torch.tensor([0, 1, 0, 1, 1], dtype=torch.int16), vocabulary=3)  # 0→1 twice, 1→0 and 1→1 once
     tokens = [3 / 8, 4 / 8, 1 / 8]  # counts 2, 3, 0, and one more of each
     windows = torch.tensor([[0, 1, 0, 2, 0]])
     expected = [(2 + 1 * tokens[1]) / (2 + 1), (1 + 2 * tokens[0]) / (2 + 2), (0 + 1 * tokens[2]) / (2 + 1), tokens[0]]
-    assert pair.nats(windows).exp().reciprocal()[0].tolist() == pytest.approx(expected)
-    assert pair.unigram_nats(windows).exp().reciprocal()[0].tolist() == pytest.approx(
+    assert bigram.nats(windows).exp().reciprocal()[0].tolist() == pytest.approx(expected)
+    assert bigram.unigram_nats(windows).exp().reciprocal()[0].tolist() == pytest.approx(
         [tokens[1], tokens[0], tokens[2], tokens[0]]
     )
 
 
 def test_the_probabilities_after_each_token_add_up_to_one():
-    pair = Bigram(torch.randint(0, 7, (50,), generator=torch.Generator().manual_seed(0)), vocabulary=9)
+    bigram = Bigram(torch.randint(0, 7, (50,), generator=torch.Generator().manual_seed(0)), vocabulary=9)
     windows = torch.cartesian_prod(torch.arange(9), torch.arange(9))
-    assert torch.allclose((-pair.nats(windows)).exp().view(9, 9).sum(1), torch.ones(9, dtype=torch.float64))
+    assert torch.allclose((-bigram.nats(windows)).exp().view(9, 9).sum(1), torch.ones(9, dtype=torch.float64))
 
 
 def uniform_base(tokenizer):
@@ -41,19 +50,19 @@ def uniform_base(tokenizer):
 
 def test_bits_per_byte_are_those_of_all_tokens_but_each_windows_first_over_the_bytes_they_stand_for():
     base = uniform_base(make_tokenizer(64))
-    pair = Bigram(torch.arange(len(base.tokenizer)), len(base.tokenizer))  # each token once
+    bigram = Bigram(torch.arange(len(base.tokenizer)), len(base.tokenizer))  # each token once
     # <s> a b c d e | f g h i j </s>: ten tokens have one before them, of which </s> stands for no byte
-    found = bits_per_byte(base, pair, ["abcdefghij"] * 20, window=6)
-    assert found["bytes"] == 20 * 9
-    assert found["model"] == pytest.approx(10 * math.log2(base.model.config.vocab_size) / 9, abs=1e-4)
-    assert found["unigram"] == pytest.approx(10 * math.log2(len(base.tokenizer)) / 9, abs=1e-4)
+    bits = bits_per_byte(base, bigram, ["abcdefghij"] * 20, window=6)
+    assert bits["bytes"] == 20 * 9
+    assert bits["model"] == pytest.approx(10 * math.log2(base.model.config.vocab_size) / 9, abs=1e-4)
+    assert bits["unigram"] == pytest.approx(10 * math.log2(len(base.tokenizer)) / 9, abs=1e-4)
 
 
 def test_a_text_shorter_than_a_window_is_measured_whole_and_the_rest_after_the_last_window_is_not():
     base = uniform_base(make_tokenizer(64))
-    pair = Bigram(torch.arange(len(base.tokenizer)), len(base.tokenizer))
-    assert bits_per_byte(base, pair, ["abc"], window=50)["bytes"] == 3
-    assert bits_per_byte(base, pair, ["abcdefghij"], window=7)["bytes"] == 6
+    bigram = Bigram(torch.arange(len(base.tokenizer)), len(base.tokenizer))
+    assert bits_per_byte(base, bigram, ["abc"], window=50)["bytes"] == 3
+    assert bits_per_byte(base, bigram, ["abcdefghij"], window=7)["bytes"] == 6
 
 
 @pytest.mark.parametrize("tokenizer", [make_tokenizer(64), learn_tokenizer(64, 30, [MIXED] * 3)], ids=["bytes", "pairs"])
@@ -63,12 +72,12 @@ def test_the_bytes_of_the_tokens_of_a_text_are_the_text_s(tokenizer):
     assert int(token_bytes(tokenizer)[ids].sum()) == len(MIXED.encode()) > len(MIXED)
 
 
-def test_held_out_texts_lie_beside_a_file_or_in_the_pack_and_are_taken_from_all_over_it(tmp_path, monkeypatch):
+def test_held_out_texts_are_beside_a_file_or_in_the_pack_and_are_spread_evenly_over_it(tmp_path, monkeypatch):
     rows = [{"text": f"line {number}", "source": "odd" if number == 4 else "even"} for number in range(9)]
     for name in ("tales.test.jsonl", "tales.train.jsonl", "alone.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    beside = held_out(str(tmp_path / "tales.train.jsonl"))
-    assert beside == tmp_path / "tales.test.jsonl" and held_out(str(tmp_path / "alone.jsonl")) is None
+    beside = held_out_file(str(tmp_path / "tales.train.jsonl"))
+    assert beside == tmp_path / "tales.test.jsonl" and held_out_file(str(tmp_path / "alone.jsonl")) is None
     texts = Texts(name="tales", without=("odd",))
     assert held_out_texts(beside, texts, 3) == ["line 0", "line 3", "line 7"]
     assert len(held_out_texts(beside, texts, 8)) == len(held_out_texts(beside, texts, 100)) == 8
@@ -77,31 +86,31 @@ def test_held_out_texts_lie_beside_a_file_or_in_the_pack_and_are_taken_from_all_
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "books2.test.jsonl.gz").touch()
     monkeypatch.setenv("FEDEXPERTS_DATA", str(tmp_path))
-    assert held_out("text/books2a") == held_out("text/books2b") == tmp_path / "text" / "books2.test.jsonl.gz"
-    assert held_out("text/stories") is None
+    assert held_out_file("text/books2a") == held_out_file("text/books2b") == tmp_path / "text" / "books2.test.jsonl.gz"
+    assert held_out_file("text/stories") is None
 
 
-def test_the_load_of_an_expert_is_told_in_parts_of_a_fair_share():
-    found = loads(Routing({"layer": torch.tensor([6, 1, 1, 0])}, {"layer": 4}))
-    assert found["each expert, of a fair share"] == {"layer": [3.0, 0.5, 0.5, 0.0]}
-    assert found["least used expert, of a fair share"] == {"layer": 0.0}
-    assert found["most used expert, of a fair share"] == {"layer": 3.0}
+def test_the_load_of_an_expert_is_a_part_of_a_fair_share():
+    measured = loads(Routing({"layer": torch.tensor([6, 1, 1, 0])}, {"layer": 4}))
+    assert measured["each expert, of a fair share"] == {"layer": [3.0, 0.5, 0.5, 0.0]}
+    assert measured["least used expert, of a fair share"] == {"layer": 0.0}
+    assert measured["most used expert, of a fair share"] == {"layer": 3.0}
 
 
 def test_the_load_is_that_of_batches_which_come_after_the_last_step(monkeypatch):
     stream = Stream(window=4, texts=({"name": "never read"},))
     settings = PretrainSettings(out="never", batch_size=6, workers=2, steps=3, stream=stream)
-    windows, asked = Windows({"texts": torch.arange(3, 64)}, settings, stream), []
+    windows, steps_and_ranks = Windows({"texts": torch.arange(3, 64)}, settings, stream), []
     batch = windows.batch
-    monkeypatch.setattr(windows, "batch", lambda step, rank: asked.append((step, rank)) or batch(step, rank))
-    found = routing(tiny_model("olmoe"), windows, settings)
-    assert asked == [(step, rank) for step in range(3, 11) for rank in (0, 1)]
-    assert set(found.tokens.values()) == {8 * 6 * 4} and {int(counts.sum()) for counts in found.counts.values()} == {
+    monkeypatch.setattr(windows, "batch", lambda step, rank: steps_and_ranks.append((step, rank)) or batch(step, rank))
+    recorded = routing(tiny_model("olmoe"), windows, settings)
+    assert steps_and_ranks == [(step, rank) for step in range(3, 11) for rank in (0, 1)]
+    assert set(recorded.tokens.values()) == {8 * 6 * 4} and {int(counts.sum()) for counts in recorded.counts.values()} == {
         2 * 8 * 6 * 4
     }
 
 
-def test_texts_that_hold_none_out_have_no_bits_per_byte(tmp_path):
+def test_texts_without_held_out_ones_have_no_bits_per_byte(tmp_path):
     (tmp_path / "alone.jsonl").write_text('{"text": "once"}\n')
     base = uniform_base(make_tokenizer(64))
     assert held_out_bits(base, Bigram(torch.arange(9), 300), Stream(texts=({"name": str(tmp_path / "alone.jsonl")},)), 5) == {}

@@ -11,13 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fedexperts.data.encode import Encoder
-from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, side
+from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, split_of
 from fedexperts.errors import BadData, BadRun, BadValue, Busy
 from fedexperts.io.files import locked
+from fedexperts.io.toml import with_new_names
 from fedexperts.models import pretrain as pretraining
 from fedexperts.models.load import load
-from fedexperts.models.pretrain import RECIPE, mixed, pretrain, recipe_settings, schedule
-from fedexperts.models.settings import Mixture, PretrainSettings, Shape, read_settings
+from fedexperts.models.pretrain import RECIPE, finished, mixture_batch, pretrain, recipe_settings, schedule
+from fedexperts.models.settings import RENAMED, Mixture, PretrainSettings, Shape, read_settings
 from fedexperts.models.tokenizer import learn_tokenizer, make_tokenizer
 from fedexperts.moe.routing import Recorder, balance_loss
 
@@ -33,7 +34,7 @@ def small(out: Path, **changes) -> PretrainSettings:
     return PretrainSettings(**{"out": out, "model": SMALL, "steps": 3, "batch_size": 8, "measured": 2, **changes})
 
 
-def test_a_pretrained_folder_loads_and_tells_how_it_was_made(tmp_path):
+def test_a_pretrained_folder_loads_and_its_recipe_says_how_it_was_made(tmp_path):
     folder = pretrain(small(tmp_path / "base"))
     base, recipe = load(str(folder)), json.loads((folder / RECIPE).read_text())
     assert recipe["parameters"] == sum(parameter.numel() for parameter in base.model.parameters())
@@ -68,35 +69,49 @@ def test_nothing_that_lies_there_is_replaced(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "thesis"}
 
 
-def test_a_base_that_is_finished_with_these_very_settings_stays_and_how_to_make_it_anew_is_told(tmp_path, monkeypatch):
+def test_a_base_that_is_finished_with_the_same_settings_stays_and_the_command_says_how_to_make_it_anew(tmp_path, monkeypatch):
     run_file = tmp_path / "run.toml"
     run_file.write_text("steps = 1\nbatch_size = 2\nmeasured = 0\nmodel = { hidden = 16, layers = 1, heads = 2, experts = 4 }\n")
-    told = []
+    last_lines = []
     for patched in (False, True):
         console = Console(file=io.StringIO(), width=80)
         with monkeypatch.context() as patch:
             if patched:
-                patch.setattr(pretraining, "begin", raising(Killed))
+                patch.setattr(pretraining, "prepare_or_continue", raising(Killed))
             folder = pretraining.run_file(run_file, ["save_every=7"] * patched, tmp_path / "base", console)
-        told.append(console.file.getvalue().splitlines()[-1])
+        last_lines.append(console.file.getvalue().splitlines()[-1])
         assert {path.name for path in tmp_path.iterdir()} == {"base", "run.toml"}
-    how = "finished before with these very settings; to make it anew, remove it or give another folder with --out"
-    assert told == [f"written: {folder}", f"{how}: {folder}"]
+    note = "already finished with the same settings; to make it anew, remove it or give another folder with --out"
+    assert last_lines == [f"written: {folder}", f"{note}: {folder}"]
 
 
-def test_what_a_run_killed_after_its_last_move_left_beside_the_finished_base_goes(tmp_path, monkeypatch):
+def test_a_base_whose_recipe_has_former_names_of_settings_is_recognized(tmp_path):
+    settings = small(tmp_path / "base", steps=1, measured=0)
+    path = pretrain(settings) / RECIPE
+    recipe = json.loads(path.read_text())
+    former = {new: old for old, new in RENAMED.items()}
+    recipe["settings"] = {former.get(name, name): value for name, value in recipe["settings"].items()}
+    assert "balance" in recipe["settings"]
+    path.write_text(json.dumps(recipe))
+    assert finished(settings)
+    with pytest.raises(BadRun, match="made with another router_aux_loss_coef; remove that folder"):
+        finished(settings.model_copy(update={"router_aux_loss_coef": 0.5}))
+
+
+def test_the_partial_folder_of_a_run_that_was_killed_after_its_last_move_is_removed(tmp_path, monkeypatch):
     settings = small(tmp_path / "base", measured=0)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pretraining, "begun_with", raising(Killed))
+        finished_base = settings.out / RECIPE
+        patch.setattr(pretraining, "partial_settings", lambda _: raising(Killed)() if finished_base.exists() else None)
         pretrain(settings)
     assert {path.name for path in tmp_path.iterdir()} == {"base", ".base.partial"}
-    made = (tmp_path / "base" / RECIPE).read_bytes()
+    recipe = (tmp_path / "base" / RECIPE).read_bytes()
     pretrain(settings)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
-    assert (tmp_path / "base" / RECIPE).read_bytes() == made
+    assert (tmp_path / "base" / RECIPE).read_bytes() == recipe
 
 
-def test_a_base_that_another_process_is_making_is_left_to_it(tmp_path):
+def test_a_base_that_another_process_is_pretraining_is_refused(tmp_path):
     with locked(tmp_path / ".base.partial"):
         with pytest.raises(Busy, match=r"another process is running in .*\.base\.partial; wait for it, or give another folder"):
             pretrain(small(tmp_path / "base", measured=0))
@@ -107,17 +122,17 @@ def test_a_base_that_another_process_is_making_is_left_to_it(tmp_path):
 
 def test_batches_hold_training_prompts_only_and_new_tasks_only_late_and_rarely(tmp_path):
     settings = small(tmp_path, steps=100, batch_size=40)
-    early = [example for step in range(80) for example in mixed(step, 0, settings)]
-    late = [example for step in range(80, 100) for example in mixed(step, 0, settings)]
+    early = [example for step in range(80) for example in mixture_batch(step, 0, settings)]
+    late = [example for step in range(80, 100) for example in mixture_batch(step, 0, settings)]
     assert len(early) == 3200 and len(late) == 800
-    assert all(side(example.prompt) == "train" for example in early + late if example.task != "text")
+    assert all(split_of(example.prompt) == "train" for example in early + late if example.task != "text")
     assert {example.task for example in early} == {*BASE_TASKS, "text"}
     assert 2 <= sum(example.task in NEW_TASKS for example in late) <= 40
 
 
 def test_workers_draw_different_examples_of_the_same_kind(tmp_path):
     settings = small(tmp_path, workers=2, mixture=Mixture(text_share=0.5))
-    pairs = [(mixed(step, 0, settings), mixed(step, 1, settings)) for step in range(20)]
+    pairs = [(mixture_batch(step, 0, settings), mixture_batch(step, 1, settings)) for step in range(20)]
     assert all(len(one) == len(other) == 4 and one != other for one, other in pairs)
     kinds = [{example.task == "text" for example in one + other} for one, other in pairs]
     assert all(len(kind) == 1 for kind in kinds) and {True} in kinds and {False} in kinds
@@ -125,10 +140,10 @@ def test_workers_draw_different_examples_of_the_same_kind(tmp_path):
 
 @pytest.fixture
 def tales(tmp_path):
-    """A file of texts with some held out, and what a stream of them and of generated examples says."""
+    """The settings of a stream of generated examples and of a file of texts, which has held-out texts beside it."""
     lines = [f"once upon a time there were {number} bears in a wood, and they had porridge" for number in range(40)]
-    for name, chosen in (("tales.train.jsonl", lines[:36]), ("tales.test.jsonl", lines[36:])):
-        (tmp_path / name).write_text("".join(json.dumps({"text": line}) + "\n" for line in chosen))
+    for name, texts in (("tales.train.jsonl", lines[:36]), ("tales.test.jsonl", lines[36:])):
+        (tmp_path / name).write_text("".join(json.dumps({"text": line}) + "\n" for line in texts))
     return {
         "window": 16,
         "merges": 20,
@@ -139,7 +154,7 @@ def tales(tmp_path):
     }
 
 
-def test_a_base_made_from_a_stream_tells_what_it_read_and_what_it_reaches(tmp_path, tales):
+def test_the_recipe_of_a_base_made_from_a_stream_has_its_sources_and_measurements(tmp_path, tales):
     folder = pretrain(small(tmp_path / "base", stream=tales, precision="bf16", model=TIED))
     base, recipe = load(str(folder)), json.loads((folder / RECIPE).read_text())
     bits = recipe["measured"]["bits per byte, tales"]
@@ -151,14 +166,11 @@ def test_a_base_made_from_a_stream_tells_what_it_read_and_what_it_reaches(tmp_pa
     assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
     assert len(base.tokenizer("porridge")["input_ids"]) < 1 + len("porridge")
     points = [line.split(",") for line in (folder / "loss.csv").read_text().splitlines()]
-    assert points[0] == ["step", "loss", "router_aux_loss_coef", "seconds"] and [point[0] for point in points[1:]] == [
-        "1",
-        "2",
-        "3",
-    ]
+    assert points[0] == ["step", "loss", "balance", "seconds"]
+    assert [point[0] for point in points[1:]] == ["1", "2", "3"]
     assert recipe["loss"] == pytest.approx(float(points[-1][1]), abs=1e-4)
-    told = (folder / "README.md").read_text()
-    assert all(said in told for said in (*recipe["data"].values(), "bits per byte, tales", str(bits["model"])))
+    card = (folder / "README.md").read_text()
+    assert all(part in card for part in (*recipe["data"].values(), "bits per byte, tales", str(bits["model"])))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tales.train.jsonl", "tales.test.jsonl"}
 
 
@@ -172,21 +184,21 @@ def test_products_in_bf16_give_nearly_the_loss_of_fp32(tmp_path, tales):
 
 
 def killed_after(monkeypatch, steps, settings):
-    """Pretrains until so many steps were begun."""
-    make = pretraining.feed
+    """Pretrains until this number of steps were begun."""
+    make = pretraining.batches
 
-    def failing(*given):
-        feed, begun = make(*given), count(1)
+    def failing(*arguments):
+        batches, begun = make(*arguments), count(1)
 
         def batch(step, rank):
             if next(begun) > steps:
                 raise Killed
-            return feed(step, rank)
+            return batches(step, rank)
 
         return batch
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pretraining, "feed", failing)
+        patch.setattr(pretraining, "batches", failing)
         pretrain(settings)
 
 
@@ -196,7 +208,7 @@ def curve_of(folder):
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "mixture"])
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, tales, monkeypatch, streamed):
+def test_a_run_that_was_killed_continues_to_the_same_bits(tmp_path, tales, monkeypatch, streamed):
     changes = {"steps": 40, "save_every": 2, "measured": 0, **({"stream": tales, "precision": "bf16"} if streamed else {})}
     killed_after(monkeypatch, 7, small(tmp_path / "killed", **changes))  # the sixth step is saved
     killed_after(monkeypatch, 1, small(tmp_path / "killed", **changes))
@@ -208,7 +220,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, tales, monkeyp
     assert not (tmp_path / ".killed.partial").exists()
 
 
-def test_every_worker_goes_on_from_what_the_first_one_saved(tmp_path, monkeypatch):
+def test_every_worker_continues_from_the_state_that_the_first_one_saved(tmp_path, monkeypatch):
     settings = small(tmp_path / "base", steps=40, save_every=2)
     killed_after(monkeypatch, 7, settings)
     partial, seen = tmp_path / ".base.partial", []
@@ -220,7 +232,7 @@ def test_every_worker_goes_on_from_what_the_first_one_saved(tmp_path, monkeypatc
     assert all(torch.equal(parameter, state[f"weight/{name}"]) for name, parameter in model.named_parameters())
 
 
-def test_a_run_killed_in_the_midst_of_writing_what_it_read_reads_again(tmp_path, tales, monkeypatch):
+def test_a_run_that_was_killed_while_it_wrote_the_tokens_reads_the_sources_again(tmp_path, tales, monkeypatch):
     settings = small(tmp_path / "killed", stream=tales, measured=0)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pretraining, "write_tensors", raising(Killed))
@@ -229,7 +241,7 @@ def test_a_run_killed_in_the_midst_of_writing_what_it_read_reads_again(tmp_path,
 
 
 def raising(error):
-    def fail(*given):
+    def fail(*_):
         raise error
 
     return fail
@@ -248,10 +260,12 @@ def test_steps_may_change_while_the_learning_rate_is_flat_and_not_after(tmp_path
     assert curve_of(folder)[-1].startswith("60,")
 
 
-def test_a_run_does_not_go_on_with_other_settings_but_may_be_saved_more_often(tmp_path, tales, monkeypatch):
+def test_a_run_does_not_continue_with_other_settings_but_may_be_saved_more_often(tmp_path, tales, monkeypatch):
     changes = {"stream": tales, "steps": 40, "save_every": 2, "measured": 0}
     killed_after(monkeypatch, 5, small(tmp_path / "base", **changes))
-    with pytest.raises(BadRun, match=r"\.base\.partial was begun with another lr, stream\.window; set it as it was, or remove"):
+    with pytest.raises(
+        BadRun, match=r"\.base\.partial was begun with another lr, stream\.window; set the old value again, or remove"
+    ):
         pretrain(small(tmp_path / "base", **{**changes, "lr": 0.5, "stream": {**tales, "window": 8}}))
     curve = curve_of(pretrain(small(tmp_path / "base", **{**changes, "save_every": 1})))
     assert [point.split(",")[0] for point in (*curve[:4], curve[-1])] == ["step", "2", "4", "5", "40"]
@@ -263,11 +277,11 @@ def test_a_run_does_not_go_on_with_other_settings_but_may_be_saved_more_often(tm
         (b'{"text": "cut off', "not JSON"),
         (b'{"words": "none"}', "it has no field text, only words"),
         (b'{"text": ""}', "its field text is empty"),
-        (b"[1]", "a list where an object of fields was expected"),
+        (b"[1]", "a list, but a row is an object of fields"),
         ('{"text": "caf\u00e9"}'.encode("latin-1"), "not UTF-8"),
     ],
 )
-def test_a_broken_line_of_a_source_is_told_by_file_and_number_before_anything_is_written(tmp_path, tales, line, sentence):
+def test_a_broken_line_of_a_source_is_named_by_file_and_number_before_anything_is_written(tmp_path, tales, line, sentence):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     before = sorted(tmp_path.iterdir())
@@ -276,19 +290,19 @@ def test_a_broken_line_of_a_source_is_told_by_file_and_number_before_anything_is
     assert "\n" not in str(refused.value) and sorted(tmp_path.iterdir()) == before
 
 
-def test_an_empty_a_damaged_an_unknown_and_a_missing_file_are_each_told_in_a_sentence(tmp_path, tales, monkeypatch):
+def test_an_empty_a_damaged_an_unknown_and_a_missing_file_are_each_named_in_a_sentence(tmp_path, tales, monkeypatch):
     monkeypatch.setenv("FEDEXPERTS_DATA", str(tmp_path))
-    packed = gzip.compress(b'{"text": "once upon a time"}\n')
-    files = {"empty.jsonl": b"", "damaged.jsonl.gz": packed[:-12], "notes.txt": b"once upon a time", "none.jsonl": None}
+    compressed = gzip.compress(b'{"text": "once upon a time"}\n')
+    files = {"empty.jsonl": b"", "damaged.jsonl.gz": compressed[:-12], "notes.txt": b"once upon a time", "none.jsonl": None}
     sentences = (
         r"empty\.jsonl, line 1: the file is empty",
         r"damaged\.jsonl\.gz, line 1: .*damaged",
-        r"notes\.txt ends in none of",
+        r"notes\.txt is no \.jsonl, ",
         r"neither .*none\.jsonl nor",
     )
-    for (name, written), sentence in zip(files.items(), sentences, strict=True):
-        if written is not None:
-            (tmp_path / name).write_bytes(written)
+    for (name, content), sentence in zip(files.items(), sentences, strict=True):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         with pytest.raises(BadData, match=sentence) as refused:
             pretrain(small(tmp_path / "base", stream={**tales, "texts": (str(tmp_path / name),)}))
         assert "\n" not in str(refused.value)
@@ -301,14 +315,15 @@ def test_without_exposed_tasks_none_are_measured(tmp_path):
 
 
 def test_training_keeps_the_load_of_experts_more_even_with_the_balance_loss_than_without(tmp_path):
-    uneven = {}
-    for balance in (0.0, 1.0):
-        model = load(str(pretrain(small(tmp_path / str(balance), steps=60, measured=0, router_aux_loss_coef=balance)))).model
-        batch = Encoder(make_tokenizer(64), 64).batch(mixed(0, 0, small(tmp_path)))
+    balance = {}
+    for coefficient in (0.0, 1.0):
+        settings = small(tmp_path / str(coefficient), steps=60, measured=0, router_aux_loss_coef=coefficient)
+        model = load(str(pretrain(settings))).model
+        batch = Encoder(make_tokenizer(64), 64).batch(mixture_batch(0, 0, small(tmp_path)))
         with torch.no_grad(), Recorder(model, keep_logits=True) as recorder:
             model(**batch)
-        uneven[balance] = balance_loss(recorder).item()
-    assert uneven[1.0] < uneven[0.0]
+        balance[coefficient] = balance_loss(recorder).item()
+    assert balance[1.0] < balance[0.0]
 
 
 def test_the_learning_rate_rises_and_then_follows_a_cosine(tmp_path):
@@ -343,7 +358,7 @@ def test_the_tokenizer_of_the_mixture_reads_instructions_as_one_token():
         assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
 
 
-def test_a_learnt_tokenizer_joins_what_is_frequent_and_keeps_digits_apart():
+def test_a_learned_tokenizer_joins_what_is_frequent_and_keeps_digits_apart():
     tokenizer = learn_tokenizer(64, 20, [PLAIN, "in 1234 and 1234"] * 3)
     assert len(tokenizer) == 3 + 256 + 20
     assert len(tokenizer("plain", add_special_tokens=False)["input_ids"]) < 5
@@ -359,17 +374,17 @@ def test_a_run_file_is_read_with_changes_from_the_shell(tmp_path):
 def test_the_run_file_of_the_shipped_base_is_what_its_recipe_says():
     recipe = json.loads(Path("fedexperts/models/tiny", RECIPE).read_text())
     settings = read_settings(Path("runs/pretrain-tiny.toml"))
-    assert recipe_settings(settings) == recipe["settings"]
+    assert recipe_settings(settings) == with_new_names(recipe["settings"], RENAMED)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ("model.hiden=32", r"model\.hiden is not a setting; did you mean model\.hidden\?"),
-        ("model.top_k=17", "top_k = 17 of 16 experts cannot be chosen"),
+        ("model.top_k=17", "top_k = 17 of 16 experts cannot be picked; set top_k to at most 16"),
         ("model.hidden=24", "hidden = 24 is no even multiple of heads = 16"),
         ("steps=0", "steps = 0 should be greater than 0"),
-        ("workers=3", "batch_size = 128 does not divide by workers = 3"),
+        ("workers=3", "batch_size = 128 is no multiple of workers = 3"),
         ('mixture.tasks=["revers"]', "'revers' is not one of .*; did you mean reverse"),
         ("mixture.tasks=[]", r"mixture\.tasks is empty; name some of "),
         ("mixture.exposed=[]", r"mixture\.exposed is empty; .*set mixture\.exposed_share = 0"),

@@ -26,10 +26,10 @@ def read(windows, steps, ranks=1):
 def test_each_window_is_read_once_until_all_were_read_whatever_the_number_of_workers():
     tokens = {"texts": torch.arange(51)}  # room for twelve windows of four; eleven and a shift are used
     for workers, steps in ((1, 11), (11, 1)):
-        found = read(windows_of(tokens, workers=workers, batch_size=workers), range(steps), workers)
-        assert len(found) == 11 and all(row == list(range(row[0], row[0] + 4)) for row in found)
-        assert len({token for row in found for token in row}) == 44, "no token twice"
-        assert [row[0] for row in found] != sorted(row[0] for row in found)
+        rows = read(windows_of(tokens, workers=workers, batch_size=workers), range(steps), workers)
+        assert len(rows) == 11 and all(row == list(range(row[0], row[0] + 4)) for row in rows)
+        assert len({token for row in rows for token in row}) == 44, "no token twice"
+        assert [row[0] for row in rows] != sorted(row[0] for row in rows)
 
 
 def test_the_windows_are_read_anew_in_another_order_from_another_token():
@@ -60,16 +60,16 @@ def test_a_batch_has_its_share_of_windows_of_each_part_and_every_token_is_a_labe
 
 def test_an_example_is_its_start_prompt_response_and_end():
     tokenizer = make_tokenizer(64)
-    some = [Example("ab", "c", "t"), Example("", "d" * 20, "t")]
+    examples = [Example("ab", "c", "t"), Example("", "d" * 20, "t")]
     letters = [START, *"abc", END, START, *"d" * 20, END]
-    assert tokenizer.convert_ids_to_tokens(list(token_ids(tokenizer, some))) == letters
-    found = tokens_of(Stream(window=4, texts=({"name": "x"},)), tokenizer, {"texts": some})
-    assert found["texts"].dtype == torch.int16 and len(found["texts"]) == len(letters)
+    assert tokenizer.convert_ids_to_tokens(list(token_ids(tokenizer, examples))) == letters
+    tokens = tokens_of(Stream(window=4, texts=({"name": "x"},)), tokenizer, {"texts": examples})["texts"]
+    assert tokens.dtype == torch.int16 and len(tokens) == len(letters)
     with pytest.raises(BadData, match=r"stream\.texts gives 27 tokens, fewer than two windows"):
-        tokens_of(Stream(window=14, texts=({"name": "x"},)), tokenizer, {"texts": some})
+        tokens_of(Stream(window=14, texts=({"name": "x"},)), tokenizer, {"texts": examples})
 
 
-def test_texts_are_read_from_a_path_and_from_the_data_pack_without_what_is_left_out(tmp_path, monkeypatch):
+def test_texts_are_read_from_a_path_and_from_the_data_pack_without_excluded_rows(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     rows = [("once", "tales / a"), ("upon", "handbook / b"), ("a time", "tales / handbook")]
     with gzip.open(tmp_path / "text" / "tales.train.jsonl.gz", "wt") as file:
@@ -79,19 +79,19 @@ def test_texts_are_read_from_a_path_and_from_the_data_pack_without_what_is_left_
     assert read_texts(Texts(name="text/tales")) == ["once", "upon", "a time"]
     assert read_texts(Texts(name="text/tales", without=("handbook",))) == ["once", "a time"]
     assert read_texts(Texts(name=str(tmp_path / "more.jsonl"))) == ["and more"]
-    with pytest.raises(BadData, match=r"no row of text/tales has a source that begins with 'hanbook'; mend its without"):
+    with pytest.raises(BadData, match=r"no row of text/tales has a source that begins with 'hanbook'; correct its without"):
         read_texts(Texts(name="text/tales", without=("handbook", "hanbook")))
     with pytest.raises(BadData, match="neither text/none nor"):
         read_texts(Texts(name="text/none"))
 
 
 def test_the_parts_are_those_named_mixed_but_for_the_texts_and_their_hashes_are_those_of_the_files(tmp_path):
-    tales, asked = tmp_path / "tales.jsonl", tmp_path / "asked.train.jsonl"
+    tales, questions = tmp_path / "tales.jsonl", tmp_path / "questions.train.jsonl"
     tales.write_text("".join(json.dumps({"text": f"line {number}"}) + "\n" for number in range(9)))
-    asked.write_text("".join(json.dumps({"prompt": f"{number}?", "response": f"{number}!"}) + "\n" for number in range(9)))
-    asked.with_name("asked.test.jsonl").write_text('{"prompt": "held out", "response": "!"}\n')
-    given = {"instructions": (str(asked),), "instruction_share": 0.5, "generated": ("copy",), "generated_share": 0.1}
-    parts, hashes = read_parts(Stream(texts=({"name": str(tales)},), generated_examples=30, **given), seed=0)
+    questions.write_text("".join(json.dumps({"prompt": f"{number}?", "response": f"{number}!"}) + "\n" for number in range(9)))
+    questions.with_name("questions.test.jsonl").write_text('{"prompt": "held out", "response": "!"}\n')
+    others = {"instructions": (str(questions),), "instruction_share": 0.5, "generated": ("copy",), "generated_share": 0.1}
+    parts, hashes = read_parts(Stream(texts=({"name": str(tales)},), generated_examples=30, **others), seed=0)
 
     assert [example.response for example in parts["texts"]] == [f"line {number}" for number in range(9)]
     prompts = [example.prompt for example in parts["instructions"]]
@@ -99,5 +99,5 @@ def test_the_parts_are_those_named_mixed_but_for_the_texts_and_their_hashes_are_
     assert len(parts["generated"]) == 30
     assert hashes[str(tales)] == hashlib.sha256(tales.read_bytes()).hexdigest() and len(hashes) == 2
     assert list(read_parts(Stream(texts=({"name": str(tales)},)), seed=0)[0]) == ["texts"]
-    with pytest.raises(BadValue, match=r"'agnews' is not one of .*; did you mean ag_news"):
+    with pytest.raises(BadValue, match=r"'agnews' is no set of the data pack .*; did you mean ag_news"):
         read_parts(Stream(texts=({"name": str(tales)},), instructions=("agnews",), instruction_share=0.5), seed=0)

@@ -23,12 +23,12 @@ def million(number, digits):
 
 
 def test_switch_base_has_the_parameters_of_the_fedmoe_paper():
-    found = inspect(SWITCH)
-    assert million(found.dense_parameters, 2) == "166.28"
-    assert len(found.layers) == 12
-    assert {million(layer.expert_parameters, 4) for layer in found.layers} == {"4.7186"}
-    assert {layer.router_row_parameters for layer in found.layers} == {768}
-    assert found.full.experts == 384
+    inspection = inspect(SWITCH)
+    assert million(inspection.dense_parameters, 2) == "166.28"
+    assert len(inspection.layers) == 12
+    assert {million(layer.expert_parameters, 4) for layer in inspection.layers} == {"4.7186"}
+    assert {layer.router_row_parameters for layer in inspection.layers} == {768}
+    assert inspection.full.experts == 384
 
 
 def test_65_experts_of_switch_base_are_1_762_gib():
@@ -65,9 +65,9 @@ def test_lora_on_all_experts_of_qwen_as_well_is_487_2_million():
 
 
 def test_one_expert_of_qwen_is_8_65_million_a_layer():
-    found = inspect(QWEN)
-    assert {million(layer.expert_parameters, 2) for layer in found.layers} == {"8.65"}
-    assert million(found.grafted_parameters, 1) == "207.6"
+    inspection = inspect(QWEN)
+    assert {million(layer.expert_parameters, 2) for layer in inspection.layers} == {"8.65"}
+    assert million(inspection.grafted_parameters, 1) == "207.6"
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_billions_of_parameters_are_those_of_the_model_cards(name, total, active
 
 
 def test_the_json_and_the_table_hold_the_same_numbers():
-    found = inspect(SWITCH, keep_total=65, lora=lora_option("experts", 8))
-    assert json.loads(found.to_json())["kept"]["experts"] == 65
+    inspection = inspect(SWITCH, keep_total=65, lora=lora_option("experts", 8))
+    assert json.loads(inspection.to_json())["kept"]["experts"] == 65
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(render(found))
+    console.print(render(inspection))
     text = console.export_text()
     assert all(number in text for number in ("1.762 GiB", "7.458 GiB", "166.28 M", "4.72 M"))
     assert "…" not in text, text
@@ -100,16 +100,16 @@ def test_a_folder_is_read_like_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked, sentence",
+    "options, sentence",
     [
         ({"keep": 33}, "keep 1 to 32 a layer"),
         ({"keep_total": 11}, "12 to 384 in all"),
         ({"keep": 2, "keep_total": 24}, "give one of them"),
     ],
 )
-def test_a_sub_model_that_cannot_be_is_refused(asked, sentence):
+def test_a_sub_model_that_cannot_be_is_refused(options, sentence):
     with pytest.raises(BadValue, match=sentence):
-        inspect(SWITCH, **asked)
+        inspect(SWITCH, **options)
 
 
 @pytest.mark.parametrize("content, sentence", [("{", "could not be read as JSON"), ('{"a": 1}', "names no model_type")])

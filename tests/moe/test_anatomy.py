@@ -20,9 +20,9 @@ BLOCKS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_block_is_found_with_its_numbers_in_the_order_of_layers(family):
     top_k = 1 if family == "switch_transformers" else 2
-    found = anatomy(tiny_model(family, num_experts=6)).blocks
-    assert list(found) == BLOCKS[family]
-    assert all((shape.num_experts, shape.top_k, shape.groups) == (6, top_k, 1) for shape in found.values())
+    shapes = anatomy(tiny_model(family, num_experts=6)).blocks
+    assert list(shapes) == BLOCKS[family]
+    assert all((shape.num_experts, shape.top_k, shape.groups) == (6, top_k, 1) for shape in shapes.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,9 +34,9 @@ def test_the_anatomy_needs_no_weights(family):
 
 
 def test_all_experts_and_their_number_are_those_of_all_blocks():
-    found = anatomy(tiny_model("mixtral", num_experts=4))
-    assert found.num_experts == 3 * 4
-    assert found.all_experts == dict.fromkeys(BLOCKS["mixtral"], (0, 1, 2, 3))
+    model_anatomy = anatomy(tiny_model("mixtral", num_experts=4))
+    assert model_anatomy.num_experts == 3 * 4
+    assert model_anatomy.all_experts == dict.fromkeys(BLOCKS["mixtral"], (0, 1, 2, 3))
 
 
 def test_phimoe_picks_two_whatever_its_config_says():
@@ -44,7 +44,7 @@ def test_phimoe_picks_two_whatever_its_config_says():
 
 
 @pytest.mark.parametrize("kind", ["llama", "nllb-moe"])
-def test_a_model_without_experts_that_we_know_is_refused_in_one_sentence(kind):
+def test_a_model_without_known_experts_is_refused_in_one_sentence(kind):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     if kind == "nllb-moe":
         sides = ("encoder", "decoder")
@@ -61,7 +61,11 @@ def test_deepseek_v3_groups_are_seen_and_deepseek_v2_groups_only_where_they_are_
     v3 = anatomy(tiny_model("deepseek_v3", n_group=4, topk_group=2))
     greedy = anatomy(tiny_model("deepseek_v2", n_group=4, topk_group=2))
     limited = anatomy(tiny_model("deepseek_v2", n_group=4, topk_group=2, topk_method="group_limited_greedy"))
-    assert [{shape.groups for shape in found.blocks.values()} for found in (v3, greedy, limited)] == [{4}, {1}, {4}]
+    assert [{shape.groups for shape in model_anatomy.blocks.values()} for model_anatomy in (v3, greedy, limited)] == [
+        {4},
+        {1},
+        {4},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -31,22 +31,24 @@ def trained(family, tuning, **overrides):
 
 
 def gradients(model, selective):
-    """Name → gradient; of experts, expert by expert, as far as there is one."""
-    found = {name: each.grad for name, each in model.named_parameters() if each.requires_grad and each.grad is not None}
+    """Name → gradient, if there is one; of stacked experts one for each."""
+    gradients_by_name = {
+        name: each.grad for name, each in model.named_parameters() if each.requires_grad and each.grad is not None
+    }
     for block, part in selective._parts.items():
         for path, rows in getattr(part, "parameters", {}).items():
-            found |= {f"{block}.experts.{path}[{e}]": row.grad for e, row in rows.items() if row.grad is not None}
-    return found
+            gradients_by_name |= {f"{block}.experts.{path}[{e}]": row.grad for e, row in rows.items() if row.grad is not None}
+    return gradients_by_name
 
 
 def full_gradients(model):
     """The same names, from an ordinary backward's gradients."""
-    found = {}
+    gradients_by_name = {}
     for name, each in model.named_parameters():
         if each.requires_grad and each.grad is not None:
             block = next((b for b, it in blocks(model).items() if name.startswith(f"{b}.experts.") and not it.is_switch), None)
-            found |= {f"{name}[{i}]": row for i, row in enumerate(each.grad)} if block else {name: each.grad}
-    return found
+            gradients_by_name |= {f"{name}[{i}]": row for i, row in enumerate(each.grad)} if block else {name: each.grad}
+    return gradients_by_name
 
 
 def expert_of(name):
@@ -70,10 +72,10 @@ def test_forward_is_unchanged_and_with_all_chosen_backward_is_the_full_one(famil
         out = model(**batch)
         selective.choose({name: tuple(range(8)) for name in blocks(model)})
         out.loss.backward()
-        found = gradients(model, selective)
+        actual = gradients(model, selective)
     assert torch.equal(out.logits, plain.logits)
-    assert {name for name, each in expected.items() if each.any()} <= set(found) <= set(expected)
-    for name, each in found.items():
+    assert {name for name, each in expected.items() if each.any()} <= set(actual) <= set(expected)
+    for name, each in actual.items():
         assert (each - expected[name]).abs().max() <= 1e-6 * max(1.0, float(expected[name].abs().max())), name
 
 
@@ -90,19 +92,19 @@ def test_in_the_last_block_the_chosen_and_the_router_have_the_gradients_of_the_f
         loss = model(**batch).loss
         selective.choose({last: (1, 2, 5)})
         loss.backward()
-        found = gradients(model, selective)
-    own = {name: each for name, each in found.items() if name.startswith(f"{last}.")}
+        actual = gradients(model, selective)
+    own = {name: each for name, each in actual.items() if name.startswith(f"{last}.")}
     assert any(expert_of(name) is None for name in own), "the router's"
     chosen = {(last, 1), (last, 2), (last, 5)}
     useful = {expert for name, each in expected.items() if (expert := expert_of(name)) in chosen and each.any()}
-    reached = {expert_of(name) for name in found} - {None}
+    reached = {expert_of(name) for name in actual} - {None}
     assert useful <= reached <= chosen
     for name, each in own.items():
         assert torch.allclose(each, expected[name], atol=1e-6), name
 
 
 def constant_unless_chosen(model, chosen):
-    """Makes what an expert that is not chosen gives a constant, by the plain way: masks for stacked experts, else detached."""
+    """Makes the outputs of experts that are not chosen constants, in the simplest way: by masks if stacked, else detached."""
 
     def constant(expert, rows):
         return type(expert).forward(expert, rows).detach()
@@ -110,8 +112,8 @@ def constant_unless_chosen(model, chosen):
     def forward(experts, ids, hidden, index, weights):
         expert, order = torch.sort(index.reshape(-1), stable=True)
         out = expert_outputs(experts, hidden[order // index.shape[1]], expert)
-        kept = torch.isin(expert, torch.tensor(ids, dtype=torch.int64)).unsqueeze(1)
-        out = torch.where(kept, out, out.detach()) * weights.reshape(-1)[order].unsqueeze(1)
+        is_chosen = torch.isin(expert, torch.tensor(ids, dtype=torch.int64)).unsqueeze(1)
+        out = torch.where(is_chosen, out, out.detach()) * weights.reshape(-1)[order].unsqueeze(1)
         return out[torch.argsort(order)].view(*index.shape, -1).sum(1)
 
     for name, block in blocks(model).items():
@@ -132,16 +134,16 @@ def test_every_gradient_is_that_of_a_model_whose_other_experts_give_constants(fa
         loss = model(**batch).loss
         selective.choose(chosen)
         loss.backward()
-        found = gradients(model, selective)
+        actual = gradients(model, selective)
     model.zero_grad()
     constant_unless_chosen(model, chosen)
     model(**batch).loss.backward()
     expected = full_gradients(model)
-    assert len(found) > 20
-    for name, each in found.items():
+    assert len(actual) > 20
+    for name, each in actual.items():
         assert torch.allclose(each, expected[name], atol=1e-6), name
     for name, each in expected.items():
-        assert name in found or not each.any(), name
+        assert name in actual or not each.any(), name
 
 
 @every_family
@@ -163,7 +165,7 @@ def test_what_is_not_chosen_stays_bit_identical_and_has_no_state(family, tuning,
         left = list(selective.left_out())
         assert left
         assert not any(each in updating.state for each in left)
-    moved, kept = set(), set()
+    moved, unmoved = set(), set()
     for name, each in model.named_parameters():
         block = next((b for b in blocks(model) if name.startswith(f"{b}.experts.")), None)
         if not block or not each.requires_grad:
@@ -175,12 +177,12 @@ def test_what_is_not_chosen_stays_bit_identical_and_has_no_state(family, tuning,
         )
         for expert, (now, then) in rows:
             if torch.equal(now, then):
-                kept.add((block, expert))
+                unmoved.add((block, expert))
             else:
                 moved.add((block, expert))
     assert moved
     assert {expert for _, expert in moved} <= {0, 1, 2}
-    assert {expert for _, expert in kept} >= {3, 4, 5, 6, 7}
+    assert {expert for _, expert in unmoved} >= {3, 4, 5, 6, 7}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_what_is_not_chosen_stays_bit_identical_and_has_no_state(family, tuning,
 )
 def test_dropout_is_the_same_when_experts_compute_again(family, tuning, settings):
     batch = tiny_batch(family)
-    found = []
+    results = []
     for selecting in (False, True):
         model = trained(family, tuning, **settings).train()
         torch.manual_seed(5)
@@ -201,12 +203,12 @@ def test_dropout_is_the_same_when_experts_compute_again(family, tuning, settings
                 loss = model(**batch).loss
                 selective.choose({name: tuple(range(8)) for name in blocks(model)})
                 loss.backward()
-            found.append((loss.detach(), gradients(model, selective)))
+            results.append((loss.detach(), gradients(model, selective)))
         else:
             loss = model(**batch).loss
             loss.backward()
-            found.append((loss.detach(), full_gradients(model)))
-    (loss, expected), (again, got) = found
+            results.append((loss.detach(), full_gradients(model)))
+    (loss, expected), (again, got) = results
     assert torch.equal(loss, again)
     expected = {name: each for name, each in expected.items() if name in got or each.any()}  # of experts that met no token
     assert expected.keys() == got.keys()
@@ -215,8 +217,8 @@ def test_dropout_is_the_same_when_experts_compute_again(family, tuning, settings
 
 
 def test_dropout_of_experts_that_are_reached_is_theirs_when_others_are_not():
-    """In the last block: what lies below differs, since backward goes through the chosen experts alone."""
-    batch, found = tiny_batch("olmoe"), []
+    """In the last block; gradients of lower layers differ, since backward goes through the chosen experts alone."""
+    batch, by_choice = tiny_batch("olmoe"), []
     for chosen in (range(8), (1, 4, 6)):
         model = trained("olmoe", Tuning(train="lora", rank=4, dropout=0.3)).train()
         torch.manual_seed(5)
@@ -225,17 +227,19 @@ def test_dropout_of_experts_that_are_reached_is_theirs_when_others_are_not():
             selective.choose({name: tuple(chosen) for name in blocks(model)})
             loss.backward()
         last = list(blocks(model))[-1]
-        found.append({name: each for name, each in gradients(model, selective).items() if name.startswith(f"{last}.experts.")})
-    whole, some = found
-    assert some.keys() == {name for name in whole if expert_of(name)[1] in (1, 4, 6)} != set()
-    assert all(torch.allclose(whole[name], some[name], atol=1e-6) for name in some)
+        by_choice.append(
+            {name: each for name, each in gradients(model, selective).items() if name.startswith(f"{last}.experts.")}
+        )
+    whole, part = by_choice
+    assert part.keys() == {name for name in whole if expert_of(name)[1] in (1, 4, 6)} != set()
+    assert all(torch.allclose(whole[name], part[name], atol=1e-6) for name in part)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     model, batch = trained(family, Tuning()).train(), tiny_batch(family)
-    chosen, found = tiny_experts(model), []
+    chosen, results = tiny_experts(model), []
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
@@ -243,11 +247,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
             loss = model(**batch, use_cache=False).loss
             selective.choose(chosen)
             loss.backward()
-            found.append(gradients(model, selective))
+            results.append(gradients(model, selective))
         model.zero_grad()
     assert model.is_activation_checkpointing
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
-    assert all(torch.allclose(each, found[1][name], atol=1e-6) for name, each in found[0].items())
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 20
+    assert all(torch.allclose(each, results[1][name], atol=1e-6) for name, each in results[0].items())
 
 
 def test_experts_of_odd_width_that_have_no_grouped_product():
@@ -262,9 +266,9 @@ def test_experts_of_odd_width_that_have_no_grouped_product():
         out = model(**batch)
         selective.choose({name: tuple(range(8)) for name in blocks(model)})
         out.loss.backward()
-        found = gradients(model, selective)
+        actual = gradients(model, selective)
     assert torch.allclose(out.logits, plain.logits, atol=1e-6)
-    assert all(torch.allclose(each, expected[name], atol=1e-6) for name, each in found.items())
+    assert all(torch.allclose(each, expected[name], atol=1e-6) for name, each in actual.items())
     assert model.get_experts_implementation() == {"": "eager"}
 
 
@@ -305,7 +309,7 @@ def test_less_is_alive_at_the_peak_of_a_step_the_fewer_are_chosen():
     assert peaks[0] - peaks[1] > 0.3 * 8 * expert * 3, "gradient and two moments of those not reached by any token count nothing"
 
 
-def test_what_cannot_be_chosen_is_told():
+def test_unknown_blocks_and_experts_cannot_be_chosen():
     model = trained("olmoe", Tuning())
     with SelectiveBackward(model) as selective:
         with pytest.raises(BadValue, match=r"give ids from 0 to 7, ascending"):
@@ -321,3 +325,22 @@ def test_the_recorder_sees_the_same_routing():
     with SelectiveBackward(model), Recorder(model) as recorder:
         model(**batch)
     assert all(torch.equal(each, plain.routing().counts[name]) for name, each in recorder.routing().counts.items())
+
+
+def test_before_experts_are_chosen_all_are_left_out():
+    for family in ("olmoe", "switch_transformers"):
+        model = trained(family, Tuning())
+        with SelectiveBackward(model) as selective:
+            everything = {
+                id(parameter) for part in selective._parts.values() for e in range(8) for parameter in part.parameters_of(e)
+            }
+            assert {id(parameter) for parameter in selective.left_out()} == everything
+            selective.choose(dict.fromkeys(blocks(model), tuple(range(8))))
+            assert not list(selective.left_out())
+
+
+@pytest.mark.parametrize("ids", [(1, 0), (2, 2), (-1, 0), (7, 8)])
+def test_chosen_experts_ascend_and_exist(ids):
+    model = trained("switch_transformers", Tuning())
+    with SelectiveBackward(model) as selective, pytest.raises(BadValue, match="ascending, each once"):
+        selective.choose({next(iter(blocks(model))): ids})

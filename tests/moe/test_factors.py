@@ -101,7 +101,7 @@ def test_what_is_added_beneath_fresh_adapters_does_what_adapters_of_that_product
     before = {name: each.clone() for name, each in base.state_dict().items()}
     reference = adapted(base)
     trained = rows.read(reference)
-    change = {f"change/{a}": trained[b] @ trained[a] for a, b in factors.pairs(trained).items()}
+    change = {a: trained[b] @ trained[a] for a, b in factors.pairs(trained).items()}
     fresh = prepare(shrink(base, {}), LORA, "s")
     started = rows.read(fresh)
     assert not torch.allclose(logits(fresh, family), logits(reference, family), atol=1e-3)
@@ -146,3 +146,24 @@ def test_an_adapted_expert_that_no_token_reaches_stays_as_it_is(family):
         unreached += sum(each.grad is None or not each.grad.any() for each in own.values())
         assert all(each.grad is None or each.grad.isfinite().all() for each in own.values())
     assert unreached > 8
+
+
+def test_the_norm_of_a_product_that_cancels_is_zero_and_no_nan():
+    chance = torch.Generator().manual_seed(0)
+    half = torch.randn(50, 6, 2, generator=chance)
+    a = torch.randn(50, 2, 5, generator=chance)
+    norms = factors.norm(torch.cat([half, -half], 2), torch.cat([a, a], 1))
+    assert norms.isfinite().all() and (norms < 1e-6).all()
+
+
+def test_ranks_without_adapters_of_stacked_experts_may_be_any_number():
+    a = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    tensors = {a: torch.zeros(1, 3, 8), a.replace("lora_A", "lora_B"): torch.zeros(1, 8, 3)}
+    assert factors.rank_step(tensors) == 1
+    assert factors.rank_step({}) == 1
+    stacked = "model.layers.0.mlp.experts.lora.down_proj"
+    half = {
+        f"{stacked}.a": torch.zeros(8, 8, 8, dtype=torch.bfloat16),
+        f"{stacked}.b": torch.zeros(8, 8, 8, dtype=torch.bfloat16),
+    }
+    assert factors.rank_step({**tensors, **half}) == 8

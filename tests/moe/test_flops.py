@@ -50,8 +50,8 @@ def test_flops_of_full_training_are_six_a_weight_and_token_and_the_scores():
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():
-    whole, some = prepare(one_layer(), FULL, "0"), prepare(one_layer(), Tuning(parts=("attention", "router", "dense")), "0")
-    assert per_step(whole)([10], [10]) - per_step(some)([10], [10]) == 2 * 10 * (2 * 3 * 16 * 32)
+    whole, frozen = prepare(one_layer(), FULL, "0"), prepare(one_layer(), Tuning(parts=("attention", "router", "dense")), "0")
+    assert per_step(whole)([10], [10]) - per_step(frozen)([10], [10]) == 2 * 10 * (2 * 3 * 16 * 32)
 
 
 def test_an_adapter_costs_its_own_weights():
@@ -71,8 +71,8 @@ def test_fewer_experts_save_no_compute_but_the_router_and_fewer_per_token_do():
 def test_backward_takes_the_share_of_the_experts_that_it_reaches(share, each):
     model = prepare(one_layer(), FULL, "0")
     batch = tiny_batch("olmoe", 1, 10, padding=0)
-    full, some = flops_estimated(model)(batch), flops_estimated(model)(batch, {"model.layers.0.mlp": share})
-    assert full - some == 10 * (2 * 3 * 16 * 32) * (6 - each)  # 2 forward; 2 + 2 backward of those reached
+    full, partial = flops_estimated(model)(batch), flops_estimated(model)(batch, {"model.layers.0.mlp": share})
+    assert full - partial == 10 * (2 * 3 * 16 * 32) * (6 - each)  # 2 forward; 2 + 2 backward of those reached
 
 
 def test_frozen_experts_that_backward_reaches_need_no_gradient_of_their_own_and_adapters_are_computed_again():
@@ -104,7 +104,7 @@ def test_padding_costs_nothing(family):
 
 
 def measured(model, batch):
-    """The peak of the second training step, which holds the optimiser's state all the way through."""
+    """The peak of the second training step, during which the optimizer state exists."""
     optimizer = torch.optim.AdamW(trainable(model), fused=True)
     for _ in range(2):
         with MemoryMeter(model, optimizer) as meter:
@@ -119,11 +119,11 @@ def measured(model, batch):
 def test_the_footprint_holds_for_a_real_step_of_a_sub_model(family, tuning):
     model = tiny_model(family)
     experts = tiny_experts(model)
-    said = footprint(model, tuning, (EXAMPLES, TOKENS)).of(experts)
+    estimated = footprint(model, tuning, (EXAMPLES, TOKENS)).of(experts)
     small = prepare(shrink(model, experts), tuning, seed="0")
     peak = measured(small, tiny_batch(family, EXAMPLES, TOKENS))
-    assert peak <= said * 1.01  # Switch's capacity and its experts' small index tensors
-    assert peak >= said * 0.7  # gradients arrive while activations go, so they are not all alive at once
+    assert peak <= estimated * 1.01  # Switch's capacity and its experts' small index tensors
+    assert peak >= estimated * 0.7  # gradients arrive while activations go, so they are not all alive at once
 
 
 def activations(model, batch):
@@ -132,22 +132,22 @@ def activations(model, batch):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with MemoryMeter(model, batch.values()) as meter:
-        held = meter.bytes - sum(tensor.nbytes for tensor in batch.values())
+        parameter_bytes = meter.bytes - sum(tensor.nbytes for tensor in batch.values())
         next_token_loss(model, batch).backward()
-    return meter.peak_bytes - held
+    return meter.peak_bytes - parameter_bytes
 
 
-@pytest.mark.parametrize("places", [None, 5])
+@pytest.mark.parametrize("positions", [None, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_those_of_a_real_forward_and_backward(family, places):
+def test_activations_are_those_of_a_real_forward_and_backward(family, positions):
     model = tiny_model(family).train()
-    said = footprint(model, FULL, (EXAMPLES, TOKENS), target_places=places).activation_bytes
+    estimated = footprint(model, FULL, (EXAMPLES, TOKENS), target_positions=positions).activation_bytes
     batch = tiny_batch(family, EXAMPLES, TOKENS)
-    if places and family == "switch_transformers":
-        batch["labels"] = batch["labels"][:, :places].contiguous()
-    elif places:
-        batch["labels"][:, :-places] = IGNORED
-    assert said == pytest.approx(activations(model, batch), rel=0.05 if family == "switch_transformers" else 0.001)
+    if positions and family == "switch_transformers":
+        batch["labels"] = batch["labels"][:, :positions].contiguous()
+    elif positions:
+        batch["labels"][:, :-positions] = IGNORED
+    assert estimated == pytest.approx(activations(model, batch), rel=0.05 if family == "switch_transformers" else 0.001)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -156,26 +156,26 @@ def test_of_personal_experts_the_footprint_is_that_of_a_real_step(family, train)
     tuning = Tuning(train, parts=("attention",), rank=4)
     plain, model = (prepare(shrink(tiny_model(family), {}), tuning, seed="0") for _ in "ab")
     graft.attach(model, dict.fromkeys(blocks(model), (3, 5)), tuning, seed="0")
-    said, without = (footprint(tiny_model(family), tuning, (EXAMPLES, TOKENS), grafts=grafts) for grafts in (2, 0))
-    assert said.dense_bytes - without.dense_bytes == held(model) - held(plain)
-    assert said.expert_bytes == without.expert_bytes
+    estimated, without = (footprint(tiny_model(family), tuning, (EXAMPLES, TOKENS), grafts=grafts) for grafts in (2, 0))
+    assert estimated.dense_bytes - without.dense_bytes == training_bytes(model) - training_bytes(plain)
+    assert estimated.expert_bytes == without.expert_bytes
     real = activations(model.train(), tiny_batch(family, EXAMPLES, TOKENS))
-    assert said.activation_bytes == pytest.approx(real, rel=0.05 if family == "switch_transformers" else 0.001)
+    assert estimated.activation_bytes == pytest.approx(real, rel=0.05 if family == "switch_transformers" else 0.001)
 
 
-def held(model):
+def training_bytes(model):
     """Bytes of the parameters with their gradients and AdamW's moments."""
     return sum(parameter.nbytes * (4 if parameter.requires_grad else 1) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_where_experts_are_computed_one_by_one_activations_are_those_of_that_way(family):
-    """As those of odd width are."""
+    """As experts of odd width are."""
     model = tiny_model(family, intermediate_size=66).train()
     model.set_experts_implementation("eager")
-    said = footprint(model, FULL, (EXAMPLES, TOKENS)).activation_bytes
+    estimated = footprint(model, FULL, (EXAMPLES, TOKENS)).activation_bytes
     real = activations(model, tiny_batch(family, EXAMPLES, TOKENS))
-    assert said == pytest.approx(real, rel=0.05)  # shares are not quite equal
+    assert estimated == pytest.approx(real, rel=0.05)  # shares are not quite equal
     assert model.get_experts_implementation() == {"": "eager"}
 
 
@@ -190,7 +190,7 @@ def test_a_trained_parameter_takes_16_bytes_and_a_frozen_one_4():
     assert adapted.expert_bytes == {"model.layers.0.mlp": 4 * (expert + 32) + 16 * 4 * ((32 + 32) + (16 + 32))}
 
 
-def test_an_expert_that_is_reached_takes_its_gradient_and_the_optimisers_state_and_none_of_its_router_row():
+def test_an_expert_that_is_reached_takes_its_gradient_and_the_optimizer_state_and_none_of_its_router_row():
     model, expert, adapter = one_layer(), 3 * 16 * 32, 4 * ((32 + 32) + (16 + 32))
     lora = Tuning(train="lora", parts=("experts", "router"), rank=4)
     for tuning, trained in ((FULL, expert), (lora, adapter), (Tuning(parts=("attention", "router")), 0)):
@@ -232,7 +232,7 @@ def test_adapting_every_expert_takes_the_frozen_model_and_16_bytes_a_parameter_o
     model = tiny_model(family)
     costs = Footprint(0, {}, 0, frozen_bytes=1, sides=expert_sides(model))
     adapters = sum(each.numel() for each in trainable(prepare(model, Tuning(train="lora", parts=("experts",), rank=4), "0")))
-    assert costs.adapting(4) == 1 + 16 * adapters
+    assert costs.lora_training_bytes(4) == 1 + 16 * adapters
 
 
 def test_a_footprint_leaves_the_model_as_it_was():

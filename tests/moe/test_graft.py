@@ -56,7 +56,7 @@ def test_a_block_gives_what_it_gave_and_its_gated_experts_beside(family, tuning)
         expected = of(base).reshape(-1, 32).clone()
         for expert in ids[name]:
             gate = torch.sigmoid(tokens @ graft.router_rows(block)[expert])
-            expected += gate[:, None] * graft.run(block.experts, tokens, [expert])[0]
+            expected += gate[:, None] * graft.run_experts(block.experts, tokens, [expert])[0]
     torch.testing.assert_close(of(model).reshape(-1, 32), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -127,10 +127,10 @@ def written(model: nn.Module, tensors):
 
 @pytest.mark.parametrize("ids", [(8,), (-1,), (3, 3)])
 def test_experts_that_are_not_there_or_named_twice(ids):
-    with pytest.raises(BadValue, match=r"model\.layers\.0\.mlp has experts 0 to 7"):
+    with pytest.raises(BadValue, match=r"experts .* of model\.layers\.0\.mlp cannot be grafted; give different ids from 0 to 7"):
         grafted("olmoe", grafts=ids)
 
 
-def test_ids_are_kept_as_tensors_and_found_among_others():
-    ids = {"model.layers.0.mlp": (3, 1), "model.layers.1.mlp": (0, 2)}
-    assert graft.chosen({"model.layers.0.mlp.grafted.own_gate.weight": torch.zeros(1), **graft.kept(ids)}) == ids
+def test_what_is_personal_has_the_name_as_a_whole_part_of_its_path():
+    assert graft.is_personal("model.layers.0.mlp.grafted.copies.up") and graft.is_personal("grafted/model.layers.0.mlp")
+    assert not graft.is_personal("model.layers.0.mlp.regrafted.up") and not graft.is_personal("grafted_heads.weight")

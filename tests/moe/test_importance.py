@@ -21,7 +21,7 @@ PICKED = {"0": [1, 0, 1], "1": [2, 0, 0]}
 
 
 def recorded(gates, picked):
-    """A recorder that has kept the logits log G."""
+    """A recorder with the logits log G."""
     block = SimpleNamespace(sigmoid=False, shape=SimpleNamespace(num_experts=gates.shape[-1]))
     counts = {name: torch.tensor(each) for name, each in picked.items()}
     recorder = Recorder.__new__(Recorder)
@@ -42,16 +42,16 @@ def test_two_tokens_three_experts_and_two_layers_by_hand():
     (14):       expert 0 of layer 0: ½ [½ ln(0.5 / 0.375) + ¼ ln(0.25 / 0.375)] = ½ [½ ln(4/3) − ¼ ln(3/2)]; the others' G is the
                 same for both tokens, so its logarithm is 0
     """
-    found = importance(recorded(GATES, PICKED), mean_share=0.9, redundancy=0.1)
-    assert found.usage.tolist() == pytest.approx([0.375, 0.25, 0.375, 0.5, 0.25, 0.25])
+    scores = importance(recorded(GATES, PICKED), mean_share=0.9, redundancy=0.1)
+    assert scores.usage.tolist() == pytest.approx([0.375, 0.25, 0.375, 0.5, 0.25, 0.25])
     s = [0.3875, 0.25, 0.3875, 0.5, 0.25, 0.25]
-    assert found.combined.tolist() == pytest.approx(s)
+    assert scores.combined.tolist() == pytest.approx(s)
     redundant = (math.log(4 / 3) / 2 - math.log(3 / 2) / 4) / 2
     assert redundant > 0.02
     less = [0.1 * redundant, 0, 0.1 * redundant, 0, 0, 0]
-    assert found.bottleneck.tolist() == pytest.approx([a - b for a, b in zip(s, less, strict=True)])
-    assert found.picked.tolist() == [1, 0, 1, 2, 0, 0]
-    assert found.tokens.tolist() == [2] * 6
+    assert scores.bottleneck.tolist() == pytest.approx([a - b for a, b in zip(s, less, strict=True)])
+    assert scores.picked.tolist() == [1, 0, 1, 2, 0, 0]
+    assert scores.tokens.tolist() == [2] * 6
 
 
 def test_blocks_of_different_shapes_are_each_as_if_alone():
@@ -60,21 +60,21 @@ def test_blocks_of_different_shapes_are_each_as_if_alone():
     batch["labels"] = batch["labels"][:, :7].contiguous()
     with Recorder(model, keep_logits=True) as recorder, torch.no_grad():
         model(**batch)
-    found, start = importance(recorder, 0.7, 0.3), 0
+    scores, start = importance(recorder, 0.7, 0.3), 0
     assert len({len(passes[0]) for passes in recorder.logits.values()}) == 2
     for name, (logits,) in recorder.logits.items():
-        assert found.tokens[start : start + 8].tolist() == [len(logits)] * 8
+        assert scores.tokens[start : start + 8].tolist() == [len(logits)] * 8
         g = logits.softmax(-1)
         s = 0.7 * g.mean(0) + 0.3 * g.max(0).values
-        torch.testing.assert_close(found.combined[start : start + 8], s)
-        torch.testing.assert_close(found.bottleneck[start : start + 8], s - 0.3 * (g * (g / g.mean(0)).log()).mean(0))
-        assert torch.equal(found.picked[start : start + 8], recorder.routing().counts[name])
+        torch.testing.assert_close(scores.combined[start : start + 8], s)
+        torch.testing.assert_close(scores.bottleneck[start : start + 8], s - 0.3 * (g * (g / g.mean(0)).log()).mean(0))
+        assert torch.equal(scores.picked[start : start + 8], recorder.routing().counts[name])
         start += 8
-    assert start == len(found.usage)
+    assert start == len(scores.usage)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_does_not_matter_nothing_is_changed_and_no_graph_is_kept(family):
+def test_padding_does_not_matter_nothing_is_changed_and_no_graph_remains(family):
     model = tiny_model(family)
     both = tiny_batch(family, padding=3)
     alone = {name: tensor[:1] for name, tensor in both.items()}
@@ -84,18 +84,18 @@ def test_padding_does_not_matter_nothing_is_changed_and_no_graph_is_kept(family)
         "attention_mask": torch.cat([alone["attention_mask"], torch.zeros(1, 3, dtype=torch.int64)], 1),
         "labels": torch.cat([alone["labels"], torch.full((1, 3), -100)], 1),
     }
-    found = []
+    results = []
     for batch in (alone, padded):
         with Recorder(model, keep_logits=True) as recorder:
             model(**batch)
-        found.append(importance(recorder))
+        results.append(importance(recorder))
     for field in ("usage", "combined", "bottleneck"):
-        one, other = (getattr(each, field) for each in found)
+        one, other = (getattr(each, field) for each in results)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
         assert not one.requires_grad
-    usage = found[0].usage.split([block.shape.num_experts for block in blocks(model).values()])
+    usage = results[0].usage.split([block.shape.num_experts for block in blocks(model).values()])
     assert all(float(each.sum()) == pytest.approx(1) for each in usage), "sigmoid scores are divided by their sum"
-    assert torch.equal(found[0].picked, found[1].picked)
+    assert torch.equal(results[0].picked, results[1].picked)
 
 
 @settings(max_examples=50, deadline=None)
@@ -191,3 +191,13 @@ def test_random_scores_come_from_their_seed_alone():
     before = torch.get_rng_state()
     assert torch.equal(at_random(5, "a"), at_random(5, "a")) and not torch.equal(at_random(5, "a"), at_random(5, "b"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_block_that_saw_no_token_has_no_importance_and_is_never_selected():
+    model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers")
+    with Recorder(model, keep_logits=True) as recorder, torch.no_grad():
+        model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    scores = importance(recorder)
+    for vector in (scores.usage, scores.combined, scores.bottleneck, scores.picked, scores.tokens):
+        assert vector[:8].any() and not vector[8:].any()
+    assert not select(scores.combined, scores.picked, [8, 8], 16)[8:].any()

@@ -17,10 +17,17 @@ def test_predictions_are_the_logits_before_each_target_and_leave_out_places_with
         whole = model(**inputs).logits
 
     shift = 0 if family == "switch_transformers" else 1
-    kept = (targets != IGNORED).nonzero()
-    wanted = (batch["labels"] != IGNORED).nonzero()
-    assert len(kept) == len(wanted) == 2 + 5
-    torch.testing.assert_close(logits[targets != IGNORED], whole[wanted[:, 0], wanted[:, 1] - shift])
+    predicted = (targets != IGNORED).nonzero()
+    labeled = (batch["labels"] != IGNORED).nonzero()
+    assert len(predicted) == len(labeled) == 2 + 5
+    torch.testing.assert_close(logits[targets != IGNORED], whole[labeled[:, 0], labeled[:, 1] - shift])
     assert torch.equal(targets[targets != IGNORED], batch["labels"][batch["labels"] != IGNORED])
     if family != "switch_transformers":
         assert logits.shape[1] == targets.shape[1] == 5
+
+
+def test_a_batch_without_any_target_has_no_predictions():
+    batch = tiny_batch("olmoe")
+    batch["labels"][:] = IGNORED
+    logits, targets = predictions(tiny_model("olmoe"), batch)
+    assert logits.shape == (2, 0, 64) and targets.shape == (2, 0)

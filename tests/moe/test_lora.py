@@ -67,7 +67,8 @@ def test_it_equals_peft_with_the_same_weights(family):
     batch = tiny_batch(family)
     out, reference = ours.eval()(**batch), theirs.eval()(**batch)
     assert not torch.equal(out.logits, logits(tiny_model(family), family))
-    assert (out.logits - reference.logits).abs().max() <= 1e-6 * max(1.0, float(reference.logits.detach().abs().max()))
+    # Sums are in another order, and how far they differ depends on the processor.
+    assert (out.logits - reference.logits).abs().max() <= 3e-6 * max(1.0, float(reference.logits.detach().abs().max()))
     out.loss.backward()
     reference.loss.backward()
     name, matrix, adapter = adapters(ours)[0]
@@ -205,3 +206,38 @@ def answers(model, family, seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed or 0)
         return model.train(seed is not None)(**tiny_batch(family)).logits
+
+
+@pytest.mark.parametrize(("rank", "nearest"), [(0, 4), (1, 4), (5, 4), (6, 8), (7, 8), (-3, 4)])
+def test_a_rank_that_does_not_suit_is_refused_with_one_that_does(rank, nearest):
+    with pytest.raises(BadValue, match=rf"method\.ranks = {rank}, .* float32 need a multiple of 4; try {nearest}$"):
+        lora.check_rank(rank, torch.float32, "method.ranks")
+
+
+def test_a_factor_of_some_experts_is_zero_for_the_others():
+    adapter = lora.ExpertLoRA(torch.ones(2, 4, 3), torch.ones(2, 5, 4), scale=1.0, ids=[1, 3], num_experts=4)
+    whole = lora.expand_to_all_experts(adapter.a, adapter)
+    assert whole.shape == (4, 4, 3) and whole.flatten(1).any(1).tolist() == [False, True, False, True]
+
+
+def test_peft_cannot_have_adapters_of_two_ranks(tmp_path):
+    model = prepare(tiny_model("olmoe"), LORA, seed="0")
+    attention = [name for name, _, _ in lora.linears(model)][:1]
+    layer = model.get_submodule(attention[0])
+    layer.r["default"] = 8
+    with pytest.raises(BadValue, match="no adapters, or adapters of several ranks, but an adapter of peft has one rank"):
+        lora.save_adapter(model, tiny_model("olmoe"), tmp_path, "base")
+    with pytest.raises(BadValue, match="leave out --adapter"):
+        lora.save_adapter(tiny_model("olmoe"), tiny_model("olmoe"), tmp_path, "base")
+
+
+def test_what_was_trained_before_linear_adapters_were_attached_is_trained_afterwards():
+    model = tiny_model("olmoe").requires_grad_(False)
+    norm = model.model.norm.weight.requires_grad_(True)
+    name = "model.layers.0.self_attn.q_proj"
+    lora.attach_linears(model, {name: name}, 4, 8.0, "0")
+    assert norm.requires_grad
+    assert {each.split(".lora")[0] for each, parameter in model.named_parameters() if parameter.requires_grad} == {
+        name,
+        "model.norm.weight",
+    }

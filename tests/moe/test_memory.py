@@ -29,7 +29,7 @@ def test_a_view_adds_nothing_and_keeps_its_storage_alive():
         assert meter.bytes == 0
 
 
-def test_what_is_held_before_counts_once():
+def test_tensors_that_exist_before_count_once():
     layer = nn.Linear(KILO, 4, bias=False)
     with MemoryMeter(layer, [layer.weight, layer.weight.detach()]) as meter:
         pass
@@ -55,9 +55,9 @@ def test_what_autograd_saves_is_counted():
     assert saved == 3 * 1024 + 0 * len(out)  # ones and two results of exp; the product is gone
 
 
-def test_it_can_be_used_again_and_keeps_nothing_alive():
+def test_a_meter_that_is_done_keeps_nothing_alive():
     meter = MemoryMeter([torch.ones(KILO)])
     with meter:
         pass
-    assert meter.held == ()
-    assert not meter.known
+    assert meter.owners == ()
+    assert not meter.storages

@@ -5,7 +5,7 @@ import torch
 
 from fedexperts.moe import reconstruction
 from fedexperts.moe.anatomy import Block, blocks
-from fedexperts.moe.graft import run
+from fedexperts.moe.graft import run_experts
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.reconstruction import (
     by_reconstruction,
@@ -39,7 +39,7 @@ def test_the_losses_by_hand():
     """Two tokens x = (3, 4) and (0, 1), of norms 5 and 1; the block gives 2x.
 
     Expert 0 gives x: the loss is |2 - 1| · (5 + 1) = 6. Expert 1 gives 2x: 0. Expert 2 gives 3x: 6.
-    With expert 0 held and gates of equal size, 0 and 1 give 1.5x: 3; 0 and 2 give 2x: 0. Expert 0 itself: infinite.
+    With expert 0 selected and gates of equal size, 0 and 1 give 1.5x: 3; 0 and 2 give 2x: 0. Expert 0 itself: infinite.
     """
     x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     equal = torch.zeros(2, 3)
@@ -61,10 +61,10 @@ def test_losses_of_a_bfloat16_model_are_summed_in_float32():
     x = torch.ones(1, 1, dtype=torch.bfloat16)
     twice = torch.nn.ModuleDict({"expert_0": Times(1.0), "expert_1": Times(2.0)}).to(torch.bfloat16)
     block = Block("mlp", torch.nn.Identity(), torch.nn.Identity(), twice)
-    wanted = torch.full((1, 1), 1 + 1 / 128, dtype=torch.bfloat16)
+    targets = torch.full((1, 1), 1 + 1 / 128, dtype=torch.bfloat16)
     gates = torch.tensor([[0.7, 0.3]]).log()
-    found = losses_of(block, x, wanted, gates, (0,))[1]
-    assert float(found) == pytest.approx(1.3 - 1 - 1 / 128, rel=1e-5)
+    loss = losses_of(block, x, targets, gates, (0,))[1]
+    assert float(loss) == pytest.approx(1.3 - 1 - 1 / 128, rel=1e-5)
 
 
 @every_family
@@ -82,14 +82,14 @@ def test_the_losses_are_those_of_a_plain_loop_over_tokens_that_count(family):
         model(**inputs)
     for hook in hooks:
         hook.remove()
-    found = reconstruction_losses(model, [batch], {})
+    losses = reconstruction_losses(model, [batch], {})
     for name, block in blocks(model).items():
         rows, out, counted = (each.reshape(-1, each.shape[-1]) if each.ndim > 1 else each for each in seen[name])
         for expert in range(8):
             with torch.no_grad():
-                alone = run(block.experts, rows, [expert])[0]
+                alone = run_experts(block.experts, rows, [expert])[0]
             expected = sum(float((out[t] - alone[t]).norm()) for t in range(len(rows)) if counted[t])
-            assert float(found[name][expert]) == pytest.approx(expected, rel=1e-4)
+            assert float(losses[name][expert]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_batches_add_up_and_chunks_do_not_show(monkeypatch):
@@ -117,13 +117,13 @@ def test_the_best_comes_first_and_more_are_added_one_by_one():
 @every_family
 def test_of_experts_chosen_in_any_order_each_next_one_is_the_best_beside_them(family):
     model, batches = tiny_model(family), [tiny_batch(family)]
-    held, descending = dict.fromkeys(blocks(model), ()), False
+    selected, descending = dict.fromkeys(blocks(model), ()), False
     for _ in range(4):
-        losses = reconstruction_losses(model, batches, {name: tuple(sorted(ids)) for name, ids in held.items()})
-        held = {name: (*held[name], int(loss.argmin())) for name, loss in losses.items()}
-        descending |= any(list(ids[:3]) != sorted(ids[:3]) for ids in held.values())
+        losses = reconstruction_losses(model, batches, {name: tuple(sorted(ids)) for name, ids in selected.items()})
+        selected = {name: (*selected[name], int(loss.argmin())) for name, loss in losses.items()}
+        descending |= any(list(ids[:3]) != sorted(ids[:3]) for ids in selected.values())
     assert descending  # else this would show nothing
-    assert by_reconstruction(model, batches, 4) == {name: tuple(sorted(ids)) for name, ids in held.items()}
+    assert by_reconstruction(model, batches, 4) == {name: tuple(sorted(ids)) for name, ids in selected.items()}
 
 
 def test_memory_does_not_grow_with_the_text():
@@ -177,3 +177,38 @@ def test_a_selection_costs_a_pass_and_each_expert_each_token_that_it_looks_at(fa
     assert plain > 0
     assert selection_flops_estimated(model, [batch], passes=1) == plain + 2 * looked
     assert selection_flops_estimated(model, [batch], passes=3, stride=2) == 3 * plain + 3 * looked
+
+
+def same_experts(model):
+    """Makes the experts of each block equal, and each router prefer the first ones."""
+    with torch.no_grad():
+        for block in blocks(model).values():
+            for weight in block.experts.parameters():
+                weight.copy_(weight[:1].expand_as(weight))
+    return model
+
+
+def test_of_experts_with_equal_losses_the_lower_is_selected():
+    model, batches = same_experts(tiny_model("olmoe")), [tiny_batch("olmoe")]
+    losses = reconstruction_losses(model, batches, {})
+    assert all(len(set(loss.tolist())) == 1 for loss in losses.values())
+    assert by_reconstruction(model, batches) == dict.fromkeys(blocks(model), (0,))
+
+
+def test_of_experts_that_are_picked_equally_often_the_lower_are_selected():
+    model, batch = tiny_model("olmoe", num_experts=64), tiny_batch("olmoe", batch_size=1, tokens=1, padding=0)
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(**batch)
+    for name, ids in most_used(model, [batch], 32).items():
+        picked = recorder.routing().counts[name].nonzero().flatten().tolist()
+        others = [expert for expert in range(64) if expert not in picked]
+        assert ids == tuple(sorted([*picked, *others[: 32 - len(picked)]]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_selection_is_made_without_dropout_and_leaves_the_mode_of_the_model(training):
+    model, batch = tiny_model("switch_transformers", dropout_rate=0.5), tiny_batch("switch_transformers")
+    reference = by_reconstruction(model.eval(), [batch]), most_used(model, [batch])
+    model.train(training)
+    assert by_reconstruction(model, [batch]) == reference[0] and model.training == training
+    assert most_used(model, [batch]) == reference[1] and model.training == training

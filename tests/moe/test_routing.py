@@ -8,7 +8,15 @@ import torch
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import blocks
-from fedexperts.moe.routing import Recorder, _logits, _picked, balance_loss, divergence, router_drift
+from fedexperts.moe.routing import (
+    Recorder,
+    _logits,
+    _picked,
+    balance_loss,
+    divergence,
+    recorded_logits,
+    router_drift,
+)
 from fedexperts.moe.shrink import shrink
 from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
 
@@ -86,7 +94,7 @@ def test_an_encoder_that_generation_runs_by_itself_is_counted():
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_the_order_of_a_router_s_outputs_does_not_matter(order):
-    """It has changed between versions of transformers; they are told apart by type and shape."""
+    """It has changed between versions of transformers; they are distinguished by type and shape."""
     block = blocks(tiny_model("granitemoe"))["model.layers.0.block_sparse_moe"]
     output = block.router(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
     turned = tuple(output[part] for part in order)
@@ -223,3 +231,45 @@ def test_drift_looks_at_all_experts_where_the_same_are_picked():
             block.router.weight.mul_(1.5)  # the order of the logits stays
     first, *_ = router_drift(one, other, [tiny_batch("olmoe")]).values()
     assert first > 0
+
+
+def test_the_divergence_is_never_negative_where_rounding_would_make_it_so():
+    logits = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    moved = logits + 1e-7 * torch.randn(2000, 8, generator=torch.Generator().manual_seed(1))
+    assert (divergence(logits, moved, sigmoid=False) >= 0).all()
+    assert (divergence(logits, moved, sigmoid=True) >= 0).all()
+
+
+def test_a_decoder_goes_by_its_own_mask_before_the_labels():
+    model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers", padding=PADDING)
+    own_mask = torch.ones_like(batch["labels"])
+    own_mask[:, 5:] = 0
+    by_labels, by_mask = counted(model, **batch), counted(model, **batch, decoder_attention_mask=own_mask)
+    encoder, decoder = blocks(model)
+    assert by_labels.tokens == {encoder: 2 * TOKENS - PADDING, decoder: 2 * TOKENS - PADDING}
+    assert by_mask.tokens == {encoder: 2 * TOKENS - PADDING, decoder: 2 * 5}
+
+
+def test_a_block_whose_router_saw_no_token_has_no_logits_and_takes_no_part_in_the_balance_loss():
+    model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers")
+    encoder, decoder = blocks(model)
+    with Recorder(model, keep_logits=True) as recorder:
+        model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert list(recorded_logits(recorder)) == [encoder]
+    alone = balance_loss(recorder)
+    with Recorder(model, keep_logits=True) as recorder:
+        model(**batch)
+        recorder._logits[decoder].clear()
+    assert torch.equal(balance_loss(recorder), alone)
+
+
+def test_counts_of_several_passes_add_up():
+    model, batch = tiny_model("mixtral"), tiny_batch("mixtral")
+    once = counted(model, **batch)
+    with Recorder(model, keep_logits=True) as recorder, torch.no_grad():
+        model(**batch)
+        model(**batch)
+    twice = recorder.routing()
+    assert all(torch.equal(twice.counts[name], 2 * counts) for name, counts in once.counts.items())
+    assert twice.tokens == {name: 2 * number for name, number in once.tokens.items()}
+    assert all(len(logits) == twice.tokens[name] for name, logits in recorded_logits(recorder).items())

@@ -123,8 +123,8 @@ def test_rows_cut_from_a_model_are_those_of_the_shrunk_model(family):
     small = rows.read(shrink(model, experts))
     assert tensors.keys() == small.keys()
     assert all(torch.equal(tensor, small[name]) for name, tensor in tensors.items())
-    assert all(tuple(kept.tolist()) == experts[rows.layout(model)[name]] for name, kept in ids.items())
-    assert len({id(kept) for kept in ids.values()}) == len(experts), "one tensor of ids for each block"
+    assert all(tuple(row_ids.tolist()) == experts[rows.layout(model)[name]] for name, row_ids in ids.items())
+    assert len({id(row_ids) for row_ids in ids.values()}) == len(experts), "one tensor of ids for each block"
 
 
 def test_a_block_that_is_not_named_is_cut_whole_and_without_ids():
@@ -136,12 +136,12 @@ def test_a_block_that_is_not_named_is_cut_whole_and_without_ids():
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
-    with pytest.raises(BadValue, match=r"norm.wieght is no trained parameter of this model; did you mean"):
+    with pytest.raises(BadValue, match=r"norm.wieght is no trained parameter of this model; give the name of one; did you mean"):
         rows.write(tiny_model("mixtral"), {"model.norm.wieght": torch.zeros(1, 32)})
 
 
 def test_rows_of_another_shape_are_refused():
-    with pytest.raises(BadValue, match=r"model.norm.weight is \[32\], but the model takes \[1, 32\]"):
+    with pytest.raises(BadValue, match=r"model.norm.weight has shape \[32\]; give \[1, 32\]"):
         rows.write(tiny_model("mixtral"), {"model.norm.weight": torch.zeros(32)})
 
 
@@ -188,7 +188,7 @@ def no_room(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_large_sums_are_not_held_in_memory(monkeypatch):
+def test_large_sums_are_not_in_memory(monkeypatch):
     monkeypatch.setattr(rows, "AT_ONCE", 2**16)
     sent = torch.randn(4, 2**21)
     before = resident_bytes()
@@ -213,8 +213,8 @@ senders = st.lists(
 
 def mean_of(clients):
     mean = RowMean(torch.tensor([[7.0], [8.0], [9.0]]))
-    for values, kept, weight in clients:
-        ids = torch.tensor(sorted(kept))
+    for values, sent_ids, weight in clients:
+        ids = torch.tensor(sorted(sent_ids))
         mean.add(torch.tensor(values)[ids][:, None], ids=ids, weight=float(weight))
     return mean.result()
 
@@ -230,3 +230,37 @@ def test_the_order_of_arrival_does_not_show(clients, chance):
 @given(st.lists(floats, min_size=3, max_size=3), st.integers(1, 1000))
 def test_one_client_is_taken_at_its_word(values, weight):
     assert mean_of([(values, {0, 1, 2}, weight)]).flatten().tolist() == values
+
+
+def test_rows_that_are_whole_are_not_copied_when_they_are_cut():
+    model = tiny_model("mixtral")
+    tensors, layout = rows.read(model), rows.layout(model)
+    cut, ids = rows.cut(tensors, layout, {"model.layers.0.mlp": tuple(range(8)), "model.layers.1.mlp": (0, 1)})
+    for name, tensor in cut.items():
+        assert (tensor is tensors[name]) == (layout[name] != "model.layers.1.mlp"), name
+    assert len({name.split(".")[2] for name in ids}) == 2
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "switch_transformers", "gpt_oss"])
+def test_rows_that_are_taken_are_those_that_are_read_and_share_memory_where_they_can(family):
+    model = tiny_model(family)
+    taken, read = rows.take(model), rows.read(model)
+    assert taken.keys() == read.keys()
+    assert all(torch.equal(tensor, read[name]) and tensor.is_contiguous() for name, tensor in taken.items())
+    stacked = [name for name in taken if ".experts." in name and family != "switch_transformers"]
+    assert all(taken[name].data_ptr() == model.get_parameter(name).data_ptr() for name in stacked)
+
+
+def test_only_the_named_rows_are_written():
+    model = tiny_model("switch_transformers")
+    name = "encoder.block.1.layer.1.mlp.experts.wi.weight"
+    before = rows.read(model)[name]
+    rows.write(model, {name: torch.zeros(2, 24, 32)}, {name: torch.tensor([6, 1])})
+    after = rows.read(model)[name]
+    assert [index for index in range(8) if not torch.equal(before[index], after[index])] == [1, 6]
+    assert not after[[1, 6]].any()
+
+
+def test_a_mean_of_no_client_is_what_it_started_from():
+    start = torch.randn(3, 2).T  # not contiguous
+    assert torch.equal(RowMean(start).result(), start) and RowMean(start).result().is_contiguous()

@@ -20,7 +20,7 @@ def train_one_step(model, family):
     optimizer.step()
 
 
-def held(model):
+def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -28,7 +28,7 @@ def held(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_a_shrunk_model_leaves_its_base_as_it_was(family, tuning):
     base = tiny_model(family)
-    before, learned_before = held(base), [parameter.requires_grad for parameter in base.parameters()]
+    before, trained_before = state_of(base), [parameter.requires_grad for parameter in base.parameters()]
     small = prepare(shrink(base, tiny_experts(base)), tuning, seed="0")
     start = [parameter.detach().clone() for parameter in trainable(small)]
     train_one_step(small, family)
@@ -37,7 +37,7 @@ def test_training_a_shrunk_model_leaves_its_base_as_it_was(family, tuning):
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert [parameter.requires_grad for parameter in base.parameters()] == learned_before
+    assert [parameter.requires_grad for parameter in base.parameters()] == trained_before
     assert base.get_experts_implementation() == tiny_model(family).get_experts_implementation()
 
 
@@ -74,12 +74,12 @@ def test_lora_trains_adapters_and_the_whole_router_and_nothing_else():
     assert routers == [f"model.layers.{layer}.mlp.gate.weight" for layer in range(3)]
 
 
-@pytest.mark.parametrize("part, said", [("attention", "self_attn"), ("experts", "experts.lora"), ("router", "gate.weight")])
-def test_each_part_of_lora_can_stand_alone(part, said):
+@pytest.mark.parametrize("part, fragment", [("attention", "self_attn"), ("experts", "experts.lora"), ("router", "gate.weight")])
+def test_each_part_of_lora_can_stand_alone(part, fragment):
     model = prepare(tiny_model("qwen2_moe"), Tuning(train="lora", parts=(part,), rank=4), seed="0")
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names
-    assert all(said in name for name in names)
+    assert all(fragment in name for name in names)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,9 +94,9 @@ def test_fresh_adapters_change_nothing(family):
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 def test_an_expert_starts_with_the_same_adapter_in_the_full_and_a_shrunk_model(family):
     base = tiny_model(family)
-    kept = dict.fromkeys(anatomy(base).blocks, (2, 5))
+    kept_ids = dict.fromkeys(anatomy(base).blocks, (2, 5))
     full = prepare(shrink(base, {}), LORA, seed="round 1")
-    small = prepare(shrink(base, kept), LORA, seed="round 1")
+    small = prepare(shrink(base, kept_ids), LORA, seed="round 1")
     seen = 0
     for (_, small_block), (_, full_block) in zip(blocks(small).items(), blocks(full).items(), strict=True):
         if small_block.is_switch:
@@ -121,18 +121,18 @@ def test_preparing_draws_nothing_from_the_global_generator():
 
 
 @pytest.mark.parametrize(
-    "family, found",
+    "family, names",
     [
         ("mixtral", {"q_proj", "v_proj"}),
         ("switch_transformers", {"q", "v"}),
         ("deepseek_v2", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}),
     ],
 )
-def test_attention_modules_are_found_under_the_names_of_the_family(family, found):
+def test_attention_modules_are_found_under_the_names_of_the_family(family, names):
     tuning = Tuning(train="lora", parts=("attention",), rank=4, attention_modules=("q_proj", "v_proj"))
     model = prepare(tiny_model(family), tuning, seed="0")
     adapted = {name.split(".")[-4] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert adapted == found
+    assert adapted == names
 
 
 @pytest.mark.parametrize(
