@@ -27,14 +27,13 @@ from deployed import PATIENCE, Processes, below, parent, processes, running, sen
 from fedexperts import config
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.processes import free_port
-from fedexperts.engines.client_store import key
 from fedexperts.engines.local import LocalEngine
 from fedexperts.experiment import checkpoint, runner
 from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Prepared
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.testing import tiny_model
-from fedexperts.types import Engine, Failure, Job, Update
+from fedexperts.types import Engine, Failure, Job, Update, job_key
 
 COMMANDS = {"worker": "fedexperts.deploy.client", "superexec": "deploy.superexec", "supernode": "deploy.supernode"}
 KINDS = (*COMMANDS, "clientapp", "client", "machine", "superlink", "server")
@@ -145,8 +144,7 @@ def recorded(out: Path) -> int:
 def outcome(folder: Path, names: list[str]) -> dict[str, Any]:
     """The rounds that were recorded, the answers that are missing, and the clients that lost client state.
 
-    The ledger says which of a client's answers counted last. The client must have its state of that job, byte for byte, and
-    nothing later, unless it did not answer the last evaluation, with which it learns which answer counted.
+    The ledger says which of a client's answers counted last: the client must have its state of that job, byte for byte.
     """
     out, local = folder / "out", folder / "local"
     ledger = lines(out / "ledger.jsonl")
@@ -155,11 +153,10 @@ def outcome(folder: Path, names: list[str]) -> dict[str, Any]:
     lost = []
     for name in names:
         answered = [line["round"] for line in ledger if (line["client"], line["task"], line["failed"]) == (name, "train", None)]
-        last = key(answered[-1], "train") if answered else ""
+        last = job_key(answered[-1], "train") if answered else ""
         states = tensor_files(folder / name / (out / "id").read_text() / "clients" / name)
         expected = tensor_files(local / "clients" / name).get(last)
-        evaluated = (name, ledger[-1]["round"], "evaluate") not in missing
-        if (last and (expected is None or states.get(last) != expected)) or (evaluated and max(states, default="") != last):
+        if last and (expected is None or states.get(last) != expected):
             lost.append({"client": name, "accepted": last, "states": sorted(states)})
     return {
         "rounds": [line["round"] for line in lines(out / "rounds.jsonl")],

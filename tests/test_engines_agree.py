@@ -72,7 +72,7 @@ def test_local_and_simulation_end_with_the_same_bits(runs, said, method):
     local, flower = runs / "local" / method, runs / "flower" / method
     newest = checkpoint.latest(local).relative_to(local)
     assert newest == checkpoint.latest(flower).relative_to(flower) == Path("checkpoint/000002-train")
-    for name in ("weights", "memory"):
+    for name in ("weights", "method_state"):
         assert tensors(local / newest / f"{name}.safetensors") == tensors(flower / newest / f"{name}.safetensors")
     assert kept(local) == kept(flower)
 
