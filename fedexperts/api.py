@@ -1,4 +1,4 @@
-"""What `import fedexperts` offers: the commands as functions."""
+"""The Python API: `run` and `compare` as functions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,21 +11,21 @@ from fedexperts.experiment.sweep import Compared
 from fedexperts.io.toml import with_settings
 
 RunFile = Path | str | Mapping[str, Any] | RunConfig
-"""A run: the path of its file, what such a file says, or the settings read from one."""
+"""A run: the path of a run file, the content of such a file, or the settings read from one."""
 
 
 def run(run: RunFile, out: Path | str, *, set: Sequence[str] = (), resume: bool = False) -> Path:
-    """Runs it and returns its results folder, `out`, as `fedexperts run` does.
+    """Executes a run, as `fedexperts run` does, and returns its results folder, `out`.
 
     Args:
         run: a run file or its content.
         out: the results folder.
-        set: settings in place of the run file's, such as "training.lr=1e-3".
-        resume: whether to continue the run that `out` holds.
+        set: settings that replace those of the run file, such as "training.lr=1e-3".
+        resume: whether to continue the run in `out`.
 
     Raises:
-        BadValue: a setting, the data or the model does not allow the run.
-        BadRun: `out` holds another run, or all clients of a round failed.
+        BadValue: the settings, the data or the model do not allow the run.
+        BadRun: `out` contains another run, or all clients of a round failed.
     """
     return runner.run(settings_of(run, set), Path(out), resume=resume)
 
@@ -39,36 +39,43 @@ def compare(
     set: Sequence[str] = (),
     jobs: int = 1,
 ) -> Compared:
-    """Several methods over the same data and clients, as `fedexperts compare` does; runs that are done already stay.
+    """Runs several methods on the same data and clients, as `fedexperts compare` does; completed runs are not repeated.
 
-    After `from fedexperts import report`, `report.table(compared.folders)` is what came out, and `report.write([out], html=…)`
-    makes the page.
+    After `from fedexperts import report`, `report.table(compared.folders)` is the table of results and
+    `report.write([out], html=…)` writes the page.
 
     Args:
-        runs: a run, or several by name, each of which is a setting.
+        runs: one run, or several by name; each is a setting of the comparison.
         methods: names, or variants such as "slow=fedavg:training.lr=1e-4".
-        seeds: how many, from the run's own on.
+        seeds: number of seeds, counted from the seed of the run.
         out: the results folder.
-        set: settings in place of those of all runs.
-        jobs: how many runs at once, each in a process of its own; a script that asks for several has its calls below
-            `if __name__ == "__main__":`, since those processes import it.
+        set: settings that replace those of all runs.
+        jobs: number of runs executed in parallel, each in its own process; with more than one, the call must be below
+            `if __name__ == "__main__":`, because these processes import the script.
 
     Raises:
-        BadValue: a run that cannot be, before the first one starts.
+        BadValue: the settings of a run are not valid; raised before the first run starts.
     """
     settings = {name: settings_of(run, set) for name, run in by_name(runs).items()}
     return sweep.compare(settings, sweep.read_variants(",".join(methods)), seeds, Path(out), jobs=jobs)
 
 
 def by_name(runs: RunFile | Mapping[str, RunFile]) -> Mapping[str, RunFile]:
-    """Several runs as they are; one under its file's name, or called `run`. What has a `data` table is one: no run is without."""
+    """Runs by name: a mapping of several runs is returned unchanged; a single run is named after its file, or `run`.
+
+    A mapping with a `data` key is a single run.
+    """
     if isinstance(runs, Path | str):
         return {Path(runs).stem: runs}
     return {"run": runs} if isinstance(runs, RunConfig) or "data" in runs else runs
 
 
 def settings_of(run: RunFile, set: Sequence[str]) -> RunConfig:
-    """Raises BadValue for what no run can have."""
+    """The settings of a run file or of its content, with those of `set` in place of its own.
+
+    Raises:
+        BadValue: an unknown setting, or a value that is not allowed.
+    """
     if isinstance(run, Path | str):
         return config.read(Path(run), set)
     tree = run.model_dump(mode="json", exclude_none=True) if isinstance(run, RunConfig) else dict(run)

@@ -1,4 +1,4 @@
-"""A run as nested frozen models, read from one TOML file; every default lives here or in a method's fields."""
+"""The settings of a run as nested frozen models, read from one TOML file; defaults are defined here or in a method's fields."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ class ModelSettings(Settings):
     trust_remote_code: bool = False
 
 
-def possible(training: Training) -> Training:
-    """`training`, where a model can be trained so.
+def consistent(training: Training) -> Training:
+    """`training`, if its settings are consistent.
 
     Raises:
-        BadValue: parts or adapters that do not go together, or a cosine that rises.
+        BadValue: parts and adapters that cannot be combined, or a cosine schedule that rises.
     """
     training.check()
     if training.schedule == "cosine" and training.final_lr > training.lr:
@@ -52,31 +52,31 @@ def possible(training: Training) -> Training:
 class FederationSettings(Settings):
     rounds: int = Field(10, ge=1)
     clients_per_round: int | None = Field(None, ge=1)  # None: all
-    sampling: Literal["random", "by task"] = "random"  # by task: of different tasks, as far as there are
+    sampling: Literal["random", "by task"] = "random"  # by task: clients of different tasks, as far as possible
     engine: Literal["local", "flower"] = "local"
     workers: int = Field(1, ge=1)
-    gpus_per_worker: float = Field(0.0, ge=0)  # that Flower's simulation gives each worker; 0.25: four share one
-    min_clients: int = Field(1, ge=0)  # a round that fewer answer stops the run; 0: one that nobody answers changes nothing
-    round_seconds: float | None = Field(None, gt=0)  # of real time that a client has for its answer; needs the engine flower
-    server_optimizer: Tree | None = None  # its name and its fields: what a round's merge is a step of; None: it is taken as it is
+    gpus_per_worker: float = Field(0.0, ge=0)  # assigned to each worker of Flower's simulation; 0.25: four workers share a GPU
+    min_clients: int = Field(1, ge=0)  # fewer answers stop the run; 0: a round without answers leaves the server unchanged
+    round_seconds: float | None = Field(None, gt=0)  # wall-clock limit of a client's answer; engine flower only
+    server_optimizer: Tree | None = None  # its name and fields; None: the merged weights are used as they are
 
     @field_validator("server_optimizer", mode="before")
     @classmethod
-    def may_be_a_name(cls, given: object) -> object:
-        """A name alone has the defaults; "none" is none."""
-        asked = {"name": given} if isinstance(given, str) else given
-        return None if isinstance(asked, dict) and asked.get("name") == "none" else asked
+    def from_name(cls, value: object) -> object:
+        """A name alone stands for the optimizer with its defaults; "none" for no optimizer."""
+        settings = {"name": value} if isinstance(value, str) else value
+        return None if isinstance(settings, dict) and settings.get("name") == "none" else settings
 
     @model_validator(mode="after")
-    def flowers_own(self) -> Self:
-        """What only Flower's engine does is asked of no other."""
-        for name, given in (("gpus_per_worker", self.gpus_per_worker), ("round_seconds", self.round_seconds)):
-            if given and self.engine != "flower":
-                raise BadValue(f'federation.{name} = {given:g} needs federation.engine = "flower"; set that, or leave it out')
+    def only_with_flower(self) -> Self:
+        """Refuses settings of the engine flower if another engine is selected."""
+        for name, value in (("gpus_per_worker", self.gpus_per_worker), ("round_seconds", self.round_seconds)):
+            if value and self.engine != "flower":
+                raise BadValue(f'federation.{name} = {value:g} needs federation.engine = "flower"; set that, or leave it out')
         return self
 
     @model_validator(mode="after")
-    def enough_are_asked(self) -> Self:
+    def enough_clients_per_round(self) -> Self:
         if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
             raise BadValue(
                 f"federation.min_clients = {self.min_clients}, but a round asks federation.clients_per_round = "
@@ -88,24 +88,24 @@ class FederationSettings(Settings):
 class DeviceSettings(Settings):
     """The clients' devices.
 
-    `profile`: how fast they are and what they hold (forms in `devices.profiles`); with it a run has a clock. `memory_gb` or
-    `memory_share`: their memory, in gigabytes or in shares of the full model's need, whatever the profile says: a number, a
-    list, or { uniform = [low, high] }.
+    `profile`: compute speed, bandwidth and memory (forms in `devices.profiles`); it gives the run a virtual clock. `memory_gb` or
+    `memory_share`: their memory in gigabytes, or as a share of what training the full model takes, in place of the profile's: a
+    number, a list with one per client, or { uniform = [low, high] }.
     """
 
     profile: Any = None
-    utilisation: float = Field(UTILISATION, gt=0, le=1)  # what training sustains of a preset's peak
+    utilisation: float = Field(UTILISATION, gt=0, le=1)  # share of a preset's peak FLOP/s that training sustains
     memory_gb: Any = None
     memory_share: Any = None
-    deadline_seconds: float | None = Field(None, gt=0)  # of virtual time in a round; who would answer later is left out
-    out_of_memory: Literal["fail", "train anyway"] = "fail"  # what becomes of a job whose measured peak is above the memory
+    deadline_seconds: float | None = Field(None, gt=0)  # virtual seconds per round; clients that would answer later are left out
+    out_of_memory: Literal["fail", "train anyway"] = "fail"  # a job whose measured peak exceeds the memory
 
     def profiles(self, clients: Sequence[str], seed: str) -> dict[str, Profile]:
-        """The device of each client; none where there is no `profile`."""
+        """Client → its device; empty without `profile`."""
         return profiles(self.profile, clients, seed, self.utilisation)
 
     @model_validator(mode="after")
-    def deadline_has_a_clock(self) -> Self:
+    def deadline_needs_a_clock(self) -> Self:
         if self.deadline_seconds is not None and self.profile is None:
             raise BadValue(
                 "devices.deadline_seconds needs a clock; give devices.profile too, such as a preset: jetson_agx_xavier"
@@ -116,24 +116,24 @@ class DeviceSettings(Settings):
 class EvaluationSettings(Settings):
     """When and on what models are scored.
 
-    `score`: "after_aggregation" scores each client with what the server sends it then and what it keeps to itself;
-    "before_aggregation" right after its local training, with what it is about to send (the public code of FLEx does so).
-    `retained`: sources as in `data.sources`, on whose test examples (at most `limit` of each) the untouched base is scored
-    before the first round and every client's model after the last; nobody trains on them.
-    `drift`: whether the routing of the clients' models is then held against the base's.
+    `score`: "after_aggregation" scores each client's model from the server's new weights and the client state;
+    "before_aggregation" scores it right after local training, with the weights that it is about to send (as the public code of
+    FLEx does). `retained`: sources as in `data.sources`, on whose test examples (at most `limit` of each) the base model is
+    scored before the first round and every client's model after the last; no client trains on them.
+    `drift`: whether the routing of the clients' models is compared with the base model's after the last round.
     """
 
-    every: int = Field(5, ge=1)  # rounds; after the last one always
+    every: int = Field(5, ge=1)  # rounds; the last round is always evaluated
     generate_tokens: int = Field(32, ge=1)
     batch_size: int = Field(32, ge=1)
-    split: Literal["test", "validation"] = "test"  # validation: to choose settings by, so that none is chosen on test examples
+    split: Literal["test", "validation"] = "test"  # validation: for tuning settings without the test examples
     score: Literal["after_aggregation", "before_aggregation"] = "after_aggregation"
     retained: Sources = ()
     drift: bool = False
 
 
 class TrackSettings(Settings):
-    """Where else the numbers of the logs go while a run is under way."""
+    """The tracker that receives the metrics of a run, in addition to the logs."""
 
     to: Literal["tensorboard", "mlflow", "wandb"] | None = None
 
@@ -142,7 +142,7 @@ class RunConfig(Settings):
     seed: int = 0
     model: ModelSettings = ModelSettings()
     method: Tree = Field({"name": "fedmoe"})
-    training: Annotated[Training, AfterValidator(possible)] = Training()
+    training: Annotated[Training, AfterValidator(consistent)] = Training()
     federation: FederationSettings = FederationSettings()
     data: DataSettings
     devices: DeviceSettings = DeviceSettings()
@@ -152,7 +152,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def former_names(cls, tree: Any) -> Any:
-        """Accepts the former names of settings and methods."""
+        """Accepts the former names of settings and methods, which older results and run files have."""
         return with_current_names(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
@@ -161,27 +161,27 @@ class RunConfig(Settings):
         return self
 
     def build_method(self) -> Method:
-        """The method with its hyperparameters, and the server's optimiser around it where there is one.
+        """The method with its hyperparameters, wrapped in the server optimizer if there is one.
 
         Raises:
-            BadValue: no such method or optimiser, a field that it does not have or allow, or an installed package whose methods
-                cannot be had.
+            BadValue: no such method or optimizer, a field that it does not have or allow, or an installed package whose methods
+                cannot be imported.
         """
         enter_installed()
         method, optimizer = built(METHODS, self.method, METHOD), self.federation.server_optimizer
         return method if optimizer is None else WithServerOptimizer(method, built(SERVER_OPTIMIZERS, optimizer, OPTIMIZER))
 
     def resolved(self) -> Tree:
-        """All settings, defaults included, the method's and the server optimiser's too; as TOML can hold them."""
-        tree = {**self.model_dump(mode="json"), "method": spelled_out(METHODS, self.method, METHOD)}
+        """All settings as TOML types, including the defaults of the method and of the server optimizer."""
+        tree = {**self.model_dump(mode="json"), "method": with_defaults(METHODS, self.method, METHOD)}
         if (optimizer := self.federation.server_optimizer) is not None:
-            tree["federation"]["server_optimizer"] = spelled_out(SERVER_OPTIMIZERS, optimizer, OPTIMIZER)
+            tree["federation"]["server_optimizer"] = with_defaults(SERVER_OPTIMIZERS, optimizer, OPTIMIZER)
         resolved: Tree = without_none(tree)
         return resolved
 
 
 def with_current_names(tree: Tree) -> Tree:
-    """`tree`, the settings of a run, with the names that settings and methods have now.
+    """`tree`, the settings of a run, with the current names of settings and methods.
 
     Raises:
         BadValue: a setting under both of its names.
@@ -192,35 +192,35 @@ def with_current_names(tree: Tree) -> Tree:
     return with_new_names(tree, RENAMED)
 
 
-def built(kinds: Mapping[str, type[Kind]], asked: Tree, place: str) -> Kind:
-    """The one of `kinds` that the settings at `place`, `asked`, name, with the fields that they give it.
+def built(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -> Kind:
+    """The entry of `kinds` that `settings["name"]` names, constructed from the other keys; `table` is used in errors.
 
     Raises:
         BadValue: no such name, or a field that it does not have or allow.
     """
-    fields = dict(asked)
+    fields = dict(settings)
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
-        raise BadValue(f"{place}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds)}")
+        raise BadValue(f"{table}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds)}")
     allowed = [field.name for field in dataclasses.fields(kinds[name])]  # type: ignore[arg-type]  # all are dataclasses
     for key in fields:
         if key not in allowed:
             raise BadValue(
-                f"{place}.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
+                f"{table}.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
             )
     try:
         return TypeAdapter(kinds[name]).validate_python(fields)
     except ValidationError as error:
-        raise BadValue(sentence(error, RunConfig, tuple(place.split(".")))) from None
+        raise BadValue(sentence(error, RunConfig, tuple(table.split(".")))) from None
 
 
-def spelled_out(kinds: Mapping[str, type[Kind]], asked: Tree, place: str) -> Tree:
-    """`asked` with all fields, defaults included."""
-    return {"name": asked["name"], **dataclasses.asdict(built(kinds, asked, place))}  # type: ignore[call-overload]  # likewise
+def with_defaults(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -> Tree:
+    """`settings` with all fields, including defaults."""
+    return {"name": settings["name"], **dataclasses.asdict(built(kinds, settings, table))}  # type: ignore[call-overload]  # likewise
 
 
 def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
-    """The run of the file, with each `a.b=c` of `settings` in place of what the file says.
+    """The settings in a run file; each `a.b=c` of `settings` replaces the value in the file.
 
     Raises:
         BadValue: no such file, no TOML, an unknown key (names the nearest), or a value that is not allowed.
@@ -229,7 +229,7 @@ def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
 
 
 def from_tree(tree: Tree) -> RunConfig:
-    """The run that a run file's content says; former names of settings are warned of, once each.
+    """The settings in the content of a run file; warns once about each former name.
 
     Raises:
         BadValue: an unknown key (names the nearest), or a value that is not allowed.

@@ -1,4 +1,4 @@
-"""The round, written once: who takes part, what goes out, what comes back, what becomes of it."""
+"""The federated round: client sampling, jobs, answers, aggregation."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from fedexperts.types import Assignment, Client, Engine, Job, Server, Tensors, U
 
 
 def no_reports(job: Job) -> Mapping[str, Check]:
-    """A run that asks clients for no metrics but their method's."""
+    """No metrics besides those of the method."""
     return {}
 
 
@@ -31,20 +31,20 @@ def federate(
     by_task: bool = False,
     reports: Reports = no_reports,
 ) -> Iterator[Server]:
-    """The server after each setup task and round; picks up after the round that `server` has behind it.
+    """Yields the server after each setup task and each round; continues after the last completed step of `server`.
 
-    Setup tasks are round 0 and go to every client once; a round goes to `clients_per_round` of them. `reports`: the metrics
-    that the run asks for beside the method's.
+    Setup tasks are round 0 and go to every client once; in a round, `clients_per_round` clients are sampled. `reports`: the
+    metrics that the run requests in addition to the method's.
 
     Raises:
-        BadRun: a merge gave weights that are not finite.
+        BadRun: the merged weights are not finite.
     """
     for round, task in steps(method, rounds)[done(server, method, rounds) :]:
         server = replace(server, round=round, task=task)
         clients = list(server.clients.values())
         chosen = choose(clients, clients_per_round, Random(f"{server.seed}/{round}"), by_task) if round else clients
         merged = method.merge(server, answers(server, method, engine, ledger, chosen, reports))
-        if not ledger.lost:  # a round of which nothing can be used changes nothing
+        if not ledger.lost:  # a round without usable answers leaves the server unchanged
             require_finite(server.weights, merged)
             server = replace(merged, accepted={**server.accepted, **accepted(ledger)})
         yield server
@@ -53,18 +53,18 @@ def federate(
 def answers(
     server: Server, method: Method, engine: Engine, ledger: Ledger, clients: Iterable[Client], reports: Reports = no_reports
 ) -> Iterator[Update]:
-    """The jobs of `server.task` for `clients`, carried out by `engine`: the updates that can be used, as a stream, in order."""
+    """Sends the jobs of `server.task` for `clients` to `engine` and yields the valid updates, in the order of the jobs."""
     expect = partial(expectation, server, method, reports)
     return reorder_and_validate(engine.run, jobs_for(server, method, clients), expect, ledger)
 
 
 def accepted(ledger: Ledger) -> dict[str, str]:
-    """Client → the key of its job in the round under way, of those whose answers were used."""
+    """Client → the key of its job in the current round, for clients whose answers were merged."""
     return {entry.client: job_key(entry.round, entry.task) for entry in ledger.entries if not entry.failed}
 
 
 def require_finite(before: Tensors, merged: Server) -> None:
-    """Raises BadRun when a weight that changed is not finite: it must not take the place of one that was."""
+    """Raises BadRun if a merged weight that changed is not finite."""
     for name, tensor in merged.weights.items():
         if tensor is not before.get(name) and not bool(torch.isfinite(tensor).all()):
             raise BadRun(
@@ -74,17 +74,17 @@ def require_finite(before: Tensors, merged: Server) -> None:
 
 
 def steps(method: Method, rounds: int) -> list[tuple[int, str]]:
-    """(round, task) of all that a run does, in order."""
+    """(round, task) of all steps of a run, in order."""
     return [(0, task) for task in method.setup_tasks] + [(round, "train") for round in range(1, rounds + 1)]
 
 
 def done(server: Server, method: Method, rounds: int) -> int:
-    """How many of the `steps` the server has behind it."""
+    """Number of completed `steps`."""
     return 0 if server.task == "start" else steps(method, rounds).index((server.round, server.task)) + 1
 
 
 def choose(clients: Sequence[Client], number: int, rng: Random, by_task: bool) -> list[Client]:
-    """`number` of the clients at random; `by_task`: of different tasks as long as there are any (FedMoE's Enforced)."""
+    """`number` random clients; `by_task`: of different tasks as far as possible (FedMoE's Enforced sampling)."""
     if not by_task:
         return rng.sample(clients, min(number, len(clients)))
     shuffled = rng.sample(clients, len(clients))
@@ -93,7 +93,7 @@ def choose(clients: Sequence[Client], number: int, rng: Random, by_task: bool) -
 
 
 def jobs_for(server: Server, method: Method, clients: Iterable[Client]) -> Iterator[Job]:
-    """The jobs of `server.task` for those of the `clients` that have a part in it, made as they are asked for."""
+    """Generates, lazily, the jobs of `server.task` for those of the `clients` that take part in it."""
     for client in clients:
         assignment = method.assign(server, client)
         if assignment is not None:
@@ -101,7 +101,7 @@ def jobs_for(server: Server, method: Method, clients: Iterable[Client]) -> Itera
 
 
 def job_for(server: Server, client: Client, assignment: Assignment) -> Job:
-    """`assignment` with the weights that it names, or brings."""
+    """The job of `assignment`: with its own patch, or the server's weights that it names."""
     return Job(
         client=client.name,
         round=server.round,

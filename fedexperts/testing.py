@@ -1,4 +1,4 @@
-"""Tiny random models of every family we support, batches, clients and servers for them: no download, CPU, under a second."""
+"""Tiny random models of every supported family, with batches, clients and servers: no download, CPU, under a second."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from random import Random
@@ -46,7 +46,7 @@ _DENSE_FIRST: Mapping[str, Any] = {
     "topk_group": 1,
 }
 
-# What a family's config calls the number of experts and the number per token, and what it needs besides.
+# Config keys of each family for the number of experts and the number per token, and its other required keys.
 _SPECIFIC: Mapping[str, tuple[str, str | None, Mapping[str, Any]]] = {
     "mixtral": ("num_local_experts", "num_experts_per_tok", {"intermediate_size": 24}),
     "qwen2_moe": (
@@ -99,11 +99,11 @@ _SPECIFIC: Mapping[str, tuple[str, str | None, Mapping[str, Any]]] = {
 }
 
 FAMILIES: tuple[str, ...] = tuple(_SPECIFIC)
-"""The model types that every part of the library is tested on."""
+"""The model types that the tests cover."""
 
 
 def tiny_config(family: str, num_experts: int = 8, top_k: int = 2, **overrides: Any) -> Any:
-    """The config of `tiny_model`; `overrides` are keys of the family's own config."""
+    """The config of `tiny_model`; `overrides` are keys of the family's config."""
     experts_key, top_k_key, specific = _SPECIFIC[family]
     common = _ALL if family == "switch_transformers" else _DECODER
     chosen = {experts_key: num_experts, **({top_k_key: top_k} if top_k_key else {})}
@@ -111,10 +111,10 @@ def tiny_config(family: str, num_experts: int = 8, top_k: int = 2, **overrides: 
 
 
 def tiny_model(family: str, num_experts: int = 8, top_k: int = 2, seed: int = 0, **overrides: Any) -> nn.Module:
-    """A random model of `family` in eval mode, the same for the same arguments; torch's generator stays as it was.
+    """A random model of `family` in eval mode, the same for the same arguments; torch's generator is left unchanged.
 
-    Its routers prefer some experts clearly (those of a fresh model are often zero), and their bias, where there is one,
-    is not zero either. Its dimensions suit grouped_mm. Training draws nothing at random, but for PhiMoE's router.
+    Its routers clearly prefer some experts (those of a fresh model are often zero), and their bias, if any, is not zero.
+    Its dimensions suit grouped_mm. Training is deterministic, except for PhiMoE's router.
     """
     config = tiny_config(family, num_experts, top_k, **overrides)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -126,7 +126,7 @@ def tiny_model(family: str, num_experts: int = 8, top_k: int = 2, seed: int = 0,
 
 
 def tiny_batch(family: str, batch_size: int = 2, tokens: int = 12, padding: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """Input for `tiny_model`; all but the first sequence end with `padding` positions that do not count."""
+    """Input for `tiny_model`; all sequences but the first end with `padding` masked positions."""
     chance = torch.Generator().manual_seed(seed)
     ids = torch.randint(_FIRST_WORD, VOCABULARY, (batch_size, tokens), generator=chance)
     mask = torch.ones_like(ids)
@@ -138,7 +138,7 @@ def tiny_batch(family: str, batch_size: int = 2, tokens: int = 12, padding: int 
 
 
 def tiny_experts(model: nn.Module, seed: int = 0) -> Experts:
-    """Some experts of each MoE block of `model`, more of them from block to block: never all, a legal sub-model."""
+    """A legal sub-model: some experts of each MoE block of `model`, one more in each block, never all."""
     chance = torch.Generator().manual_seed(seed)
     chosen = {}
     for index, (name, shape) in enumerate(anatomy(model).blocks.items()):
@@ -146,8 +146,8 @@ def tiny_experts(model: nn.Module, seed: int = 0) -> Experts:
         units = shape.groups if shape.groups > 1 else shape.num_experts
         size = shape.group_size if shape.groups > 1 else 1
         number = fewest + index % (units - fewest) if units > fewest else units
-        kept = torch.randperm(units, generator=chance)[:number].tolist()
-        chosen[name] = tuple(sorted(unit * size + offset for unit in kept for offset in range(size)))
+        chosen_units = torch.randperm(units, generator=chance)[:number].tolist()
+        chosen[name] = tuple(sorted(unit * size + offset for unit in chosen_units for offset in range(size)))
     return chosen
 
 
@@ -169,15 +169,15 @@ def tiny_examples(number: int, task: str = "echo", seed: int = 0) -> list[Exampl
 
 
 def tiny_context(model: nn.Module, client: Client, training: Training, seed: int = 0) -> ClientContext:
-    """The bench of `client`: as many training examples as it says, 6 to validate, 4 to test."""
-    made = tiny_examples(client.examples + 10, client.task or "echo", seed)
-    data = Split(train=made[:-10], validation=made[-10:-4], test=made[-4:])
+    """The context of `client`: with `client.examples` training, 6 validation and 4 test examples."""
+    drawn = tiny_examples(client.examples + 10, client.task or "echo", seed)
+    data = Split(train=drawn[:-10], validation=drawn[-10:-4], test=drawn[-4:])
     two_sided = bool(cast("Any", model).config.is_encoder_decoder)
     return ClientContext(client, model, data, Encoder(tiny_tokenizer(), 16, two_sided), training, client_state={})
 
 
 def tiny_server(model: nn.Module, clients: Iterable[Client], training: Training, seed: str = "0") -> Server:
-    """A server that trains all of `model`, or fresh adapters on it, as `training` says."""
+    """A server that trains all weights of `model`, or fresh adapters, as set in `training`."""
     shape = anatomy(model)
     start = prepare(shrink(model, shape.all_experts), training.tuning, seed=f"{seed}/start")
     cost = footprint(model, training.tuning, (training.batch_size, 16), optimizer=training.optimizer)
@@ -186,7 +186,7 @@ def tiny_server(model: nn.Module, clients: Iterable[Client], training: Training,
 
 
 def bare_server(shapes: Sequence[BlockShape], clients: Iterable[Client], expert_bytes: int = 1, dense_bytes: int = 0) -> Server:
-    """A server without weights, of blocks `0`, `1`, …: what choosing experts needs."""
+    """A server without weights, with blocks `0`, `1`, …: enough for selecting experts."""
     blocks = {str(number): shape for number, shape in enumerate(shapes)}
     cost = Footprint(dense_bytes, dict.fromkeys(blocks, expert_bytes), activation_bytes=0)
     return Server({}, {}, Anatomy(blocks), cost, {client.name: client for client in clients})

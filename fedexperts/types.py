@@ -1,4 +1,4 @@
-"""The values that travel between server, engine and clients, and the client's context, which stays with it."""
+"""The values exchanged between server, engine and clients, and the client's context, which never leaves the client."""
 
 import json
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -26,24 +26,24 @@ METRIC_NAMES: tuple[str, ...] = (
     "likelihood",
     "perplexity",
 )
-"""The keys of evaluate.METRICS, for those who must not import it."""
+"""The keys of core.evaluation.METRICS, for modules that must not import it."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn: what is asked, what should be answered, how the answer is judged."""
+    """A prompt, its reference response, and the metric that scores an answer."""
 
     prompt: str
     response: str
     task: str  # results are reported by task
     metric: str = "exact_match"  # the task's main metric, one of METRIC_NAMES
-    label: int | None = None  # the class, where there is one: what a Dirichlet partition looks at
-    choices: tuple[str, ...] = ()  # the closed set of answers, where there is one
+    label: int | None = None  # the class, if there is one: used by Dirichlet partitions
+    choices: tuple[str, ...] = ()  # the closed set of answers, if there is one
 
 
 @dataclass(frozen=True)
 class Split:
-    """A client's own examples; no example stands in two of the three."""
+    """A client's examples in three disjoint splits."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -52,51 +52,51 @@ class Split:
 
 @dataclass(frozen=True)
 class Patch:
-    """Some rows of the server's tensors; a name absent from `rows` is sent whole, as its only row."""
+    """Rows of the server's tensors; a tensor that has no entry in `rows` is sent whole."""
 
     tensors: Tensors  # name → [rows, ...]
     rows: Mapping[str, Tensor] = field(default_factory=dict)  # name → int64 [rows], ascending
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors and row ids; ids that several names share are sent once."""
+        """Bytes of all tensors and row ids; ids shared by several names are counted once."""
         return size(self.tensors) + sum({id(ids): ids.nbytes for ids in self.rows.values()}.values())
 
 
 @dataclass(frozen=True)
 class Client:
-    """What the server knows of a client."""
+    """What the server knows about a client."""
 
     name: str
     examples: int  # in its training split
     task: str = ""  # the task of most of its examples
-    memory_bytes: int | None = None  # None: as much as it takes
+    memory_bytes: int | None = None  # None: unlimited
 
 
 @dataclass(frozen=True)
 class Server:
     """The state of a federation between two rounds: replaced, never changed."""
 
-    weights: Tensors  # everything that is trained and shared, row-first
+    weights: Tensors  # all trained and shared weights, row-first
     layout: Mapping[str, str | None]  # name of a weight → the MoE block whose experts are its rows; None: a single row
     anatomy: Anatomy
     footprint: Footprint
     clients: Mapping[str, Client]
     seed: str = "0"
-    method_state: Tensors = field(default_factory=dict)  # what the method must remember
+    method_state: Tensors = field(default_factory=dict)  # state of the method between rounds
     round: int = 0
-    task: str = "start"  # of the round under way, or of the last one: a setup task of the method, or "train"
-    accepted: Mapping[str, str] = field(default_factory=dict)  # client → `job_key` of its last job whose answer was merged
+    task: str = "start"  # of the current or last round: a setup task of the method, or "train"
+    accepted: Mapping[str, str] = field(default_factory=dict)  # client → `job_key` of its last merged job
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a client works with: its experts in each MoE block, and what else the method tells it."""
+    """What a client works with: its experts in each MoE block, and what the method sends besides."""
 
     experts: Experts
-    names: frozenset[str] | None = None  # the weights that travel; None: all
+    names: frozenset[str] | None = None  # the weights that are sent; None: all
     extra: Tensors = field(default_factory=dict)
-    patch: Patch | None = None  # what goes down in place of the server's weights as they are
+    patch: Patch | None = None  # sent in place of rows of the server's weights
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class Job:
     experts: Experts
     patch: Patch
     extra: Tensors = field(default_factory=dict)
-    accepted: str = ""  # `job_key` of the client's last job whose answer was merged: the client goes on from its state after that
+    accepted: str = ""  # `job_key` of the client's last merged job: the client continues from its state after that job
 
-    most_bytes_up: int = 0  # that its answer may take in all; stays on the server
+    most_bytes_up: int = 0  # limit of the answer's size; not sent to the client
 
     @property
     def key(self) -> str:
@@ -120,18 +120,18 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that go down to the client."""
+        """Bytes sent to the client."""
         return self.patch.nbytes + size(self.extra)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a client's work took: measured, unless the name says estimated."""
+    """The cost of a client's job; measured, unless the name says estimated."""
 
-    seconds: float = 0.0  # of the whole job, as the engine saw it
-    tokens: int = 0  # trained on, padding left out
+    seconds: float = 0.0  # of the whole job, measured by the engine
+    tokens: int = 0  # trained on, without padding
     peak_bytes: int = 0  # largest sum of tensors alive in a training step, weights included
-    flops_estimated: float = 0.0  # of the training steps, or of the pass that a stage is
+    flops_estimated: float = 0.0  # of the training steps, or of a setup task's forward pass
 
 
 @dataclass(frozen=True)
@@ -149,19 +149,19 @@ class Update:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that go up to the server."""
+        """Bytes sent to the server."""
         return self.patch.nbytes + size(self.extra) + len(json.dumps(dict(self.metrics)))
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that gave no usable answer, and why."""
+    """A client without a usable answer, and the reason."""
 
     client: str
     round: int
     task: str
     reason: str
-    bytes_up: int = 0  # of an answer that came and cannot be used
+    bytes_up: int = 0  # of an answer that was received and refused
 
 
 class Encoder(Protocol):
@@ -176,13 +176,13 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Training(Tuning):
-    """How a client trains: what is trained (`Tuning`), and with which steps. A run file's `[training]` table, key by key."""
+    """Which weights a client trains (`Tuning`) and how: the `[training]` table of a run file."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, over rounds; it is constant inside a round
-    final_lr: Annotated[float, Field(gt=0)] = 1e-6  # where the cosine ends
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate over rounds; constant within a round
+    final_lr: Annotated[float, Field(gt=0)] = 1e-6  # of the last round, with "cosine"
     batch_size: Annotated[int, Field(ge=1)] = 8
     local_steps: Annotated[int, Field(ge=1)] = 20
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -195,11 +195,11 @@ class Training(Tuning):
 
     @property
     def tuning(self) -> Tuning:
-        """What is trained, without the steps."""
+        """Which weights are trained, without the optimizer settings."""
         return Tuning(**{each.name: getattr(self, each.name) for each in fields(Tuning)})
 
     def lr_in(self, round: int, rounds: int) -> float:
-        """The learning rate of a round: under "cosine" `lr` in the first one and in setup tasks, `final_lr` in the last."""
+        """The learning rate of a round; with "cosine", `lr` in setup tasks and the first round and `final_lr` in the last."""
         if self.schedule == "constant" or round <= 1:
             return self.lr
         return self.final_lr + (self.lr - self.final_lr) * (1 + cos(pi * (round - 1) / (rounds - 1))) / 2
@@ -207,24 +207,24 @@ class Training(Tuning):
 
 @dataclass(frozen=True)
 class ClientContext:
-    """What a client works with; of all this only its update leaves it."""
+    """A client's model, data and state; only its update leaves the client."""
 
     client: Client
-    model: nn.Module  # the base, shared by all clients of a process, never written
+    model: nn.Module  # the base model, shared by all clients of a process and never modified
     data: Split
     encoder: Encoder
     training: Training
-    client_state: MutableMapping[str, Tensor]  # what this client keeps to itself, from round to round
+    client_state: MutableMapping[str, Tensor]  # kept by this client between rounds
 
 
 class Engine(Protocol):
-    """Carries jobs out and updates back, and decides nothing."""
+    """Carries jobs to clients and returns their answers; makes no decisions."""
 
     def run(self, jobs: Iterable[Job]) -> Iterable[Update | Failure]: ...
 
 
 def job_key(round: int, task: str) -> str:
-    """What a client's job of a round is called; keys sort as jobs follow one another."""
+    """The key of a client's job; keys sort in the order of the jobs."""
     return f"{round:06d}-{task}"
 
 

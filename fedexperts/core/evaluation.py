@@ -1,6 +1,6 @@
-"""How good a model's answers are: greedy answers against references, the likeliest of given choices, perplexity of references.
+"""Metrics: greedy answers against references, multiple choice by likelihood, perplexity.
 
-Scores hold sums and counts, so the scores of many clients merge into those of all their examples together.
+Scores are sums and counts, so that the scores of many clients merge into those of all their examples.
 """
 
 import math
@@ -51,7 +51,7 @@ class TaskScores:
     tokens: int = 0
 
     def values(self) -> dict[str, float]:
-        """Every metric this task has, in the order of METRICS."""
+        """All metrics of the task, in the order of METRICS."""
         found = {name: total / self.examples for name, total in self.sums.items()}
         if self.labels:
             found["macro_f1"] = macro_f1(self.labels)
@@ -62,7 +62,7 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model scored, by task."""
+    """Scores of a model, by task."""
 
     tasks: Mapping[str, TaskScores]
 
@@ -81,14 +81,14 @@ class Scores:
     def overall(self) -> float:
         """The mean over tasks of their main metric.
 
-        Tasks judged by perplexity are no part of it, unless all are: then it is their mean perplexity.
+        Tasks scored by perplexity are left out, unless all tasks are: then it is their mean perplexity.
         """
         rising = [task for task in self.tasks if self.metric(task) != "perplexity"]
         counted = rising or list(self.tasks)
         return sum(self.main(task) for task in counted) / len(counted) if counted else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """All sums and counts, as JSON knows them; `from_json` gives the same scores back."""
+        """All sums and counts as JSON values; the inverse of `from_json`."""
         return {task: asdict(scores) for task, scores in self.tasks.items()}
 
     @classmethod
@@ -188,10 +188,10 @@ def is_label(named: tuple[object, object]) -> bool:
 
 
 def merge(several: Iterable[Scores]) -> Scores:
-    """The scores of all examples together.
+    """Merges scores of disjoint examples.
 
     Raises:
-        BadData: two judge the same task by different metrics.
+        BadData: two of them score the same task by different metrics.
     """
     merged: dict[str, TaskScores] = {}
     for scores in several:
@@ -214,13 +214,13 @@ def joined(task: str, a: TaskScores, b: TaskScores) -> TaskScores:
 def score(
     model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int = 48, batch_size: int = 32
 ) -> Scores:
-    """What `model` scores on `examples`.
+    """Scores of `model` on `examples`.
 
-    Answers are greedy and end at the end token or after `generate_tokens`; nothing is generated for examples judged by
-    likelihood or perplexity. Tasks keep the order in which `examples` has them.
+    Answers are decoded greedily and end at the end token or after `generate_tokens`; nothing is generated for examples scored
+    by likelihood or perplexity. Tasks are in the order of their first examples.
 
     Raises:
-        BadValue: an example's metric does not exist, or it is judged by likelihood and has no choices.
+        BadValue: an unknown metric, or an example scored by likelihood whose response is not among its choices.
     """
     return in_task_order(merge(one_by_one(model, examples, encoder, generate_tokens, batch_size)), examples)
 
@@ -228,9 +228,10 @@ def score(
 def by_example(
     model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int, batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Task → its main metric, how many examples, its value, and the value of each example, as JSON knows them.
+    """Task → its main metric, number of examples, value, and the value of each example, as JSON values.
 
-    The values of two models on the same examples are in the same order. A metric that is no mean over examples has none.
+    The values of two models on the same examples are in the same order. `values` is empty if the metric is not a mean over
+    examples.
     """
     parts = one_by_one(model, examples, encoder, generate_tokens, batch_size)
     merged = in_task_order(merge(parts), examples)
@@ -248,14 +249,14 @@ def by_example(
 
 
 def in_task_order(scores: Scores, examples: Sequence[Example]) -> Scores:
-    """`scores` with tasks in the order in which `examples` has them."""
+    """`scores` with tasks in the order of their first examples."""
     return Scores({task: scores.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
 
 
 def one_by_one(
     model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int, batch_size: int
 ) -> list[Scores]:
-    """The scores of each example alone, in an order that only the examples decide."""
+    """The scores of each example, in an order that depends only on the examples."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -265,7 +266,11 @@ def one_by_one(
 
 
 def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Examples of like length that are judged in the same way together, so that little is padded."""
+    """Batches of examples that are scored in the same way, sorted by length to limit padding.
+
+    Raises:
+        BadValue: an unknown metric, or an example scored by likelihood whose response is not among its choices.
+    """
     for example in examples:
         if example.metric not in METRICS:
             near = nearest(example.metric, METRICS)
@@ -284,12 +289,12 @@ def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Examp
 
 
 def way_of(example: Example) -> str:
-    """How an example is judged: by likelihood, by perplexity, or by an answer."""
+    """How an example is scored: by likelihood, by perplexity, or by a generated answer."""
     return example.metric if example.metric in ("likelihood", "perplexity") else "answer"
 
 
 def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_tokens: int) -> list[Scores]:
-    """The scores of each example alone."""
+    """The scores of each example of `batch`."""
     verdicts: list[Verdict] = [({}, {})] * len(batch)
     if way_of(batch[0]) == "answer":
         answers = answer(model, encoder.prompts(batch), encoder, generate_tokens)
@@ -326,11 +331,11 @@ def answer(model: nn.Module, prompts: Mapping[str, Tensor], encoder: Encoder, ge
 
 @torch.inference_mode()
 def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[str]:
-    """Of each example the choice c with the highest log p(c | prompt) / characters of c; of equal ones the first.
+    """For each example, the choice c with the highest log p(c | prompt) / characters of c; the first of equal ones.
 
-    p is of the choice's own tokens, without an end token. This is acc_norm of lm-evaluation-harness
-    (https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/task.py); where all choices are of one length, as
-    letters are, also its acc.
+    p covers the tokens of the choice, without an end token. This is acc_norm of lm-evaluation-harness
+    (https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/task.py); for choices of equal length, such as
+    letters, it is also its acc.
     """
     pairs = [replace(example, response=choice) for example in batch for choice in example.choices]
     chunks = [own_labels(encoder, pairs[start : start + len(batch)]) for start in range(0, len(pairs), len(batch))]
@@ -349,7 +354,7 @@ def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[
 
 
 def own_labels(encoder: Encoder, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """`examples` as a batch in which end tokens are no targets."""
+    """`examples` as a batch whose end tokens are not targets."""
     encoded = encoder.batch(examples)
     return {**encoded, "labels": encoded["labels"].masked_fill(encoded["labels"] == encoder.eos, IGNORED)}
 
@@ -357,14 +362,14 @@ def own_labels(encoder: Encoder, examples: Sequence[Example]) -> dict[str, Tenso
 def reference_losses(
     model: nn.Module, batch: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, " examples"], Int[Tensor, " examples"]]:
-    """Negative log-likelihood of each example's response in nats, and how many tokens that is."""
+    """Negative log-likelihood of each example's response in nats, and its number of tokens."""
     logits, targets = predictions(model, batch)
     losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return losses.double().sum(1), (targets != IGNORED).sum(1)
 
 
 def judge(given: str, example: Example) -> Verdict:
-    """Each per-example metric of one answer, and the labels it touches."""
+    """The per-example metrics of one answer, and the counts of each label that occurs in it or in the reference."""
     wanted = example.response
     rouge = ROUGE.score(wanted, given)
     sums = {
@@ -380,9 +385,9 @@ def judge(given: str, example: Example) -> Verdict:
 
 
 def judge_label(given: str, wanted: str, choices: Sequence[str]) -> tuple[float, dict[str, tuple[int, int, int]]]:
-    """1 or 0, and (true positive, false positive, false negative) of each label touched.
+    """Accuracy (1 or 0), and label → (true positives, false positives, false negatives) of the labels in answer and reference.
 
-    An answer that is no label is a false negative of the right label and a false positive of none.
+    An answer that is not a label is a false negative of the right label and a false positive of none.
     """
     said, right = label(given), label(wanted)
     if said == right:
@@ -392,23 +397,23 @@ def judge_label(given: str, wanted: str, choices: Sequence[str]) -> tuple[float,
 
 
 def label(text: str) -> str:
-    """A label as it is compared: case, space and punctuation around it do not count (an `a` does, unlike in SQuAD's)."""
+    """A label normalized for comparison: lower case, no surrounding spaces or punctuation (articles count, unlike in SQuAD)."""
     return " ".join(text.lower().split()).strip(string.punctuation + " ")
 
 
 def final(text: str) -> str:
-    """What follows the last `####`, as answers to GSM8K's sums end; the whole text where there is none."""
+    """The text after the last `####`, which marks the result in GSM8K's answers; the whole text without one."""
     return text.rpartition("####")[2]
 
 
 def normal(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    """SQuAD's normalization: lower case, no punctuation, no articles, single spaces."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def token_f1(given: str, wanted: str) -> float:
-    """SQuAD's F1 of two bags of words; two empty ones are alike."""
+    """SQuAD's F1 of two bags of words; 1 if both are empty."""
     said, right = normal(given).split(), normal(wanted).split()
     if not said or not right:
         return float(said == right)

@@ -1,4 +1,4 @@
-"""What was sent and what it took, counted on the very objects that travel."""
+"""Costs of each job, counted on the objects that are sent."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,12 +12,12 @@ from fedexperts.types import Failure, Job, Update
 
 @dataclass(frozen=True)
 class Entry:
-    """One job of one client, and its answer."""
+    """One job of one client and the costs of its answer."""
 
     round: int
     client: str
     task: str
-    experts: int  # that the client worked with, over the whole model
+    experts: int  # assigned to the client, over the whole model
     bytes_down: int
     bytes_up: int = 0
     seconds: float = 0.0
@@ -26,8 +26,8 @@ class Entry:
     flops_estimated: float = 0.0
     failed: str | None = None
     loss: float | None = None  # mean over the client's steps
-    clock_seconds: float | None = None  # virtual; None without a clock, and for what measures the run
-    metrics: Mapping[str, Any] = field(default_factory=dict)  # what else the method tells of itself, as JSON has it
+    clock_seconds: float | None = None  # virtual; None without a clock and for evaluations
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # other metrics of the method, as JSON values
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
@@ -35,17 +35,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Clock:
-    """Virtual time: what a job takes on its client's device, from what was counted.
+    """Virtual time of jobs on the clients' devices, computed from the counted costs.
 
-    Without a profile a client has none, and evaluations take none. A client that fails by itself says so as soon as it has its
-    job.
+    Clients without a profile have no virtual time, and evaluations take none. A client that fails reports it as soon as it has
+    received its job.
     """
 
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     deadline_seconds: float = inf
 
     def timed(self, entry: Entry) -> Entry:
-        """`entry` with its seconds. One that is past the deadline lasts until then: it failed, and nothing of it went up."""
+        """`entry` with its virtual seconds; if they exceed the deadline, the job failed at the deadline and sent nothing."""
         profile = self.profiles.get(entry.client)
         if profile is None or entry.task == "evaluate":
             return entry
@@ -63,30 +63,32 @@ class Ledger:
     def __init__(self, clock: Clock = Clock()) -> None:
         self.clock = clock
         self.entries: list[Entry] = []
-        self.holds: dict[str, Experts] = {}
-        self.sends: dict[str, Experts] = {}  # of clients that sent other experts than they held
-        self.uses: dict[str, Mapping[str, Sequence[int]]] = {}  # tokens that each expert got that a client held, while it trained
+        self.holds: dict[str, Experts] = {}  # client → experts of its job
+        self.sends: dict[str, Experts] = {}  # of clients that sent other experts than those of their job
+        self.uses: dict[
+            str, Mapping[str, Sequence[int]]
+        ] = {}  # MoE block → training tokens routed to each of the client's experts
 
     def clear(self) -> None:
         self.entries, self.holds, self.sends, self.uses = [], {}, {}, {}
 
     @property
     def clock_seconds(self) -> float | None:
-        """How long the round lasts: as its slowest client; None without a clock."""
+        """Virtual seconds of the round, which are those of its slowest client; None without a clock."""
         return max((entry.clock_seconds for entry in self.entries if entry.clock_seconds is not None), default=None)
 
     @property
     def lost(self) -> bool:
-        """Whether jobs were sent, and none got an answer that can be used."""
+        """Whether jobs were sent and all of them failed."""
         return bool(self.entries) and all(entry.failed for entry in self.entries)
 
     def sent(self, job: Job) -> None:
-        """Enters a job as it leaves."""
+        """Adds the entry of a job that is sent."""
         self.entries.append(entry_of(job))
         self.holds[job.client] = job.experts
 
     def received(self, answer: Update | Failure) -> tuple[Update, ...]:
-        """Enters an answer; the update in it, where it can be used: it is no failure and came before the deadline."""
+        """Records an answer; returns the update, or nothing if it failed or missed the deadline."""
         i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (answer.client, answer.task))
         self.entries[i] = answered(self.entries[i], answer, self.clock)
         if isinstance(answer, Failure) or self.entries[i].failed:
@@ -96,32 +98,32 @@ class Ledger:
         return (answer,)
 
     def note_experts(self, update: Update) -> None:
-        """Which experts came with `update`, where some did, and others than its client held."""
-        held = self.holds[update.client]
-        # The fewest rows of a block count, since a router may have come with all its own
+        """Records the experts in `update` if it contains any and they differ from those of the client's job."""
+        assigned = self.holds[update.client]
+        # The shortest row ids of a block are its experts': a router may be sent with all its rows
         by_length = sorted(update.patch.rows.items(), key=lambda named: len(named[1]), reverse=True)
-        rows = {block: ids for name, ids in by_length for block in held if name.startswith(f"{block}.")}
+        rows = {block: ids for name, ids in by_length for block in assigned if name.startswith(f"{block}.")}
         sent = {block: tuple(ids.tolist()) for block, ids in rows.items()}
-        if sent and any(tuple(held[block]) != ids for block, ids in sent.items()):
+        if sent and any(tuple(assigned[block]) != ids for block, ids in sent.items()):
             self.sends[update.client] = sent
 
     def note_uses(self, update: Update) -> None:
-        """The tokens that the client's model routed to each expert that it held, where routers were recorded."""
+        """Records the tokens that the client's model routed to each of its experts, if routers were recorded."""
         if routed := update.metrics.get("routed"):
             self.uses[update.client] = routed
 
 
 def entry_of(job: Job) -> Entry:
-    """The entry of a job without its answer."""
+    """The entry of a job before its answer."""
     experts = sum(len(ids) for ids in job.experts.values())
     return Entry(job.round, job.client, job.task, experts, bytes_down=job.nbytes)
 
 
 def answered(entry: Entry, answer: Update | Failure, clock: Clock) -> Entry:
-    """`entry` with what its answer took; it has `failed` where the answer cannot be used."""
+    """`entry` with the costs of its answer; `failed` is set if the answer is not usable."""
     if isinstance(answer, Failure):
         return clock.timed(replace(entry, failed=answer.reason, bytes_up=answer.bytes_up))
-    metrics = {} if entry.task == "evaluate" else dict(answer.metrics)  # an evaluation's stand in evals.jsonl
+    metrics = {} if entry.task == "evaluate" else dict(answer.metrics)  # those of an evaluation are in evals.jsonl
     loss = metrics.pop("loss", None)
-    metrics.pop("routed", None)  # stands in rounds.jsonl, beside who held what
+    metrics.pop("routed", None)  # written to rounds.jsonl, beside the assigned experts
     return clock.timed(replace(entry, bytes_up=answer.nbytes, loss=loss, metrics=metrics, **asdict(answer.cost)))

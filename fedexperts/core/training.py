@@ -1,4 +1,4 @@
-"""A client's step: build the model of a job, fit it to the client's examples, validate it."""
+"""Local training of a client: build the model of a job, fit it to the client's examples, validate it."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,42 +27,42 @@ from fedexperts.types import ClientContext, Cost, Example, Job, Training
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came of the local steps."""
+    """Result of the local steps."""
 
-    loss: float  # mean over the steps, regularisers included
+    loss: float  # mean over the steps, including regularizers
     cost: Cost
-    routed: Mapping[str, Sequence[int]] = field(default_factory=dict)  # MoE block → the tokens that each of its experts got
+    routed: Mapping[str, Sequence[int]] = field(default_factory=dict)  # MoE block → tokens routed to each of its experts
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What a client tells of it: the loss, and whom its model routed tokens to, where routers were looked at."""
+        """Metrics that the client reports: the mean loss, and the tokens per expert if routers were recorded."""
         return {"loss": self.loss, **({"routed": dict(self.routed)} if self.routed else {})}
 
 
 @dataclass(frozen=True)
 class Validation:
-    """How a model does on held-out examples."""
+    """Loss and routing of a model on held-out examples."""
 
-    loss: float  # mean cross-entropy per response token, no smoothing
+    loss: float  # mean cross-entropy per response token, without label smoothing
     routing: Routing
 
 
 def sub_model(
     job: Job, context: ClientContext, *, tuning: Tuning | None = None, seed: str | None = None, adapted: Experts | None = None
 ) -> nn.Module:
-    """The base with the experts of `job` alone, its trained parameters or adapters as they start.
+    """The base model cut to the experts of `job`, with its trainable parameters or fresh adapters.
 
-    tuning: what is trained; None: what the run says. seed: that adapters are drawn from; None: the job's. adapted: the experts
-    that get adapters, by their places in the sub-model; None: all.
+    tuning: which weights are trained; None: as set in the run. seed: of the adapters' initialization; None: the job's.
+    adapted: the experts that get adapters, by their index in the sub-model; None: all.
     """
     return prepare(shrink(context.model, job.experts), tuning or context.training.tuning, seed=seed or job.seed, only=adapted)
 
 
 def load_weights(model: nn.Module, job: Job, context: ClientContext) -> nn.Module:
-    """`model` with the weights that came with `job` and then those that the client keeps, in place.
+    """Loads the weights of `job`, then those of the client state, into `model`, in place, and returns it.
 
     Raises:
-        Undeclared: the client keeps something under a name that is neither a trained weight of `model` nor has a "/".
+        Undeclared: a name in the client state has no "/" and is not a trained weight of `model`.
     """
     names = rows.layout(model)
     own = {name: tensor for name, tensor in context.client_state.items() if "/" not in name}
@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, job: Job, context: ClientContext) -> nn.Modul
 
 
 def examples(context: ClientContext) -> int:
-    """Training examples of the client: its weight in a mean."""
+    """Number of training examples of the client, its weight in a mean."""
     return len(context.data.train)
 
 
@@ -93,19 +93,19 @@ def fit(
     watch: Callable[[Recorder], Tensor | None] | None = None,
     select_experts: Callable[[Recorder], Experts] | None = None,
 ) -> Fitted:
-    """`steps` (default: the run's local_steps) optimiser steps on the client's training examples.
+    """`steps` (default: the run's local_steps) optimizer steps on the client's training examples, with a new optimizer.
 
-    The loss is cross-entropy per response token with label smoothing, plus the load-balance loss (FedMoE, section 3.1), plus
-    `penalty` of the model. `after_backward` sees the gradients before they are clipped. The optimiser starts afresh. `beside` is
-    what the method holds through all steps: it counts in the peak.
+    The loss is the cross-entropy per response token with label smoothing, plus the load-balance loss (FedMoE, section 3.1), plus
+    `penalty(model)`. `after_backward` is called with the gradients before they are clipped. `beside`: tensors that the method
+    keeps during all steps; they count in the peak memory.
 
-    `watch` sees what the routers did with each batch; what it returns is added to the loss. `select_experts` then says which
-    experts backward reaches (HFedMoE, equation 15): only they get gradients and move; the optimizer drops its state of the rest.
+    `watch` is called with the recorded routing of each batch; its result is added to the loss. `select_experts` then returns the
+    experts that backward reaches (HFedMoE, equation 15): only they get gradients and are updated, and the optimizer drops its
+    state of the others.
 
-    With a load-balance loss, a `watch` or a `select_experts`, the routers are recorded; `routed` then counts the tokens that they
-    gave each expert.
+    Routers are recorded if there is a load-balance loss, `watch` or `select_experts`; `routed` then counts the tokens per expert.
     """
-    # long: a step is written once, in its order, and what it holds is in one frame, so that the meter sees when it is let go
+    # long: a training step in its order; its tensors live in one frame, so that the memory meter sees when they are freed
     training = context.training
     losses, tokens, flops, peak = [], 0, 0.0, 0
     routed: dict[str, Tensor] = {}
@@ -156,7 +156,7 @@ def fit(
 
 
 def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Drops the optimiser's state of `parameters`; those that come back start afresh."""
+    """Drops the optimizer's state of `parameters`; parameters that are trained again later start with a new state."""
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
 
@@ -170,13 +170,13 @@ def share_of(routing: Routing, experts: Experts) -> dict[str, float]:
 
 
 def heaviest(drawn: Sequence[Mapping[str, Tensor]]) -> int:
-    """The step with the most tokens, padding included, of those that hold the optimiser's state all through: not the first."""
+    """The step with the most tokens, including padding, except the first, in which the optimizer's state is created."""
     later = range(min(1, len(drawn) - 1), len(drawn))
     return max(later, key=lambda step: drawn[step]["input_ids"].numel() + drawn[step]["labels"].numel())
 
 
 def validate(model: nn.Module, context: ClientContext, chosen: Sequence[Example] | None = None) -> Validation:
-    """Loss and routing on `chosen` (default: `validation_examples` of the client's validation examples, of_each_task)."""
+    """Loss and routing on `chosen` (default: `validation_examples` of the validation split, see stratified_first_n)."""
     chosen = stratified_first_n(context.data.validation, context.training.validation_examples) if chosen is None else chosen
     size = context.training.batch_size
     total, count = 0.0, 0
@@ -190,22 +190,22 @@ def validate(model: nn.Module, context: ClientContext, chosen: Sequence[Example]
     return Validation(total / max(count, 1), recorder.routing())
 
 
-def stratified_first_n(given: Sequence[Example], number: int) -> list[Example]:
-    """At most `number` of `given`, in their order: of each task the first, and as many as its share of all."""
-    totals, seen = Counter(example.task for example in given), Counter[str]()
+def stratified_first_n(candidates: Sequence[Example], number: int) -> list[Example]:
+    """At most `number` of `candidates`, in their order: the first examples of each task, in proportion to its share."""
+    totals, seen = Counter(example.task for example in candidates), Counter[str]()
     places = []
-    for example in given:
+    for example in candidates:
         places.append((seen[example.task] + 0.5) / totals[example.task])
         seen[example.task] += 1
-    chosen = sorted(range(len(given)), key=lambda index: (places[index], index))[:number]
-    return [given[index] for index in sorted(chosen)]
+    chosen = sorted(range(len(candidates)), key=lambda index: (places[index], index))[:number]
+    return [candidates[index] for index in sorted(chosen)]
 
 
 def batches(chosen: Sequence[Example], size: int, steps: int, seed: str) -> Iterator[list[Example]]:
-    """`steps` batches: the examples in an order drawn from `seed`, drawn again whenever all were seen.
+    """`steps` batches of the examples, shuffled by `seed` and shuffled again after each epoch.
 
     Raises:
-        BadData: there are none.
+        BadData: there are no examples.
     """
     if not chosen:
         raise BadData("a client has no training examples; give it some, or leave it out")
@@ -227,13 +227,13 @@ def cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], label_smoothing
 
 
 def seen(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch that are no padding (of an encoder-decoder: the prompt's and the response's)."""
+    """Number of tokens in a batch, without padding (for an encoder-decoder: of prompts and responses)."""
     written = int((batch["labels"] != IGNORED).sum()) if is_encoder_decoder(model) else 0
     return int(batch["attention_mask"].sum()) + written
 
 
 def optimizer_for(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """AdamW or SGD; AdamW fused, which holds no temporary copies of the parameters."""
+    """AdamW (fused, which makes no temporary copies of the parameters) or SGD."""
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=training.lr, weight_decay=training.weight_decay)
     return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay, fused=True)

@@ -34,7 +34,7 @@ from fedexperts.engines.message import Message
 from fedexperts.engines.serialization import answer_message
 from fedexperts.errors import BadMessage, BadValue, Busy, FedExpertsError
 from fedexperts.experiment.runtime import runtime_for
-from fedexperts.experiment.setup import Own, Parts, prepare_run
+from fedexperts.experiment.setup import OwnDataParts, Parts, prepare_run
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked, different
 from fedexperts.types import Failure, job_key
@@ -153,7 +153,7 @@ class ClientWorker:
 
 @lru_cache(maxsize=1)
 def parts_of(name: str, data: tuple[str, ...]) -> Parts:
-    return Own(name=name, files=data) if data else Parts()
+    return OwnDataParts(name=name, files=data) if data else Parts()
 
 
 def answered_jobs(record: Path) -> list[str]:

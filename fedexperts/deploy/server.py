@@ -14,7 +14,7 @@ from fedexperts.engines.remote import GREETINGS, Greeting, read_greetings, write
 from fedexperts.errors import BadValue
 from fedexperts.experiment import flower, runner
 from fedexperts.experiment.progress import Progress
-from fedexperts.experiment.setup import Parts, Prepared, told_by
+from fedexperts.experiment.setup import Parts, Prepared, parts_from_greetings
 from fedexperts.io.toml import checked
 from fedexperts.types import Engine
 
@@ -49,7 +49,7 @@ def serve(
     if config.data.own:
         bases = Parts()
         greetings = greetings_of(config, out, federation, options, bases)
-        parts, engine = told_by(greetings, bases), partial(with_greetings, greetings, bases, engine)
+        parts, engine = parts_from_greetings(greetings, bases), partial(with_greetings, greetings, bases, engine)
     return runner.run(config, out, resume=resume, setting=setting, progress=progress, parts=parts, engine=engine)
 
 

@@ -1,4 +1,4 @@
-"""What clients keep to themselves, on their own disk, one version for each round that changed it."""
+"""Client states on the client's disk, one version for each job that changed it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from fedexperts.types import Job
 
 @dataclass(frozen=True)
 class ClientStateStore:
-    """A folder for each client.
+    """A folder per client.
 
-    A job reads the version of the client's last job whose answer counted. So a round that is done again after a kill starts from
-    the same state as the first time, whatever it had written by then.
+    A job loads the version of the client's last accepted job. So a round that is repeated after a crash starts from the same
+    state as the first time, whatever the interrupted round has written.
     """
 
     folder: Path
 
     def load(self, job: Job) -> dict[str, Tensor]:
-        """What the client kept in the last of its jobs whose answer the server merged (`job.accepted`)."""
-        counted = self.counted(job)
-        return load_file(counted[-1]) if counted else {}
+        """The client state after the last job whose answer the server merged (`job.accepted`); empty if there is none."""
+        accepted = self.accepted(job)
+        return load_file(accepted[-1]) if accepted else {}
 
     def save(self, job: Job, client_state: Mapping[str, Tensor]) -> None:
-        """A new version. The one that this job started from stays, in case its answer does not count; all others go.
+        """Writes the version of `job` and removes all others except the one that it started from, in case it is not accepted.
 
-        It outlives a power cut: whoever hears of the round may count on it.
+        The file is synced to disk before this returns, so that it survives a power failure.
         """
-        folder, stays = self.folder / job.client, self.counted(job)[-1:]
-        for path in folder.glob(".*"):  # half written, by a process that was killed
+        folder, stays = self.folder / job.client, self.accepted(job)[-1:]
+        for path in folder.glob(".*"):  # partial files of a killed process
             path.unlink()
         earlier = self.versions(job.client)
         write_tensors(folder / f"{job.key}.safetensors", client_state)
@@ -41,17 +41,17 @@ class ClientStateStore:
             if path not in stays and path.stem != job.key:
                 path.unlink()
 
-    def counted(self, job: Job) -> list[Path]:
-        """The versions that the server counts on, or did; the newest last. Later ones are of answers that it did not merge."""
+    def accepted(self, job: Job) -> list[Path]:
+        """Versions up to the last accepted job, oldest first; later versions belong to answers that were not merged."""
         return [path for path in self.versions(job.client) if path.stem <= job.accepted and path.stem != job.key]
 
     def drop_newer(self, client: str, last: str) -> None:
-        """Removes what `client` kept after the job whose key is `last`; all, where that is empty."""
+        """Removes the versions of `client` after the job with key `last`; all versions if `last` is empty."""
         for path in self.versions(client):
             if path.stem > last:
                 path.unlink()
 
     def versions(self, client: str) -> list[Path]:
-        """Oldest first."""
+        """Files of all versions of `client`, oldest first."""
         folder = self.folder / client
         return sorted(path for path in folder.iterdir() if path.name[0].isdigit()) if folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""Clients on this machine: one after the other in this process, or side by side in worker processes."""
+"""Clients on this machine: sequentially in this process, or in parallel in worker processes."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -24,17 +24,17 @@ from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split
 
 
 class ClientTask(Protocol):
-    """What every client of a run does with a job (experiment.client_task)."""
+    """How the clients of a run execute a job (experiment.client_task)."""
 
     @property
     def method(self) -> Method: ...
 
     def scheduled(self, job: Job, context: ClientContext) -> ClientContext:
-        """`context` with what changes from round to round, such as the learning rate."""
+        """`context` with the settings of the job's round, such as the learning rate."""
         ...
 
     def scored(self, job: Job, update: Update, context: ClientContext) -> Update:
-        """`update` with the scores of what it would send, where the run asks for them."""
+        """`update` with scores of the weights that it sends, if the run requests them."""
         ...
 
     def evaluate(self, job: Job, context: ClientContext) -> Update: ...
@@ -42,7 +42,7 @@ class ClientTask(Protocol):
 
 @dataclass(frozen=True)
 class ClientRuntime:
-    """All that the clients of one process share: the base model, their data, and what they do with a job."""
+    """What the clients of one process share: the base model, all clients' data, the method and the client state store."""
 
     model: nn.Module
     encoder: Encoder
@@ -51,20 +51,20 @@ class ClientRuntime:
     data: Mapping[str, Split]
     task: ClientTask
     client_store: ClientStateStore
-    profiles: Mapping[str, Profile] = field(default_factory=dict)  # client → its device, where the run has a clock
-    limits: Mapping[str, int] = field(default_factory=dict)  # client → bytes of memory; a job that takes more fails
+    profiles: Mapping[str, Profile] = field(default_factory=dict)  # client → its device, if the run has a clock
+    limits: Mapping[str, int] = field(default_factory=dict)  # client → bytes of memory; a job with a higher peak fails
 
     def answer(self, job: Job) -> Update | Failure:
-        """The client's update and the seconds it took. Whatever goes wrong on a client is its failure, with the reason.
+        """Executes `job`: the client's update with its wall-clock seconds, or a failure with the reason of any exception.
 
         Raises:
-            Undeclared: the method sends, reports or keeps what it does not declare: its code is at fault, and no client.
+            Undeclared: the method sends, reports or keeps something that it does not declare, which is an error of its code.
         """
         started, client_state = perf_counter(), {}
         try:
             client_state = self.client_store.load(job)
             context = self.context(job.client, client_state)
-            with own_chance(job.seed):
+            with seeded_torch(job.seed):
                 if job.task == "evaluate":
                     update = self.task.evaluate(job, context)
                 else:
@@ -76,18 +76,18 @@ class ClientRuntime:
                 self.client_store.save(job, client_state)
         except Undeclared:
             raise
-        except Exception as error:  # a client's device may fail in any way, and the round goes on without it
+        except Exception as error:  # a client may fail in any way, and the round continues without it
             reason = " ".join(str(error).split())
             named = reason if isinstance(error, Impossible) else f"{type(error).__name__}: {reason}"
             return Failure(job.client, job.round, job.task, named)
         return replace(update, cost=replace(update.cost, seconds=perf_counter() - started))
 
     def context(self, client: str, client_state: MutableMapping[str, Tensor]) -> ClientContext:
-        """What `client` works with."""
+        """The context of `client`."""
         return ClientContext(self.clients[client], self.model, self.data[client], self.encoder, self.training, client_state)
 
     def require_possible(self, job: Job, update: Update, client_state: Tensors) -> None:
-        """Raises Impossible for work that the client's device could not have done, or whose state cannot be gone on from."""
+        """Raises Impossible if the job exceeded the client's memory, or if its new client state is not finite."""
         if broken := next((name for name, t in client_state.items() if not bool(torch.isfinite(t).all())), None):
             raise Impossible(f"what it keeps to itself holds NaN or infinity in {broken}")
         if job.task != "evaluate" and update.cost.peak_bytes > self.limits.get(job.client, inf):
@@ -96,17 +96,17 @@ class ClientRuntime:
 
 
 class Impossible(Exception):
-    """Why a client's work does not count, as a sentence."""
+    """Why the result of a client's job is discarded, as a sentence."""
 
 
 class LocalEngine:
     """`workers` processes of `training.threads` threads each; with one worker, this process.
 
-    The base model lies in shared memory, so workers do not multiply it. A worker that dies is its client's failure, and
-    another takes its place.
+    The base model is in shared memory, so that workers do not copy it. If a worker dies, the job of its client fails, and the
+    worker is replaced.
 
     Raises:
-        Undeclared: from `run`, where the method's code keeps, sends or reports what it does not declare.
+        Undeclared: from `run`, if the method keeps, sends or reports something that it does not declare.
     """
 
     def __init__(self, runtime: ClientRuntime, workers: int = 1) -> None:
@@ -124,13 +124,13 @@ class LocalEngine:
             worker.stop()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
-        return self.side_by_side(jobs) if self.workers else map(self.runtime.answer, jobs)
+        return self.in_parallel(jobs) if self.workers else map(self.runtime.answer, jobs)
 
-    def side_by_side(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
-        """Answers as they come; before one is handed on, whoever gave it has its next job.
+    def in_parallel(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        """Yields answers as they arrive; a worker gets its next job before its answer is yielded.
 
-        A job starts only while fewer than two for each worker wait for an older one to end, so no more updates than that
-        wait for their turn.
+        A job starts only if it is fewer than 2 · workers jobs ahead of the oldest unfinished one, which bounds the number of
+        updates that the caller must reorder.
         """
         numbered = enumerate(jobs)
         busy: dict[Connection, tuple[int, Job, WorkerProcess]] = {}
@@ -148,16 +148,18 @@ class LocalEngine:
             yield from answers
             if not busy:
                 return
-            done = [busy.pop(cast("Connection", pipe)) for pipe in wait(list(busy))]  # wait returns what it was given
+            done = [
+                busy.pop(cast("Connection", pipe)) for pipe in wait(list(busy))
+            ]  # `wait` is typed more widely than its arguments
             answers = [answer_of(worker, job) for _, job, worker in done]
 
 
 UNDECLARED = b"undeclared "
-"""The beginning of a worker's answer when not the client but the method's code is at fault, which ends the run."""
+"""Prefix of a worker's answer that reports an Undeclared error, which ends the run."""
 
 
 def answer_packed(runtime: ClientRuntime, receive: Receive) -> bytes:
-    """What a worker process does: the packed answer to the packed job that it receives."""
+    """Executes one job in a worker process: receives it packed and returns its packed answer."""
     torch.set_num_threads(runtime.training.threads)
     job = unpack_job(receive())
     try:
@@ -167,10 +169,10 @@ def answer_packed(runtime: ClientRuntime, receive: Receive) -> bytes:
 
 
 def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
-    """The answer of `worker` to `job`, which it was sent; a failure where it died of it, or where its answer cannot be read.
+    """The answer of `worker` to `job`; a failure if the worker died or its answer cannot be decoded.
 
     Raises:
-        Undeclared: the method sends, reports or keeps what it does not declare.
+        Undeclared: the method sends, reports or keeps something that it does not declare.
     """
     try:
         data = worker.receive()
@@ -184,8 +186,8 @@ def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
 
 
 @contextmanager
-def own_chance(seed: str) -> Iterator[None]:
-    """Torch's global generator seeded for one job and put back: dropout and PhiMoE's router draw from it."""
+def seeded_torch(seed: str) -> Iterator[None]:
+    """Seeds torch's global generator for one job and restores it: dropout and PhiMoE's router draw from it."""
     with torch.random.fork_rng():
         torch.manual_seed(int.from_bytes(sha256(seed.encode()).digest()[:8], "big"))
         yield

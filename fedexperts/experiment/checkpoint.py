@@ -1,4 +1,4 @@
-"""A server on disk after every round, whole or not at all, and the way back."""
+"""Atomic checkpoints of the server after each step of a run, and how a run resumes from them."""
 
 import json
 import os
@@ -20,28 +20,34 @@ LOGS = ("rounds.jsonl", "evals.jsonl", "ledger.jsonl")
 
 
 def save(folder: Path, server: Server) -> None:
-    """The server after its last round, how long the logs were then and what clients here keep, below `folder`/checkpoint.
+    """Saves the server, the lengths of the logs and the versions of the client states on this machine to `folder`/checkpoint.
 
-    Nothing random is saved because nothing is carried over: every draw is seeded by its round and its client.
+    No generator state is saved: every draw is seeded by its round and its client.
     """
     checkpoint = folder / "checkpoint"
     step = checkpoint / job_key(server.round, server.task)
-    shutil.rmtree(step, ignore_errors=True)  # of an attempt that was killed before its state.json
+    shutil.rmtree(step, ignore_errors=True)  # of a process that was killed before it wrote state.json
     write_tensors(step / "weights.safetensors", server.weights)
     write_tensors(step / "method_state.safetensors", server.method_state)
     lengths = {name: (folder / name).stat().st_size for name in LOGS if (folder / name).exists()}
-    kept = {client: last for client, last in server.accepted.items() if kept_at(folder, client, last).exists()}
-    state = {"round": server.round, "task": server.task, "logs": lengths, "accepted": dict(server.accepted), "kept": kept}
-    write_text(step / "state.json", json.dumps(state))  # last: with it the checkpoint counts
+    client_states = {client: job for client, job in server.accepted.items() if state_path(folder, client, job).exists()}
+    state = {
+        "round": server.round,
+        "task": server.task,
+        "logs": lengths,
+        "accepted": dict(server.accepted),
+        "kept": client_states,
+    }
+    write_text(step / "state.json", json.dumps(state))  # written last: it completes the checkpoint
     for other in checkpoint.iterdir():
         if other != step:
             shutil.rmtree(other)
 
 
 def rewind(folder: Path, method: Method, rounds: int) -> int:
-    """How many of the run's steps the last checkpoint in `folder` has behind it.
+    """Number of the run's steps that were completed at the last checkpoint in `folder`.
 
-    What the logs got after that is cut off: those rounds will be done again.
+    Truncates the logs to that checkpoint, because later rounds will be repeated.
     """
     saved = latest(folder)
     state = json.loads((saved / "state.json").read_text()) if saved else {"logs": {}}
@@ -50,13 +56,13 @@ def rewind(folder: Path, method: Method, rounds: int) -> int:
 
 
 def load(folder: Path, server: Server) -> Server:
-    """`server` as it was when it was last saved in `folder`, or itself when it never was."""
+    """`server` in the state of the last checkpoint in `folder`; unchanged without a checkpoint."""
     saved = latest(folder)
     return server if saved is None else restored(saved, server)
 
 
 def restored(saved: Path, server: Server) -> Server:
-    """`server` as the checkpoint in `saved` has it."""
+    """`server` in the state of the checkpoint in `saved`."""
     state = json.loads((saved / "state.json").read_text())
     weights, method_state = tensors(saved)
     return replace(
@@ -76,24 +82,24 @@ def accepted_in(saved: Path) -> dict[str, str]:
 
 
 def accepted_before(folder: Path, round: int) -> dict[str, str]:
-    """`Server.accepted` after `round`, from the ledger of a run whose checkpoint is of version 0.1.0 and does not have it."""
+    """`Server.accepted` after `round`, reconstructed from the ledger: checkpoints of version 0.1.0 do not contain it."""
     ledger = folder / "ledger.jsonl"
     entries = map(json.loads, ledger.read_text().splitlines() if ledger.exists() else ())
-    counted = (each for each in entries if each["round"] <= round and each["task"] != "evaluate" and not each["failed"])
-    return {entry["client"]: job_key(entry["round"], entry["task"]) for entry in counted}
+    merged = (each for each in entries if each["round"] <= round and each["task"] != "evaluate" and not each["failed"])
+    return {entry["client"]: job_key(entry["round"], entry["task"]) for entry in merged}
 
 
-def kept_at(folder: Path, client: str, last: str) -> Path:
-    """Where a client on this machine has what it kept in the job whose key is `last`."""
-    return folder / "clients" / client / f"{last}.safetensors"
+def state_path(folder: Path, client: str, job: str) -> Path:
+    """The file of the client state after the job with key `job`, of a client on this machine."""
+    return folder / "clients" / client / f"{job}.safetensors"
 
 
-def require_kept(folder: Path, name: str | None = None) -> None:
-    """Raises BadRun when what a client (`name`: this one) kept at the last checkpoint in `folder` is not there any more."""
+def require_client_state(folder: Path, name: str | None = None) -> None:
+    """Raises BadRun if the client state of a client (`name`: of this client) at the last checkpoint in `folder` is missing."""
     saved = latest(folder)
-    kept = json.loads((saved / "state.json").read_text()).get("kept", {}) if saved else {}
-    for client, last in kept.items():
-        path = kept_at(folder, client, last)
+    client_states = json.loads((saved / "state.json").read_text()).get("kept", {}) if saved else {}
+    for client, job in client_states.items():
+        path = state_path(folder, client, job)
         if name in (None, client) and not path.exists():
             raise BadRun(
                 f"what {client} keeps to itself is gone: there is no {path}; bring it back, or run anew with another --out"
@@ -101,19 +107,19 @@ def require_kept(folder: Path, name: str | None = None) -> None:
 
 
 def tensors(saved: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The server's weights and the method's state in the checkpoint in `saved`."""
+    """The server's weights and the method state in the checkpoint in `saved`."""
     state = saved / "method_state.safetensors"
     return load_file(saved / "weights.safetensors"), load_file(state if state.exists() else saved / "memory.safetensors")
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below `folder`."""
+    """The newest complete checkpoint in `folder`."""
     states = [path.parent for path in (folder / "checkpoint").glob("*/state.json")]
     return max(states, key=lambda step: (step.name[:6], (step / "state.json").stat().st_mtime_ns), default=None)
 
 
 def trim(folder: Path, lengths: Mapping[str, int]) -> None:
-    """The logs cut to `lengths`."""
+    """Truncates the logs to `lengths` in bytes."""
     for name in LOGS:
         if (folder / name).exists():
             os.truncate(folder / name, lengths.get(name, 0))

@@ -1,4 +1,4 @@
-"""What a client of a run does with a job: what its method says, or an evaluation."""
+"""How a client executes a job: a task of its method, or an evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,10 +19,10 @@ from fedexperts.types import ClientContext, Example, Job, Patch, Split, Update
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What every client of a run does with a job: what its method says, or an evaluation.
+    """How the clients of a run execute a job: a task of the method, or an evaluation.
 
-    known: what was measured at the end of models that have been seen, by their bits: where all clients have one model, a
-    process measures it once.
+    known: cache of the comparisons with the base model, by the hash of the client's model: a process evaluates a model that
+    several clients share once.
     """
 
     method: Method
@@ -37,7 +37,7 @@ class ClientTask:
         return replace(context, training=replace(context.training, lr=lr))
 
     def scored(self, job: Job, update: Update, context: ClientContext) -> Update:
-        """`update` with the scores of what it would send, in rounds in which clients are scored before aggregation."""
+        """`update` with scores of the weights that it sends, in rounds in which clients are scored before aggregation."""
         if not self.scores_with(job):
             return update
         model = self.method.build_model(apply_update(job, update), context)
@@ -67,17 +67,18 @@ class ClientTask:
 
     @property
     def scores_after_training(self) -> bool:
-        """Whether clients are scored before the server merges; one place with all data is scored as its clients ever are."""
+        """Whether clients are scored before aggregation; centralized training is always scored after it."""
         return self.evaluation.score == "before_aggregation" and not self.method.centralized
 
     def evaluates(self, round: int) -> bool:
-        """Whether clients are asked for anything in an evaluation after `round`."""
+        """Whether clients evaluate after `round`."""
         measured = bool(self.retained) or self.evaluation.drift
         return not self.scores_after_training or round == 0 or (round == self.rounds and measured)
 
     def evaluate(self, job: Job, context: ClientContext) -> Update:
-        """The client's model, under what the server sent and what the client keeps, on its own examples; at the end also
-        what it retained, and how far its routers drifted.
+        """Scores the client's model, built from the job's weights and the client state, on the client's examples.
+
+        After the last round also compares it with the base model (`against_base`).
         """
         model = self.method.build_model(job, context)
         metrics: dict[str, Any] = {}
@@ -88,10 +89,10 @@ class ClientTask:
         return Update(job.client, job.round, job.task, Patch({}), len(context.data.train), metrics=metrics)
 
     def scores(self, model: nn.Module, context: ClientContext) -> dict[str, Any]:
-        """On the client's own examples, as JSON."""
-        asked = self.evaluation
+        """Scores on the client's examples, as JSON values."""
+        settings = self.evaluation
         return evaluation.score(
-            model, self.scored_examples(context.data), context.encoder, asked.generate_tokens, asked.batch_size
+            model, self.scored_examples(context.data), context.encoder, settings.generate_tokens, settings.batch_size
         ).to_json()
 
     def scored_examples(self, data: Split) -> Sequence[Example]:
@@ -99,41 +100,43 @@ class ClientTask:
         return data.validation if self.evaluation.split == "validation" else data.test
 
     def against_base(self, model: nn.Module, job: Job, context: ClientContext) -> Mapping[str, Any]:
-        """`retained`: the scores on the retained examples; `drift`: of the routers, on their text, or where there are none
-        on the client's own examples, answers included. Held against are the base's routers among the experts of the job.
+        """`retained`: scores on the retained examples. `drift`: of the routers, compared with the base model's.
+
+        Drift is measured on the text of the retained examples or, without them, of the client's, answers included. The base's
+        routers choose among the experts of the job.
         """
-        asked = self.evaluation
-        if not (self.retained or asked.drift):
+        settings = self.evaluation
+        if not (self.retained or settings.drift):
             return {}
         key = f"{bits(model)}/{'' if self.retained else job.client}"
         if key not in self.known:
-            found: dict[str, Any] = {}
+            comparison: dict[str, Any] = {}
             if self.retained:
-                size = (asked.generate_tokens, asked.batch_size)
-                found["retained"] = evaluation.by_example(model, self.retained, context.encoder, *size)
-            if asked.drift:
+                size = (settings.generate_tokens, settings.batch_size)
+                comparison["retained"] = evaluation.by_example(model, self.retained, context.encoder, *size)
+            if settings.drift:
                 texts = self.retained or self.scored_examples(context.data)
                 base = shrink(context.model, job.experts)
-                found["drift"] = router_drift(base, model, batches(texts, context, asked.batch_size))
-            self.known[key] = found
+                comparison["drift"] = router_drift(base, model, batches(texts, context, settings.batch_size))
+            self.known[key] = comparison
         return self.known[key]
 
 
 def is_eval_round(round: int, evaluation: EvaluationSettings, rounds: int) -> bool:
-    """Whether models are scored after `round`, which is not 0."""
+    """Whether models are scored after `round` (not for round 0)."""
     return round % evaluation.every == 0 or round == rounds
 
 
 def apply_update(job: Job, update: Update) -> Job:
-    """An evaluation of what `update` would send, weights and else, laid over what `job` brought."""
+    """`job` as an evaluation with the weights and extra tensors of `update` in place of its own."""
     tensors = dict(job.patch.tensors)
-    for name, sent in update.patch.tensors.items():
-        had, ids = job.patch.rows.get(name), update.patch.rows.get(name)
-        if ids is None or (had is not None and torch.equal(had, ids)):
-            tensors[name] = sent
-        else:  # of the rows that came, perhaps only some go back
-            places = ids if had is None else torch.searchsorted(had, ids)
-            tensors[name] = tensors[name].index_copy(0, places, sent)
+    for name, sent_rows in update.patch.tensors.items():
+        job_ids, sent_ids = job.patch.rows.get(name), update.patch.rows.get(name)
+        if sent_ids is None or (job_ids is not None and torch.equal(job_ids, sent_ids)):
+            tensors[name] = sent_rows
+        else:  # a client may send only some of the rows of its job
+            places = sent_ids if job_ids is None else torch.searchsorted(job_ids, sent_ids)
+            tensors[name] = tensors[name].index_copy(0, places, sent_rows)
     return replace(job, task="evaluate", patch=Patch(tensors, job.patch.rows), extra={**job.extra, **update.extra})
 
 
@@ -143,7 +146,7 @@ def batches(examples: Sequence[Example], context: ClientContext, size: int) -> I
 
 
 def bits(model: nn.Module) -> str:
-    """sha256 of all that `model` holds."""
+    """sha256 of the state dict of `model`."""
     digest = sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""A run whose jobs Flower carries: to processes on this machine, or over any other grid."""
+"""Runs on the engine flower: on Flower's simulation on this machine, or over another grid."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -24,29 +24,29 @@ from fedexperts.io.toml import checked
 from fedexperts.types import Engine
 
 PARTS = Parts()
-"""Of a process that plays clients: the base model is read once for all of them, and for all runs that have it."""
+"""Cache of a simulation process: the base model is read once for all clients and all runs that use it."""
 
 
 @contextmanager
 def simulated(prepared: Prepared, out: Path) -> Iterator[Engine]:
-    """The engine of a run on Flower's simulation: a node for each client, and `federation.workers` processes that play them."""
+    """The engine of a run on Flower's simulation: one node per client, executed by `federation.workers` processes."""
     federation, threads = prepared.config.federation, prepared.config.training.threads
     nodes, workers = len(everyone(prepared)), federation.workers
     with (
         Simulation(play, nodes, workers=workers, cpus=threads, gpus=federation.gpus_per_worker) as simulation,
         over(simulation.grid, simulation.check)(prepared, out) as engine,
     ):
-        del prepared  # it has the base, which the processes that play clients have read for themselves
+        del prepared  # frees the base model, which the simulation's processes have read themselves
         yield engine
 
 
 def over(
     grid: Grid, check: Callable[[], None] = lambda: None, *, patience: float | None = None, **options: Any
 ) -> Callable[[Prepared, Path], AbstractContextManager[Engine]]:
-    """For `runner.run`: an engine over `grid`, to which all clients of the run are connected, or soon will be.
+    """The `engine` argument of runner.run for clients that are or will be connected to `grid`.
 
-    After `patience` seconds federation.min_clients of them are enough; without it no client that is missing is waited for.
-    `options` are arguments of the FlowerEngine, in place of those of a simulation.
+    patience: seconds after which federation.min_clients connected clients are enough; None: all must be connected from the start.
+    options: arguments of FlowerEngine, in place of those of a simulation.
     """
     return partial(connected, grid, check, patience, options)
 
@@ -61,29 +61,29 @@ def connected(
     run = about(prepared.config, prepared.base.identity, out)
     engine = FlowerEngine(grid, run, everyone(prepared), check=check, on_dropped=on_dropped, **options)
     fewest = federation.min_clients if patience is not None else None
-    del prepared  # it has the base, and this frame is here until the run ends
+    del prepared  # frees the base model: this frame lives until the run ends
     engine.connect(patience, fewest)
     try:
         yield engine
     except Exception:
-        check()  # where the grid has died, that is the reason
+        check()  # raises the grid's own error if the grid has died
         raise
 
 
 def log_dropped(path: Path, answer: Mapping[str, object]) -> None:
-    """Adds a line for an answer that came too late, twice, or in reply to no job."""
+    """Appends a line for an answer that arrived late or twice, or for no open job."""
     with path.open("a") as file:
         file.write(json.dumps(answer) + "\n")
 
 
 def about(config: RunConfig, model_hash: str, out: Path) -> str:
-    """What clients need to know of the run in `out`, as JSON; `id`: their name for it, `model_hash`: the identity of its base."""
+    """The description of the run in `out` for clients, as JSON; `id`: of the run, `model_hash`: identity of its base model."""
     run_info = {"settings": config.resolved(), "folder": str(out.resolve()), "id": run_id(out), "model_hash": model_hash}
     return json.dumps(run_info)
 
 
 def play(message: Message, node_config: Mapping[str, Any]) -> Message:
-    """The answer of the client that a node of Flower's simulation stands for."""
+    """The answer of the client that a node of Flower's simulation simulates."""
     runtime = runtime_of(message.head["run"])
     torch.set_num_threads(runtime.training.threads)
     names, number = list(runtime.clients), int(node_config["partition-id"])

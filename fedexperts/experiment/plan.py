@@ -1,4 +1,4 @@
-"""What a run will work with, before anything runs."""
+"""The plan of a run: its model, clients and costs, computed before it starts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,11 +14,11 @@ WHAT_THEN = {
     "train anyway": "it trains there all the same, and the report marks them",
     "fail": 'their jobs fail where the measured peak is above it, unless devices.out_of_memory = "train anyway"',
 }
-"""What becomes of a client that has too little memory, by `devices.out_of_memory`."""
+"""What happens on a client with too little memory, by `devices.out_of_memory`."""
 
 
 def plan(prepared: Prepared) -> dict[str, Any]:
-    """What a run will work with, as plan.json says it: the model, and each client's data, memory and what fits it."""
+    """The content of plan.json: the model, and the data, memory and experts of each client."""
     server = prepared.server
     full = server.footprint.of(server.anatomy.all_experts)
     clients = [client_plan(prepared, client, full) for client in server.clients.values()]
@@ -54,9 +54,9 @@ def plan(prepared: Prepared) -> dict[str, Any]:
 
 
 def round_flops(prepared: Prepared) -> float:
-    """The most operations that a participant's steps in a round can be: on the whole model and full-length examples.
+    """An upper bound of the FLOPs of a participant's local steps: on the whole model and full-length examples.
 
-    What a method does beside them is not counted, such as FLEx's selection in a client's first round.
+    Other work of a method is not counted, such as FLEx's selection in a client's first round.
     """
     config, base, training = prepared.config, prepared.base, prepared.training
     model = as_trained(base.model, training.tuning, prepared.method.declare().personal_experts)
@@ -65,7 +65,7 @@ def round_flops(prepared: Prepared) -> float:
 
 
 def patch_bytes(server: Server) -> dict[str, Any]:
-    """What the weights that travel weigh: those of no expert, and of each MoE block those of one expert."""
+    """Bytes of the sent weights: of the dense weights, and per MoE block of one expert."""
     experts = dict.fromkeys(server.anatomy.blocks, 0)
     for name, tensor in server.weights.items():
         if (block := server.layout[name]) is not None:
@@ -75,41 +75,41 @@ def patch_bytes(server: Server) -> dict[str, Any]:
 
 
 def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What will not fit, as sentences."""
+    """Warnings about memory and labels, as sentences."""
     over = [client["name"] for client in clients if client["first_experts"] and not client["first_fits"]]
-    too_little_memory = (
+    memory_warning = (
         f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
         + WHAT_THEN[prepared.config.devices.out_of_memory]
     )
-    return [*([too_little_memory] if over else []), *too_long_labels(prepared)]
+    return [*([memory_warning] if over else []), *too_long_labels(prepared)]
 
 
 def too_long_labels(prepared: Prepared) -> Iterator[str]:
-    """A sentence for each task with labels that no answer can reach."""
-    most = prepared.config.evaluation.generate_tokens
-    sets = {example.task: example.choices for example in prepared.clients.pool.test if generated(example)}
-    for task, choices in sets.items():
+    """A sentence for each task with labels that are longer than generated answers."""
+    limit = prepared.config.evaluation.generate_tokens
+    labels_of = {example.task: example.choices for example in prepared.clients.pool.test if generated(example)}
+    for task, choices in labels_of.items():
         lengths = [len(ids) for ids in prepared.base.tokenizer(list(choices), add_special_tokens=False)["input_ids"]]
-        if max(lengths) > most:
+        if max(lengths) > limit:
             yield (
-                f"{sum(length > most for length in lengths)} of the {len(choices)} labels of {task} are longer than "
-                f"evaluation.generate_tokens = {most} and will never be answered right; set it to {max(lengths) + 1}"
+                f"{sum(length > limit for length in lengths)} of the {len(choices)} labels of {task} are longer than "
+                f"evaluation.generate_tokens = {limit} and will never be answered right; set it to {max(lengths) + 1}"
             )
 
 
 def generated(example: Example) -> bool:
-    """Whether one of given labels must be said, token by token."""
+    """Whether the answer to `example` is a label that must be generated."""
     return bool(example.choices) and example.metric != "likelihood"
 
 
 def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]:
-    """`first_…` and `budget`, how many experts backward may reach: of the client's first job; no experts where it has no part."""
+    """A client's entry in plan.json; `first_…` and `budget` (experts that backward reaches) are those of its first job."""
     split, server, method = prepared.clients[client.name], prepared.server, prepared.method
     first = replace(server, task=steps(method, 1)[0][1])
     assignment = method.assign(first, client) if client.name in prepared.participants else None
-    held = assignment.experts if assignment else {}
+    assigned_experts = assignment.experts if assignment else {}
     budget = method.budget_of(assignment) if assignment else None
-    shared = server.footprint.of(held) if budget is None else server.footprint.reaching(budget)
+    shared = server.footprint.of(assigned_experts) if budget is None else server.footprint.reaching(budget)
     needed = shared + prepared.personal_bytes
     return {
         "name": client.name,
@@ -122,7 +122,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
         "full_fits": client.memory_bytes is None or full + prepared.personal_bytes <= client.memory_bytes,
         "tasks": prepared.clients.tasks(client.name),
         "first_task": first.task,
-        "first_experts": sum(len(ids) for ids in held.values()),
+        "first_experts": sum(len(ids) for ids in assigned_experts.values()),
         "budget": budget,
         "first_bytes_down": job_for(first, client, assignment).nbytes if assignment else 0,
         "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
@@ -130,6 +130,6 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
 
 
 def experts_fit(server: Server, client: Client) -> int:
-    """The most experts, spread evenly over the layers, that the client can train within its memory."""
+    """The largest number of experts, spread evenly over the layers, that the client's memory can train."""
     number = even_number(server, client)
     return sum(evenly(server.anatomy, number).values()) if number else 0

@@ -1,4 +1,4 @@
-"""Work that is done in several processes at once, each doing one task after the other."""
+"""A pool of processes that execute tasks in parallel."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,15 +13,14 @@ Done = TypeVar("Done")
 
 
 class Died(str):
-    """How a process ended before its task was done."""
+    """How a process died before its task was finished."""
 
 
-def side_by_side(work: Callable[[Task], Done], tasks: Sequence[Task], number: int) -> Iterator[tuple[Task, Done | Died]]:
-    """Each of the `tasks` with what `work` returns for it, in the order they are done, from `number` processes.
+def in_parallel(work: Callable[[Task], Done], tasks: Sequence[Task], number: int) -> Iterator[tuple[Task, Done | Died]]:
+    """Yields (task, result of `work`) as tasks finish, executed by `number` processes; Died if the process of a task died.
 
-    Where the process of a task died, its reason comes instead. `work` is a function that can be imported, or a partial of one;
-    tasks and results travel as multiprocessing sends them. When the caller stops, the processes are interrupted and waited for;
-    when it is killed, they end too.
+    `work` is an importable function, or a partial of one; tasks and results are pickled. If the caller stops, the processes are
+    interrupted and joined; if it is killed, they exit too.
     """
     waiting = list(reversed(tasks))
     workers: list[WorkerProcess] = []
@@ -34,7 +33,7 @@ def side_by_side(work: Callable[[Task], Done], tasks: Sequence[Task], number: in
                 worker.send(bytes(ForkingPickler.dumps(task)))
                 busy[worker.pipe] = (worker, task)
             for pipe in wait(list(busy)):
-                worker, task = busy.pop(cast("Connection", pipe))  # wait returns what it was given
+                worker, task = busy.pop(cast("Connection", pipe))  # `wait` is typed more widely than its arguments
                 yield task, result_of(worker)
     finally:
         for worker in workers:

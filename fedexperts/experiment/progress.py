@@ -1,4 +1,4 @@
-"""What a run shows while it works: two lines that change on a terminal, a line an evaluation elsewhere, or nothing."""
+"""Progress of a run: a bar on a terminal, one line per evaluation elsewhere, or nothing."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, Self
@@ -14,9 +14,9 @@ from fedexperts.types import Engine, Failure, Job, Server, Update
 
 
 class Progress(Protocol):
-    """Told of everything that happens in a run."""
+    """Receives the events of a run."""
 
-    shows: bool  # anything at all
+    shows: bool  # whether it prints anything
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
@@ -30,7 +30,7 @@ class Progress(Protocol):
 
 
 class Quiet:
-    """Nothing is shown."""
+    """Shows nothing."""
 
     shows = False
 
@@ -63,7 +63,7 @@ class Quiet:
 
 
 class Bar(RichProgress):
-    """The run, its rounds that are done with the time that is left, and what came last; no line is wider than the terminal."""
+    """The run's name, a bar of its rounds with the time left, and the last event; lines are cut to the terminal's width."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -84,7 +84,7 @@ class Bar(RichProgress):
 
 
 class Shown:
-    """The bar with the client that answered last; a line for each evaluation and each failed client."""
+    """The bar with the last answer; a line for each evaluation and each failed client."""
 
     shows = True
 
@@ -100,7 +100,7 @@ class Shown:
         self.bar.stop()
 
     def say(self, sentence: str) -> None:
-        """A line that stays; where there is no terminal it is not broken."""
+        """Prints a permanent line, without wrapping."""
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def watch(self, engine: Engine) -> Engine:
@@ -110,7 +110,7 @@ class Shown:
         for task in self.bar.task_ids:
             self.bar.remove_task(task)
         self.label = f"{label}, seed {seed}"
-        self.answers = 0  # of the round, or the evaluation, under way
+        self.answers = 0  # in the current round or evaluation
         self.task = self.bar.add_task("", total=total, completed=done, label=self.label, now="")
         if done:
             self.say(f"{self.label}: {done} of {total} rounds are done already")

@@ -1,4 +1,4 @@
-"""A run from its settings to its results folder."""
+"""Executes a run, from its settings to its results folder."""
 
 import json
 import os
@@ -39,7 +39,7 @@ MAY_DIFFER = (
     "federation.round_seconds",
     "track.to",
 )
-"""Settings that a resumed run may change: they do not change what clients answer."""
+"""Settings that a resumed run may change, because they do not affect clients' answers."""
 
 BEFORE = {
     "devices.out_of_memory": "train anyway",
@@ -53,7 +53,7 @@ BEFORE = {
     "data.names": [],
     "data.own": False,
 }
-"""What a run did that began before these settings were there."""
+"""Values of these settings in runs that started before the settings existed."""
 
 NO_EXPERT_SENT = "no client sent an expert, so the training of experts is lost and they stay as they are; "
 
@@ -70,17 +70,17 @@ def run(
     together: Path | None = None,
     engine: Callable[[Prepared, Path], AbstractContextManager[Engine]] | None = None,
 ) -> Path:
-    """Runs `config` and returns its results folder, `out`. `label` and `setting` are what reports call its method and run file.
+    """Executes the run `config` and returns its results folder, `out`.
 
-    `parts` are those of runs before it, which are not made again. `together` is the folder of the comparison that it is in: what
-    a tracker keeps of several runs in one place is there, else in `out`. `engine` carries the jobs in place of the one that the
-    run file names (`flower.over` a grid, for one).
+    label, setting: names of the method and of the run file in reports. parts: cache shared with other runs. together: folder of
+    the comparison that the run belongs to, for trackers that store several runs in one place; None: `out`. engine: used in place
+    of the engine of the run file (for example `flower.over(grid)`).
 
     Raises:
-        BadValue: a setting, the data or the model does not allow the run; nothing was written then.
-        BadRun: `out` holds another run, or not all that its clients keep to themselves; or too few clients of a round answered,
-            and the run can be resumed before it.
-        Busy: another process is at work in `out`.
+        BadValue: the settings, the data or the model do not allow the run; nothing has been written.
+        BadRun: `out` contains another run, or client states are missing; or too few clients of a round answered, and the run can
+            be resumed before that round.
+        Busy: another process is running in `out`.
     """
     torch.set_num_threads(config.training.threads)
     require_flower(config)
@@ -106,15 +106,15 @@ def run(
                         shown.noted(server, NO_EXPERT_SENT + prepared.method.declare().if_no_expert_is_sent)
                         noted = True
                     finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
-                    tell()  # after the checkpoint: no line that a tracker has is cut off again
+                    tell()  # after the checkpoint: a resumed run never truncates lines that a tracker has received
                     shown.round(server)
                     started = perf_counter()
     return out
 
 
 def begin(prepared: Prepared, engine: Engine, ledger: Ledger, out: Path, progress: Progress) -> Iterator[Server]:
-    """The rounds that are still to be done, from the last checkpoint in `out`; nothing else holds their first weights."""
-    checkpoint.require_kept(out)
+    """The remaining rounds, from the last checkpoint in `out`; the returned iterator has the only reference to its weights."""
+    checkpoint.require_client_state(out)
     federation, method = prepared.config.federation, prepared.method
     server = checkpoint.load(out, prepared.server)
     if server.task == "start":
@@ -137,7 +137,7 @@ def begin(prepared: Prepared, engine: Engine, ledger: Ledger, out: Path, progres
 def finish_round(
     prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, out: Path, progress: Progress, seconds: float
 ) -> None:
-    """What follows on a round: its lines in the logs, an evaluation where one is due, the checkpoint.
+    """Completes a round: writes its log lines, evaluates if an evaluation is due, and saves the checkpoint.
 
     Raises:
         BadRun: too few clients answered.
@@ -160,14 +160,14 @@ def reports_of(prepared: Prepared) -> Reports:
 
 
 def due(server: Server, method: Method, config: RunConfig) -> bool:
-    """Whether the server is evaluated now: after all stages, every few rounds, and at the end."""
+    """Whether an evaluation is due: after the last setup task, every `evaluation.every` rounds, and after the last round."""
     if server.round == 0:
         return server.task == method.setup_tasks[-1]
     return is_eval_round(server.round, config.evaluation, config.federation.rounds)
 
 
 def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
-    """A line for the round and one for each client."""
+    """Writes a line for the round and one for each client."""
     entries = ledger.entries
     losses = [entry.loss for entry in entries if entry.loss is not None]
     line = {
@@ -178,7 +178,7 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
         "loss": sum(losses) / len(losses) if losses else None,
         "seconds": seconds,
         "clock_seconds": ledger.clock_seconds,
-        "holds": {client: {block: list(ids) for block, ids in held.items()} for client, held in ledger.holds.items()},
+        "holds": {client: {block: list(ids) for block, ids in experts.items()} for client, experts in ledger.holds.items()},
         **({"sends": ledger.sends} if ledger.sends else {}),
         **({"uses": ledger.uses} if ledger.uses else {}),
     }
@@ -188,11 +188,11 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
 
 
 def require_answers(server: Server, ledger: Ledger, fewest: int = 1) -> None:
-    """Raises BadRun when clients failed, and fewer than `fewest` did not."""
-    failed, asked = failures(ledger), len(ledger.entries)
-    if failed and asked - len(failed) < fewest:
+    """Raises BadRun if clients failed and fewer than `fewest` answered."""
+    failed, total = failures(ledger), len(ledger.entries)
+    if failed and total - len(failed) < fewest:
         client, reason = next(iter(failed.items()))
-        number = f"all {asked}" if len(failed) == asked else f"{len(failed)} of {asked}"
+        number = f"all {total}" if len(failed) == total else f"{len(failed)} of {total}"
         quorum = f", and federation.min_clients = {fewest} must answer" if fewest > 1 else ""
         raise BadRun(
             f"round {server.round}: {number} clients failed, {client} because {reason}{quorum}; "
@@ -202,28 +202,28 @@ def require_answers(server: Server, ledger: Ledger, fewest: int = 1) -> None:
 
 
 def no_expert_sent(ledger: Ledger) -> bool:
-    """Whether clients of the round under way chose which of their experts to send, and all chose none."""
+    """Whether the clients of the current round select the experts that they send, and all selected none."""
     used = [entry.client for entry in ledger.entries if not entry.failed]
     return bool(used) and all(client in ledger.sends and not any(ledger.sends[client].values()) for client in used)
 
 
 def failures(ledger: Ledger) -> dict[str, str]:
-    """Client → why it was left out, of the round under way."""
+    """Client → why it was left out of the current round."""
     return {entry.client: entry.failed for entry in ledger.entries if entry.failed}
 
 
 def reported_scores(ledger: Ledger) -> dict[str, evaluation.Scores]:
-    """The scores that clients gave with what they trained in the round under way: none but before aggregation."""
+    """The scores that clients reported with their updates, if they are scored before aggregation."""
     reported = {entry.client: entry.metrics["scores"] for entry in ledger.entries if "scores" in entry.metrics}
     return {client: evaluation.Scores.from_json(scores) for client, scores in reported.items()}
 
 
 def assess_base(prepared: Prepared, out: Path) -> None:
-    """What the untouched base scores on the retained examples, into evals.jsonl."""
-    asked, examples = prepared.config.evaluation, prepared.retained.examples
-    size = (asked.generate_tokens, asked.batch_size)
-    found = evaluation.by_example(prepared.base.model, examples, encoder_for(prepared), *size)
-    append(out / "evals.jsonl", [against_base(0, None, {"retained": found})])
+    """Scores the base model on the retained examples and appends a line to evals.jsonl."""
+    settings, examples = prepared.config.evaluation, prepared.retained.examples
+    size = (settings.generate_tokens, settings.batch_size)
+    retained = evaluation.by_example(prepared.base.model, examples, encoder_for(prepared), *size)
+    append(out / "evals.jsonl", [against_base(0, None, {"retained": retained})])
 
 
 def assess(
@@ -235,10 +235,10 @@ def assess(
     progress: Progress,
     reported: Mapping[str, evaluation.Scores],
 ) -> None:
-    """Every client's scores on its own examples of `evaluation.split`, and those of all clients together, into evals.jsonl.
+    """Appends to evals.jsonl each client's scores on its examples of `evaluation.split`, and those of all clients together.
 
-    After the last round also how each client's model stands against the base. Where clients are scored before aggregation, they
-    have `reported` their scores already, and of who took no part the last ones count.
+    After the last round also compares each client's model with the base model. reported: the scores of clients that are scored
+    before aggregation; the others count with their last scores.
     """
     server, task = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
     metrics: dict[str, Mapping[str, Any]] = {}
@@ -247,52 +247,52 @@ def assess(
         updates = answers(server, prepared.method, engine, ledger, server.clients.values(), reports_of(prepared))
         metrics = {update.client: update.metrics for update in updates}
         require_answers(server, ledger)
-    given = {client: found["scores"] for client, found in metrics.items() if "scores" in found}
-    scores = {client: evaluation.Scores.from_json(found) for client, found in given.items()} | dict(reported)
+    evaluated = {client: each["scores"] for client, each in metrics.items() if "scores" in each}
+    scores = {client: evaluation.Scores.from_json(each) for client, each in evaluated.items()} | dict(reported)
     latest = {**last_scores(out), **scores} if task.scores_after_training else scores
     together = evaluation.merge(latest[client] for client in server.clients if client in latest)
-    with_sums = task.scores_after_training  # the next rounds count on them, also of a resumed run
+    with_sums = task.scores_after_training  # read by `last_scores` in later rounds, also after a resume
     own = [line for client in server.clients if client in scores for line in score_lines(scores[client], client, with_sums)]
     count = sum(part.examples for part in together.tasks.values())
     whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
     lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), whole]]
-    ends = [against_base(server.round, client, found) for client, found in metrics.items() if found.keys() - {"scores"}]
-    append(out / "evals.jsonl", [*lines, *ends])
+    comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - {"scores"}]
+    append(out / "evals.jsonl", [*lines, *comparisons])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
     progress.failed(server, failures(ledger))
     progress.scored(server, together)
     ledger.clear()
 
 
-def against_base(round: int, client: str | None, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of what a client's model (None: the base itself) retained, and of its routers' drift.
+def against_base(round: int, client: str | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A log line with the retained scores and the routers' drift of a client's model (None: of the base model).
 
-    It has no value of its own, so readers that do not know it pass it over.
+    It has no value, so that readers that do not know it ignore it.
     """
-    count = sum(task["examples"] for task in found.get("retained", {}).values())
+    count = sum(task["examples"] for task in metrics.get("retained", {}).values())
     line = {"round": round, "client": client, "task": None, "examples": count, "metric": None, "value": None}
-    return {**line, **{name: each for name, each in found.items() if name != "scores"}}
+    return {**line, **{name: each for name, each in metrics.items() if name != "scores"}}
 
 
 def last_scores(out: Path) -> dict[str, evaluation.Scores]:
     """Each client's latest scores in evals.jsonl."""
-    found: dict[str, dict[str, Any]] = {}
+    by_client: dict[str, dict[str, Any]] = {}
     for line in map(json.loads, (out / "evals.jsonl").read_text().splitlines() if (out / "evals.jsonl").exists() else ()):
         if line["client"] is not None and "sums" in line:
-            found.setdefault(line["client"], {})[line["task"]] = line["sums"]
-    return {client: evaluation.Scores.from_json(tasks) for client, tasks in found.items()}
+            by_client.setdefault(line["client"], {})[line["task"]] = line["sums"]
+    return {client: evaluation.Scores.from_json(tasks) for client, tasks in by_client.items()}
 
 
 def score_lines(scores: evaluation.Scores, client: str | None, with_sums: bool = False) -> Iterator[Mapping[str, Any]]:
     for task, metrics in scores.by_task().items():
-        found = {"metric": scores.metric(task), "value": scores.main(task), "metrics": metrics}
+        columns = {"metric": scores.metric(task), "value": scores.main(task), "metrics": metrics}
         if with_sums:
-            found["sums"] = asdict(scores.tasks[task])
-        yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **found}
+            columns["sums"] = asdict(scores.tasks[task])
+        yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **columns}
 
 
 def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
-    """The engine that the run file names, over clients on this machine."""
+    """The engine of the run file, with clients on this machine."""
     if prepared.config.federation.engine == "flower":
         from fedexperts.experiment.flower import simulated  # an extra
 
@@ -301,28 +301,28 @@ def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
 
 
 def require_flower(config: RunConfig) -> None:
-    """Raises BadValue when the run needs Flower, or graphics cards, and there is none."""
+    """Raises BadValue if the run needs Flower or GPUs that are not available."""
     if config.federation.engine == "flower" and not (find_spec("flwr") and find_spec("ray")):
         raise BadValue(
             'federation.engine = "flower" needs Flower with its simulation, which is not installed; '
             'install it (pip install "fedexperts[flower]"), or set federation.engine = "local"'
         )
-    asked, there = config.federation.gpus_per_worker, torch.cuda.device_count()
-    if asked > there:
-        raise BadValue(f"federation.gpus_per_worker = {asked:g}, but this machine has {there}; lower it")
+    needed, available = config.federation.gpus_per_worker, torch.cuda.device_count()
+    if needed > available:
+        raise BadValue(f"federation.gpus_per_worker = {needed:g}, but this machine has {available}; lower it")
 
 
 def claim(config: RunConfig, out: Path, resume: bool) -> None:
-    """Raises BadRun when `out` cannot take this run: it holds one and `resume` is off, or one with other settings."""
-    there = out / "resolved.json"
-    found = list(out.iterdir()) if out.is_dir() else []  # before `there` is looked for: another process may be writing it first
-    if not there.exists():
-        if (out.exists() and not out.is_dir()) or any(not path.name.startswith(".resolved.json.") for path in found):
+    """Raises BadRun if `out` contains other files, or a run and `resume` is off, or a run with other settings."""
+    resolved = out / "resolved.json"
+    files = list(out.iterdir()) if out.is_dir() else []  # listed before `resolved`, which another process may be writing first
+    if not resolved.exists():
+        if (out.exists() and not out.is_dir()) or any(not path.name.startswith(".resolved.json.") for path in files):
             raise BadRun(f"{out} is not empty and holds no run of ours; give another folder with --out")
         return
     if not resume:
         raise BadRun(f"{out} holds a run already; continue it with --resume, or give another folder with --out")
-    begun = {**BEFORE, **flattened(with_current_names(json.loads(there.read_text())))}
+    begun = {**BEFORE, **flattened(with_current_names(json.loads(resolved.read_text())))}
     changed = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
     if changed:
         raise BadRun(
@@ -332,11 +332,11 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
 
 
 def require_same_inputs(prepared: Prepared, out: Path) -> None:
-    """Raises BadRun when the run in `out` began with another model or other data under the same names."""
+    """Raises BadRun if the model or the data of the run in `out` have changed since it started."""
     if (out / "versions.json").exists():
         begun = json.loads((out / "versions.json").read_text())
         now = versions(prepared)
-        inputs = [name for name in INPUTS if name in begun]  # runs from before noted fewer
+        inputs = [name for name in INPUTS if name in begun]  # older runs recorded fewer
         changed = [f"{INPUTS[name]} changed" for name in inputs if begun[name] != now[name]]
         if changed:
             raise BadRun(
@@ -346,18 +346,18 @@ def require_same_inputs(prepared: Prepared, out: Path) -> None:
 
 
 def write_start(prepared: Prepared, out: Path) -> None:
-    """What does not change from here on."""
+    """Writes the files of `out` that do not change during the run."""
     resolved = prepared.config.resolved()
-    write_text(out / "resolved.json", json.dumps(resolved))  # first: with it the folder holds a run, which can be resumed
+    write_text(out / "resolved.json", json.dumps(resolved))  # written first: from here on the run can be resumed
     write_text(out / "run.toml", to_toml(resolved))
-    if not (out / "versions.json").exists():  # a resumed run keeps those that it began with
+    if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
         write_text(out / "versions.json", json.dumps(versions(prepared)))
     prepared.clients.save(out / "partition.json")
-    write_text(out / "plan.json", json.dumps(plan(prepared)))  # last: with it the folder is one that a report reads
+    write_text(out / "plan.json", json.dumps(plan(prepared)))  # written last: reports read a folder that has it
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Adds `lines` as JSON; they are on disk before the checkpoint that counts on them."""
+    """Appends `lines` as JSON and syncs the file, before the checkpoint that relies on them."""
     with path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()

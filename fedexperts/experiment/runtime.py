@@ -1,4 +1,4 @@
-"""What the clients of a run work with, from its settings: the same on whichever machine it is made."""
+"""The client runtime of a run, built from its settings alone, so that it is the same on every machine."""
 
 from math import inf
 from pathlib import Path
@@ -13,7 +13,7 @@ from fedexperts.types import Client
 
 
 def runtime_for(prepared: Prepared, out: Path) -> ClientRuntime:
-    """All clients of the run; below `out` they keep what they keep to themselves."""
+    """The runtime of all clients of the run; client states are stored in `out`/clients."""
     return ClientRuntime(
         model=prepared.base.model,
         encoder=encoder_for(prepared),
@@ -28,7 +28,7 @@ def runtime_for(prepared: Prepared, out: Path) -> ClientRuntime:
 
 
 def everyone(prepared: Prepared) -> dict[str, Client]:
-    """Who is evaluated and who trains, by name: the clients, and the one place that has all their data, where there is one."""
+    """All clients and participants by name: of centralized training also the one that has all clients' data."""
     return {**prepared.server.clients, **prepared.participants}
 
 
@@ -43,13 +43,13 @@ def encoder_for(prepared: Prepared) -> Encoder:
 
 
 def clock_for(prepared: Prepared) -> Clock:
-    """The run's virtual clock. One place that has all data is no device, so a pooled method has none."""
+    """The run's virtual clock. Centralized training has none, because it does not run on a client's device."""
     profiles = {} if prepared.method.centralized else prepared.profiles
     return Clock(profiles, prepared.config.devices.deadline_seconds or inf)
 
 
 def limits(prepared: Prepared) -> dict[str, int]:
-    """Participant → the memory that no job of its may exceed."""
+    """Participant → the memory limit of its jobs; empty if jobs above it are executed anyway."""
     if prepared.config.devices.out_of_memory == "train anyway":
         return {}
     return {name: client.memory_bytes for name, client in prepared.participants.items() if client.memory_bytes is not None}

@@ -1,4 +1,4 @@
-"""From settings to a run that can start: the base, the clients with their data and devices, the first server."""
+"""Prepares a run from its settings: the base model, the clients with their data and devices, the first server."""
 
 import subprocess
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -29,32 +29,36 @@ from fedexperts.moe.flops import Footprint, footprint, on_meta
 from fedexperts.types import Client, Example, Server, Split, Training
 
 T = TypeVar("T")
-Kept = dict[Hashable, T]
+Cache = dict[Hashable, T]
 MOST_EXAMPLES = 10**7
-"""That a client may tell of: the server holds a stand-in for each."""
+"""Limit of the examples that a client may report: the server keeps a placeholder for each."""
 COUNTS = TypeAdapter(Counts)
 REMEDY = "install this version of FedExperts there, or leave it out of data.names"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What runs of several methods have in common: made for the first that asks, then shared. Nobody writes to it.
+    """Cache of what runs of several methods share: base models, data, footprints. The cached objects are never modified.
 
-    Files are read once, so all runs see them as they were then. Only the last few of each kind are held.
+    Files are read once, so that all runs see the same content. Only the last few entries of each kind are cached.
     """
 
-    bases: Kept[Base] = field(default_factory=dict)
-    pools: Kept[Pool] = field(default_factory=dict)
-    retains: Kept[Retained] = field(default_factory=dict)
-    divided: Kept[Clients] = field(default_factory=dict)
-    responses: Kept[int] = field(default_factory=dict)
-    footprints: Kept[Footprint] = field(default_factory=dict)
+    bases: Cache[Base] = field(default_factory=dict)
+    pools: Cache[Pool] = field(default_factory=dict)
+    retains: Cache[Retained] = field(default_factory=dict)
+    divided: Cache[Clients] = field(default_factory=dict)
+    responses: Cache[int] = field(default_factory=dict)
+    footprints: Cache[Footprint] = field(default_factory=dict)
 
     def base(self, model: ModelSettings) -> Base:
-        return kept(self.bases, 1, model, lambda: load(model.name, model.trust_remote_code))
+        return cached(self.bases, 1, model, lambda: load(model.name, model.trust_remote_code))
 
     def clients(self, config: RunConfig) -> Clients:
-        """Raises BadValue where clients bring their own data, and nobody has brought any."""
+        """The run's clients with their data.
+
+        Raises:
+            BadValue: clients bring their own data, which is only possible with `fedexperts server`.
+        """
         data = config.data
         if data.own:
             raise BadValue(
@@ -62,25 +66,25 @@ class Parts:
                 "`fedexperts client` with --data at each of them, or leave data.own out"
             )
         key = data.model_dump_json(), config.seed, config.evaluation.retained
-        return kept(self.divided, 8, key, lambda: make_clients(data, config.seed, self.pool(config)))
+        return cached(self.divided, 8, key, lambda: make_clients(data, config.seed, self.pool(config)))
 
     def pool(self, config: RunConfig) -> Pool:
         data = config.data
         key = data.sources, data.limit, config.evaluation.retained
-        return kept(self.pools, 2, key, lambda: without_retained(load_pool(data), self.retained(config)))
+        return cached(self.pools, 2, key, lambda: without_retained(load_pool(data), self.retained(config)))
 
     def retained(self, config: RunConfig) -> Retained:
-        asked = config.evaluation.retained
-        return kept(self.retains, 2, asked, lambda: load_retained(asked, config.data))
+        sources = config.evaluation.retained
+        return cached(self.retains, 2, sources, lambda: load_retained(sources, config.data))
 
     def longest_response(self, config: RunConfig) -> int:
-        """longest_response of all that the run's clients may get to train on."""
+        """Tokens of the longest response in the run's training data."""
         base, clients = self.base(config.model), self.clients(config)
         key = config.model, config.data.sources, config.data.limit, config.evaluation.retained
-        return kept(self.responses, 8, key, lambda: longest_response(base.tokenizer, clients.pool.train))
+        return cached(self.responses, 8, key, lambda: longest_response(base.tokenizer, clients.pool.train))
 
     def footprint(self, config: RunConfig, grafts: int = 0) -> Footprint:
-        """Of the whole model with so many personal experts a layer, on batches as long as they can be."""
+        """The footprint of the whole model with `grafts` personal experts per layer, on batches of the maximum length."""
         training, base = config.training, self.base(config.model)
         size = (training.batch_size, config.data.max_tokens)
         places = target_places(self.longest_response(config), size, base.encoder_decoder)
@@ -88,22 +92,22 @@ class Parts:
         make = partial(
             footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_positions=places, grafts=grafts
         )
-        return kept(self.footprints, 8, key, make)
+        return cached(self.footprints, 8, key, make)
 
     def profiles(self, config: RunConfig) -> dict[str, Profile]:
-        """The device of each client; none where there is no `profile`."""
+        """Client → its device; empty without devices.profile."""
         return config.devices.profiles(list(self.clients(config)), str(config.seed))
 
     def memories(self, config: RunConfig, full_bytes: int) -> Mapping[str, int | None]:
-        """Bytes of each client's device; `full_bytes`: what training the full model takes."""
+        """Client → its memory in bytes; `full_bytes`: memory for training the full model."""
         devices, names = config.devices, list(self.clients(config))
-        given = {"gb": devices.memory_gb, "share": devices.memory_share, "profiles": self.profiles(config)}
-        return memories(names, full_bytes, str(config.seed), **given)
+        options = {"gb": devices.memory_gb, "share": devices.memory_share, "profiles": self.profiles(config)}
+        return memories(names, full_bytes, str(config.seed), **options)
 
 
 @dataclass(frozen=True)
-class Own(Parts):
-    """Of a client that brings its own data: it knows no other, and no other's."""
+class OwnDataParts(Parts):
+    """Parts of a client with its own data: it sees only its own data."""
 
     name: str = ""
     files: tuple[str, ...] = ()
@@ -112,12 +116,12 @@ class Own(Parts):
         def make() -> Clients:
             return own_clients(self.name, self.files, config.data, config.seed, self.retained(config))
 
-        return kept(self.divided, 8, (config.data.model_dump_json(), config.seed, config.evaluation.retained), make)
+        return cached(self.divided, 8, (config.data.model_dump_json(), config.seed, config.evaluation.retained), make)
 
 
 @dataclass(frozen=True)
-class Told(Parts):
-    """Of a server whose clients bring their own data: it knows what they have told it."""
+class ReportedParts(Parts):
+    """Parts of a server whose clients bring their own data: built from the counts that they reported."""
 
     counts: Mapping[str, Counts] = field(default_factory=dict)
     devices: Mapping[str, Profile] = field(default_factory=dict)
@@ -136,28 +140,32 @@ class Told(Parts):
         return self.memory
 
 
-def told_by(greetings: Iterable[Greeting], bases: Parts) -> Told:
-    """What `greetings` tell, with the base models of `bases`.
+def parts_from_greetings(greetings: Iterable[Greeting], bases: Parts) -> ReportedParts:
+    """The parts that clients reported in `greetings`, with the base models of `bases`.
 
     Raises:
-        BadValue: a client brought no data of its own, or says what cannot be.
+        BadValue: a client has no data of its own, or reported counts that are not valid.
     """
-    found = {greeting.client.name: greeting for greeting in greetings}
-    return Told(
+    by_client = {greeting.client.name: greeting for greeting in greetings}
+    return ReportedParts(
         bases=bases.bases,
-        counts={name: counted(each) for name, each in found.items()},
-        devices={name: each.profile for name, each in found.items() if each.profile},
-        memory={name: each.client.memory_bytes for name, each in found.items()},
+        counts={name: validated_counts(each) for name, each in by_client.items()},
+        devices={name: each.profile for name, each in by_client.items() if each.profile},
+        memory={name: each.client.memory_bytes for name, each in by_client.items()},
     )
 
 
-def counted(greeting: Greeting) -> Counts:
-    """Raises BadValue when it brought no data of its own, or says what cannot be."""
-    client, told = greeting.client, greeting.counts
-    if told is None:
+def validated_counts(greeting: Greeting) -> Counts:
+    """The validated counts of a greeting.
+
+    Raises:
+        BadValue: the client has no data of its own, or reported counts that are not valid.
+    """
+    client, reported = greeting.client, greeting.counts
+    if reported is None:
         raise BadValue(f"{client.name} brought no data of its own (data.own = true); start it with --data")
     try:
-        counts = COUNTS.validate_python(told)
+        counts = COUNTS.validate_python(reported)
     except ValidationError as error:
         raise BadValue(
             f"{client.name} tells of its data what cannot be read ({error.error_count()} mistakes); {REMEDY}"
@@ -172,8 +180,8 @@ def counted(greeting: Greeting) -> Counts:
     return counts
 
 
-def kept(store: Kept[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
-    """What `store` has for `key`; where it has nothing, the oldest makes room before it is made."""
+def cached(store: Cache[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
+    """The entry of `store` for `key`, created by `make` if it is missing; the oldest of `most` entries is removed first."""
     if key not in store:
         if len(store) == most:
             del store[next(iter(store))]
@@ -182,16 +190,16 @@ def kept(store: Kept[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
 
 
 def longest_response(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> int:
-    """Tokens of the longest response among `examples`, its end token included."""
+    """Tokens of the longest response among `examples`, including the end token."""
     responses = list({example.response for example in examples})
     return max(map(len, tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"])) + 1
 
 
 def target_places(longest: int, batch: tuple[int, int], encoder_decoder: bool) -> int:
-    """The most places with a target that a batch of (examples, tokens each) can have when no response is above `longest`.
+    """The largest number of positions with a target in a batch of (examples, tokens each) whose responses have `longest` tokens.
 
-    The responses of a batch stand where their prompts end, so at worst no two of them at the same places; the labels of an
-    encoder-decoder all begin at the first.
+    Responses follow their prompts, so that in the worst case no two of them overlap; the labels of an encoder-decoder all start
+    at the first position.
     """
     examples, tokens = batch
     return min(longest if encoder_decoder else examples * longest, tokens)
@@ -199,7 +207,7 @@ def target_places(longest: int, batch: tuple[int, int], encoder_decoder: bool) -
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start."""
+    """A run that is ready to start."""
 
     config: RunConfig
     method: Method
@@ -207,30 +215,30 @@ class Prepared:
     base: Base
     clients: Clients
     server: Server
-    profiles: Mapping[str, Profile]  # of the clients; none without devices.profile
+    profiles: Mapping[str, Profile]  # by client; empty without devices.profile
     training: Training
-    participants: Mapping[str, Client]  # who may be asked to train: the clients, or the one place that has all their data
+    participants: Mapping[str, Client]  # clients that train: all, or the single one of centralized training
     data: Mapping[str, Split]  # of clients and participants
-    setting: str = ""  # the run file of a comparison, by its name
+    setting: str = ""  # name of the run file in a comparison
     retained: Retained = Retained()
-    personal_bytes: int = 0  # memory that a client's personal experts take beside the footprint of what it was sent
+    personal_bytes: int = 0  # memory of a client's personal experts, in addition to the footprint of its job
 
 
 def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", parts: Parts | None = None) -> Prepared:
-    """The base, the clients' data and the first server; of `parts` whatever is there already.
+    """Loads the base model and the clients' data and creates the first server, reusing what `parts` has cached.
 
     Raises:
         BadValue: the model, the data, the devices or the method do not allow the run.
     """
     method = config.build_method()
-    require_steps(config, method)
+    require_server_optimizer(config, method)
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
     profiles, cost = parts.profiles(config), parts.footprint(config)
     full = cost.of(anatomy(base.model).all_experts)
     memory = parts.memories(config, full)
     server = first_server(config, method, base, clients, cost, memory)
-    for client in server.clients.values():  # a client that can have no part in it says so now, not in the tenth round
+    for client in server.clients.values():  # a client that cannot take part raises now, not in round 10
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training
     known, retained = server.clients, parts.retained(config)
@@ -239,8 +247,8 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     return centralized(prepared) if method.centralized else prepared
 
 
-def require_steps(config: RunConfig, method: Method) -> None:
-    """Raises BadValue for a server optimiser around a method whose merge gives nothing that it could go on from."""
+def require_server_optimizer(config: RunConfig, method: Method) -> None:
+    """Raises BadValue for a server optimizer around a method that does not support one."""
     name = config.method["name"]
     if config.federation.server_optimizer is not None and "server_optimizer" not in method.declare().wrappers:
         raise BadValue(
@@ -250,8 +258,9 @@ def require_steps(config: RunConfig, method: Method) -> None:
 
 
 def centralized(prepared: Prepared) -> Prepared:
-    """`prepared` with a single participant: it has all clients' data, and no limit of memory, and takes in a round as many
-    steps as those who would be asked take together. Evaluated are the clients as ever.
+    """`prepared` with a single participant that has all clients' data and unlimited memory.
+
+    In a round it takes as many steps as the sampled clients would take together. The clients are evaluated as usual.
     """
     clients, training = prepared.clients, prepared.training
     pool = clients.as_one_client()
@@ -267,7 +276,7 @@ def centralized(prepared: Prepared) -> Prepared:
 def first_server(
     config: RunConfig, method: Method, base: Base, clients: Clients, cost: Footprint, memory: Mapping[str, int | None]
 ) -> Server:
-    """The server before the first round: the base's weights that will be trained, or fresh adapters."""
+    """The server before the first round: with the base model's trained weights, or with fresh adapters."""
     seed = str(config.seed)
     shape = anatomy(base.model)
     model = method.global_model(base.model, config.training.tuning, None, seed=f"{seed}/start")
@@ -276,7 +285,7 @@ def first_server(
 
 
 def without_weights(prepared: Prepared) -> Prepared:
-    """`prepared` once the server and the engine have the weights that they need: of them it has only the shapes."""
+    """`prepared` with shapes in place of weights, for use once the server and the engine have the weights that they need."""
     base = replace(prepared.base, model=on_meta(prepared.base.model))
     return replace(prepared, base=base, server=replace(prepared.server, weights={}))
 
@@ -287,10 +296,11 @@ INPUTS = {
     "data_hashes": "the data",
     "text_hash": "a file that the method names",
 }
-"""What `versions` tells of files that a run works with: it goes on, and is exported, only with the same."""
+"""Hashes among the `versions` of a run's input files; a run is resumed and exported only if they are unchanged."""
 
 
 def versions(prepared: Prepared) -> dict[str, Any]:
+    """The content of versions.json: package versions, the git commit, and hashes of the run's inputs."""
     config = prepared.config
     packages = ("fedexperts", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
     return {
@@ -308,15 +318,15 @@ def versions(prepared: Prepared) -> dict[str, Any]:
 
 
 def local_files_hash(prepared: Prepared) -> str | None:
-    """sha256 of the files that the method has on every machine; None where it has none."""
+    """sha256 of the method's local files, which every machine has; None without such files."""
     settings = prepared.config.method
     paths = [path for name in prepared.method.declare().local_files if (path := settings.get(name)) is not None]
     return sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest() if paths else None
 
 
 def git_commit() -> str | None:
-    """Of the checkout that the library runs from; None where it runs from none."""
+    """The commit of the checkout that the library runs from; None without one."""
     if not which("git"):
         return None
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return head.stdout.strip() or None

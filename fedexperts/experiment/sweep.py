@@ -1,4 +1,4 @@
-"""Several runs side by side: run files × varied settings × methods × seeds, each in its folder, by one process or several."""
+"""Comparisons: run files × varied settings × methods × seeds, each run in its own folder, in one or several processes."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from rich.console import Console
 from fedexperts import config as configs
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun, BadValue, Busy, FedExpertsError, nearest
-from fedexperts.experiment.process_pool import Died, side_by_side
+from fedexperts.experiment.process_pool import Died, in_parallel
 from fedexperts.experiment.progress import Progress, Shown
 from fedexperts.experiment.runner import claim, require_same_inputs, run
 from fedexperts.experiment.setup import Parts, prepare_run
@@ -23,16 +23,16 @@ from fedexperts.io.toml import checked, with_settings
 from fedexperts.methods import FORMER_NAMES, METHODS, enter_installed
 
 REPORTS = ("report.html", "report.csv", "report.md")
-DEEPEST = 4  # levels below a folder that a report looks for runs in
-SAME = ("data", "devices", "evaluation", "seed")  # what no method of a comparison sets for itself
-LONGEST = 200  # characters of a folder's name; file systems take 255 bytes
+DEEPEST = 4  # levels of subfolders in which a report searches for runs
+SAME = ("data", "devices", "evaluation", "seed")  # settings that all methods of a comparison share
+LONGEST = 200  # characters of a folder's name; file systems allow 255 bytes
 PARTS = Parts()
-"""Of a process that does some of a comparison's runs."""
+"""Cache of a process that executes runs of a comparison."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method of a comparison: what it is called, and what it sets in a run file."""
+    """A method of a comparison: its label, and the settings that it changes."""
 
     label: str
     method: str
@@ -40,14 +40,14 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """The label as the name of a folder; no two labels have the same."""
+        """The label as a folder name, unique for each label."""
         return as_folder(self.label)
 
     def of(self, config: RunConfig) -> RunConfig:
-        """`config` with this method; what the run file says of the same method stays.
+        """`config` with this method; the run file's settings of the same method are preserved.
 
         Raises:
-            BadValue: no such key, or a value that it does not take.
+            BadValue: an unknown key, or a value that is not allowed.
         """
         method = dict(config.method) if config.method["name"] == self.method else {"name": self.method}
         tree = config.model_dump(mode="json", exclude_none=True)
@@ -56,7 +56,7 @@ class Variant:
 
 
 def with_new_name(change: str) -> str:
-    """`a.b=c`, where a.b is the former name of a setting, under its new one."""
+    """`a.b=c` with the current name of the setting if a.b is its former name."""
     key, equals, value = change.partition("=")
     return f"{configs.RENAMED.get(key.strip(), key)}{equals}{value}"
 
@@ -69,12 +69,12 @@ class Planned:
     setting: str
     label: str
     folder: Path
-    together: Path  # of all runs of the comparison
+    together: Path  # folder of the comparison
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What became of a comparison: its runs, those that another process is at, and those that failed, with the reasons."""
+    """Results of a comparison: its runs, those left to another process, and the reasons of those that failed."""
 
     folders: tuple[Path, ...]  # in the order in which settings and methods were named
     left: tuple[Path, ...]
@@ -83,9 +83,9 @@ class Compared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run that was attempted."""
+    """Result of an attempt to execute a run."""
 
-    left: bool = False  # to another process that is at it
+    left: bool = False  # another process is executing it
     failed: str | None = None
 
 
@@ -97,15 +97,15 @@ def compare(
     progress: Progress | None = None,
     jobs: int = 1,
 ) -> Compared:
-    """Each variant in each setting with `seeds` seeds, from the run file's on, over the same data and clients.
+    """Runs each variant in each setting with `seeds` seeds, counted from the run file's, on the same data and clients.
 
-    Runs are in `out`/<setting>/<variant>/seed-<seed>; with a single setting, in `out`/<variant>/seed-<seed>. Finished ones stay,
-    stopped ones go on, those that another process has are left to it, and one that fails, however, does not keep the others from
-    running. `jobs` processes are at them, each with a base of its own in memory; with one, this process is.
+    Results are in `out`/<setting>/<variant>/seed-<seed>; with a single setting, in `out`/<variant>/seed-<seed>. Finished runs are
+    not repeated, interrupted runs are resumed, runs of another process are left to it, and a run that fails does not stop the
+    others. `jobs` processes execute the runs, each with its own base model in memory; if 1, this process does.
 
     Raises:
-        FedExpertsError: before the first run starts, as every run is prepared once before.
-        BadRun: `out` holds runs that no comparison of this form wrote.
+        FedExpertsError: a run cannot be prepared; raised before the first run starts.
+        BadRun: `out` contains runs that no comparison of this form wrote.
     """
     require_room(out, len(settings))
     runs = [
@@ -115,25 +115,26 @@ def compare(
         for variant in variants
     ]
     parts = Parts()
-    for each in runs:  # a client that has no part in the last method says so before the first one runs
+    for each in runs:  # so that an error of the last method is raised before the first run starts
         claim(each.config, each.folder, resume=True)
         require_same_inputs(prepare_run(each.config, each.label, parts=parts), each.folder)
     if jobs > 1:
         work = partial(attempt_elsewhere, shows=progress is not None and progress.shows)
-        came = {
-            each.folder: Outcome(failed=told) if isinstance(told, Died) else told for each, told in side_by_side(work, runs, jobs)
+        outcomes = {
+            each.folder: Outcome(failed=result) if isinstance(result, Died) else result
+            for each, result in in_parallel(work, runs, jobs)
         }
     else:
-        came = {each.folder: attempt(each, parts, progress) for each in runs}
-    # Of what was left to others some is done meanwhile, or was stopped
-    came |= {each.folder: attempt(each, parts, progress) for each in runs if came[each.folder].left}
+        outcomes = {each.folder: attempt(each, parts, progress) for each in runs}
+    # Runs that were left to other processes may be finished or stopped by now
+    outcomes |= {each.folder: attempt(each, parts, progress) for each in runs if outcomes[each.folder].left}
     folders = tuple(each.folder for each in runs)
-    failed = {folder: reason for folder in folders if (reason := came[folder].failed) is not None}
-    return Compared(folders, tuple(folder for folder in folders if came[folder].left), failed)
+    failed = {folder: reason for folder in folders if (reason := outcomes[folder].failed) is not None}
+    return Compared(folders, tuple(folder for folder in folders if outcomes[folder].left), failed)
 
 
 def attempt(planned: Planned, parts: Parts, progress: Progress | None) -> Outcome:
-    """Runs it, unless another process is at it. Whatever stops it, the other runs of the comparison are done all the same."""
+    """Executes a run, unless another process is executing it. An error does not stop the other runs of the comparison."""
     try:
         run(
             planned.config,
@@ -149,31 +150,32 @@ def attempt(planned: Planned, parts: Parts, progress: Progress | None) -> Outcom
         return Outcome(left=True)
     except FedExpertsError as error:
         return Outcome(failed=str(error))
-    except Exception as error:  # a defect, ours or of somebody's own method, which may lie in this run alone
+    except Exception as error:  # an unexpected error, which may affect this run alone
         traceback.print_exc(file=sys.stderr)
         return Outcome(failed=f"{type(error).__name__}: {error}")
     return Outcome()
 
 
 def attempt_elsewhere(planned: Planned, *, shows: bool) -> Outcome:
-    """`attempt` in a process that does some of the runs: where any progress is shown, here it is the lines that stay."""
+    """`attempt` in a worker process, which shows only the permanent lines of the progress, if any."""
     return attempt(planned, PARTS, Shown(Console(force_terminal=False)) if shows else None)
 
 
 def planned(config: RunConfig, setting: str, variant: Variant, seed: int, out: Path, *, several: bool) -> Planned:
+    """The run of one variant, setting and seed; `several`: whether the comparison has several settings."""
     seeded = variant.of(config).model_copy(update={"seed": seed})
     parent = out / as_folder(setting) if several else out
     return Planned(seeded, setting, variant.label, parent / variant.folder / f"seed-{seed}", out)
 
 
 def read_settings(run_files: Sequence[Path], changes: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:
-    """The run files, each under its name without `.toml`, with `changes` (a.b=c) in all of them.
+    """Name without `.toml` → settings of each run file, with `changes` (a.b=c) applied to all of them.
 
-    Each of `vary` is a key and its values, a.b=c,d. Each run file is there with every combination of them, which its name then
-    tells.
+    Each of `vary` is a key and its values, a.b=c,d. Every run file is combined with every combination of values, which is
+    appended to its name.
 
     Raises:
-        BadValue: two of one name, or as `grid` and `config.read`.
+        BadValue: two run files have the same name; or as in `grid` and `config.read`.
     """
     names = [path.stem for path in run_files]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -184,18 +186,18 @@ def read_settings(run_files: Sequence[Path], changes: Sequence[str] = (), vary: 
 
 
 def grid(vary: Sequence[str]) -> list[tuple[str, ...]]:
-    """All combinations of a value (a.b=c) of each key; of no key one, which sets nothing.
+    """All combinations of one value (a.b=c) per key; without keys, a single empty one.
 
     Raises:
-        BadValue: no values, a key twice, or one that `--methods` or `--seeds` vary.
+        BadValue: a key without values, twice, or varied by `--methods` or `--seeds`.
     """
     values: dict[str, list[str]] = {}
-    for each in vary:
-        key, _, text = (part.strip() for part in each.partition("="))
-        given = [f"{key}={value.strip()}" for value in pieces(text, ",") if value.strip()]
-        if not key or not given:
+    for option in vary:
+        key, _, text = (part.strip() for part in option.partition("="))
+        settings = [f"{key}={value.strip()}" for value in pieces(text, ",") if value.strip()]
+        if not key or not settings:
             raise BadValue(
-                f"{each!r} is not of the form a.b=c,d; write a setting, = and its values, such as training.lr=1e-3,3e-3"
+                f"{option!r} is not of the form a.b=c,d; write a setting, = and its values, such as training.lr=1e-3,3e-3"
             )
         if key in values:
             raise BadValue(f"{key} is varied twice; give all its values at once: {key}=…,…")
@@ -204,37 +206,37 @@ def grid(vary: Sequence[str]) -> list[tuple[str, ...]]:
                 "--seeds says how many" if key == "seed" else f"--methods takes variants: NAME:{key.partition('.')[2]}=…,NAME:…"
             )
             raise BadValue(f"{key} is not varied by --vary; {instead}")
-        values[key] = list(dict.fromkeys(given))
-    found = list(product(*values.values()))
-    if long := [each for each in found if len(as_folder(" ".join(each))) > LONGEST]:
+        values[key] = list(dict.fromkeys(settings))
+    combinations = list(product(*values.values()))
+    if long := [option for option in combinations if len(as_folder(" ".join(option))) > LONGEST]:
         raise BadValue(f"{' '.join(long[0])} is too long for the name of a folder; write a run file for each instead")
-    return found
+    return combinations
 
 
 def read_variants(text: str) -> list[Variant]:
-    """The methods that a comma-separated list names, each once.
+    """The variants in a comma-separated list, without repeats.
 
-    One is `method`, `method:key=value:key=value` or, with a name for tables and folders, `name=method:…`. A key without a dot
-    is the method's own setting; one with a dot is a setting of the run file, of `model`, `training` or `federation`. Commas and
-    colons in brackets or quotes divide nothing.
+    A variant is `method`, `method:key=value:key=value` or, with a name for tables and folders, `name=method:…`. A key without a
+    dot is a setting of the method; a key with a dot is a setting of `model`, `training` or `federation`. Commas and colons in
+    brackets or quotes do not separate.
 
     Raises:
-        BadValue: no method, one there is none of, two of one name, or a setting that all methods of a comparison share.
+        BadValue: no method, an unknown method, two variants of one name, or a setting that all methods of a comparison share.
     """
     enter_installed()
-    found: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for each in pieces(text, ","):
         if each.strip():
             variant = read_variant(each.strip())
-            if found.setdefault(variant.label, variant) != variant:
+            if variants.setdefault(variant.label, variant) != variant:
                 raise BadValue(f"two methods are called {variant.label}, and reports tell them apart by these names; rename one")
-    if not found:
+    if not variants:
         raise BadValue(f"no method was named to compare; name some of {', '.join(METHODS)}")
-    return list(found.values())
+    return list(variants.values())
 
 
 def read_variant(text: str) -> Variant:
-    """One of `read_variants`."""
+    """The variant that `text` describes; see `read_variants`."""
     head, *settings = pieces(text, ":")
     name, equals, method = (part.strip() for part in head.rpartition("="))
     method = FORMER_NAMES.get(method, method)
@@ -256,26 +258,26 @@ def read_variant(text: str) -> Variant:
 
 
 def as_folder(name: str) -> str:
-    """`name` as that of a folder; no two have the same."""
+    """`name` as a folder name, unique for each name."""
     return quote(name, safe="=+ :").replace(":", ",")
 
 
 def pieces(text: str, separator: str) -> list[str]:
-    """`text` divided at each `separator` that stands in no bracket and no quote."""
-    found, depth, quoted = [""], 0, ""
+    """`text` split at each `separator` outside brackets and quotes."""
+    parts, depth, quoted = [""], 0, ""
     for letter in text:
         if letter in "\"'":
             quoted = letter if not quoted else "" if quoted == letter else quoted
         depth += 0 if quoted else (letter in "[{") - (letter in "]}")
         if letter == separator and not depth and not quoted:
-            found.append("")
+            parts.append("")
         else:
-            found[-1] += letter
-    return found
+            parts[-1] += letter
+    return parts
 
 
 def require_room(out: Path, settings: int) -> None:
-    """Raises BadRun when `out` cannot take a comparison over so many run files; what holds no run may lie there too."""
+    """Raises BadRun if `out` contains results that a comparison of `settings` run files would not have written."""
     if out.exists() and not out.is_dir():
         raise BadRun(f"{out} is a file; give a folder with --out")
     if (out / "resolved.json").exists():
@@ -284,12 +286,12 @@ def require_room(out: Path, settings: int) -> None:
     ours, *others = (runs_at(out, each) for each in (depth, *(each for each in range(1, DEEPEST + 1) if each != depth)))
     if other := next(filter(None, others), None):
         raise BadRun(f"{out} holds the run {other[0]}, which no comparison {kind} wrote; give another folder with --out")
-    there = [name for name in REPORTS if (out / name).exists()]
-    if there and not ours:
-        raise BadRun(f"{out} holds {there[0]} and no run, and a comparison would write over it; give another folder with --out")
+    reports = [name for name in REPORTS if (out / name).exists()]
+    if reports and not ours:
+        raise BadRun(f"{out} holds {reports[0]} and no run, and a comparison would write over it; give another folder with --out")
 
 
 def runs_at(out: Path, depth: int) -> list[Path]:
-    """The runs `depth` levels below `out`, relative to it."""
-    found = out.glob("/".join([*["*"] * depth, "resolved.json"]))
-    return sorted(path.parent.relative_to(out) for path in found)
+    """Runs `depth` levels below `out`, as relative paths."""
+    resolved = out.glob("/".join([*["*"] * depth, "resolved.json"]))
+    return sorted(path.parent.relative_to(out) for path in resolved)

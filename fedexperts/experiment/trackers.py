@@ -1,4 +1,4 @@
-"""The numbers of a run's logs, also for TensorBoard, MLflow or W&B, while it runs. Nothing is sent anywhere unless asked."""
+"""Writes the metrics in a run's logs to TensorBoard, MLflow or W&B while it runs. Nothing is sent over the network by default."""
 
 import json
 import logging
@@ -19,20 +19,20 @@ from fedexperts.io.files import run_id, write_text
 from fedexperts.io.toml import Tree, flattened, to_toml
 
 Points = Mapping[str, float]
-Write = Callable[[int, Points], None]  # the points of a round
+Write = Callable[[int, Points], None]  # writes the metrics of a round
 
 PROJECT = "fedexperts"
-MOST_METRICS = 1000  # that MLflow takes at once
+MOST_METRICS = 1000  # per request to MLflow
 LONGEST_PARAM = 6000  # characters, for MLflow
 SUMS = ("bytes_down", "bytes_up", "tokens", "flops_estimated")
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """A run as a tracker is told of it."""
+    """A run as trackers see it."""
 
     out: Path
-    together: Path  # with what else it is compared: a folder that several runs may share
+    together: Path  # folder of the comparison, or of the run
     method: str
     setting: str
     seed: int
@@ -40,7 +40,7 @@ class Tracked:
 
     @property
     def group(self) -> str:
-        """What the seeds of a method have in common."""
+        """The name of the group of all seeds of the method."""
         return f"{self.setting}: {self.method}" if self.setting else self.method
 
     @property
@@ -49,9 +49,9 @@ class Tracked:
 
 
 def require(to: str | None) -> None:
-    """Raises BadValue where what the run shall be tracked with is not installed."""
-    # A folder of that name in the working directory, such as wandb makes, is found too, and has no origin
-    if to is not None and not ((found := find_spec(to)) and found.origin):
+    """Raises BadValue if the tracker `to` is not installed."""
+    # find_spec also finds a folder of that name in the working directory, such as wandb's own, but without an origin
+    if to is not None and not ((spec := find_spec(to)) and spec.origin):
         raise BadValue(
             f'track.to = "{to}" needs {to}, which is not installed; install it (pip install "fedexperts[{to}]"), '
             "or leave track.to out"
@@ -60,10 +60,10 @@ def require(to: str | None) -> None:
 
 @contextmanager
 def tracking(to: str | None, run: Tracked, done: bool) -> Iterator[Callable[[], None]]:
-    """What is to be called when the logs have got whole rounds: it passes on what the tracker `to` does not have yet.
+    """Yields a function, to be called after each complete round, that writes new lines of the logs to the tracker `to`.
 
-    A tracker that has some of a run, which was stopped, goes on with it, and has no point twice. It has all of a run that is
-    `done` only where that is noted in `out`/tracked.
+    After a resume the tracker continues and gets no metric twice. A run that is `done` is skipped if `out`/tracked records that
+    the tracker has all of it.
     """
     noted = run.out / "tracked"
     if to is None or (done and noted.exists() and noted.read_text() == to):
@@ -77,15 +77,15 @@ def tracking(to: str | None, run: Tracked, done: bool) -> Iterator[Callable[[], 
 
 
 class Reader:
-    """Reads what the logs of a run got since the last call."""
+    """Reads the lines that were appended to a run's logs since the last call and writes their metrics."""
 
     def __init__(self, out: Path, write: Write) -> None:
         self.out, self.write = out, write
         self.read = dict.fromkeys(LOGS, 0)
 
     def __call__(self) -> None:
-        found = {name: self.added(name) for name in LOGS}
-        points = points_of(found["rounds.jsonl"], found["ledger.jsonl"], found["evals.jsonl"])
+        added = {name: self.added(name) for name in LOGS}
+        points = points_of(added["rounds.jsonl"], added["ledger.jsonl"], added["evals.jsonl"])
         for round in sorted(points):
             self.write(round, points[round])
 
@@ -103,12 +103,12 @@ class Reader:
 def points_of(
     rounds: list[dict[str, Any]], ledger: list[dict[str, Any]], evals: list[dict[str, Any]]
 ) -> dict[int, dict[str, float]]:
-    """Round → name → number, of lines of the three logs that hold whole rounds. Stages are in round 0."""
-    found: dict[int, dict[str, float]] = {}
+    """Round → name → value, from lines of the three logs that cover complete rounds. Setup tasks are round 0."""
+    points: dict[int, dict[str, float]] = {}
 
     def put(round: int, value: float | None, *path: str) -> None:
         if value is not None:
-            found.setdefault(round, {})[name_of(*path)] = value
+            points.setdefault(round, {})[name_of(*path)] = value
 
     for line in rounds:
         number, task = line["round"], line["task"]
@@ -116,11 +116,11 @@ def points_of(
             put(number, line[key], task, key)
         put(number, len(line["clients"]) - len(line["failed"]), task, "clients")
         put(number, len(line["failed"]), task, "failed")
-        asked = [entry for entry in ledger if (entry["round"], entry["task"]) == (number, task)]
+        entries = [entry for entry in ledger if (entry["round"], entry["task"]) == (number, task)]
         for key in SUMS:
-            put(number, sum(entry[key] for entry in asked), task, key)
-        put(number, max((entry["peak_bytes"] for entry in asked), default=None), task, "peak_bytes")
-        for entry in asked:
+            put(number, sum(entry[key] for entry in entries), task, key)
+        put(number, max((entry["peak_bytes"] for entry in entries), default=None), task, "peak_bytes")
+        for entry in entries:
             put(number, entry["loss"], "clients", entry["client"], task, "loss")
 
     for line in evals:
@@ -133,24 +133,24 @@ def points_of(
             put(number, scored["value"], *(("base",) if line["client"] is None else whose), "retained", task, scored["metric"])
         for block, nats in line.get("drift", {}).items():
             put(number, nats, *whose, "drift", block)
-    return found
+    return points
 
 
 def name_of(*path: str) -> str:
-    """One name for all trackers: MLflow takes no other letters, and TensorBoard and W&B group by what is before a slash."""
+    """A metric name for all trackers: MLflow allows only these characters; TensorBoard and W&B group by the part before `/`."""
     return "/".join(re.sub(r"[^\w.: -]+", "_", part) for part in path)
 
 
 @contextmanager
 def tensorboard(run: Tracked) -> Iterator[Write]:
-    """Event files in `tensorboard/` of the results folder, written anew from the logs where a run goes on."""
+    """Event files in `tensorboard/` of the results folder, rewritten from the logs after a resume."""
     from torch.utils.tensorboard import SummaryWriter  # an extra
 
     folder = run.out / "tensorboard"
     before = list(folder.glob("events.out.tfevents.*"))
     for path in before:
         path.unlink()
-    # With purge_step a TensorBoard that is open forgets what it read of the files before
+    # With purge_step an open TensorBoard discards what it has read from the old files
     with SummaryWriter(folder, purge_step=0 if before else None) as writer:
         writer.add_text("run.toml", "\n".join(f"    {line}" for line in to_toml(run.resolved).splitlines()))
 
@@ -164,7 +164,7 @@ def tensorboard(run: Tracked) -> Iterator[Write]:
 
 @contextmanager
 def mlflow(run: Tracked) -> Iterator[Write]:
-    """A run in `mlflow.db` of the results folder, of all a comparison has together; or where MLFLOW_TRACKING_URI says."""
+    """A run in `mlflow.db` of the results folder or comparison, or in the store of MLFLOW_TRACKING_URI."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.entities import Metric, Param  # an extra
     from mlflow.tracking import MlflowClient
@@ -182,12 +182,12 @@ def mlflow(run: Tracked) -> Iterator[Write]:
         params = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in flattened(run.resolved).items()]
         client.log_batch(number, params=params)
     client.update_run(number, status="RUNNING")
-    there: dict[str, set[int]] = {}  # name → rounds of which it has the number already
+    logged_rounds: dict[str, set[int]] = {}  # name → rounds that MLflow already has
 
     def missing(name: str, round: int) -> bool:
-        if begun and name not in there:
-            there[name] = {metric.step for metric in client.get_metric_history(number, name)}
-        return round not in there.get(name, ())
+        if begun and name not in logged_rounds:
+            logged_rounds[name] = {metric.step for metric in client.get_metric_history(number, name)}
+        return round not in logged_rounds.get(name, ())
 
     def write(round: int, points: Points) -> None:
         now = int(time.time() * 1000)
@@ -205,7 +205,7 @@ def mlflow(run: Tracked) -> Iterator[Write]:
 
 @contextmanager
 def wandb(run: Tracked) -> Iterator[Write]:
-    """An offline run in `wandb/` of the results folder, written anew from the logs where a run goes on; `wandb sync` sends it."""
+    """An offline run in `wandb/` of the results folder, rewritten from the logs after a resume; `wandb sync` uploads it."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb as library  # an extra
 

@@ -1,4 +1,4 @@
-"""A run's model as a folder to take away: the global one, or a client's own; and the way back to a live model."""
+"""Exports the global model of a run, or a client's, to a folder, and loads it again."""
 
 import json
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.shrink import shrink
 
 ABOUT = "fedexperts.json"
-"""The file in an exported folder that tells how to ask its model."""
+"""The file in an exported folder that describes the form of its model's prompts."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What sort of folder was written."""
+    """The kind of folder that was written."""
 
     client: str | None
-    adapter: bool  # of peft, to be put on the base
-    needs_code: bool  # transformers reads it through the modelling file that travels with it
+    adapter: bool  # adapters in peft's format, without the base model
+    needs_code: bool  # transformers loads it with the modeling file in the folder
 
 
 def export(
@@ -43,18 +43,19 @@ def export(
     kept: Path | None = None,
     merge: bool = False,
 ) -> Kind:
-    """Writes into `to` the global model of the run in `folder`, or that of `client`, as of the last checkpoint.
+    """Writes the global model of the run in `folder`, or the model of `client`, at the last checkpoint to `to`.
 
-    The global model is a plain folder of transformers, adapters merged into the weights. A client's is what it is scored with, to
-    the bit: plain where it is a whole model without adapters, else with a modelling file. `adapter`: only the adapters, as peft
-    has them, with the routers where they were trained. `kept`: the client's own folder, where the run was over several machines.
-    `merge`: of a client's model too the adapters, those of personal experts included, are merged into the weights: faster, and
-    the same to rounding; plain where nothing but adapters differed from the base's class.
+    The global model is a plain transformers folder, with adapters merged into the weights. A client's model is bitwise the one
+    that is scored: a plain folder if it is a whole model without adapters, otherwise with a modeling file.
+
+    adapter: writes only the adapters, in peft's format, with the routers if they were trained. kept: the client's own folder, if
+    the run was on several machines. merge: merges the adapters of a client's model into its weights, including those of personal
+    experts: faster, equal up to rounding, and a plain folder if only adapters differ from the base model's class.
 
     Raises:
-        BadRun: `folder` has no run with a checkpoint, another process is at it, or there is no such model.
-        BadValue: no such client, nothing that could be an adapter, `to` holds something, `kept` or `merge` without a client, or
-            `merge` where adapters are asked for or there are none.
+        BadRun: `folder` has no run with a checkpoint, another process is using it, or there is no such model.
+        BadValue: an unknown client, a model without adapters, `to` is not empty, `kept` or `merge` without a client, or `merge`
+            together with `adapter` or without adapters.
     """
     require_empty(to)
     run = open_run(folder)
@@ -71,34 +72,34 @@ def export(
         )
     try:
         with locked(folder):
-            found = of_client(run, client, kept) if client is not None else of_server(run)
+            exported = of_client(run, client, kept) if client is not None else of_server(run)
     except Busy:
         raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
     if merge:
-        lora.merge(found.model)
-    kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(found.changes))
+        lora.merge(exported.model)
+    kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(exported.changes))
     with atomic_folder(to) as made, without_progress_bars():
         if adapter:
-            write_adapter(run, found, made)
+            write_adapter(run, exported, made)
         elif kind.needs_code:
-            write_changed(found, made)
+            write_changed(exported, made)
         else:
-            plain = cast("Any", lora.merge(found.model))
+            plain = cast("Any", lora.merge(exported.model))
             del plain.config.kept_experts
             plain.save_pretrained(made)
         for file in made.glob("*.safetensors"):
             align_tensors(file)
         if client is not None and not adapter and not run.config.build_method().is_ours:
-            require_same_model(made, found.model)
-        found.base.tokenizer.save_pretrained(made)
+            require_same_model(made, exported.model)
+        exported.base.tokenizer.save_pretrained(made)
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
-        (made / "README.md").write_text(card.text(run, found, client, adapter, kind.needs_code, merge))
+        (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge))
     return kind
 
 
 @torch.no_grad()
 def require_same_model(folder: Path, model: nn.Module) -> None:
-    """Raises BadValue when the model in `folder` computes other logits than `model`, of whose structure its method knows more."""
+    """Raises BadValue if the model in `folder` does not compute the logits of `model`, whose method may change its structure."""
     ids = torch.arange(3, 11)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     ours, theirs = (each.eval()(**batch).logits for each in (cast("Any", model), load(folder, trust_remote_code=True)))
@@ -109,62 +110,66 @@ def require_same_model(folder: Path, model: nn.Module) -> None:
         )
 
 
-def write_changed(found: Exported, folder: Path) -> None:
-    """The model as it is, with the file that makes its class.
+def write_changed(exported: Exported, folder: Path) -> None:
+    """Writes the model with the modeling file that constructs its class.
 
     Raises:
-        BadValue: it is of a class that the file cannot make.
+        BadValue: the modeling file cannot construct its class.
     """
-    model = cast("Any", found.model)
-    if not hasattr(transformers, type(model).__name__):  # it looks its classes up when asked, so there is no list to search
+    model = cast("Any", exported.model)
+    if not hasattr(transformers, type(model).__name__):  # transformers loads its classes lazily, so there is no list to search
         raise BadValue(
             f"the base brings its own code ({type(model).__name__}), of which no client's model can be written; "
             "take the global model, or --adapter"
         )
     model.save_pretrained(folder, save_original_format=False)
-    modeling_fedexperts.finish(folder, model.config, found.changes)
-    if found.extension is not None:
+    modeling_fedexperts.finish(folder, model.config, exported.changes)
+    if exported.extension is not None:
         with (folder / "modeling_fedexperts.py").open("a") as file:
-            file.write(f"\n\n{dedent(getsource(found.extension.apply))}")
+            file.write(f"\n\n{dedent(getsource(exported.extension.apply))}")
 
 
-def write_adapter(run: Run, found: Exported, folder: Path) -> None:
-    """Raises BadValue for a model that is not the base with adapters on it."""
-    changes = found.changes
+def write_adapter(run: Run, exported: Exported, folder: Path) -> None:
+    """Writes the adapters of the model.
+
+    Raises:
+        BadValue: the model is not the base model with adapters.
+    """
+    changes = exported.changes
     why = (
         "has fewer experts than the base, on which its adapters would not fit"
         if changes.get("cut")
         else "has personal experts beside the base's, which no adapter can hold"
         if changes.get("grafted")
         else "has in its weights what former rounds added to them, which no adapter can hold"
-        if found.added
+        if exported.added
         else None
     )
     if why:
         raise BadValue(f"the model {why}; leave out --adapter")
-    bare = shrink(found.base.model, {})
-    lora.save_adapter(found.model, bare, folder, location_of(run.config.model.name))
+    bare = shrink(exported.base.model, {})
+    lora.save_adapter(exported.model, bare, folder, location_of(run.config.model.name))
 
 
 def about(run: Run, client: str | None) -> dict[str, Any]:
-    """What `generate` must know."""
+    """The content of fedexperts.json, which `generate` reads."""
     partition = json.loads((run.folder / "partition.json").read_text())
     return {
         "client": client,
         "task": run.clients[client]["task"] if client is not None else None,
-        "prompts": partition.get("prompts", {}),  # runs from before have none
+        "prompts": partition.get("prompts", {}),  # older runs have none
         "max_tokens": run.config.data.max_tokens,
         "generate_tokens": run.config.evaluation.generate_tokens,
     }
 
 
 def load(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model in `folder`, which `export` wrote or transformers can read, ready to use.
+    """Loads the model in `folder`, written by `export` or in transformers' format, in eval mode.
 
-    No code from the folder is run, unless `trust_remote_code` says so: a model whose method brought parts of its own needs it.
+    Code in the folder is executed only with `trust_remote_code`, which a model with an extension of its method needs.
 
     Raises:
-        BadValue: there is none, or only an adapter, or one that needs code from the folder.
+        BadValue: no model, only an adapter, or a model that needs code from the folder.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -183,11 +188,11 @@ def load(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedModel
 
 
 def _read(folder: Path, trust_remote_code: bool) -> Any:
-    told = json.loads((folder / "config.json").read_text())
-    if told.get("model_type") == modeling_fedexperts.MODEL_TYPE and trust_remote_code:
-        auto = next(name for name in told["auto_map"] if name != "AutoConfig")
+    config_json = json.loads((folder / "config.json").read_text())
+    if config_json.get("model_type") == modeling_fedexperts.MODEL_TYPE and trust_remote_code:
+        auto = next(name for name in config_json["auto_map"] if name != "AutoConfig")
         return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
-    if told.get("model_type") == modeling_fedexperts.MODEL_TYPE:
+    if config_json.get("model_type") == modeling_fedexperts.MODEL_TYPE:
         config = modeling_fedexperts.ClientConfig.from_pretrained(folder)
         return modeling_fedexperts.ClientModel.from_pretrained(folder, config=config)
     config = AutoConfig.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder, in the form of a model card: what it is, where it comes from, what of it is personal."""
+"""The model card (README.md) of an exported folder: what the model is, its origin, and which parts are personal."""
 
 import json
 import re
@@ -17,23 +17,23 @@ from fedexperts.moe.shrink import kept_experts
 AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForSeq2SeqLM"}
 
 
-def text(run: Run, found: Exported, client: str | None, adapter: bool, needs_code: bool, merged: bool = False) -> str:
-    """The whole card. `merged`: its adapters were added into its weights, which a client's else are not."""
+def text(run: Run, exported: Exported, client: str | None, adapter: bool, needs_code: bool, merged: bool = False) -> str:
+    """The text of the card. `merged`: whether adapters were merged into the weights of a client's model."""
     what = f"The model of client {client}" if client is not None else "The global model"
-    licence = licence_of(run.config.model.name)
+    license = license_of(run.config.model.name)
     head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [mixture-of-experts, federated-learning]"]
-    head += [f"license: {licence}"] if licence else []
+    head += [f"license: {license}"] if license else []
     sections = [
         "\n".join([*head, "---"]),
         f"# {what} of a federated run",
         f"As it was after round {run.round} of {run.config.federation.rounds}"
         f"{', its adapters alone' if adapter else ', its adapters merged into its weights' if merged else ''}; "
         "written by `fedexperts export`.",
-        personal(run, found, client),
+        personal(run, exported, client),
         "## Use",
-        usage(run, found, adapter, needs_code),
+        usage(run, exported, adapter, needs_code),
         "## Where it comes from",
-        table({"": "", **origin(run, found, client, licence)}),
+        table({"": "", **origin(run, exported, client, license)}),
         "## Scores",
         *scores(run, client),
         "## Versions",
@@ -47,48 +47,50 @@ def text(run: Run, found: Exported, client: str | None, adapter: bool, needs_cod
     return "\n\n".join(sections) + "\n"
 
 
-def personal(run: Run, found: Exported, client: str | None) -> str:
-    """What in the folder a client did not share with the server, and what else tells of a client."""
+def personal(run: Run, exported: Exported, client: str | None) -> str:
+    """Which contents of the folder a client never sent to the server, or may reveal something about its data."""
     if client is None:
         keeping = sum(any(path.iterdir()) for path in (run.folder / "clients").glob("*"))
         apart = f" What {keeping} of the clients keep on their side was not read for it." if keeping else ""
         return f"It holds what clients sent and the server merged.{apart}"
-    told = cut_told(found)
-    if not found.personal:
-        return f"Its weights are what the server would send this client; it kept no weight of this model to itself.{told}"
-    kept = set(found.personal.values())
-    what = [*({PERSONAL_EXPERTS} & kept), *sorted(kept - {PERSONAL_EXPERTS})]
+    note = selection_note(exported)
+    if not exported.personal:
+        return f"Its weights are what the server would send this client; it kept no weight of this model to itself.{note}"
+    part_kinds = set(exported.personal.values())
+    kinds = [*({PERSONAL_EXPERTS} & part_kinds), *sorted(part_kinds - {PERSONAL_EXPERTS})]
     return (
-        f"> **Personal.** This folder holds what client {client} kept to itself in the run and never sent: {', '.join(what)} "
-        f"({len(found.personal)} tensors, trained on its own examples). It may tell of these examples: pass it on only if the "
-        f"client would pass them on.{told}"
+        f"> **Personal.** This folder holds what client {client} kept to itself in the run and never sent: {', '.join(kinds)} "
+        f"({len(exported.personal)} tensors, trained on its own examples). It may tell of these examples: pass it on only if the "
+        f"client would pass them on.{note}"
     )
 
 
-def cut_told(found: Exported) -> str:
-    if not found.changes.get("cut"):
+def selection_note(exported: Exported) -> str:
+    """A sentence on the experts of a sub-model, which may reveal something about the client's data; else empty."""
+    if not exported.changes.get("cut"):
         return ""
-    held, all_there = kept_experts(found.model), anatomy(found.base.model).num_experts
-    number = sum(len(ids) for ids in held.values())
-    return f" It has {number} of the base's {all_there} experts; which ones may tell what its data is like."
+    kept_ids, total = kept_experts(exported.model), anatomy(exported.base.model).num_experts
+    number = sum(len(ids) for ids in kept_ids.values())
+    return f" It has {number} of the base's {total} experts; which ones may tell what its data is like."
 
 
-def usage(run: Run, found: Exported, adapter: bool, needs_code: bool) -> str:
-    auto = AUTO[found.base.encoder_decoder]
+def usage(run: Run, exported: Exported, adapter: bool, needs_code: bool) -> str:
+    """Code that loads the model."""
+    auto_class = AUTO[exported.base.encoder_decoder]
     base = shown(run.config.model.name)
-    eager = ', experts_implementation="eager"' if found.changes.get("experts") == "eager" else ""
+    eager = ', experts_implementation="eager"' if exported.changes.get("experts") == "eager" else ""
     if adapter:
         code = [
             "from peft import PeftModel",
-            f"from transformers import {auto}",
-            f'base = {auto}.from_pretrained("{base}"{eager})  # the base of the run, in float32',
+            f"from transformers import {auto_class}",
+            f'base = {auto_class}.from_pretrained("{base}"{eager})  # the base of the run, in float32',
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
         return fenced(code)
     trust = ", trust_remote_code=True" if needs_code else ""
     code = [
-        f"from transformers import {auto}, AutoTokenizer",
-        f'model = {auto}.from_pretrained("FOLDER"{trust}{eager})',
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f'model = {auto_class}.from_pretrained("FOLDER"{trust}{eager})',
         f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})',
     ]
     also = 'With FedExperts installed, `fedexperts.load("FOLDER")` gives the same model' + (
@@ -97,7 +99,8 @@ def usage(run: Run, found: Exported, adapter: bool, needs_code: bool) -> str:
     return f'{fenced(code)}\n\n{also}, and `fedexperts generate FOLDER "prompt"` asks it as the run did.'
 
 
-def origin(run: Run, found: Exported, client: str | None, licence: str | None) -> dict[str, str]:
+def origin(run: Run, exported: Exported, client: str | None, license: str | None) -> dict[str, str]:
+    """The table of the run: base model, method, training, clients and data."""
     config = run.config
     method = config.resolved()["method"]
     settings = ", ".join(f"{key} = {value}" for key, value in method.items() if key != "name")
@@ -105,9 +108,9 @@ def origin(run: Run, found: Exported, client: str | None, licence: str | None) -
     trained = f"{training.train}: {', '.join(training.trained)}"
     if training.train == "lora":
         trained += f" (rank {training.rank}, alpha {training.alpha:g})"
-    told = {
+    lines = {
         "base": shown(config.model.name),
-        "licence of the base": licence or "not known here: see where the base comes from",
+        "license of the base": license or "not known here: see where the base comes from",
         "method": f"{method['name']}{f' ({settings})' if settings else ''}",
         "trained": trained,
         "rounds": f"{run.round} of {config.federation.rounds}, {config.federation.clients_per_round or 'all'} clients each",
@@ -117,14 +120,14 @@ def origin(run: Run, found: Exported, client: str | None, licence: str | None) -
     }
     if client is not None:
         own = run.clients[client]
-        told["this client"] = f"{own['examples']} training examples; " + ", ".join(
+        lines["this client"] = f"{own['examples']} training examples; " + ", ".join(
             f"{task}: {number}" for task, number in own["tasks"].items()
         )
-    return told
+    return lines
 
 
 def scores(run: Run, client: str | None) -> Iterator[str]:
-    """The last ones before the checkpoint, and what they mean."""
+    """The last scores before the checkpoint, with a description."""
     path = run.folder / "evals.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     own = [line for line in lines if line["client"] == client and line["task"] and line["metric"] and line["round"] <= run.round]
@@ -151,8 +154,8 @@ def scores(run: Run, client: str | None) -> Iterator[str]:
     yield "\n".join([heads, *rows])
 
 
-def licence_of(name: str) -> str | None:
-    """The licence that the base's own card names; of a base of ours, the package's."""
+def license_of(name: str) -> str | None:
+    """The license in the base model's card; for a bundled base, the package's; None if it is unknown."""
     if name in BUNDLED:
         return "apache-2.0"
     where = Path(location_of(name))
@@ -161,12 +164,12 @@ def licence_of(name: str) -> str | None:
     if card is None or not card.is_file():
         return None
     front = card.read_text(encoding="utf-8", errors="replace").partition("---\n")[2].partition("\n---")[0]
-    found = re.search(r"^license:\s*([\w.+-]+)\s*$", front, re.MULTILINE)
-    return found.group(1) if found else None
+    match = re.search(r"^license:\s*([\w.+-]+)\s*$", front, re.MULTILINE)
+    return match.group(1) if match else None
 
 
 def shown(name: str) -> str:
-    """A model or source by its name; of a file or folder of one's own only the last part of its path."""
+    """The name of a model or source; of a local file or folder only the last part of its path."""
     return Path(name).name if Path(name).expanduser().exists() else name
 
 
@@ -176,7 +179,7 @@ def table(lines: Mapping[str, Any]) -> str:
 
 
 def cell(text: str) -> str:
-    """On one line of a table."""
+    """`text` as a cell of a Markdown table: on one line, with pipes escaped."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

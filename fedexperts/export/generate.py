@@ -1,4 +1,4 @@
-"""Trying an exported model: a prompt in the form of its run's, a greedy answer."""
+"""Greedy answers of an exported model, with prompts in the form of its run."""
 
 import json
 from collections.abc import Mapping
@@ -16,35 +16,35 @@ from fedexperts.export import ABOUT, load
 from fedexperts.types import Example
 
 UNKNOWN: Mapping[str, Any] = {"task": None, "prompts": {}, "max_tokens": 512, "generate_tokens": 32}
-"""Of a folder that no export wrote."""
+"""Defaults for a folder that was not written by an export."""
 
 
 def generate(
     folder: Path, prompt: str, tokens: int | None = None, task: str | None = None, trust_remote_code: bool = False
 ) -> str:
-    """The model's answer to `prompt`, of at most `tokens` tokens; None: as many as its run let it have.
+    """The model's greedy answer to `prompt`, of at most `tokens` tokens; None: as in its run.
 
-    `prompt` is put between what all prompts of the `task` begin and end with; one that has both already is taken as it is. None
-    is the main task of a client's model, or the only one there is.
+    `prompt` is put into the frame of the `task`'s prompts unless it already has it. task: None: the main task of a client's
+    model, or the only task.
 
     Raises:
-        BadValue: no model there, no such task, or several to choose from.
+        BadValue: no model in `folder`, an unknown task, or several tasks with different frames and no `task`.
     """
     model = load(folder, trust_remote_code)
     known = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).exists() else UNKNOWN
     config = cast("Any", model).config
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     encoder = Encoder(tokenizer, known["max_tokens"], bool(config.is_encoder_decoder))
-    asked = asking(known["prompts"], task or known["task"])
+    form = prompt_form(known["prompts"], task or known["task"])
     with torch.inference_mode():
-        return answer(model, encoded(encoder, asked, prompt), encoder, tokens or known["generate_tokens"])[0]
+        return answer(model, encoded(encoder, form, prompt), encoder, tokens or known["generate_tokens"])[0]
 
 
-def asking(prompts: Mapping[str, Any], task: str | None) -> Mapping[str, Any]:
-    """How the `task` is asked: its frame and its choices.
+def prompt_form(prompts: Mapping[str, Any], task: str | None) -> Mapping[str, Any]:
+    """The form of the `task`'s prompts: its frame and its choices.
 
     Raises:
-        BadValue: it is not known, or None of several that are asked differently.
+        BadValue: an unknown task, or None with several tasks of different forms.
     """
     if task is not None and task in prompts:
         return cast("Mapping[str, Any]", prompts[task])
@@ -56,11 +56,11 @@ def asking(prompts: Mapping[str, Any], task: str | None) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", forms[0]) if forms else {"frame": ["", ""], "choices": []}
 
 
-def encoded(encoder: Encoder, asked: Mapping[str, Any], prompt: str) -> Mapping[str, Tensor]:
-    """What the model is given, as in the run; where its texts were continued from nothing, the first of one."""
-    if asked["frame"] is None and not encoder.encoder_decoder:
+def encoded(encoder: Encoder, form: Mapping[str, Any], prompt: str) -> Mapping[str, Tensor]:
+    """The model's input, as in the run; without a frame, `prompt` is the beginning of a text to continue."""
+    if form["frame"] is None and not encoder.encoder_decoder:
         batch = encoder.batch([Example("", prompt, "")])
         return {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}  # without the end token
-    before, after = asked["frame"] or ("", "")
+    before, after = form["frame"] or ("", "")
     whole = prompt if prompt.startswith(before) and prompt.endswith(after) else f"{before}{prompt}{after}"
-    return encoder.prompts([Example(whole, "", "", choices=tuple(asked["choices"]))])
+    return encoder.prompts([Example(whole, "", "", choices=tuple(form["choices"]))])

@@ -1,17 +1,17 @@
-"""A client's model of a federated run: the base model's class with fewer experts, with adapters, with personal experts beside.
+"""A client's model of a federated run: the base model's class with fewer experts, adapters or personal experts.
 
-This file travels with the model and needs torch and transformers alone. `AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True)` (AutoModelForSeq2SeqLM for an encoder-decoder) runs it; `fedexperts.load(folder)` does the same without
-running anything from the folder. What differs from the base model's class stands in config.json under "fedexperts":
+This file is part of the exported model and needs only torch and transformers. `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` (AutoModelForSeq2SeqLM for an encoder-decoder) executes it; `fedexperts.load(folder)` loads the same
+model without executing code from the folder. The differences from the base model's class are in config.json under "fedexperts":
 
-    cut       MoE block → how many experts it has, and the tensors that hold them, with the axis on which they stand
-    grafted   MoE block → how many personal experts stand beside it, and how wide its tokens are
+    cut       MoE block → its number of experts, and the tensors that contain them, with the experts' axis
+    grafted   MoE block → its number of personal experts, and the width of its tokens
     linears   path of a linear layer → the rank and scale of its adapter
-    stacks    path of stacked experts → matrix → the rank and scale of its adapters, and the experts that have one
-    experts   transformers' way through stacked experts under which the model was scored
-    extension what the run's method changes beyond that: a function, whose source stands at the end of this file, and its settings
+    stacks    path of stacked experts → matrix → the rank and scale of its adapters, and the ids of the adapted experts
+    experts   transformers' implementation of stacked experts with which the model was scored
+    extension the method's own change of the model: a function, whose source is at the end of this file, and its settings
 
-The arithmetic is that of the run, operation by operation, so logits are the same bits on the same number of threads.
+The arithmetic is that of the run, operation by operation, so that logits are bitwise equal on the same number of threads.
 """
 
 import copy
@@ -27,10 +27,10 @@ from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FORMAT = 2  # 1 where there is no extension
+FORMAT = 2  # 1 without an extension
 MODEL_TYPE = "fedexperts"
-IMPLEMENTATION = "fedexperts_exported"  # how stacked experts with adapters are called in transformers' registry
-ROW_BYTES = 16  # torch's grouped product takes only rows that are a multiple of this long
+IMPLEMENTATION = "fedexperts_exported"  # name of stacked experts with adapters in transformers' registry
+ROW_BYTES = 16  # torch's grouped product needs rows whose size is a multiple of this
 
 
 class ClientConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # transformers types no __init_subclass__
@@ -39,19 +39,21 @@ class ClientConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # transf
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_pretrained(cls, folder: Any, **options: Any) -> Any:  # type: ignore[override]  # it gives another class
-        found, options = cls.get_config_dict(folder, **options)
-        if found["fedexperts"]["format"] > FORMAT:
+    def from_pretrained(cls, folder: Any, **options: Any) -> Any:  # type: ignore[override]  # it returns another class
+        settings, options = cls.get_config_dict(folder, **options)
+        if settings["fedexperts"]["format"] > FORMAT:
             raise ValueError(f"{folder} was written by a newer fedexperts; load it with that one, or with trust_remote_code=True")
-        return CONFIG_MAPPING[found["base_model_type"]].from_dict({**found, "model_type": found["base_model_type"]}, **options)
+        return CONFIG_MAPPING[settings["base_model_type"]].from_dict(
+            {**settings, "model_type": settings["base_model_type"]}, **options
+        )
 
 
 class ClientModel:
-    """What transformers' auto classes call."""
+    """The entry point of transformers' auto classes."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing to do: `save_pretrained` of the model takes this file along by itself."""
+        """Nothing to do: the model's `save_pretrained` copies this file."""
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **options: Any) -> Any:
@@ -70,30 +72,30 @@ class ClientModel:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         changed: Any = type(base.__name__, (base,), {"__init__": init, "save_pretrained": save_pretrained, **names})
         model = changed.from_pretrained(folder, *args, config=config, **options)
-        asked, scored = options.get("experts_implementation"), config.fedexperts["experts"]
-        if scored and (asked is None or scored == IMPLEMENTATION):
+        requested, scored = options.get("experts_implementation"), config.fedexperts["experts"]
+        if scored and (requested is None or scored == IMPLEMENTATION):
             model.set_experts_implementation(scored)
         for parameter in model.parameters():
-            if parameter.data_ptr() % 64:  # it lies in the file, mapped into memory, where products differ in their last bits
+            if parameter.data_ptr() % 64:  # memory-mapped and not aligned: products would differ in their last bits
                 parameter.data = parameter.data.clone()
         return model
 
 
 def finish(folder: Any, config: Any, changes: dict[str, Any]) -> None:
-    """Makes of a folder to which transformers saved a model under its own names one that loads as what `changes` say it is."""
+    """Completes a folder that transformers saved: adds `changes` to its config.json, and this file."""
     path, auto = Path(folder) / "config.json", "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
-    told = json.loads(path.read_text()) | {
+    config_json = json.loads(path.read_text()) | {
         "base_model_type": config.model_type,
-        "model_type": MODEL_TYPE,  # one that transformers does not have: else it would load the base's class and drop the rest
+        "model_type": MODEL_TYPE,  # unknown to transformers, which would otherwise load the base class and drop the rest
         "auto_map": {"AutoConfig": "modeling_fedexperts.ClientConfig", auto: "modeling_fedexperts.ClientModel"},
         "fedexperts": {**changes, "format": FORMAT if "extension" in changes else 1},
     }
-    path.write_text(json.dumps(told, indent=2) + "\n")
+    path.write_text(json.dumps(config_json, indent=2) + "\n")
     shutil.copyfile(__file__, Path(folder) / "modeling_fedexperts.py")
 
 
 def change(model: nn.Module, changes: dict[str, Any]) -> None:
-    """Makes of a whole model of the base's class, without its weights, one into which the client's fit."""
+    """Changes a new model of the base class, in place, so that the client's weights can be loaded into it."""
     for name, cut in changes["cut"].items():
         _cut(model.get_submodule(name), **cut)
     for name, graft in changes["grafted"].items():
@@ -119,14 +121,14 @@ def _cut(block: Any, num_experts: int, router: str, axes: dict[str, int], router
     for path, axis in axes.items():
         parent, _, name = path.rpartition(".")
         owner = block.get_submodule(parent)
-        kept = getattr(owner, name).detach().narrow(axis, 0, num_experts).clone()
-        setattr(owner, name, nn.Parameter(kept) if name in owner._parameters else kept)
+        part = getattr(owner, name).detach().narrow(axis, 0, num_experts).clone()
+        setattr(owner, name, nn.Parameter(part) if name in owner._parameters else part)
         if isinstance(owner, nn.Linear):
             owner.out_features = num_experts
     if isinstance(block.experts, nn.ModuleDict):
         for expert in list(block.experts)[num_experts:]:
             del block.experts[expert]
-        block._is_hf_initialized = True  # or transformers would initialise as many experts as the config says
+        block._is_hf_initialized = True  # otherwise transformers would initialize as many experts as in the config
     for module in (block, getattr(block, router), block.experts):
         if "num_experts" in vars(module):
             module.num_experts = num_experts
@@ -135,7 +137,7 @@ def _cut(block: Any, num_experts: int, router: str, axes: dict[str, int], router
 
 
 class Grafted(nn.Module):
-    """Personal experts of a block, p: what they add to its output is Σ_p σ(w_p · x) E_p(x)."""
+    """The personal experts p of a block, which add Σ_p σ(w_p · x) E_p(x) to its output."""
 
     def __init__(self, experts: nn.Module, number: int, hidden: int):
         super().__init__()
@@ -168,7 +170,7 @@ def _add_grafted(block: Any, args: tuple[Any, ...], named: dict[str, Any], outpu
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer and its adapter, whose weights are called as peft calls them."""
+    """A linear layer and its adapter, with peft's names of weights."""
 
     def __init__(self, base_layer: Any, rank: int, scale: float):
         super().__init__()
@@ -183,13 +185,13 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's, whose type some families ask for."""
+        """The base layer's weight, whose dtype some families read."""
         weight: Tensor = self.base_layer.weight
         return weight
 
 
 class AdaptedStack(nn.Module):
-    """The adapters of one matrix of stacked experts, of the experts `ids` alone: a [ids, rank, in], b [ids, out, rank]."""
+    """The adapters of one matrix of stacked experts, for the experts `ids`: a [ids, rank, in], b [ids, out, rank]."""
 
     def __init__(self, experts: Any, matrix: str, rank: int, scale: float, ids: list[int]):
         super().__init__()
@@ -200,7 +202,7 @@ class AdaptedStack(nn.Module):
         self.scale, self.ids, self.num_experts = scale, ids, experts.num_experts
 
     def add(self, out: Tensor, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
-        """`out` plus the adapters' share; `rows` are sorted by `expert`, those of expert e end before `ends[e]`."""
+        """`out` plus the output of the adapters; `rows` are sorted by `expert`, those of expert e end before `ends[e]`."""
         if len(self.ids) == self.num_experts:
             return out.add_(self._of(rows, ends))
         ids = torch.tensor(self.ids, device=rows.device)
@@ -213,7 +215,7 @@ class AdaptedStack(nn.Module):
 
 
 def experts_forward(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Stacked experts with their adapters: what transformers calls in place of its own implementation."""
+    """Forward pass of stacked experts with adapters, called by transformers in place of its own implementation."""
     tokens, top_k = top_k_index.shape
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     out = expert_outputs(self, hidden[order // top_k], expert)
@@ -227,7 +229,7 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 def expert_outputs(self: Any, rows: Tensor, expert: Tensor) -> Tensor:
-    """What stacked experts make of rows that are sorted by their `expert`; not weighted yet."""
+    """Unweighted outputs of stacked experts for rows that are sorted by `expert`."""
     ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).to(torch.int32)
     first = _projected(self, "gate_up_proj" if self.has_gate else "up_proj", rows, expert, ends)
     out = _projected(self, "down_proj", self._apply_gate(first) if self.has_gate else self.act_fn(first), expert, ends)
@@ -244,7 +246,7 @@ def _projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor)
 
 
 def grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each row times the matrix of its expert; one product per expert where torch has no grouped one for this width."""
+    """Each row times the matrix of its expert; one product per expert if torch's grouped product does not support the width."""
     if all(size * weight.element_size() % ROW_BYTES == 0 for size in weight.shape[1:]):
         return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()

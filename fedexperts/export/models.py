@@ -1,4 +1,4 @@
-"""What a run left: the model that its server holds, and each client's own, as it is scored."""
+"""The models of a run at its last checkpoint: the server's, and each client's as it is scored."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, told_by, versions
+from fedexperts.experiment.setup import INPUTS, Parts, Prepared, parts_from_greetings, prepare_run, versions
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
@@ -38,45 +38,45 @@ class Run:
     folder: Path
     config: RunConfig
     plan: Mapping[str, Any]
-    versions: Mapping[str, Any]  # of what it began with
+    versions: Mapping[str, Any]  # content of versions.json
     saved: Path  # its last checkpoint
-    round: int  # that the checkpoint has behind it
+    round: int  # of the checkpoint
 
     @property
     def clients(self) -> dict[str, Mapping[str, Any]]:
-        """Name → what plan.json says of the client."""
+        """Name → the client's entry in plan.json."""
         return {client["name"]: client for client in self.plan["clients"]}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model to take away."""
+    """A model to export."""
 
     model: nn.Module
     base: Base
-    personal: Mapping[str, str] = field(default_factory=dict)  # weights that its client kept to itself → what they are a part of
-    added: bool = False  # whether anything was added to the base's weights under the adapters
-    extension: Extension | None = None  # what the run's method changes of the model's structure beyond what we know
+    personal: Mapping[str, str] = field(default_factory=dict)  # weight in the client state → the part of the model it belongs to
+    added: bool = False  # whether frozen base weights under adapters have changed
+    extension: Extension | None = None  # the method's own change of the model's structure
 
     @property
     def changes(self) -> dict[str, Any]:
-        """What differs from the class of the model: see modeling_fedexperts.py. Empty where transformers reads it as it is."""
-        found = {
+        """Differences from the base model's class, see modeling_fedexperts.py; empty if transformers can load it directly."""
+        changes = {
             "cut": cuts(self.base.model, self.model),
             "grafted": grafts(self.model),
             "linears": {path: {"rank": rank, "scale": scale} for path, rank, scale in lora.linears(self.model)},
             "stacks": stacks(self.model),
         }
         if self.extension is not None:
-            found["extension"] = {"function": self.extension.apply.__name__, "settings": dict(self.extension.settings)}
-        return {**found, "experts": way_through_experts(self.model)} if any(found.values()) else {}
+            changes["extension"] = {"function": self.extension.apply.__name__, "settings": dict(self.extension.settings)}
+        return {**changes, "experts": way_through_experts(self.model)} if any(changes.values()) else {}
 
 
 def open_run(folder: Path) -> Run:
     """The run in `folder`.
 
     Raises:
-        BadRun: there is none, or it has no checkpoint yet.
+        BadRun: no run, or a run without a checkpoint.
     """
     if not (folder / "resolved.json").exists():
         below = sorted(path.parent for path in folder.glob("**/resolved.json")) if folder.is_dir() else []
@@ -94,10 +94,10 @@ def open_run(folder: Path) -> Run:
 
 
 def of_server(run: Run) -> Exported:
-    """The model that the run's server holds, its adapters beside its weights. Needs the base, and none of the data.
+    """The server's model, with separate adapters. Needs the base model, but no data.
 
     Raises:
-        BadRun: the base is another one now, or nothing has been merged into the model.
+        BadRun: the base model has changed, or no update has been merged into the server's weights.
     """
     config = run.config
     base, method = load(config.model.name, config.model.trust_remote_code), config.build_method()
@@ -108,7 +108,7 @@ def of_server(run: Run) -> Exported:
     server = Server(weights, rows.layout(start), shape, Footprint(0, {}, 0), {}, str(config.seed), method_state)
     model = method.global_model(base.model, tuning, server, seed)
     changed = base_changed(base.model, model)
-    if not changed and not moved(rows.read(start), weights):
+    if not changed and not has_changed(rows.read(start), weights):
         raise BadRun(
             f"the server of {run.folder} still holds the base as it was after round {run.round}: nothing has been merged into it "
             f"({config.method['name']}); take a client's model with --client, such as {next(iter(run.clients))}"
@@ -117,25 +117,25 @@ def of_server(run: Run) -> Exported:
 
 
 def base_changed(base: nn.Module, model: nn.Module) -> bool:
-    """Whether a frozen weight under an adapter of `model` differs from what `base` has there."""
+    """Whether a frozen weight under an adapter of `model` differs from the weight of `base`."""
     return any(not torch.equal(ours, theirs) for ours, theirs in lora.beneath(model, base))
 
 
-def moved(start: Tensors, weights: Tensors) -> bool:
-    """Whether anything differs, where of adapters only the product counts, which is nothing as long as B is zero."""
+def has_changed(start: Tensors, weights: Tensors) -> bool:
+    """Whether trained weights differ from `start`; an adapter differs if its B is not zero, so that its product is not zero."""
     adapters = factors.rank_axes(weights)
     whole = any(not torch.equal(start[name], tensor) for name, tensor in weights.items() if name not in adapters)
     return whole or any(bool(weights[b].any()) for b in factors.pairs(weights).values())
 
 
 def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
-    """The model of a client: what the server would send it for an evaluation, and what it keeps to itself.
+    """The client's model, built from the weights that the server sends for an evaluation and from the client state.
 
-    kept: the client's own folder, where it was on another machine than the server.
+    kept: the client's own folder, if it ran on another machine than the server.
 
     Raises:
-        BadValue: no such client; or data or a model that are not there any more.
-        BadRun: the base or the data are others now, the client has no part in the run, or what it keeps is not there.
+        BadValue: an unknown client; or data or a model that cannot be loaded.
+        BadRun: the base model or the data have changed, the client does not take part in the run, or its state is missing.
     """
     if name not in run.clients:
         raise BadValue(f"{run.folder} has no client {name!r}, only {', '.join(run.clients)}{nearest(name, run.clients)}")
@@ -147,87 +147,87 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     job = next(jobs_for(replace(server, task="evaluate"), prepared.method, [server.clients[name]]), None)
     if job is None:
         raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
-    held = client_store.load(job)
-    model = prepared.method.build_model(job, context_of(prepared, server, name, held)).eval()
+    client_state = client_store.load(job)
+    model = prepared.method.build_model(job, context_of(prepared, server, name, client_state)).eval()
     part = parts(rows.layout(model))
-    personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in held if each in part}
+    personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in client_state if each in part}
     added = base_changed(shrink(prepared.base.model, job.experts), model)
     return Exported(model, prepared.base, personal, added, prepared.method.extension(job))
 
 
 def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
-    """What the clients of the run keep to themselves; `kept`: the folder of `name` on its own machine.
+    """The client state store of the run; `kept`: the folder of `name` on its own machine.
 
     Raises:
-        BadRun: it lies on another machine, or not as it was when the checkpoint was written.
+        BadRun: the state is on another machine, or is not that of the checkpoint.
     """
     folder = run.folder.resolve()
     if kept is None:
-        if folder.with_name(f"{folder.name}.flower").exists():  # where `fedexperts server` has Flower's own files
+        if folder.with_name(f"{folder.name}.flower").exists():  # created by `fedexperts server` for Flower's files
             raise BadRun(
                 f"{run.folder} ran over several machines, and what {name} keeps to itself lies on its own; copy the folder there "
                 "and give --kept, or take the global model (leave out --client)"
             )
-        checkpoint.require_kept(run.folder, name)
+        checkpoint.require_client_state(run.folder, name)
         return ClientStateStore(run.folder / "clients")
     named = run.folder / "id"
-    found = kept / named.read_text() if named.exists() else None
-    if found is None or not found.is_dir():
+    run_folder = kept / named.read_text() if named.exists() else None
+    if run_folder is None or not run_folder.is_dir():
         raise BadRun(f"{kept} holds nothing of the run in {run.folder}; give the --out that {name} had with fedexperts client")
-    client_store, last = ClientStateStore(found / "clients"), checkpoint.accepted_in(run.saved).get(name, "")
-    there = [path.stem for path in client_store.versions(name)]
-    if there and last not in there:
+    client_store, accepted = ClientStateStore(run_folder / "clients"), checkpoint.accepted_in(run.saved).get(name, "")
+    stored = [path.stem for path in client_store.versions(name)]
+    if stored and accepted not in stored:
         raise BadRun(
-            f"the checkpoint in {run.folder} goes with what {name} kept in {last or 'no job'}, and {kept} has that of "
-            f"{', '.join(there)}; copy the results folder anew"
+            f"the checkpoint in {run.folder} goes with what {name} kept in {accepted or 'no job'}, and {kept} has that of "
+            f"{', '.join(stored)}; copy the results folder anew"
         )
     return client_store
 
 
 def parts_of(run: Run) -> Parts | None:
-    """What the clients told of data that only they have; None where the run file says where they are.
+    """Parts from the greetings of clients that bring their own data; None if the run file defines the data.
 
     Raises:
-        BadRun: it is not there.
+        BadRun: the file of greetings is missing.
     """
     if not run.config.data.own:
         return None
     if not (run.folder / GREETINGS).exists():
         raise BadRun(f"{run.folder} has no {GREETINGS}, in which the server noted what its clients told; copy the whole folder")
-    return told_by(read_greetings(run.folder / GREETINGS), Parts())
+    return parts_from_greetings(read_greetings(run.folder / GREETINGS), Parts())
 
 
-def context_of(prepared: Prepared, server: Server, name: str, kept: dict[str, Tensor]) -> ClientContext:
+def context_of(prepared: Prepared, server: Server, name: str, client_state: dict[str, Tensor]) -> ClientContext:
     base, config = prepared.base, prepared.config
     encoder = Encoder(base.tokenizer, config.data.max_tokens, base.encoder_decoder)
-    return ClientContext(server.clients[name], base.model, prepared.data[name], encoder, prepared.training, kept)
+    return ClientContext(server.clients[name], base.model, prepared.data[name], encoder, prepared.training, client_state)
 
 
 def require_same(run: Run, now: Mapping[str, Any]) -> None:
-    """Raises BadRun when the run began with another model or other data under the same names."""
-    if changed := [INPUTS[key] for key in now if run.versions.get(key, now[key]) != now[key]]:  # runs from before noted fewer
+    """Raises BadRun if the model or the data have changed since the run started."""
+    if changed := [INPUTS[key] for key in now if run.versions.get(key, now[key]) != now[key]]:  # older runs recorded fewer
         raise BadRun(f"{run.folder} was made with other files: {' and '.join(changed)} changed since; bring back what it had")
 
 
 def cuts(base: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """What was cut: the blocks of `model` that hold fewer experts than those of `base`."""
-    whole, found = blocks(base), {}
+    """Block → how it was cut, for blocks of `model` with fewer experts than in `base`."""
+    whole, cut_blocks = blocks(base), {}
     for name, block in blocks(model).items():
         shape = block.shape
         if shape.num_experts == whole[name].shape.num_experts:
             continue
         router = cast("Any", block.router)
-        found[name] = {
+        cut_blocks[name] = {
             "num_experts": shape.num_experts,
             "router": lora.router_name(block),
             "axes": {path: axis for path, axis in block.expert_axes().items() if not path.startswith("experts.lora.")},
             "router_groups": {} if shape.groups == 1 else {key: vars(router)[key] for key in ("num_group", "topk_group")},
         }
-    return found
+    return cut_blocks
 
 
 def grafts(model: nn.Module) -> dict[str, Any]:
-    """Block → how many personal experts it has, and the width of its tokens."""
+    """Block → its number of personal experts and the width of its tokens."""
     return {
         path.removesuffix(f".{graft.CHILD}"): {"number": module.own_gate.out_features, "hidden": module.own_gate.in_features}
         for path, module in model.named_modules()
@@ -248,7 +248,7 @@ def stacks(model: nn.Module) -> dict[str, Any]:
 
 
 def way_through_experts(model: nn.Module) -> str | None:
-    """transformers' name of the implementation that `model` uses; None where its experts are no stacks (Switch)."""
+    """transformers' name of the experts implementation of `model`; None if its experts are not stacked (Switch)."""
     if all(block.is_switch for block in blocks(model).values()):
         return None
     used = str(cast("Any", model).config._experts_implementation)

@@ -20,7 +20,7 @@ from fedexperts.engines.flower.engine import FlowerEngine
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import runner
-from fedexperts.experiment.setup import Parts, counted, told_by
+from fedexperts.experiment.setup import Parts, parts_from_greetings, validated_counts
 from fedexperts.export import export, load
 from fedexperts.io.toml import checked
 from fedexperts.types import Client
@@ -134,7 +134,7 @@ def test_a_server_that_is_started_again_knows_their_greetings(tree, files, tmp_p
     first = federation(tree, files, tmp_path)
     out = serve(tree, tmp_path, first)
     nobody = SimpleNamespace(home=first.home, grid=None, check=None)
-    parts = told_by(server.greetings_of(checked(RunConfig, tree), out, nobody, {}, Parts()), Parts())
+    parts = parts_from_greetings(server.greetings_of(checked(RunConfig, tree), out, nobody, {}, Parts()), Parts())
     clients = {client["name"]: client["tasks"] for client in json.loads((out / "plan.json").read_text())["clients"]}
     assert {name: count.train for name, count in parts.counts.items()} == clients
     assert parts.memory == {"north": 2 * 10**9, "east": 10**9}
@@ -155,9 +155,9 @@ def test_a_server_that_is_started_again_knows_their_greetings(tree, files, tmp_p
 )
 def test_counts_that_cannot_be_are_refused_with_the_clients_name(change, sentence):
     counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3}
-    assert counted(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
+    assert validated_counts(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
     with pytest.raises(BadValue, match=f"^north tells of .*{sentence}"):
-        counted(Greeting(Client("north", 12, "double"), None, {}, {**counts, **change}))
+        validated_counts(Greeting(Client("north", 12, "double"), None, {}, {**counts, **change}))
 
 
 def refusals(engine):

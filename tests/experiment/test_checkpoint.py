@@ -55,7 +55,7 @@ def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
     assert (tmp_path / "evals.jsonl").read_text() == ""
 
 
-def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
+def test_a_missing_client_state_of_the_checkpoint_is_refused(tmp_path):
     for client, rounds in (("c01", (1, 2)), ("c02", (1,))):
         for round in rounds:
             files.write_tensors(tmp_path / "clients" / client / f"00000{round}-train.safetensors", {"w": torch.ones(1)})
@@ -66,12 +66,12 @@ def test_what_clients_kept_at_the_checkpoint_is_asked_for(tmp_path):
         "c01": "000002-train",
         "c02": "000001-train",
     }
-    checkpoint.require_kept(tmp_path)
+    checkpoint.require_client_state(tmp_path)
     (tmp_path / "clients/c01/000002-train.safetensors").unlink()
-    checkpoint.require_kept(tmp_path, "c02")
+    checkpoint.require_client_state(tmp_path, "c02")
     for name in (None, "c01"):
         with pytest.raises(BadRun, match=r"what c01 keeps to itself is gone: there is no .*000002-train\.safetensors; bring"):
-            checkpoint.require_kept(tmp_path, name)
+            checkpoint.require_client_state(tmp_path, name)
 
 
 def test_only_the_newest_checkpoint_stays(tmp_path):

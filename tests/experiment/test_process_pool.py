@@ -5,7 +5,7 @@ import signal
 from functools import partial
 from multiprocessing import active_children
 
-from fedexperts.experiment.process_pool import Died, side_by_side
+from fedexperts.experiment.process_pool import Died, in_parallel
 
 
 def doubled(number, *, dies=None):
@@ -16,7 +16,7 @@ def doubled(number, *, dies=None):
 
 
 def test_each_task_is_done_once_and_one_whose_process_dies_costs_no_other():
-    pairs = list(side_by_side(partial(doubled, dies=2), [1, 2, 3, 4], 2))
+    pairs = list(in_parallel(partial(doubled, dies=2), [1, 2, 3, 4], 2))
     by_task = dict(pairs)
     assert len(pairs) == len(by_task) == 4
     died = by_task.pop(2)
@@ -28,7 +28,7 @@ def test_each_task_is_done_once_and_one_whose_process_dies_costs_no_other():
 
 
 def test_a_caller_that_stops_halfway_leaves_no_process_behind():
-    running = side_by_side(doubled, range(10), 2)
+    running = in_parallel(doubled, range(10), 2)
     next(running)
     assert len(active_children()) == 2
     running.close()

@@ -23,7 +23,7 @@ from fedexperts.errors import BadRun, BadValue, Busy
 from fedexperts.experiment import runner
 from fedexperts.experiment.client_task import ClientTask
 from fedexperts.export import card, export, load, modeling_fedexperts, write_changed
-from fedexperts.export.generate import asking, encoded, generate
+from fedexperts.export.generate import prompt_form, encoded, generate
 from fedexperts.export.models import Exported
 from fedexperts.io.files import align_tensors, atomic_folder, locked
 from fedexperts.methods import METHODS
@@ -353,12 +353,12 @@ def test_the_card_says_what_is_personal_and_where_the_model_comes_from(ended, tm
     assert "trust_remote_code" not in told
 
 
-def test_the_card_names_the_licence_that_the_base_s_card_names(tmp_path):
+def test_the_card_names_the_license_that_the_base_s_card_names(tmp_path):
     (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: cc-by-4.0\n---\n# A base\nlicense: mit\n")
-    assert card.licence_of(str(tmp_path)) == "cc-by-4.0"
+    assert card.license_of(str(tmp_path)) == "cc-by-4.0"
     (tmp_path / "README.md").write_text("# A base\nlicense: mit\n")
-    assert card.licence_of(str(tmp_path)) is None
-    assert card.licence_of("tiny") == "apache-2.0"
+    assert card.license_of(str(tmp_path)) is None
+    assert card.license_of("tiny") == "apache-2.0"
 
 
 def test_generate_asks_as_the_run_did(ended, tmp_path):
@@ -374,7 +374,7 @@ def test_generate_asks_as_the_run_did(ended, tmp_path):
     expected = encoder.decode(ids[:, asked["input_ids"].shape[1] :])[0]
     assert generate(tmp_path / "c01", "abc", tokens=5) == generate(tmp_path / "c01", whole, tokens=5) == expected
     other = {"double": "first", "first": "double"}[task]
-    asked = asking(json.loads((tmp_path / "c01" / "fedexperts.json").read_text())["prompts"], other)
+    asked = prompt_form(json.loads((tmp_path / "c01" / "fedexperts.json").read_text())["prompts"], other)
     assert encoder.decode(encoded(encoder, asked, "abc")["input_ids"]) == [f"{other.capitalize()}: abc=>"]
 
 
