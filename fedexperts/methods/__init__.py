@@ -1,4 +1,4 @@
-"""The federated methods, by the name that a run file calls them."""
+"""The federated methods, by their name in run files."""
 
 from dataclasses import is_dataclass
 from functools import cache
@@ -56,15 +56,15 @@ FORMER_NAMES = {"centralised": "centralized"}
 """Former name of a method → its name now."""
 
 GROUP = "fedexperts.methods"
-"""The entry points by which an installed package brings methods: `median = "its_module:Median"`."""
+"""The entry point group for methods of installed packages: `median = "its_module:Median"`."""
 
 
 @cache
 def enter_installed() -> None:
-    """Enters the methods of installed packages into METHODS; the second time there is nothing to do.
+    """Adds the methods of installed packages to METHODS, once per process.
 
     Raises:
-        BadValue: one cannot be imported, is no method, or is called as one that is there.
+        BadValue: a method cannot be imported, is not a Method, or has the name of another.
     """
     methods: dict[str, type[Method]] = {}
     for point in entry_points(group=GROUP):
@@ -73,10 +73,10 @@ def enter_installed() -> None:
         if point.name in METHODS or point.name in methods:
             raise BadValue(f"{where} has the name of another; {remedy}")
         try:
-            found = point.load()
-        except Exception as error:  # whatever its module does
+            loaded = point.load()
+        except Exception as error:  # importing it may raise anything
             raise BadValue(f"{where} cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
-        if not (isinstance(found, type) and issubclass(found, Method) and is_dataclass(found)):
+        if not (isinstance(loaded, type) and issubclass(loaded, Method) and is_dataclass(loaded)):
             raise BadValue(f"{where} is no method: a method is a frozen dataclass below fedexperts.Method; {remedy}")
-        methods[point.name] = found
+        methods[point.name] = loaded
     METHODS.update(methods)

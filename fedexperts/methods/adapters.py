@@ -1,4 +1,4 @@
-"""What methods on low-rank adapters call: which there are, the rank of each client's, sending them truncated."""
+"""Shared by methods on low-rank adapters: finding them, the rank of each client, truncated adapters."""
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
@@ -15,46 +15,46 @@ from fedexperts.moe import factors, lora
 from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Update
 
 
-def ranks_like(given: object) -> object:
-    """`given`, where it is a rank or some.
+def validated_ranks(value: object) -> object:
+    """Validates that `value` is a rank or a list of ranks, and returns it.
 
     Raises:
-        BadValue: it is none.
+        BadValue: it is neither.
     """
-    ranks = given if isinstance(given, list | tuple) else [given]
+    ranks = value if isinstance(value, list | tuple) else [value]
     if not ranks or not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in ranks):
         raise BadValue(
-            f"method.ranks = {given!r:.60} is no rank; give a whole number from 1, or a list of some, in turn over the clients"
+            f"method.ranks = {value!r:.60} is no rank; give a whole number from 1, or a list of some, in turn over the clients"
         )
-    return given
+    return value
 
 
-Ranks = Annotated[Count | tuple[Count, ...], BeforeValidator(ranks_like)]
-"""A hyperparameter that gives each client's adapters their rank: one for all, or some that go in turn over clients by name."""
+Ranks = Annotated[Count | tuple[Count, ...], BeforeValidator(validated_ranks)]
+"""A hyperparameter for the ranks of clients' adapters: one for all, or several, assigned in turn to clients sorted by name."""
 
 
 def adapters_of(server: Server, method: str) -> dict[str, str]:
-    """The adapters that the run trains: A → B.
+    """The trained adapters: name of A → name of B.
 
     Raises:
-        BadValue: none, so `method` has nothing to work on.
+        BadValue: the run trains no adapters, which `method` needs.
     """
-    found = factors.pairs(server.weights)
-    if not found:
+    pairs = factors.pairs(server.weights)
+    if not pairs:
         raise BadValue(
             f"method {method} works on LoRA's adapters, but this run trains none; "
             'set training.train = "lora", with attention or experts among training.parts'
         )
-    return found
+    return pairs
 
 
 def rank_for(server: Server, client: Client, ranks: Ranks | None, method: str) -> int:
-    """The rank of the adapters of `client`: what `ranks` gives it; None: the run's.
+    """The rank of the adapters of `client` in `ranks`; None: the run's.
 
     Raises:
-        BadValue: a rank above the run's, or one that adapters of stacked experts do not take; or there are no adapters.
+        BadValue: a rank above the run's, one that adapters of stacked experts do not support, or no adapters.
     """
-    found = adapters_of(server, method)
+    pairs = adapters_of(server, method)
     most = factors.rank_of(server.weights)
     if ranks is None:
         return most
@@ -63,35 +63,35 @@ def rank_for(server: Server, client: Client, ranks: Ranks | None, method: str) -
     if rank > most:
         raise BadValue(f"method.ranks has {rank}, but no rank may be above training.rank = {most}; raise that, or lower the rank")
     if factors.rank_step(server.weights) > 1:
-        lora.check_rank(rank, server.weights[next(iter(found))].dtype, "method.ranks")
+        lora.check_rank(rank, server.weights[next(iter(pairs))].dtype, "method.ranks")
     return rank
 
 
 def at_rank(server: Server, rank: int) -> Assignment:
-    """The whole model, its adapters truncated to `rank`."""
+    """The whole model, with adapters truncated to `rank`."""
     whole = all_experts(server)
     patch = patch_for(replace(server, weights=factors.cut(server.weights, rank)), whole)
     return replace(whole, extra={"rank": torch.tensor(rank)}, patch=patch)
 
 
-def at_rank_of(job: Job, context: ClientContext) -> nn.Module:
-    """The job's model with adapters of the rank that it says, whose scale is that of the run's."""
+def model_at_rank(job: Job, context: ClientContext) -> nn.Module:
+    """The job's model with adapters of the job's rank, which have the scale of the run's adapters."""
     tuning, rank = context.training.tuning, int(job.extra["rank"])
     return sub_model(job, context, tuning=replace(tuning, rank=rank, alpha=tuning.alpha * rank / tuning.rank))
 
 
-def set_aside(updates: Iterable[Update], adapters: list[Update]) -> Iterator[Update]:
-    """`updates` without their adapters; with nothing else they go into `adapters`."""
+def split_adapters(updates: Iterable[Update], adapters: list[Update]) -> Iterator[Update]:
+    """Yields `updates` without their adapters; appends to `adapters` the same updates with only their adapters."""
 
-    def part(update: Update) -> Update:
+    def split(update: Update) -> Update:
         names = factors.rank_axes(update.patch.tensors).keys()
-        adapters.append(replace(update, patch=among(update.patch, names)))
-        return replace(update, patch=among(update.patch, update.patch.tensors.keys() - names))
+        adapters.append(replace(update, patch=subset(update.patch, names)))
+        return replace(update, patch=subset(update.patch, update.patch.tensors.keys() - names))
 
-    return map(part, updates)
+    return map(split, updates)
 
 
-def among(patch: Patch, names: Set[str]) -> Patch:
-    """Those of the tensors of `patch` that `names` has."""
+def subset(patch: Patch, names: Set[str]) -> Patch:
+    """`patch` with only the tensors in `names`."""
     tensors, ids = ({name: t for name, t in each.items() if name in names} for each in (patch.tensors, patch.rows))
     return Patch(tensors, ids)

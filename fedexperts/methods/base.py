@@ -1,4 +1,4 @@
-"""What several methods call: assigning, training and merging rows."""
+"""Shared by methods: assignments, updates and row-wise aggregation."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,34 +16,34 @@ from fedexperts.moe.importance import require_coverage
 from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Tensors, Update
 
 Count = Annotated[int, Field(ge=1)]
-"""A hyperparameter that counts something; a run file is held to it."""
+"""A hyperparameter that is a count, from 1; validated in run files."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
-"""A hyperparameter that is a part of something, or all of it."""
+"""A hyperparameter that is a share, above 0 and at most 1."""
 
 
-def budget_like(given: object) -> object:
-    """`given`, where it is a budget.
+def validated_budget(value: object) -> object:
+    """Validates that `value` is a budget, and returns it.
 
     Raises:
-        BadValue: it is none.
+        BadValue: it is not.
     """
-    count = isinstance(given, int) and not isinstance(given, bool) and given >= 1
-    if not count and not (isinstance(given, float) and 0 < given <= 1):
+    count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not count and not (isinstance(value, float) and 0 < value <= 1):
         raise BadValue(
-            f"method.budget = {given!r:.60} is no budget; give a count of experts from 1, or a share of all above 0 and at most 1"
+            f"method.budget = {value!r:.60} is no budget; give a count of experts from 1, or a share of all above 0 and at most 1"
         )
-    return given
+    return value
 
 
-Budget = Annotated[int | float, BeforeValidator(budget_like)]
-"""A hyperparameter that is a number of experts of the whole model: a count, or with a decimal point a share of all."""
+Budget = Annotated[int | float, BeforeValidator(validated_budget)]
+"""A hyperparameter that is a number of experts of the whole model: a count (int), or a share of all (float)."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-"""A hyperparameter that weighs something."""
+"""A hyperparameter that is a weight above 0."""
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""A hyperparameter that weighs something, or 0 and leaves it out."""
+"""A hyperparameter that is a weight; 0 turns its term off."""
 
 
 def all_experts(server: Server) -> Assignment:
@@ -52,7 +52,7 @@ def all_experts(server: Server) -> Assignment:
 
 
 def patch_for(server: Server, assignment: Assignment) -> Patch:
-    """The server's weights that `assignment` names, cut to its experts."""
+    """The server's weights named by `assignment`, cut to its experts."""
     names = server.weights.keys() if assignment.names is None else assignment.names
     weights = {name: tensor for name, tensor in server.weights.items() if name in names}
     return Patch(*rows.cut(weights, server.layout, assignment.experts))
@@ -66,53 +66,53 @@ def answer(
     extra: Tensors | None = None,
     experts: Experts | None = None,
 ) -> Update:
-    """What `model` trained of the weights of `job`, with what came of it; `experts`: of its experts only these.
+    """The update with the weights of `job` that `model` trained, the metrics and the cost; `experts`: only these experts.
 
-    Whatever else it trained is the client's own.
+    Other trained weights are not sent.
     """
     patch = patch_of(model, job, experts) if experts is not None else Patch(shared(job, rows.read(model)), job.patch.rows)
     return Update(job.client, job.round, job.task, patch, examples(context), extra or {}, fitted.metrics, fitted.cost)
 
 
 def shared(job: Job, tensors: Tensors) -> dict[str, Tensor]:
-    """Those of `tensors` that `job` brought: all that may leave the client."""
+    """The `tensors` whose names are in the patch of `job`; only these may leave the client."""
     return {name: tensor for name, tensor in tensors.items() if name in job.patch.tensors}
 
 
 def patch_of(model: nn.Module, job: Job, experts: Experts) -> Patch:
-    """What `model`, which holds all experts, trained, but of the experts only `experts`; routers and dense weights whole."""
+    """The trained weights of `model`, which has all experts: `experts` only, and whole routers and dense weights."""
     return of_experts(Patch(shared(job, rows.read(model)), job.patch.rows), rows.layout(model), experts)
 
 
 def of_experts(patch: Patch, layout: rows.Layout, experts: Experts) -> Patch:
-    """`patch`, which holds all experts, but of the experts only `experts`; routers and dense weights whole."""
+    """`patch`, which has all experts, with `experts` only, and whole routers and dense weights."""
     own = {name: t for name, t in patch.tensors.items() if layout[name] and not rows.router_of(name, layout)}
     tensors, ids = rows.cut(own, layout, experts)
     return Patch({**patch.tensors, **tensors}, {**patch.rows, **ids})
 
 
-def budget_for(server: Server, client: Client, given: Budget | None) -> int:
-    """How many experts of the whole model backward reaches at a time on `client`: C_k of HFedMoE.
+def budget_for(server: Server, client: Client, budget: Budget | None) -> int:
+    """The number of experts of the whole model that backward reaches in a step on `client`: C_k of HFedMoE.
 
-    As many as `given` says, or as fit its memory (ours: the paper gives no formula); not more than there are. What fits is
-    never below the number of MoE blocks: a client that does not hold as many has too little memory and will say so.
+    It is `budget`, or the number that fits its memory if None (ours: the paper gives no formula), at most all experts. The
+    number that fits is at least the number of MoE blocks: jobs of a client with less memory fail.
 
     Raises:
-        BadValue: `given` is below the number of MoE blocks.
+        BadValue: `budget` is below the number of MoE blocks.
     """
     blocks, most = len(server.anatomy.blocks), server.anatomy.num_experts
-    if given is None:
+    if budget is None:
         fit = most if client.memory_bytes is None else server.footprint.reached_within(client.memory_bytes)
         return max(fit, blocks)
-    number = round(given * most) if isinstance(given, float) else given
-    share = f", which is {number} of {most} experts," if isinstance(given, float) else ""
-    require_coverage(number, blocks, f"method.budget = {given}{share}")
+    number = round(budget * most) if isinstance(budget, float) else budget
+    share = f", which is {number} of {most} experts," if isinstance(budget, float) else ""
+    require_coverage(number, blocks, f"method.budget = {budget}{share}")
     return min(number, most)
 
 
 @torch.no_grad()
 def add_gradient(parameter: nn.Parameter, added: Tensor) -> None:
-    """Adds to the gradient of `parameter`. A Switch expert that no token reached has none: it gets one unless `added` is 0."""
+    """Adds `added` to the gradient of `parameter`; a Switch expert without tokens has none and gets one unless `added` is 0."""
     if parameter.grad is not None:
         parameter.grad += added
     elif added.any():
@@ -120,7 +120,7 @@ def add_gradient(parameter: nn.Parameter, added: Tensor) -> None:
 
 
 def by_examples(update: Update) -> float:
-    """A client weighs as much as it has training examples."""
+    """Weight of an update: the client's number of training examples."""
     return float(update.examples)
 
 
@@ -130,10 +130,10 @@ def mean_rows(
     weigh: Callable[[Update], float],
     weigh_router: Callable[[Update, str], float] | None = None,
 ) -> Server:
-    """Each row becomes the weighted mean over the clients that sent it; a row nobody sent stays as it was.
+    """Each row becomes the weighted mean over the clients that sent it; a row that no client sent keeps its value.
 
     McMahan et al. 2017, Algorithm 1, row by row; for experts this is the modular aggregation of FedMoE (section 4.3).
-    `weigh_router`: what a client weighs in the mean of the router of a block; None: the same as everywhere.
+    weigh: weight of an update. weigh_router: its weight in the mean of the router of a block; None: `weigh`.
     """
     means: dict[str, rows.RowMean] = {}
 
@@ -144,21 +144,21 @@ def mean_rows(
             mean = means.setdefault(name, rows.RowMean(server.weights[name]))
             mean.add(tensor, ids=update.patch.rows.get(name), weight=weight)
 
-    for _ in map(add, updates):  # no update is bound to a name here, where it would live until the next one has come
+    for _ in map(add, updates):  # binds no update to a name, which would keep it in memory until the next one arrives
         pass
     return replace(server, weights={**server.weights, **{name: mean.result() for name, mean in means.items()}})
 
 
-def tee_without_weights(updates: Iterable[Update], notes: list[Update]) -> Iterator[Update]:
-    """`updates`, leaving each in `notes` without its weights as it passes."""
+def tee_without_weights(updates: Iterable[Update], copies: list[Update]) -> Iterator[Update]:
+    """Yields `updates` and appends a copy of each, without its weights, to `copies`."""
 
-    def note(update: Update) -> Update:
-        notes.append(replace(update, patch=Patch({})))
+    def copied(update: Update) -> Update:
+        copies.append(replace(update, patch=Patch({})))
         return update
 
-    return map(note, updates)
+    return map(copied, updates)
 
 
-def of(kind: str, method_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `method_state` that are called `kind`/…, by the rest of their names."""
-    return {key.removeprefix(f"{kind}/"): tensor for key, tensor in method_state.items() if key.startswith(f"{kind}/")}
+def entries(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `state` under `prefix`/…, without the prefix."""
+    return {key.removeprefix(f"{prefix}/"): tensor for key, tensor in state.items() if key.startswith(f"{prefix}/")}

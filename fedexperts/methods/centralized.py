@@ -1,4 +1,4 @@
-"""Centralized training: all clients' training data in one place. What no federated method is expected to beat."""
+"""Centralized training on all clients' data: an upper bound for federated methods."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from fedexperts.types import Assignment, Client, Server, Update
 
 @dataclass(frozen=True)
 class Centralized(Method):
-    """One participant with everybody's examples trains the whole model, as many steps a round as a round's clients would.
+    """One participant with all clients' examples trains the whole model, with as many steps per round as the sampled clients.
 
-    What `centralized` asks for is seen to before the run (start.pooled); the rest is FedAvg with one client.
+    The participant is created before the run (experiment.setup.centralized); the rest is FedAvg with one client.
     """
 
     def declare(self) -> Declaration:

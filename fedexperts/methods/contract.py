@@ -1,7 +1,7 @@
-"""What a federated method is: four functions on values, and what it declares to the rest of the system.
+"""The contract of a federated method: four functions on values, and what it declares to the rest of the system.
 
-No module outside `methods/` knows a method's name, or a key that a method invented: whatever they must know of it stands in its
-`Declaration`. What a method does not declare is refused, never ignored.
+No module outside `methods/` knows a method's name or its keys: everything that they need is in its `Declaration`. Anything that
+a method does not declare is refused, never ignored.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,23 +21,23 @@ from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update
 
 Wrapping = Literal["server_optimizer", "robust_merging", "masking"]
-"""What can be put around a method whose merge is a mean of the weights that clients send."""
+"""Wrappers of methods whose merge is a mean of the weights that clients send."""
 
 CORE_METRICS = ("loss", "routed", "reached")
-"""Metrics that any method may report: the mean loss; the tokens that each expert got, by MoE block; the experts that backward
-reached in a step, on average, for each block."""
+"""Metrics that any method may report: the mean loss; the tokens per expert, by MoE block; and the mean number of experts that
+backward reached in a step, per block."""
 
 LARGEST = 1e6
-"""Largest magnitude of a number in an extra tensor or a metric, unless the field says otherwise."""
+"""Default bound of the magnitude of numbers in extra tensors and metrics."""
 
 
 @dataclass(frozen=True)
 class ExtraTensor:
-    """A tensor that clients send beside their weights.
+    """A tensor that clients send in addition to weights.
 
     shape: of the tensor, from the server that sent the job and the job.
-    low, high: bounds of its elements, both allowed.
-    tasks: the tasks whose answers have it. required: whether all such answers must have it.
+    low, high: inclusive bounds of its elements.
+    tasks: the tasks whose answers contain it. required: whether all such answers must contain it.
     """
 
     shape: Callable[[Server, Job], tuple[int, ...]]
@@ -48,15 +48,15 @@ class ExtraTensor:
     tasks: tuple[str, ...] = ("train",)
 
     def expected(self, name: str, server: Server, job: Job) -> dict[str, "Expected"]:
-        """Name → what the boundary checks."""
+        """Name → what the boundary validates."""
         return {name: Expected(self.dtype, self.shape(server, job), self.low, self.high, self.required)}
 
 
 @dataclass(frozen=True)
 class ExtraTensors:
-    """Several such tensors, whose names begin alike: the declared name ends in "/".
+    """Several extra tensors with a common prefix: the declared name, which ends in "/".
 
-    like: the rest of each name → a tensor of the shape and dtype that is expected (its numbers do not count).
+    like: the rest of each name → a tensor of the expected shape and dtype (its values are not used).
     """
 
     like: Callable[[Server, Job], Tensors]
@@ -66,7 +66,7 @@ class ExtraTensors:
     tasks: tuple[str, ...] = ("train",)
 
     def expected(self, name: str, server: Server, job: Job) -> dict[str, "Expected"]:
-        """Name → what the boundary checks."""
+        """Name → what the boundary validates."""
         return {
             f"{name}{rest}": Expected(tensor.dtype, tuple(tensor.shape), self.low, self.high, self.required)
             for rest, tensor in self.like(server, job).items()
@@ -75,7 +75,7 @@ class ExtraTensors:
 
 @dataclass(frozen=True)
 class Expected:
-    """An extra tensor of one answer, as it must be."""
+    """What one extra tensor of an answer must be."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -86,9 +86,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that clients report of their work, or a list of numbers.
+    """A number that clients report about a job, or a list of numbers.
 
-    low, high: bounds, both allowed. whole: only integers. length: of the list, from the server and the job; None: one number.
+    low, high: inclusive bounds. whole: only integers. length: of the list, from the server and the job; None: one number.
     """
 
     low: float = -LARGEST
@@ -117,24 +117,24 @@ class Metric:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What the rest of the system must know of a method.
+    """What other modules must know about a method.
 
-    A name that ends in "/" stands for all names that begin with it.
+    A name that ends in "/" is a prefix and stands for all names that begin with it.
 
-    setup_tasks: tasks that every client does once, in this order, before the first round.
-    centralized: whether all clients' training data lie in one place, which then is the only participant of a round.
-    reference: whether it is a floor or a ceiling that federated methods are compared with, and sets no target.
-    extra: name → a tensor that clients send beside their weights.
-    metrics: name → a number that clients report (`loss` and `routed` are core's, and every method's).
-    job_extra: names of the tensors that jobs bring beside weights.
-    client_state: names of what clients keep beside weights.
-    keeps_weights: whether clients keep trained weights under their own names.
-    personal_experts: experts that each client has beside every MoE block; plans count their memory and their FLOPs.
-    selects_experts: whether a client may send fewer experts than its job brought.
-    if_no_expert_is_sent: what a user can do when no client sends an expert, as the end of a sentence.
-    lowers_rank: whether a client may send adapters of a lower rank than its job brought.
-    local_files: hyperparameters that name a file which every machine has for itself; its hash is noted with the run.
-    wrappers: what can be put around the method.
+    setup_tasks: tasks that every client executes once, in this order, before the first round.
+    centralized: whether a single participant trains on all clients' data.
+    reference: whether it is a lower or upper bound that federated methods are compared with, and defines no target.
+    extra: name → a tensor that clients send in addition to weights.
+    metrics: name → a number that clients report (CORE_METRICS need no declaration).
+    job_extra: names of the tensors that jobs contain in addition to weights.
+    client_state: names of the tensors that clients keep in addition to weights.
+    keeps_weights: whether clients keep trained weights, under the weights' names.
+    personal_experts: number of personal experts per MoE block; plans count their memory and their FLOPs.
+    selects_experts: whether a client may send fewer experts than those of its job.
+    if_no_expert_is_sent: what a user can do if no client sends an expert, as the end of a sentence.
+    lowers_rank: whether a client may send adapters of a lower rank than those of its job.
+    local_files: hyperparameters that name a file on each machine; its hash is recorded with the run.
+    wrappers: the wrappers that the method supports.
     """
 
     setup_tasks: tuple[str, ...] = ()
@@ -155,10 +155,10 @@ class Declaration:
 
 @dataclass(frozen=True)
 class Extension:
-    """A change of a model's structure that the library does not know: `apply(model, **settings)` makes it, in place.
+    """A method's own change of the model's structure: `apply(model, **settings)` makes it, in place.
 
-    apply: a function of a module's top level that uses nothing but its arguments and what it imports itself: its source travels
-    with an exported model. Parameters that it adds are trained where they require gradients. settings: JSON values.
+    apply: a top-level function that uses only its arguments and what it imports itself, because its source is copied into
+    exported models. Parameters that it adds are trained if they require gradients. settings: JSON values.
     """
 
     apply: Callable[..., None]
@@ -168,68 +168,68 @@ class Extension:
 class Method:
     """A federated method: functions on values, its hyperparameters as fields of a frozen dataclass, and no state.
 
-    What the server must remember between rounds goes into `server.method_state`, what a client keeps to itself into
-    `context.client_state`: named tensors. The defaults are federated averaging of the whole model.
+    State of the server is kept in `server.method_state`, and state of a client in `context.client_state`: named tensors. The
+    defaults are federated averaging of the whole model.
     """
 
     def declare(self) -> Declaration:
-        """What others must know of it."""
+        """What other modules must know about the method."""
         return Declaration()
 
     @property
     def setup_tasks(self) -> tuple[str, ...]:
-        """Tasks that every client does once, before the first round."""
+        """Tasks that every client executes once, before the first round."""
         return self.declare().setup_tasks
 
     @property
     def centralized(self) -> bool:
-        """Whether all clients' training data lie in one place."""
+        """Whether a single participant trains on all clients' data."""
         return self.declare().centralized
 
     @property
     def is_ours(self) -> bool:
-        """Whether the library knows its models, since it comes with it."""
+        """Whether the method is part of this library, so that exports know its models."""
         return type(self).__module__.startswith("fedexperts.")
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
-        """What `client` works with for `server.task`; None when it has no part in it."""
+        """The assignment of `client` for `server.task`; None if it does not take part."""
         return all_experts(server)
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
-        """The model of `job`, with what came and what the client keeps: the very one that is trained, scored and exported."""
+        """The model of `job`, with the received weights and the client state; the same for training, evaluation and export."""
         model = sub_model(job, context)
         if (extension := self.extension(job)) is not None:
             extension.apply(model, **extension.settings)
         return load_weights(model, job, context)
 
     def extension(self, job: Job) -> Extension | None:
-        """What the method changes of a model beyond its experts, adapters and personal experts; an export carries it along."""
+        """The method's own change of the model's structure, which exports include; None for most methods."""
         return None
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """The client's side: what it trains and sends. Here all that came, trained on its own examples."""
+        """Trains on the client and returns its update. Default: trains all received weights on the client's examples."""
         model = self.build_model(job, context)
         return answer(job, context, model, fit(model, context, seed=job.seed))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """The next server. `updates` is a stream, one at a time: read it once. Here each row's mean, by examples."""
+        """The next server. `updates` is a stream that can be read once. Default: each row's mean, weighted by examples."""
         return mean_rows(server, updates, by_examples)
 
     def global_model(self, base: nn.Module, tuning: Tuning, server: Server | None, seed: str) -> nn.Module:
-        """The whole model whose trained weights clients share, in the state of `server`; None: as it starts, from `seed`."""
+        """The whole model with the shared weights of `server`; None: with the initial weights, from `seed`."""
         model = prepare(shrink(base, anatomy(base).all_experts), tuning, seed=seed)
         if server is not None:
             rows.write(model, server.weights)
         return model
 
     def budget_of(self, assignment: Assignment) -> int | None:
-        """How many experts of the whole model backward reaches at a time on a client that has `assignment`; None: all."""
+        """Number of experts that backward reaches in a step on a client with `assignment`; None: all."""
         return None
 
 
 @dataclass(frozen=True)
 class Wrapper(Method):
-    """A method around another: whatever it does not define itself is the other's, its declaration too."""
+    """A method around another: delegates to `method` all that a subclass does not override, including the declaration."""
 
     method: Method
 
@@ -263,11 +263,11 @@ class Wrapper(Method):
 
 
 def require_declared(method: Method, job: Job, update: Update, client_state: Tensors) -> None:
-    """What leaves a client, and what it keeps, is what the method declares; checked where the method's code ran.
+    """Checks, on the client, that the update and the client state contain only what the method declares.
 
     Raises:
         Undeclared: a name that the method does not declare.
-        Leak: a weight that did not come with the job, which is the client's own.
+        Leak: a weight that was not in the job, and so is personal.
     """
     name, declared = type(method).__name__, method.declare()
     extra = [key for key, each in declared.extra.items() if job.task in each.tasks]
@@ -294,12 +294,12 @@ def require_declared(method: Method, job: Job, update: Update, client_state: Ten
 
 
 def undeclared(names: Iterable[str], declared: Iterable[str]) -> str | None:
-    """The first of `names` that is not `declared`, where a declared name that ends in "/" stands for all that begin with it."""
+    """The first of `names` that is not `declared`; a declared name that ends in "/" is a prefix."""
     known = tuple(declared)
     prefixes = tuple(each for each in known if each.endswith("/"))
     return next((name for name in names if name not in known and not name.startswith(prefixes)), None)
 
 
 def number_of_experts(server: Server, job: Job) -> tuple[int]:
-    """The shape of a vector over all experts of a job, layer after layer."""
+    """The shape of a vector over all experts of a job, layer by layer."""
     return (sum(map(len, job.experts.values())),)

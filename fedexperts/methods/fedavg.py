@@ -15,9 +15,9 @@ from fedexperts.types import Assignment, Client, Server, Update
 
 @dataclass(frozen=True)
 class FedAvg(Method):
-    """Every client trains the same model; the server weighs clients by their number of examples.
+    """Every client trains the same model; the server weights clients by their number of examples.
 
-    experts_per_layer: of random experts, the same in every client; None: all experts, whatever the client's memory.
+    experts_per_layer: number of random experts, the same on every client; None: all experts, regardless of the client's memory.
     """
 
     experts_per_layer: Count | None = None

@@ -1,4 +1,4 @@
-"""FedIT: federated averaging of LoRA's adapters, A and B each by itself.
+"""FedIT: federated averaging of LoRA adapters, A and B separately.
 
 Zhang, Vahidian, Kuo, Li, Zhang, Yu, Wang, Chen, "Towards Building the Federated GPT: Federated Instruction Tuning", ICASSP 2024,
 https://arxiv.org/abs/2305.05644, Algorithm 1.
@@ -15,13 +15,13 @@ from fedexperts.types import Assignment, Client, Server, Update
 
 @dataclass(frozen=True)
 class FedIT(Method):
-    """FedAvg that is sure to average adapters. The mean of A times the mean of B is not the mean of BA."""
+    """FedAvg that requires adapters. The product of the means of B and A is not the mean of BA."""
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """All that is trained.
+        """All trained weights.
 
         Raises:
-            BadValue: no adapters.
+            BadValue: the run trains no adapters.
         """
         adapters_of(server, "fedit")
         return all_experts(server)

@@ -1,4 +1,4 @@
-"""FedMoE: every client trains a physically smaller MoE, the experts that its data activates and its memory holds.
+"""FedMoE: every client trains a smaller MoE of the experts that its data activates and that fit its memory.
 
 Mei, Cai, Zhou, Wang, Xu, "FedMoE: Personalized Federated Learning via Heterogeneous Mixture of Experts",
 https://arxiv.org/abs/2408.11304. Section numbers are the paper's; what it leaves open is marked (ours).
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedexperts.core.training import examples, fit, validate
 from fedexperts.errors import TooSmall
-from fedexperts.methods.base import Count, Share, all_experts, by_examples, mean_rows, of, tee_without_weights
+from fedexperts.methods.base import Count, Share, all_experts, by_examples, entries, mean_rows, tee_without_weights
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric, number_of_experts
 from fedexperts.methods.recommend import recommend
 from fedexperts.methods.submodel import at_random, by_block, mask, predict, require_minimum, search, unmask
@@ -26,19 +26,19 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Serv
 
 @dataclass(frozen=True)
 class FedMoE(Method):
-    """Stage 1 finds each client a sub-model from its routing; stage 2 trains, merges and adjusts them.
+    """Stage 1 selects each client's sub-model from its routing; stage 2 trains, merges and adjusts the sub-models.
 
-    initial: "profile" is stage 1; "random" leaves it out, and clients start from random experts (the paper's ablation).
-    adjust: whether stage 2 recommends experts; False leaves the sub-models as they started (the other ablation).
-    profile_rounds: rounds' worth of local steps that a client adapts before its routing is measured.
-    profile_rank: of the LoRA on every expert that adapts it. A run that trains LoRA anyway adapts with its own.
-    reserve: share of a client's memory that the initial sub-model may fill (derived from the paper's figures).
-    experts_per_layer: of initial = "random"; None: as many as fit (ours; the paper starts from 8).
+    initial: "profile" is stage 1; "random" skips it, and clients start with random experts (the paper's ablation).
+    adjust: whether stage 2 recommends experts; False keeps the initial sub-models (the other ablation).
+    profile_rounds: number of rounds whose local steps a client trains before its routing is measured.
+    profile_rank: rank of LoRA on every expert for this training; a run with train = "lora" uses its own adapters.
+    reserve: share of a client's memory that the initial sub-model may use (derived from the paper's figures).
+    experts_per_layer: of initial = "random"; None: as many as fit (ours; the paper starts with 8).
     patience: participations without a better validation score after which a client gets a recommendation (ours: 3).
     neighbours: K of the recommendation (ours: 3).
 
-    The server remembers of each client, by name: `p`, its routing; `held`, its experts; `best`, its best score; `stale`,
-    participations since; `former`, the experts before a change that is on trial; `frozen`, whether it changes no more.
+    `method_state` has, per client: `p`, its routing; `held`, its experts; `best`, its best score; `stale`, participations since
+    then; `former`, its experts before a change on trial; `frozen`, set if its experts no longer change.
     """
 
     initial: Literal["profile", "random"] = "profile"
@@ -61,19 +61,19 @@ class FedMoE(Method):
         )
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
-        """Stage 1: the whole model, where the memory holds it. Stage 2: the client's experts.
+        """Stage 1: the whole model, if it fits the memory. Stage 2: the client's experts.
 
         Raises:
-            TooSmall: the client's memory holds no legal sub-model, or, in stage 1, nobody's holds the whole model.
+            TooSmall: no legal sub-model fits the client's memory, or, in stage 1, the whole model fits no client's.
         """
         require_minimum(server, client)
         if server.task == "profile":
             self.require_profiler(server)
             return all_experts(server) if self.can_profile(server, client) else None
-        return Assignment(self.held(server, client))
+        return Assignment(self.experts_of(server, client))
 
     def require_profiler(self, server: Server) -> None:
-        """Raises TooSmall when no client can do stage 1."""
+        """Raises TooSmall if no client can execute stage 1."""
         largest = max(
             server.clients.values(), key=lambda client: math.inf if client.memory_bytes is None else client.memory_bytes
         )
@@ -86,18 +86,18 @@ class FedMoE(Method):
             )
 
     def can_profile(self, server: Server, client: Client) -> bool:
-        """Whether the client's memory holds the frozen whole model and the adapters of all experts."""
+        """Whether the frozen whole model and adapters on all experts fit the client's memory."""
         return client.memory_bytes is None or server.footprint.lora_training_bytes(self.profile_rank) <= client.memory_bytes
 
-    def held(self, server: Server, client: Client) -> dict[str, tuple[int, ...]]:
-        """S_k."""
+    def experts_of(self, server: Server, client: Client) -> dict[str, tuple[int, ...]]:
+        """S_k, the experts of client k."""
         if f"held/{client.name}" in server.method_state:
             return dict(unmask(server.anatomy, server.method_state[f"held/{client.name}"]))
         rng = Random(f"{server.seed}/{client.name}/experts")
         return dict(at_random(server, client, self.reserve, self.experts_per_layer, rng))
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """The client's round: train all of the sub-model, measure its routing and its loss on the validation split, send them."""
+        """Trains the sub-model, measures its routing and its loss on the validation split, and sends all three."""
         model = self.build_model(job, context)
         if job.task == "profile":
             return self.profile(model, job, context)
@@ -112,7 +112,7 @@ class FedMoE(Method):
         )
 
     def profile(self, model: torch.nn.Module, job: Job, context: ClientContext) -> Update:
-        """Stage 1, step 1: adapt LoRA on every expert, then measure p, since routing drifts during fine-tuning."""
+        """Stage 1, step 1: trains LoRA on every expert, then measures p, because routing drifts during fine-tuning."""
         if context.training.tuning.train == "full":
             model = prepare(model, Tuning("lora", ("experts",), rank=self.profile_rank, alpha=2.0 * self.profile_rank), job.seed)
         fitted = fit(model, context, seed=job.seed, steps=self.profile_rounds * context.training.local_steps)
@@ -120,41 +120,43 @@ class FedMoE(Method):
         return Update(job.client, job.round, job.task, Patch({}), examples(context), {"p": routing}, fitted.metrics, fitted.cost)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """Modular aggregation: dense parameters over all participants, an expert and its router row over its holders."""
+        """Modular aggregation: dense weights over all participants, an expert and its router row over clients that have it."""
         answers: list[Update] = []
         server = mean_rows(server, tee_without_weights(updates, answers), by_examples)
         if server.task == "profile":
-            return self.initialised(server, {update.client: update.extra["p"] for update in answers})
+            return self.initialized(server, {update.client: update.extra["p"] for update in answers})
         return self.adjusted(server, answers)
 
-    def initialised(self, server: Server, measured: Tensors) -> Server:
-        """Stage 1, steps 2 and 3: p of the clients that did not measure it, then each client's experts."""
-        if not measured:  # all failed: the loop's caller ends the run with their reasons
+    def initialized(self, server: Server, measured: Tensors) -> Server:
+        """Stage 1, steps 2 and 3: predicts p of the clients that did not measure it, then selects each client's experts."""
+        if not measured:  # all clients failed: the caller of the loop stops the run with their reasons
             return server
         method_state: dict[str, Tensor] = {}
         for name, client in server.clients.items():
             p = measured[name] if name in measured else predict(client, measured, server.clients)
-            held = search(server, client, by_block(server.anatomy, p), self.reserve)
-            method_state |= {f"p/{name}": p, f"held/{name}": mask(server.anatomy, held)}
+            experts = search(server, client, by_block(server.anatomy, p), self.reserve)
+            method_state |= {f"p/{name}": p, f"held/{name}": mask(server.anatomy, experts)}
         return replace(server, method_state=method_state)
 
     def adjusted(self, server: Server, answers: Sequence[Update]) -> Server:
-        """Stage 2, step 4, for each participant, from what all of them reported."""
+        """Stage 2, step 4: updates the state of each participant from the reports of all of them."""
         method_state = dict(server.method_state)
         for update in answers:
-            held = mask(server.anatomy, self.held(server, server.clients[update.client]))
-            method_state[f"held/{update.client}"] = held
-            method_state[f"p/{update.client}"] = torch.zeros(len(held)).masked_scatter(held, update.extra["p"])
+            expert_mask = mask(server.anatomy, self.experts_of(server, server.clients[update.client]))
+            method_state[f"held/{update.client}"] = expert_mask
+            method_state[f"p/{update.client}"] = torch.zeros(len(expert_mask)).masked_scatter(expert_mask, update.extra["p"])
         if self.adjust:
             reported = dict(method_state)
             for update in answers:
-                method_state = self.judged(
+                method_state = self.after_score(
                     server, server.clients[update.client], float(update.extra["score"]), reported, method_state
                 )
         return replace(server, method_state=method_state)
 
-    def judged(self, server: Server, client: Client, score: float, reported: Tensors, method_state: Tensors) -> dict[str, Tensor]:
-        """`method_state` after the client's score: better: its experts stay; stale for too long: they change or go back."""
+    def after_score(
+        self, server: Server, client: Client, score: float, reported: Tensors, method_state: Tensors
+    ) -> dict[str, Tensor]:
+        """`method_state` after the client's score: keeps, changes or restores its experts."""
         name, after = client.name, dict(method_state)
         best = float(method_state.get(f"best/{name}", torch.tensor(-torch.inf)))
         stale = int(method_state.get(f"stale/{name}", torch.tensor(0))) + 1
@@ -167,8 +169,8 @@ class FedMoE(Method):
                 after[f"held/{name}"] = after.pop(f"former/{name}")
                 after[f"frozen/{name}"] = torch.tensor(True)
             else:
-                held = method_state[f"held/{name}"]
-                wanted = recommend(server, client, of("p", reported), of("held", reported), self.neighbours)
-                if not torch.equal(held, wanted):
-                    after |= {f"former/{name}": held, f"held/{name}": wanted}
+                current = method_state[f"held/{name}"]
+                recommended = recommend(server, client, entries("p", reported), entries("held", reported), self.neighbours)
+                if not torch.equal(current, recommended):
+                    after |= {f"former/{name}": current, f"held/{name}": recommended}
         return after | {f"best/{name}": torch.tensor(best, dtype=torch.float64), f"stale/{name}": torch.tensor(stale)}

@@ -1,4 +1,4 @@
-"""FedPer: federated averaging of some layers, while each client's personal ones stay with it.
+"""FedPer: federated averaging of the base layers; personal layers stay on each client.
 
 Arivazhagan, Aggarwal, Singh, Choudhary, "Federated Learning with Personalization Layers", 2019,
 https://arxiv.org/abs/1912.00818, Algorithms 1 (client) and 2 (server). What it leaves open is marked (ours).
@@ -15,7 +15,7 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class FedPer(Method):
-    """Base and personal layers are trained together, W_B and W_P; only W_B travels.
+    """Base layers W_B and personal layers W_P are trained together; only W_B is sent.
 
     personal: the parts of the model whose trained weights are W_P (ours: the routers; the paper's are a network's last layers).
     """
@@ -29,14 +29,14 @@ class FedPer(Method):
         """W_B.
 
         Raises:
-            BadValue: a personal part that is not trained, or nothing that is shared.
+            BadValue: a personal part that is not trained, or no shared weights.
         """
         return Assignment(server.anatomy.all_experts, names=shared_names(server, self.personal))
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """Algorithm 1. W_P starts as the base has it (ours; the paper's at random)."""
+        """Algorithm 1. W_P is initialized with the base model's weights (ours; random in the paper)."""
         return train_and_keep(self, job, context)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """Algorithm 2: W_B is the mean by examples, γ_j = n_j / Σ n_j."""
+        """Algorithm 2: W_B is the mean weighted by examples, γ_j = n_j / Σ n_j."""
         return mean_rows(server, updates, by_examples)

@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A holds what clients have in common and is shared, B what is a client's own and stays with it.
+"""FedSA-LoRA: A, which learns general knowledge, is shared; B, which learns client-specific knowledge, stays on the client.
 
 Guo, Zeng, Wang, Fan, Wang, Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025,
 https://arxiv.org/abs/2410.01463.
@@ -16,16 +16,16 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class FedSALoRA(Method):
-    """Clients train A and B and send A. A client that has not trained yet has B at zero: the base, with the shared routers."""
+    """Clients train A and B and send A. Before its first training a client has B = 0: the base model with the shared routers."""
 
     def declare(self) -> Declaration:
         return Declaration(keeps_weights=True)
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """All that is trained, without B.
+        """All trained weights without B.
 
         Raises:
-            BadValue: no adapters.
+            BadValue: the run trains no adapters.
         """
         names = frozenset(server.weights) - {*adapters_of(server, "fedsa_lora").values()}
         return Assignment(server.anatomy.all_experts, names)

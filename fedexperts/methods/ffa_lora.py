@@ -1,4 +1,4 @@
-"""FFA-LoRA: A stays as it started, the same for all clients, so only B is trained and sent, and the mean of B is that of BA.
+"""FFA-LoRA: A is frozen and the same for all clients; only B is trained and sent, so that the mean of B is exact for BA.
 
 Sun, Li, Li, Ding, "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024, https://arxiv.org/abs/2403.12313.
 """
@@ -19,20 +19,20 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class FFALoRA(Method):
-    """Clients draw A themselves, from the seed that the server's own A comes from: its few bytes travel in place of A (ours)."""
+    """Clients draw A from the seed of the server's A: the seed is sent in place of A (ours)."""
 
     def declare(self) -> Declaration:
         return Declaration(job_extra=("seed",))
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
-        """The whole model with A drawn from the seed that came, the same for all."""
+        """The whole model with A drawn from the received seed, the same for all clients."""
         return load_weights(sub_model(job, context, seed=bytes(job.extra["seed"].tolist()).decode()), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """All that is trained, without A, and what A starts from.
+        """All trained weights without A, and the seed of A.
 
         Raises:
-            BadValue: no adapters.
+            BadValue: the run trains no adapters.
         """
         names = frozenset(server.weights) - adapters_of(server, "ffa_lora").keys()
         seed = torch.tensor(list(f"{server.seed}/start".encode()), dtype=torch.uint8)

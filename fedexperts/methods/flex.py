@@ -1,4 +1,4 @@
-"""FLEx: clients share adapters of the frozen MoE, and each grafts personal experts onto it that never leave it.
+"""FLEx: clients share adapters of the frozen MoE and graft personal experts onto it, which never leave them.
 
 Liu, Pan, Wang, Yao, Tang, Wang, Shi, "FLEx: Personalized Federated Learning for Mixture-of-Experts LLMs via Expert Grafting",
 https://arxiv.org/abs/2506.00965. What it leaves open is marked (ours).
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights, stratified_first_n, sub_model
 from fedexperts.errors import BadData, BadValue
-from fedexperts.methods.base import Count, all_experts, answer, by_examples, mean_rows, of
+from fedexperts.methods.base import Count, all_experts, answer, by_examples, entries, mean_rows
 from fedexperts.methods.contract import Declaration, Method
-from fedexperts.methods.personal import keep
+from fedexperts.methods.personal import update_client_state
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.logits import is_encoder_decoder
@@ -26,28 +26,29 @@ from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, s
 from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Tensors, Update
 
 GRAFTED = "grafted"
-"""A client keeps as `grafted/<block>` which experts of a block its personal ones started as: int64 [grafts]."""
+"""`grafted/<block>` in the client state: ids of the experts that the personal experts were copied from, int64 [grafts]."""
 
 WINDOW = 2000
-"""Characters of a piece of public text; the tokens that a client reads of it are the run's max_tokens at most."""
+"""Characters of a window of public text; it is truncated to the run's max_tokens."""
 
 
 @dataclass(frozen=True)
 class FLEx(Method):
-    """The server averages what the run trains of the model itself (attention adapters in the paper) and knows of nothing else.
+    """The server averages the trained weights of the base model (attention adapters in the paper), never personal experts.
 
-    num_grafted: personal experts of each layer.
-    select: which experts they start as: those that reconstruct the layer best on the client's own text ("reconstruction") or
-    on `public_text`, so the same for all ("shared"); that the client's text uses most ("most_used"); or "random".
-    calibration_examples: of the client's training split, at most, to select by, of each task as its share is (ours); of
-    `public_text` as many windows.
+    num_grafted: personal experts per layer.
+    select: the experts that personal experts are copied from: those that reconstruct the layer best on the client's text
+    ("reconstruction") or on `public_text`, the same for all clients ("shared"); those that the client's text uses most
+    ("most_used"); or "random".
+    calibration_examples: training examples for the selection, at most, in proportion to each task's share (ours); or windows of
+    `public_text`.
     """
 
     num_grafted: Count = 1
     select: Literal["reconstruction", "random", "most_used", "shared"] = "reconstruction"
     calibration_examples: Count = 128
-    calibration_stride: Count = 2  # every so many-th token is looked at; 1: all, as in the paper (ours: half the time)
-    public_text: str | None = None  # a text file that every client has, for "shared"
+    calibration_stride: Count = 2  # uses every n-th token; 1: all, as in the paper (2 is ours and halves the time)
+    public_text: str | None = None  # path of a text file on every client, for "shared"
 
     def declare(self) -> Declaration:
         return Declaration(
@@ -59,18 +60,18 @@ class FLEx(Method):
         )
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
-        """The whole model with the personal experts that the client has selected, if it has."""
+        """The whole model with the client's personal experts, once they are selected."""
         model = sub_model(job, context)
         if ids := grafted_ids(context.client_state):
             graft.attach(model, ids, context.training.tuning, seed=job.seed)
         return load_weights(model, job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """The whole model; what the run trains of it travels.
+        """The whole model; its trained weights are sent.
 
         Raises:
             BadValue: more personal experts than a layer has experts, a run that trains the experts themselves, a rank that
-                adapters of personal experts do not take, or a selection by public text that is not there.
+                adapters of personal experts do not support, or `select = "shared"` without `public_text` or vice versa.
         """
         fewest = min(block.num_experts for block in server.anatomy.blocks.values())
         if self.num_grafted > fewest:
@@ -87,28 +88,28 @@ class FLEx(Method):
             raise BadValue('method.select = "shared" and method.public_text go together; give both, or neither')
         if self.public_text is None:
             return all_experts(server)
-        return replace(all_experts(server), extra={"public_text": fingerprint(public(self.public_text))})
+        return replace(all_experts(server), extra={"public_text": fingerprint(read_public_text(self.public_text))})
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """The client's round: its personal experts and gates, which it keeps, together with what is shared, which it sends.
+        """Trains personal experts and gates, which the client keeps, together with the shared weights, which it sends.
 
-        The first time it is asked it selects the experts to graft, by the base as it came.
+        In its first job the client selects the experts to graft, with the base model.
         """
         flops = 0.0
         if not grafted_ids(context.client_state):
-            ids, flops = self.selected(job, context)
+            ids, flops = self.selection(job, context)
             context.client_state.update(as_state(ids))
         model = self.build_model(job, context)
         fitted = fit(model, context, seed=job.seed)
-        keep(job, context, model)
+        update_client_state(job, context, model)
         cost = replace(fitted.cost, flops_estimated=fitted.cost.flops_estimated + flops)
         return answer(job, context, model, replace(fitted, cost=cost))
 
-    def selected(self, job: Job, context: ClientContext) -> tuple[Experts, float]:
-        """The experts that the client's own start as, and the operations (estimated) that it took to find them.
+    def selection(self, job: Job, context: ClientContext) -> tuple[Experts, float]:
+        """The experts to copy the personal experts from, and the estimated FLOPs of the selection.
 
         Raises:
-            BadData: there is nothing to select by, or the public text is not the server's.
+            BadData: no examples for the selection, or another public text than the server's.
         """
         blocks = anatomy(context.model).blocks
         if self.select == "random":
@@ -116,7 +117,9 @@ class FLEx(Method):
             return {
                 name: tuple(sorted(rng.sample(range(each.num_experts), self.num_grafted))) for name, each in blocks.items()
             }, 0.0
-        if self.public_text is not None and not torch.equal(fingerprint(public(self.public_text)), job.extra["public_text"]):
+        if self.public_text is not None and not torch.equal(
+            fingerprint(read_public_text(self.public_text)), job.extra["public_text"]
+        ):
             raise BadData(f"method.public_text = {self.public_text!r} is another text here than the server's; give all the same")
         batches = self.calibration(context)
         if self.select == "most_used":
@@ -127,13 +130,13 @@ class FLEx(Method):
         return ids, selection_flops_estimated(context.model, batches, self.num_grafted, self.calibration_stride)
 
     def calibration(self, context: ClientContext) -> list[Batch]:
-        """What is selected by, in batches of the run's size.
+        """The examples or windows for the selection, in batches of the run's size.
 
         Raises:
-            BadData: there is nothing.
+            BadData: there are none.
         """
         if self.public_text is not None:
-            examples = pieces(public(self.public_text), self.calibration_examples, is_encoder_decoder(context.model))
+            examples = windows(read_public_text(self.public_text), self.calibration_examples, is_encoder_decoder(context.model))
         else:
             examples = stratified_first_n(context.data.train, self.calibration_examples)
         if not examples:
@@ -144,15 +147,15 @@ class FLEx(Method):
         return [context.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """What is shared: the mean by examples."""
+        """The mean of the shared weights, by examples."""
         return mean_rows(server, updates, by_examples)
 
 
-def public(name: str) -> str:
+def read_public_text(name: str) -> str:
     """The text in the file `name`.
 
     Raises:
-        BadValue: no file, or none with text in it.
+        BadValue: no such file, or a file without text.
     """
     try:
         text = Path(name).read_text(encoding="utf-8")
@@ -166,27 +169,27 @@ def public(name: str) -> str:
 
 
 def fingerprint(text: str) -> Tensor:
-    """sha256 of it, as a job carries it, so that all select by the same."""
+    """sha256 of `text` as a uint8 tensor, which jobs carry so that all clients select with the same text."""
     return torch.tensor(list(sha256(text.encode()).digest()), dtype=torch.uint8)
 
 
-def pieces(text: str, number: int, read_and_written: bool = False) -> Sequence[Example]:
-    """At most `number` pieces of `text`, evenly spread over it; `read_and_written`: each also as its own prompt (ours).
+def windows(text: str, number: int, as_prompt: bool = False) -> Sequence[Example]:
+    """At most `number` windows of `text`, evenly spread; `as_prompt`: each also as its own prompt (ours).
 
-    Else the experts of an encoder would be chosen by a prompt that is empty.
+    Without a prompt, the experts of an encoder would be selected on an empty input.
     """
     starts = range(0, len(text), WINDOW)
     chosen = min(number, len(starts))
     spread = (starts[turn * len(starts) // chosen] for turn in range(chosen))
-    found = (text[start : start + WINDOW] for start in spread)
-    return [Example(piece if read_and_written else "", piece, "public") for piece in found]
+    pieces = (text[start : start + WINDOW] for start in spread)
+    return [Example(piece if as_prompt else "", piece, "public") for piece in pieces]
 
 
 def as_state(ids: Experts) -> dict[str, Tensor]:
-    """`ids` as a client keeps them."""
+    """`ids` as entries of the client state."""
     return {f"{GRAFTED}/{name}": torch.tensor(experts) for name, experts in ids.items()}
 
 
 def grafted_ids(client_state: Tensors) -> dict[str, tuple[int, ...]]:
-    """The ids that `as_state` made tensors of; none before the client has selected any."""
-    return {block: tuple(ids.tolist()) for block, ids in of(GRAFTED, client_state).items()}
+    """The inverse of `as_state`; empty before the client's selection."""
+    return {block: tuple(ids.tolist()) for block, ids in entries(GRAFTED, client_state).items()}

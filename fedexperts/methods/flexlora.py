@@ -1,4 +1,4 @@
-"""FlexLoRA: the server averages the products BA, and gives each client the best factors of its own rank.
+"""FlexLoRA: the server averages the products BA and sends each client their best factors of its rank.
 
 Bai, Chen, Qian, Yao, Li, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
 NeurIPS 2024, https://arxiv.org/abs/2402.11505. What it leaves open is marked (ours).
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from fedexperts.core.training import load_weights
-from fedexperts.methods.adapters import Ranks, at_rank, at_rank_of, rank_for, set_aside
+from fedexperts.methods.adapters import Ranks, at_rank, model_at_rank, rank_for, split_adapters
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe import factors
@@ -21,37 +21,39 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 class FlexLoRA(Method):
     """ΔW = Σ p_k B_k A_k; a client of rank r gets U_r Σ_r and V_rᵀ of its singular value decomposition.
 
-    The server holds the factors of the run's rank, which is the highest: the first r of them are what r gives (ours; the paper
-    holds ΔW, and loses nothing between clients' ranks and that of ΔW).
+    The server keeps the factors of the run's rank, which is the highest; a client of rank r gets the first r of them (ours; the
+    paper keeps ΔW, which also retains the ranks above).
 
-    ranks: of clients' adapters: one for all, or some that go in turn over clients by name; None: the run's.
+    ranks: of clients' adapters: one for all, or several, assigned in turn to clients sorted by name; None: the run's.
     """
 
     ranks: Ranks | None = None
 
     def declare(self) -> Declaration:
-        return Declaration(job_extra=("rank",), wrappers=frozenset())  # its factors are chosen anew in each merge
+        return Declaration(job_extra=("rank",), wrappers=frozenset())  # each merge computes new factors
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """The whole model with adapters of the client's rank."""
-        return load_weights(at_rank_of(job, context), job, context)
+        return load_weights(model_at_rank(job, context), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """Raises:
-        BadValue: no adapters, or a rank that cannot be.
+        """The whole model, with adapters truncated to the client's rank.
+
+        Raises:
+            BadValue: no adapters, or a rank that is not allowed.
         """
         return at_rank(server, rank_for(server, client, self.ranks, "flexlora"))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """All that is no adapter is the mean by examples (ours)."""
+        """Factors of the mean product BA; all other weights are the mean, both weighted by examples (ours for the others)."""
         sent: list[Update] = []
-        merged = mean_rows(server, set_aside(updates, sent), by_examples)
+        merged = mean_rows(server, split_adapters(updates, sent), by_examples)
         if not sent:
             return merged
-        # The server's own with weight 0: where clients' products have fewer ranks than it, A goes on within what it was.
+        # The server's factors, with weight 0, fill the ranks of A that the clients' products do not have.
         stack = factors.stacked([*((by_examples(each), each.patch.tensors) for each in sent), (0.0, server.weights)])
         rank = factors.rank_of(server.weights)
-        found: dict[str, Tensor] = {}
+        merged_factors: dict[str, Tensor] = {}
         for a, b in factors.pairs(server.weights).items():
-            found[b], found[a] = factors.truncated_svd(stack[b], stack[a], rank)
-        return replace(merged, weights={**merged.weights, **found})
+            merged_factors[b], merged_factors[a] = factors.truncated_svd(stack[b], stack[a], rank)
+        return replace(merged, weights={**merged.weights, **merged_factors})

@@ -1,4 +1,4 @@
-"""FLoRA: clients' adapters are stacked, not averaged; everybody adds the product into its base and starts on fresh ones.
+"""FLoRA: clients' adapters are stacked, not averaged; each client adds their product to its base and starts with new ones.
 
 Wang, Shen, He, Sun, Wang, Lyu, Li, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
 NeurIPS 2024, https://arxiv.org/abs/2409.05976. What it leaves open is marked (ours).
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights
-from fedexperts.methods.adapters import Ranks, at_rank_of, rank_for
-from fedexperts.methods.base import answer, by_examples, mean_rows, of, tee_without_weights
+from fedexperts.methods.adapters import Ranks, model_at_rank, rank_for
+from fedexperts.methods.base import answer, by_examples, entries, mean_rows, tee_without_weights
 from fedexperts.methods.contract import Declaration, ExtraTensors, Method
 from fedexperts.moe import factors, rows
 from fedexperts.moe.tuning import Tuning
@@ -23,11 +23,11 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Ten
 class FLoRA(Method):
     """ΔW = Σ p_k B_k A_k is exact: stacked, A_k above one another and p_k B_k side by side, no A meets another client's B.
 
-    The server remembers each round's stack as `stack/<round>/<name>`, the sum of all products as `change/<name of A>`, and as
-    `has/<client>` the last round that a client's base holds; a client keeps its own sum. A client is sent the stacks of the
-    rounds that it has missed, as in the paper; or, where those would be more bytes than the sum itself, the sum (ours).
+    `method_state` has each round's stack as `stack/<round>/<name>`, the sum of all products as `change/<name of A>`, and as
+    `has/<client>` the last round that is in the client's base; the client state has the client's sum. A client is sent the stacks
+    of the rounds that it has missed, as in the paper; or the sum itself, if that takes fewer bytes (ours).
 
-    ranks: of clients' adapters: one for all, or some that go in turn over clients by name; None: the run's.
+    ranks: of clients' adapters: one for all, or several, assigned in turn to clients sorted by name; None: the run's.
     """
 
     ranks: Ranks | None = None
@@ -37,36 +37,36 @@ class FLoRA(Method):
             extra={"stack/": ExtraTensors(sent_factors)},
             job_extra=("rank", "change/", "stack/"),
             client_state=("change/",),
-            wrappers=frozenset(),  # a merge gives no weights to go on from: factors are drawn anew each round
+            wrappers=frozenset(),  # adapters are drawn anew each round, so a merge has no weights to continue from
         )
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
-        """Adapters of the client's rank on the base with all that former rounds added to it."""
-        model = at_rank_of(job, context)
-        factors.add_to_base(model, of("change", base_change(job.extra, context.client_state)))
+        """Adapters of the client's rank on the base with the products of former rounds added."""
+        model = model_at_rank(job, context)
+        factors.add_to_base(model, entries("change", base_change(job.extra, context.client_state)))
         return load_weights(model, job, context)
 
     def global_model(self, base: nn.Module, tuning: Tuning, server: Server | None, seed: str) -> nn.Module:
-        """With the sum of all products in the base's weights."""
+        """The whole model, with the sum of all products added to the base's weights."""
         model = super().global_model(base, tuning, server, seed)
         if server is not None:
-            factors.add_to_base(model, of("change", base_change({}, server.method_state)))
+            factors.add_to_base(model, entries("change", base_change({}, server.method_state)))
         return model
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """What is trained besides adapters; the client's rank; what its base lacks.
+        """The other trained weights, the client's rank, and the products that its base lacks.
 
         Raises:
-            BadValue: no adapters, or a rank that cannot be.
+            BadValue: no adapters, or a rank that is not allowed.
         """
         rank = torch.tensor(rank_for(server, client, self.ranks, "flora"))
         names = frozenset(server.weights) - factors.rank_axes(server.weights).keys()
         return Assignment(
-            server.anatomy.all_experts, names, extra={"rank": rank, **missed(server.method_state, server.round, client)}
+            server.anatomy.all_experts, names, extra={"rank": rank, **missed_products(server.method_state, server.round, client)}
         )
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """Fresh adapters, A drawn from the job's seed, on the base as it now is; all of both goes up."""
+        """Trains new adapters, with A drawn from the job's seed, on the client's updated base; sends A and B."""
         model = self.build_model(job, context)
         context.client_state.update(base_change(job.extra, context.client_state))
         fitted = fit(model, context, seed=job.seed)
@@ -74,55 +74,56 @@ class FLoRA(Method):
         return answer(job, context, model, fitted, extra={f"stack/{name}": trained[name] for name in factors.rank_axes(trained)})
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """The round's stack, and what there is of it to add. All that is no adapter is the mean by examples (ours)."""
-        notes: list[Update] = []
-        merged = mean_rows(server, tee_without_weights(updates, notes), by_examples)
-        if not notes:
+        """Stacks the adapters of the round and adds their product to the sum. Other weights are the mean by examples (ours)."""
+        adapters: list[Update] = []
+        merged = mean_rows(server, tee_without_weights(updates, adapters), by_examples)
+        if not adapters:
             return merged
-        stack = factors.stacked([(by_examples(note), of("stack", note.extra)) for note in notes])
-        change = base_change(named("stack", stack), server.method_state)
-        has = {f"has/{note.client}": torch.tensor(server.round - 1) for note in notes}
-        method_state = {**server.method_state, **change, **named(f"stack/{server.round}", stack), **has}
-        return replace(merged, method_state=without_long_past(method_state, server.round))
+        stack = factors.stacked([(by_examples(each), entries("stack", each.extra)) for each in adapters])
+        change = base_change(with_prefix("stack", stack), server.method_state)
+        has = {f"has/{each.client}": torch.tensor(server.round - 1) for each in adapters}
+        method_state = {**server.method_state, **change, **with_prefix(f"stack/{server.round}", stack), **has}
+        return replace(merged, method_state=without_old_stacks(method_state, server.round))
 
 
-def named(kind: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    return {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
+def with_prefix(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """`tensors` with names that start with `prefix`/; the inverse of `entries`."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def missed(method_state: Tensors, newest: int, client: Client) -> dict[str, torch.Tensor]:
-    """The stacks, joined to one, of the rounds that the base of `client` lacks; or the whole sum, where not all are there."""
+def missed_products(method_state: Tensors, newest: int, client: Client) -> dict[str, torch.Tensor]:
+    """The stacks of the rounds that the base of `client` lacks, joined; or the whole sum if not all of them are stored."""
     has, forgotten = int(method_state.get(f"has/{client.name}", 0)), int(method_state.get("forgotten", 0))
     if has < forgotten:
-        return named("change", of("change", method_state))
-    stacks = [stack for round in range(has + 1, newest + 1) if (stack := of(f"stack/{round}", method_state))]
-    return named("stack", joined(stacks)) if stacks else {}
+        return with_prefix("change", entries("change", method_state))
+    stacks = [stack for round in range(has + 1, newest + 1) if (stack := entries(f"stack/{round}", method_state))]
+    return with_prefix("stack", joined(stacks)) if stacks else {}
 
 
 def joined(stacks: Sequence[Tensors]) -> dict[str, torch.Tensor]:
-    """Factors of the sum of the products of `stacks`."""
+    """The factors whose product is the sum of the products of `stacks`."""
     return {name: torch.cat([stack[name] for stack in stacks], axis) for name, axis in factors.rank_axes(stacks[0]).items()}
 
 
-def without_long_past(method_state: Tensors, newest: int) -> dict[str, torch.Tensor]:
-    """`method_state` without the stacks of rounds that, with all after, take more bytes than the sum; the last is `forgotten`."""
-    most, bytes_since = size(of("change", method_state)), 0
+def without_old_stacks(method_state: Tensors, newest: int) -> dict[str, torch.Tensor]:
+    """Removes the oldest stacks, so that the others take no more bytes than the sum; `forgotten` is the last removed round."""
+    most, bytes_since = size(entries("change", method_state)), 0
     forgotten = int(method_state.get("forgotten", 0))
     for round in range(newest, forgotten, -1):
-        bytes_since += size(of(f"stack/{round}", method_state))
+        bytes_since += size(entries(f"stack/{round}", method_state))
         if bytes_since > most:
             forgotten = round
             break
     past = tuple(f"stack/{round}/" for round in range(forgotten + 1))
-    kept = {key: tensor for key, tensor in method_state.items() if not key.startswith(past)}
-    return {**kept, "forgotten": torch.tensor(forgotten)}
+    remaining = {key: tensor for key, tensor in method_state.items() if not key.startswith(past)}
+    return {**remaining, "forgotten": torch.tensor(forgotten)}
 
 
 def base_change(extra: Tensors, client_state: Tensors) -> dict[str, Tensor]:
-    """What was added to a client's frozen weights so far: `change/<name of an A>` → Σ BA under it, [rows, out, in].
+    """The sum that is added to the frozen weights: `change/<name of A>` → Σ BA, [rows, out, in].
 
-    That is what the client kept of it, or what a job's `extra` has in its place; and the products of the factors that came since,
-    which `extra` calls `stack/<name of an A or B>`.
+    It is the sum in the client state, or in `extra` if a job sends it, plus the products of the factors in `extra`, which are
+    named `stack/<name of A or B>`.
     """
     change = {name: tensor for name, tensor in {**client_state, **extra}.items() if name.startswith("change/")}
     for a, b in factors.pairs(name for name in extra if name.startswith("stack/")).items():
@@ -132,6 +133,6 @@ def base_change(extra: Tensors, client_state: Tensors) -> dict[str, Tensor]:
 
 
 def sent_factors(server: Server, job: Job) -> dict[str, torch.Tensor]:
-    """Adapters of the rank that `job` says, as its client sends them; only their shapes count."""
+    """Adapters of the job's rank, with the shapes that its client sends; the values are not used."""
     cut = factors.cut(server.weights, int(job.extra["rank"]))
     return {name: cut[name] for name in factors.rank_axes(cut)}

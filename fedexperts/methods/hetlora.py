@@ -1,4 +1,4 @@
-"""HetLoRA: adapters of different ranks, padded with zeros and averaged, cut to each client's rank, which clients may lower.
+"""HetLoRA: adapters of different ranks, zero-padded and averaged, truncated to each client's rank, which clients may lower.
 
 Cho, Liu, Xu, Fahrezi, Joshi, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024,
 https://arxiv.org/abs/2401.06432. What it leaves open is marked (ours).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights
-from fedexperts.methods.adapters import Ranks, at_rank, at_rank_of, rank_for, set_aside
+from fedexperts.methods.adapters import Ranks, at_rank, model_at_rank, rank_for, split_adapters
 from fedexperts.methods.base import Share, Weight, answer, by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method
 from fedexperts.moe import factors
@@ -25,9 +25,9 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Ten
 class HetLoRA(Method):
     """The server's adapters have the run's rank, the highest; a client of rank r gets their first r ranks.
 
-    ranks: where clients start: one for all, or some that go in turn over clients by name; None: the run's.
-    aggregate: what a client weighs: "sparsity", the Frobenius norm of its BA; or "examples".
-    prune: λ, the weight of ‖B‖·‖A‖ of the ranks from γr on in a client's loss; where it has not grown, they go. 0: no pruning.
+    ranks: initial ranks of clients: one for all, or several, assigned in turn to clients sorted by name; None: the run's.
+    aggregate: weight of a client: "sparsity", the Frobenius norm of its BA; or "examples".
+    prune: λ, the weight of ‖B‖·‖A‖ of the ranks above γr in the loss; if that norm has shrunk, they are pruned. 0: no pruning.
     decay: γ.
     """
 
@@ -42,19 +42,19 @@ class HetLoRA(Method):
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """The whole model with adapters of the client's rank."""
-        return load_weights(at_rank_of(job, context), job, context)
+        return load_weights(model_at_rank(job, context), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """The adapters truncated to the client's rank: the one it last sent, else where it starts.
+        """The adapters truncated to the client's rank: the last that it sent, or its initial rank.
 
         Raises:
-            BadValue: no adapters, or a rank that cannot be.
+            BadValue: no adapters, or a rank that is not allowed.
         """
         start = rank_for(server, client, self.ranks, "hetlora")
         return at_rank(server, int(server.method_state.get(f"rank/{client.name}", start)))
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """Local steps on F_k + λ ‖B[:, γr:]‖·‖A[γr:]‖; where that product is less than it was, these ranks are cut off."""
+        """Local steps on F_k + λ ‖B[:, γr:]‖·‖A[γr:]‖; if that product has shrunk, these ranks are pruned."""
         low = lower(self.decay, job.patch.tensors)
         if not self.prune or low == int(job.extra["rank"]):
             return super().train(job, context)
@@ -68,13 +68,13 @@ class HetLoRA(Method):
         return replace(update, patch=pruned, extra={"rank": torch.tensor(low)})
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """The mean of the padded A and that of the padded B; all else by examples (ours).
+        """The means of the padded A and of the padded B; other weights are the mean by examples (ours).
 
-        In each row (of stacked experts an expert) those ranks stay that nobody sent who weighs anything there (ours):
-        the zeros of a lower rank alone would end them for good.
+        In each row (an expert, for stacked experts), ranks that no client with a positive weight sent keep their values (ours):
+        otherwise the padding of lower ranks would set them to zero for good.
         """
         sent: list[Update] = []
-        merged = mean_rows(server, set_aside(updates, sent), by_examples)
+        merged = mean_rows(server, split_adapters(updates, sent), by_examples)
         axes, most = factors.rank_axes(server.weights), factors.rank_of(server.weights)
         means = {name: RowMean(server.weights[name]) for name in axes}
         ranks = {each.client: factors.rank_of(each.patch.tensors) for each in sent}
@@ -87,23 +87,23 @@ class HetLoRA(Method):
                 means[b].add(factors.padded(tensors[b], 2, most), weight=weight)
                 highest[a] = torch.where(torch.as_tensor(weight) > 0, highest[a].clamp(min=rank), highest[a])
 
-        found = {name: mean.result() for name, mean in means.items()}
+        merged_factors = {name: mean.result() for name, mean in means.items()}
         for a, b in factors.pairs(server.weights).items():
             stays = torch.arange(most) >= highest[a][:, None]  # rows × ranks
-            found[a] = torch.where(stays[:, :, None], server.weights[a], found[a])
-            found[b] = torch.where(stays[:, None, :], server.weights[b], found[b])
+            merged_factors[a] = torch.where(stays[:, :, None], server.weights[a], merged_factors[a])
+            merged_factors[b] = torch.where(stays[:, None, :], server.weights[b], merged_factors[b])
         method_state = {**server.method_state, **{f"rank/{client}": torch.tensor(rank) for client, rank in ranks.items()}}
-        return replace(merged, weights={**merged.weights, **found}, method_state=method_state)
+        return replace(merged, weights={**merged.weights, **merged_factors}, method_state=method_state)
 
 
 def lower(decay: float, tensors: Tensors) -> int:
-    """⌊γr⌋, r the rank of `tensors`; with adapters of stacked experts the next rank down that those take (ours)."""
+    """⌊γr⌋, r the rank of `tensors`; rounded down to a rank that adapters of stacked experts support (ours)."""
     step = factors.rank_step(tensors)
     return max(int(decay * factors.rank_of(tensors)) // step * step, step)
 
 
 def tail(model: nn.Module, low: int) -> Tensor:
-    """Σ ‖B[:, low:]‖·‖A[low:]‖ over all adapters of `model`, those of each expert by themselves (ours; the paper has one)."""
+    """Σ ‖B[:, low:]‖·‖A[low:]‖ over all adapters of `model`, per expert (ours; the paper has a single adapter)."""
     own = dict(model.named_parameters())
     norm = partial(torch.linalg.vector_norm, dim=(-2, -1))
     ends = ((own[b][..., low:], own[a][..., low:, :]) for a, b in factors.pairs(own).items())

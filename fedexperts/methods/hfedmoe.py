@@ -1,4 +1,4 @@
-"""HFedMoE: every client computes with the whole MoE and trains as many of its experts as it can afford, those that matter most.
+"""HFedMoE: every client computes with the whole MoE and trains its most important experts within its budget.
 
 Fang, Lin, Hu, Ma, Tao, Deng, Chen, Fang, "HFedMoE: Resource-aware Heterogeneous Federated Learning with Mixture-of-Experts",
 https://arxiv.org/abs/2601.00583. Equation numbers are the paper's; what it leaves open is marked (ours).
@@ -23,20 +23,20 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class HFedMoE(Method):
-    """A client whose budget does not cover all experts chooses, batch by batch, whom backward reaches; forward stays as it is.
+    """A client whose budget is below the number of experts selects, per batch, those that backward reaches; forward is unchanged.
 
-    select: what is chosen by: "importance"; "usage", tokens routed to an expert; "random"; "none": nobody is limited.
-    refresh: when it is chosen: for each "batch", as the algorithm says; or on the "round"'s first batch, as the text says.
-    aggregate: "selective": the server takes an expert from those it matters to, (17); "selective+weighted router": and weighs
-    routers by preference, (21); "fedavg": every client sends all experts, trained or not, and all is weighed by examples.
-    alpha: a client's weight in (21) is one for all routers ("client", the paper's) or one for each ("layer").
+    select: criterion: "importance"; "usage", tokens routed to an expert; "random"; "none": no budget.
+    refresh: select for each "batch", as in the algorithm, or on the first batch of a "round", as in the text.
+    aggregate: "selective": an expert is averaged over the clients that qualify it, (17); "selective+weighted router": and routers
+    are weighted by preference, (21); "fedavg": clients send all experts, trained or not, and all is weighted by examples.
+    alpha: a client's weight in (21) is one for all routers ("client", the paper's) or one per router ("layer").
     """
 
     select: Literal["importance", "usage", "random", "none"] = "importance"
     mean_share: Share = 0.9  # λ of (5); 1 leaves specific importance out
     redundancy: Weight = 0.1  # β of (14); 0 leaves redundancy out, so that s of (5) decides and not I
     refresh: Literal["batch", "round"] = "batch"
-    budget: Budget | None = None  # C_k of every client; None: what its memory holds (ours)
+    budget: Budget | None = None  # C_k of every client; None: as many as fit its memory (ours)
     usage_floor: Weight = 1.0  # τ of (16) times the number of experts of a layer (ours): 1 is the layer's average usage
     absolute_floor: Weight | None = None  # τ itself, in place of usage_floor; the paper's is 0.05
     aggregate: Literal["selective+weighted router", "selective", "fedavg"] = "selective+weighted router"
@@ -67,7 +67,7 @@ class HFedMoE(Method):
         return Assignment(server.anatomy.all_experts, extra=limit)
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """The client's round: (3) to (5), (14) and (15) on each batch; then S_k, and its preference for each layer."""
+        """Trains with (3) to (5), (14) and (15) on each batch; then computes S_k and the preference for each layer."""
         model = self.build_model(job, context)
         shape = anatomy(model)
         budget = int(job.extra.get("budget", shape.num_experts))
@@ -79,7 +79,9 @@ class HFedMoE(Method):
             reached.append(batches[-1].picked > 0)
 
         def select_experts(recorder: Recorder) -> Experts:
-            reached[-1] = reached[0] if self.refresh == "round" and reached[1:] else self.chosen(batches, shape, budget, job.seed)
+            reached[-1] = (
+                reached[0] if self.refresh == "round" and reached[1:] else self.selected(batches, shape, budget, job.seed)
+            )
             return unmask(shape, reached[-1])
 
         fitted = fit(
@@ -96,11 +98,11 @@ class HFedMoE(Method):
         extra = {"usage": usage.float(), "preference": torch.stack([part.sum() for part in preference.values()])}
         update = answer(job, context, model, fitted, extra, None if self.aggregate == "fedavg" else unmask(shape, sent))
         per_step = [float(part.sum(1).double().mean()) for part in torch.stack(reached).split(sizes(shape), 1)]
-        told = {"reached": per_step, "qualified": int(qualified.sum()), "sent": int(sent.sum())}
-        return replace(update, metrics={**update.metrics, **told})
+        metrics = {"reached": per_step, "qualified": int(qualified.sum()), "sent": int(sent.sum())}
+        return replace(update, metrics={**update.metrics, **metrics})
 
-    def chosen(self, batches: list[Importance], shape: Anatomy, budget: int, seed: str) -> Tensor:
-        """Whom backward reaches in the last of the `batches`, (15)."""
+    def selected(self, batches: list[Importance], shape: Anatomy, budget: int, seed: str) -> Tensor:
+        """Mask of the experts that backward reaches in the last of the `batches`, (15)."""
         batch = batches[-1]
         score = batch.bottleneck if self.select == "importance" else batch.picked
         if self.select == "random":
@@ -108,23 +110,23 @@ class HFedMoE(Method):
         return select(score, batch.picked, sizes(shape), budget)
 
     def floor(self, shape: Anatomy) -> Tensor:
-        """τ for each expert: the usage from which on it matters to a client.
+        """τ for each expert: the lowest usage with which it qualifies for S_k.
 
-        Usages of a layer add up to 1, so with `usage_floor` = 1 an expert matters that is used at least as much as the layer's
-        experts on average, and each layer has one that is, whatever the number of experts and top-k.
+        Usages of a layer sum to 1, so that with `usage_floor` = 1 an expert qualifies if its usage is at least the layer's
+        average; each layer has such an expert, for any number of experts and top-k.
         """
         relative = torch.tensor([self.usage_floor / number for number in sizes(shape) for _ in range(number)])
         return relative if self.absolute_floor is None else torch.full_like(relative, self.absolute_floor)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """(17): an expert is the mean, by examples, over those who sent it. (21) for routers. All else by examples (ours)."""
+        """(17): an expert is the mean, by examples, over clients that sent it. (21) for routers. Others by examples (ours)."""
         weighted = self.aggregate == "selective+weighted router"
         return mean_rows(server, updates, by_examples, self.alpha_of(server) if weighted else None)
 
     def alpha_of(self, server: Server) -> Callable[[Update, str], float]:
-        """α_k of a client for the router of a block, (18) to (20): r_k times its mean preference is its preference over |∪S|.
+        """α_k of a client for the router of a block, (18) to (20): r_k times its mean preference, which is its preference / |∪S|.
 
-        (21) is divided by Σ α_k (ours: else routers would shrink each round), and with it |∪S| leaves, the same for all.
+        (21) is divided by Σ α_k (ours: otherwise routers would shrink each round), so that |∪S|, the same for all, cancels.
         """
         place = {block: number for number, block in enumerate(server.anatomy.blocks)}
 
@@ -136,5 +138,5 @@ class HFedMoE(Method):
 
 
 def sizes(shape: Anatomy) -> list[int]:
-    """How many experts each block has."""
+    """Number of experts of each block."""
     return [block.num_experts for block in shape.blocks.values()]

@@ -1,4 +1,4 @@
-"""No federation: each client fine-tunes a model of its own. What every federated method has to beat."""
+"""Local training without federation: a lower bound for federated methods."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class Local(Method):
-    """Clients keep all that they train; nothing is sent either way, and the server's model stays as it was.
+    """Clients keep all trained weights; no weights are sent in either direction, and the server's model does not change.
 
-    experts_per_layer: of random experts, the same in every client; None: all experts, whatever the client's memory.
+    experts_per_layer: number of random experts, the same on every client; None: all experts, regardless of the client's memory.
     """
 
     experts_per_layer: Count | None = None

@@ -1,4 +1,4 @@
-"""What the methods share whose clients keep some of the trained weights to themselves."""
+"""Shared by methods whose clients keep some of the trained weights."""
 
 from collections.abc import Iterable
 from typing import Annotated
@@ -16,14 +16,14 @@ from fedexperts.moe.tuning import PROJECTIONS, Part
 from fedexperts.types import ClientContext, Cost, Job, Server, Update
 
 Personal = Annotated[tuple[Part, ...], Field(min_length=1)]
-"""A hyperparameter that names the parts of the model whose trained weights stay with each client."""
+"""A hyperparameter: the parts of the model whose trained weights stay on each client."""
 
 
 def shared_names(server: Server, personal: tuple[Part, ...]) -> frozenset[str]:
-    """The trained weights that belong to no part that is `personal`: what travels.
+    """The trained weights that are sent: those of no part in `personal`.
 
     Raises:
-        BadValue: a part that is not trained, or all that are.
+        BadValue: a part that is not trained, or all trained parts are personal.
     """
     part = parts(server.layout)
     trained = list(dict.fromkeys(part.values()))
@@ -41,8 +41,9 @@ def shared_names(server: Server, personal: tuple[Part, ...]) -> frozenset[str]:
 
 
 def parts(layout: Layout) -> dict[str, Part]:
-    """Trained weight → the part of the model it belongs to, as `tuning.parts` has it, but from the names alone: a server has no
-    model. Attention is what lies below a module with projections for both queries and keys, and every adapter of no expert.
+    """Trained weight → its part of the model, from names alone, because a server has no model; equal to `tuning.parts`.
+
+    Attention are the weights below a module with projections for queries and keys, and all adapters outside experts.
     """
     attentions = tuple(f"{path}." for path in with_projection(layout, "q") & with_projection(layout, "k"))
 
@@ -55,25 +56,25 @@ def parts(layout: Layout) -> dict[str, Part]:
 
 
 def with_projection(names: Iterable[str], kind: str) -> set[str]:
-    """Paths of the modules with a projection of that `kind`, of those in PROJECTIONS."""
+    """Paths of the modules with a projection of `kind` (a key of PROJECTIONS)."""
     return {name.partition(f".{alias}.")[0] for name in names for alias in PROJECTIONS[kind] if f".{alias}." in name}
 
 
 def train_and_keep(method: Method, job: Job, context: ClientContext) -> Update:
-    """Train what was sent and what the client has of its own, together; send back the one and keep the other."""
+    """Trains received and personal weights together; sends the former and keeps the latter in the client state."""
     model = method.build_model(job, context)
     update = answer(job, context, model, fit(model, context, seed=job.seed))
-    keep(job, context, model)
+    update_client_state(job, context, model)
     return update
 
 
-def keep(job: Job, context: ClientContext, model: nn.Module) -> None:
-    """What `model` trained that did not come with `job` becomes what the client goes on from and is scored with."""
+def update_client_state(job: Job, context: ClientContext, model: nn.Module) -> None:
+    """Stores in the client state the trained weights of `model` that are not in the patch of `job`."""
     context.client_state.update({name: tensor for name, tensor in rows.read(model).items() if name not in job.patch.tensors})
 
 
-def one_after_the_other(*costs: Cost) -> Cost:
-    """What pieces of work took together."""
+def sum_of_costs(*costs: Cost) -> Cost:
+    """The cost of sequential work: sums of tokens and FLOPs, and the highest peak."""
     return Cost(
         tokens=sum(cost.tokens for cost in costs),
         peak_bytes=max(cost.peak_bytes for cost in costs),

@@ -1,8 +1,8 @@
 """PFL-MoE: every client computes with all experts, which are shared, and trains a fixed subset of them.
 
-A baseline of HFedMoE's comparison (arXiv 2601.00583, section 5), which says of it no more than that clients train a subset of
-shared experts. The paper of that name (Guo et al., https://arxiv.org/abs/2012.15589) mixes a client's own model with the
-global one, and has no experts of that kind; so this is HFedMoE's reading, and which experts and how many is ours.
+A baseline in HFedMoE's comparison (arXiv 2601.00583, section 5), described there only as clients that train a subset of shared
+experts. The paper of that name (Guo et al., https://arxiv.org/abs/2012.15589) mixes a client's model with the global one and
+has no such experts. So this is HFedMoE's variant; the number and the choice of experts are ours.
 """
 
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class PFLMoE(Method):
-    """A client's subset is drawn once, at random, with one expert of each layer at least; HFedMoE without its choice.
+    """A client's subset is drawn once, at random, with at least one expert per layer; HFedMoE without its selection.
 
-    budget: experts in every client's subset, a count or a share of all; None: as many as its memory lets it train.
+    budget: experts in every client's subset, a count or a share of all; None: as many as its memory can train.
     """
 
     budget: Budget | None = None
@@ -47,7 +47,7 @@ class PFLMoE(Method):
         return Assignment(server.anatomy.all_experts, extra={"budget": torch.tensor(budget), "subset": subset})
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """The subset and all that is no expert; a client whose subset is everything trains as in FedAvg."""
+        """Trains the subset and all other trained weights; with all experts in the subset it trains as in FedAvg."""
         model = self.build_model(job, context)
         subset = unmask(anatomy(model), job.extra["subset"])
         limited = not job.extra["subset"].all()
@@ -55,5 +55,5 @@ class PFLMoE(Method):
         return answer(job, context, model, fitted, experts=subset)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """An expert is the mean, by examples, over those in whose subset it is."""
+        """An expert is the mean, by examples, over the clients that have it in their subset."""
         return mean_rows(server, updates, by_examples)

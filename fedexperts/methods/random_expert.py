@@ -1,4 +1,4 @@
-"""LoRA on attention and on one random expert of each layer, averaged: a baseline of FLEx (arXiv 2506.00965)."""
+"""Averaged LoRA on attention and on one random expert per layer: a baseline of FLEx (arXiv 2506.00965)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Upd
 
 @dataclass(frozen=True)
 class RandomExpert(Method):
-    """The same expert for all clients and rounds, drawn from the run's seed; no other has an adapter, or sends one."""
+    """One expert per layer, the same for all clients and rounds, drawn from the run's seed; no other expert has adapters."""
 
     def declare(self) -> Declaration:
         return Declaration(job_extra=("adapted",))
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
-        """The whole model with adapters on one expert of each layer."""
+        """The whole model with adapters on one expert per layer."""
         adapted = {block: (expert,) for block, expert in zip(job.experts, job.extra["adapted"].tolist(), strict=True)}
         return load_weights(sub_model(job, context, adapted=adapted), job, context)
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """All that is trained, but of the experts' adapters only those of the chosen.
+        """All trained weights, with the adapters of the chosen experts only.
 
         Raises:
             BadValue: no adapters of experts.

@@ -1,4 +1,4 @@
-"""randomMoE: sub-models as in FedMoE, their experts drawn at random. FedMoE's own baseline (arXiv 2408.11304, section 5)."""
+"""randomMoE: sub-models as in FedMoE with random experts, a baseline in FedMoE's paper (arXiv 2408.11304, section 5)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from fedexperts.types import Assignment, Client, Server, Update
 
 @dataclass(frozen=True)
 class RandomMoE(Method):
-    """Each client holds the same random experts in all rounds; modular aggregation as in FedMoE.
+    """Each client has the same random experts in all rounds; modular aggregation as in FedMoE.
 
-    experts_per_layer: how many; None (ours): as many as fit into `reserve` of the client's memory, so that it differs from
-    FedMoE only in which experts are held.
+    experts_per_layer: their number; None (ours): as many as fit `reserve` of the client's memory, so that it differs from FedMoE
+    only in the choice of experts.
     """
 
     experts_per_layer: Count | None = None

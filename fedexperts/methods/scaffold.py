@@ -1,4 +1,4 @@
-"""SCAFFOLD: federated averaging whose clients correct their gradients by how theirs differ from everybody's.
+"""SCAFFOLD: federated averaging with control variates that correct client drift.
 
 Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020,
 https://arxiv.org/abs/1910.06378, Algorithm 1. Line numbers are the paper's; what it leaves open is marked (ours).
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.core.training import fit
-from fedexperts.methods.base import Count, add_gradient, answer, by_examples, mean_rows, of
+from fedexperts.methods.base import Count, add_gradient, answer, by_examples, entries, mean_rows
 from fedexperts.methods.contract import Declaration, ExtraTensors, Method
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe import rows
@@ -20,11 +20,11 @@ from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Ten
 
 @dataclass(frozen=True)
 class Scaffold(Method):
-    """A step goes along g + c − c_k: c_k is the client's own mean gradient of the last time, c the mean of all clients' c_k.
+    """Local steps use g + c − c_k: c_k is the client's mean gradient in its last round, c the mean of all clients' c_k.
 
-    The server remembers c and a client keeps c_k, each as `control/<name of a weight>`; what is not there yet is zero.
+    c is in `method_state` and c_k in the client state, as `control/<name of a weight>`; missing entries are zero.
 
-    experts_per_layer: of random experts, the same in every client; None: all experts, whatever the client's memory.
+    experts_per_layer: number of random experts, the same on every client; None: all experts, regardless of the client's memory.
     """
 
     experts_per_layer: Count | None = None
@@ -34,20 +34,20 @@ class Scaffold(Method):
         return Declaration(extra={"control/": controls}, job_extra=("control/",), client_state=("control/",))
 
     def assign(self, server: Server, client: Client) -> Assignment:
-        """The experts, and the rows of c that go with them (line 5)."""
+        """The experts, and their rows of c (line 5)."""
         experts = same_for_all(server, client, self.experts_per_layer)
-        control, _ = rows.cut(of("control", server.method_state), server.layout, experts)
+        control, _ = rows.cut(entries("control", server.method_state), server.layout, experts)
         return Assignment(experts, extra=controls(control))
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """The local steps (lines 7 to 11), then c_k⁺ (line 12), which it keeps (line 14), and Δc_k, which it sends (line 13).
+        """The local steps (lines 7 to 11), then c_k⁺ (line 12), which is kept (line 14), and Δc_k, which is sent (line 13).
 
-        c_k⁺ is the mean over the steps of g as it was before the correction. For plain SGD this is the paper's option II,
-        (x − y_k) / (K·η) − c + c_k; unlike that formula it holds for any optimiser (ours). Clipping comes after the correction.
+        c_k⁺ is the mean over the steps of g before the correction. For plain SGD this is the paper's option II,
+        (x − y_k) / (K·η) − c + c_k; unlike that formula it is valid for any optimizer (ours). Clipping follows the correction.
         """
         model = self.build_model(job, context)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in job.patch.tensors.items()}
-        shared, own = zeros | of("control", job.extra), zeros | of("control", context.client_state)  # c, c_k
+        shared, own = zeros | entries("control", job.extra), zeros | entries("control", context.client_state)  # c, c_k
         correction = {name: shared[name] - own[name] for name in zeros}
         total = {name: tensor.clone() for name, tensor in zeros.items()}
         summing, correcting = rows.paired(model, total), rows.paired(model, correction)
@@ -61,30 +61,28 @@ class Scaffold(Method):
         fitted = fit(model, context, seed=job.seed, after_backward=correct, beside=[*total.values(), *correction.values()])
 
         moved = {name: total[name] / context.training.local_steps - own[name] for name in zeros}  # Δc_k
-        context.client_state.update(
-            controls({name: own[name] + moved[name] for name in zeros})
-        )  # as the server will add it, to the bit
+        context.client_state.update(controls({name: own[name] + moved[name] for name in zeros}))  # bitwise as the server adds it
         return answer(job, context, model, fitted, extra=controls(moved))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """x: the mean by examples, as in FedAvg (ours; line 16 weighs clients alike). c moves by (1/N) Σ Δc_k (line 17)."""
+        """x: the mean by examples, as in FedAvg (ours; line 16 is unweighted). c += (1/N) Σ Δc_k (line 17)."""
         sums: dict[str, Tensor] = {}
         merged = mean_rows(server, adding_up(updates, server.weights, sums), by_examples)
-        before = {name: torch.zeros_like(server.weights[name]) for name in sums} | of("control", server.method_state)
+        before = {name: torch.zeros_like(server.weights[name]) for name in sums} | entries("control", server.method_state)
         control = {name: (before[name] + sums[name] / len(server.clients)).to(before[name].dtype) for name in sums}
         return replace(merged, method_state={**server.method_state, **controls(control)})
 
 
 def controls(tensors: Tensors) -> dict[str, Tensor]:
-    """`tensors` as the control variates of the weights so called."""
+    """`tensors` as control variates, named `control/<name of a weight>`."""
     return {f"control/{name}": tensor for name, tensor in tensors.items()}
 
 
 def adding_up(updates: Iterable[Update], weights: Tensors, sums: dict[str, Tensor]) -> Iterator[Update]:
-    """`updates`, adding the Δc_k of each to `sums`, in float64, as it passes."""
+    """Yields `updates` and adds the Δc_k of each to `sums`, in float64."""
 
     def add(update: Update) -> Update:
-        for name, moved in of("control", update.extra).items():
+        for name, moved in entries("control", update.extra).items():
             total = sums.setdefault(name, torch.zeros(weights[name].shape, dtype=torch.float64))
             ids = update.patch.rows.get(name, torch.arange(len(total)))
             total.index_add_(0, ids, moved.double())

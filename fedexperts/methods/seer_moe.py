@@ -1,7 +1,7 @@
-"""SEER-MoE: experts that routing hardly uses are pruned, then what is left is trained to route with less doubt.
+"""SEER-MoE: prunes rarely used experts, then fine-tunes with an entropy penalty on the routers.
 
 Muzio, Sun, He, "SEER-MoE: Sparse Expert Efficiency through Regularization for Mixture-of-Experts",
-https://arxiv.org/abs/2404.05089, which prunes one model for one device. A federation of it, as HFedMoE compares itself with
+https://arxiv.org/abs/2404.05089, which prunes one model for one device. Its federated version, a baseline of HFedMoE
 (arXiv 2601.00583, section 5), is ours.
 """
 
@@ -27,12 +27,12 @@ from fedexperts.types import Assignment, Client, ClientContext, Cost, Job, Patch
 
 @dataclass(frozen=True)
 class SEERMoE(Method):
-    """Before the rounds every client counts whom its data is routed to; from the sum each keeps what its memory can train.
+    """In a setup task every client counts the tokens per expert; each then gets the most used experts that fit its memory.
 
-    counting: "hard": tokens that picked an expert; "soft": the sum of its probability over all tokens.
-    entropy: weight of the routers' entropy in the loss (ours: 0.01, as the load balance, which pulls the other way).
+    counting: "hard": tokens routed to an expert; "soft": the sum of its probability over all tokens.
+    entropy: weight of the routers' entropy in the loss (ours: 0.01, as of the load balance, which has the opposite effect).
 
-    The server remembers `counts`, of all clients together.
+    `method_state` has `counts`, the sum over all clients.
     """
 
     counting: Literal["hard", "soft"] = "hard"
@@ -43,11 +43,11 @@ class SEERMoE(Method):
         return Declaration(setup_tasks=("count",), extra={"counts": counts})
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
-        """To count: the whole model, where the memory holds its weights and a training step's activations, more than counting
-        takes (ours). To train: the heavy hitters.
+        """Task count: the whole model, if its weights and the activations of a training step fit the memory, which is more than
+        counting needs (ours). Task train: the most used experts.
 
         Raises:
-            TooSmall: the client's memory holds no legal sub-model, or nobody's holds what counting is planned with.
+            TooSmall: no legal sub-model fits the client's memory, or counting fits no client's.
         """
         require_minimum(server, client)
         if server.task != "count":
@@ -62,22 +62,22 @@ class SEERMoE(Method):
         return all_experts(server) if client.name in able else None
 
     def train(self, job: Job, context: ClientContext) -> Update:
-        """Stage 1 counts. Stage 2 trains the pruned model, gating entropy added to the loss."""
+        """Counts in stage 1; in stage 2 trains the pruned model with the gating entropy added to the loss."""
         model = self.build_model(job, context)
         if job.task == "count":
             counts, cost = self.count(model, context)
             return Update(job.client, job.round, job.task, Patch({}), examples(context), {"counts": counts}, {}, cost)
-        fitted = fit(model, context, seed=job.seed, watch=self.doubt if self.entropy else None)
+        fitted = fit(model, context, seed=job.seed, watch=self.entropy_penalty if self.entropy else None)
         return answer(job, context, model, fitted)
 
-    def doubt(self, recorder: Recorder) -> Tensor:
-        """What the loss gets for routers that are undecided."""
+    def entropy_penalty(self, recorder: Recorder) -> Tensor:
+        """The penalty on the entropy of the routers, which is added to the loss."""
         return self.entropy * gating_entropy(recorder)
 
     def count(self, model: nn.Module, context: ClientContext) -> tuple[Tensor, Cost]:
-        """Heavy-hitters counting over the client's training examples, in one pass without gradients.
+        """Counts the tokens per expert over the client's training examples, in one pass without gradients.
 
-        A forward pass is a third of the operations of a step that trains the whole base.
+        A forward pass takes a third of the FLOPs of a step that trains the whole base model.
         """
         data, size = context.data.train, context.training.batch_size
         batches = [context.encoder.batch(data[start : start + size]) for start in range(0, len(data), size)]
@@ -85,22 +85,22 @@ class SEERMoE(Method):
         flops_of, counts, peak = flops_estimated(context.model), torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
             with MemoryMeter(model) if batch is largest else nullcontext() as meter:
-                counts = counts + self.counted(model, batch)
+                counts = counts + self.batch_counts(model, batch)
             peak = meter.peak_bytes if meter else peak
         tokens = sum(seen(model, batch) for batch in batches)
         return counts, Cost(tokens=tokens, peak_bytes=peak, flops_estimated=sum(map(flops_of, batches)) / 3)
 
     @torch.no_grad()
-    def counted(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """What one batch adds."""
+    def batch_counts(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The counts of one batch."""
         with Recorder(model, keep_logits=True) as recorder:
             cross_entropy(model, batch)
         found = importance(recorder)
         return (found.picked if self.counting == "hard" else found.usage * found.tokens).double()
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        """The counts of all clients are added up; the rest is modular aggregation, as in FedMoE."""
+        """Sums the counts of all clients; in rounds, modular aggregation as in FedMoE."""
         if server.task != "count":
             return mean_rows(server, updates, by_examples)
-        found = [update.extra["counts"] for update in updates]
-        return replace(server, method_state={"counts": torch.stack(found).sum(0)}) if found else server
+        counts = [update.extra["counts"] for update in updates]
+        return replace(server, method_state={"counts": torch.stack(counts).sum(0)}) if counts else server

@@ -1,8 +1,8 @@
-"""Server optimisers: what a merge gives is a direction to go, and the optimiser decides how far.
+"""Server optimizers: treat the change of a merge as a pseudo-gradient and apply an optimizer step on the server.
 
 FedAvgM: Hsu, Qi, Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019,
 https://arxiv.org/abs/1909.06335. FedAdagrad, FedYogi, FedAdam: Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar, McMahan,
-"Adaptive Federated Optimization", ICLR 2021, https://arxiv.org/abs/2003.00295, Algorithm 2. What is not theirs is marked (ours).
+"Adaptive Federated Optimization", ICLR 2021, https://arxiv.org/abs/2003.00295, Algorithm 2. Deviations are marked (ours).
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,33 +13,33 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedexperts.methods.base import Positive, of
+from fedexperts.methods.base import Positive, entries
 from fedexperts.methods.contract import Wrapper
 from fedexperts.types import Assignment, Client, Server, Tensors, Update
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""How much of what was there before a new value leaves."""
+"""A decay rate of a moment, from 0 and below 1."""
 
-OURS = "server_optimizer"
-"""The server remembers m and v of a weight as `server_optimizer/m/<name>` and `server_optimizer/v/<name>`."""
+PREFIX = "server_optimizer"
+"""Prefix in `method_state`: m and v of a weight are `server_optimizer/m/<name>` and `server_optimizer/v/<name>`."""
 
 
 class ServerOptimizer(Protocol):
-    """One of those below: hyperparameters and no state."""
+    """The interface of a server optimizer: hyperparameters, without state."""
 
     @property
     def start(self) -> Mapping[str, float]:
-        """What it remembers of each number, and the value that this begins with."""
+        """Name of each state tensor → its initial value."""
         ...
 
     def step(self, delta: Tensor, state: Tensors) -> tuple[Tensor, Tensors]:
-        """How far the weights move, and what it remembers then; `delta` is Δ, where the merge would have them go."""
+        """The step of the weights and the new state; `delta` is Δ, the change of the weights in the merge."""
         ...
 
 
 @dataclass(frozen=True)
 class FedAvgM:
-    """m ← β m + Δ; x ← x + η m (Hsu et al., section 4.3). β = 0 and η = 1 are the merge itself."""
+    """m ← β m + Δ; x ← x + η m (Hsu et al., section 4.3). With β = 0 and η = 1 it equals the merge."""
 
     lr: Positive = 1.0  # η
     beta1: Decay = 0.9  # β
@@ -55,7 +55,7 @@ class FedAvgM:
 
 @dataclass(frozen=True)
 class FedAdagrad:
-    """v ← v + Δ². No momentum unless asked for, as in the paper's experiments."""
+    """v ← v + Δ². No momentum by default, as in the paper's experiments."""
 
     lr: Positive = 1e-3  # η
     beta1: Decay = 0.0
@@ -108,7 +108,7 @@ class FedAdam:
 
 
 def adapted(optimizer: FedAdagrad | FedYogi | FedAdam, delta: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensors]:
-    """m ← β₁ m + (1 − β₁) Δ; x ← x + η m / (√v + τ): common to the three. v starts at τ², the least that the paper allows."""
+    """m ← β₁ m + (1 − β₁) Δ; x ← x + η m / (√v + τ): for all three. v starts at τ², the lowest value that the paper allows."""
     m = optimizer.beta1 * m + (1 - optimizer.beta1) * delta
     return optimizer.lr * m / (v.sqrt() + optimizer.tau), {"m": m, "v": v}
 
@@ -123,61 +123,66 @@ SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
 
 @dataclass(frozen=True)
 class WithServerOptimizer(Wrapper):
-    """`method`, whose merge in each round becomes a step of `optimizer`. Setup tasks stay as they are.
+    """`method` with a step of `optimizer` in place of the merge of each round; setup tasks are unchanged.
 
-    Δ is the merged weights minus those before, whatever weighing the method merges with. A row that the merge left as it was,
-    since nobody sent it, stays where it is, and so do its m and v: its next step follows on its last one (ours).
+    Δ is the difference between the merged weights and those before, for any weighting of the method. A row that the merge left
+    unchanged, because no client sent it, keeps its value, and so do its m and v (ours).
     """
 
     optimizer: ServerOptimizer
 
     def assign(self, server: Server, client: Client) -> Assignment | None:
-        return self.method.assign(without_ours(server), client)
+        return self.method.assign(without_optimizer_state(server), client)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
-        merged = self.method.merge(without_ours(server), updates)
+        merged = self.method.merge(without_optimizer_state(server), updates)
         if server.task != "train":
             return merged
-        weights, method_state = dict(merged.weights), {key: t for key, t in server.method_state.items() if is_ours(key)}
+        weights, method_state = (
+            dict(merged.weights),
+            {key: t for key, t in server.method_state.items() if is_optimizer_state(key)},
+        )
         for name, after in merged.weights.items():
             moved = rows_that_differ(server.weights[name], after)
             if moved.any():
-                state = self.remembered(server, name)
+                state = self.state_of(server, name)
                 weights[name], state = self.stepped(server.weights[name], after, moved, state)
-                method_state |= {f"{OURS}/{kind}/{name}": tensor for kind, tensor in state.items()}
+                method_state |= {f"{PREFIX}/{kind}/{name}": tensor for kind, tensor in state.items()}
         return replace(merged, weights=weights, method_state={**merged.method_state, **method_state})
 
-    def remembered(self, server: Server, name: str) -> dict[str, Tensor]:
-        """m and v of the weight `name`, in float32, or what they start with."""
+    def state_of(self, server: Server, name: str) -> dict[str, Tensor]:
+        """m and v of the weight `name`, in float32, or their initial values."""
         shape = server.weights[name].shape
         start = {kind: torch.full(shape, value, dtype=torch.float32) for kind, value in self.optimizer.start.items()}
-        return {kind: of(f"{OURS}/{kind}", server.method_state).get(name, fresh) for kind, fresh in start.items()}
+        return {kind: entries(f"{PREFIX}/{kind}", server.method_state).get(name, fresh) for kind, fresh in start.items()}
 
     def stepped(self, before: Tensor, merged: Tensor, moved: Tensor, state: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weights and the state after a step of the rows `moved`; in float64 in between."""
+        """The weights and the state after a step on the rows `moved`, computed in float64."""
         old = before[moved].double()
-        way, remembered = self.optimizer.step(
+        step, new_state = self.optimizer.step(
             merged[moved].double() - old, {kind: tensor[moved].double() for kind, tensor in state.items()}
         )
-        return put(before, moved, old + way), {kind: put(tensor, moved, remembered[kind]) for kind, tensor in state.items()}
+        return put(before, moved, old + step), {kind: put(tensor, moved, new_state[kind]) for kind, tensor in state.items()}
 
 
-def without_ours(server: Server) -> Server:
-    """`server` with the state that is the method's own."""
-    return replace(server, method_state={key: tensor for key, tensor in server.method_state.items() if not is_ours(key)})
+def without_optimizer_state(server: Server) -> Server:
+    """`server` with only the wrapped method's `method_state`."""
+    return replace(
+        server, method_state={key: tensor for key, tensor in server.method_state.items() if not is_optimizer_state(key)}
+    )
 
 
-def is_ours(key: str) -> bool:
-    return key.startswith(f"{OURS}/")
+def is_optimizer_state(key: str) -> bool:
+    return key.startswith(f"{PREFIX}/")
 
 
 def rows_that_differ(before: Tensor, after: Tensor) -> Tensor:
-    """A mask of the rows that are not equal in both."""
+    """A mask of the rows that differ."""
     return (before != after).reshape(len(before), -1).any(1)
 
 
 def put(tensor: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-    """A copy of `tensor` with `rows`, in its own type, `where` the mask is."""
+    """A copy of `tensor` with `rows`, cast to its dtype, in the rows of the mask `where`."""
     copy = tensor.clone()
     copy[where] = rows.to(tensor.dtype)
     return copy

@@ -1,4 +1,4 @@
-"""Which experts a client should hold: FedMoE's coarse initialisation (section 4.2) and its random counterpart."""
+"""Selection of a client's experts: FedMoE's coarse initialization (section 4.2), and random selection."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,22 +14,22 @@ from fedexperts.moe.anatomy import Anatomy, BlockShape, Experts
 from fedexperts.types import Client, Server
 
 Activation = Mapping[str, Float[Tensor, " experts"]]
-"""p of one client: MoE block → the share of its tokens that each expert was chosen for."""
+"""p of one client: MoE block → the share of tokens that were routed to each expert."""
 
 HALVINGS = 40
-"""Of the interval of θ; it is then far smaller than one token's share."""
+"""Bisection steps for θ; the interval is then far smaller than one token's share."""
 
 
 def search(server: Server, client: Client, p: Activation, reserve: float) -> Experts:
-    """The experts that cover the largest share θ of the client's routing in every layer and fit into `reserve` · M_k.
+    """The experts that cover the largest share θ of the client's routing in every layer and fit `reserve` · M_k.
 
-    FedMoE's optimisation problem, solved by binary search on θ as in the paper: for a θ each layer keeps the shortest
-    prefix of its experts, by falling p, whose p sum to θ of the layer's sum (1 for top-1 routing, as in the paper; with
-    top-k routing p sums to k). No layer keeps fewer than its top-k. A client that holds that minimum within its memory
-    but not within the reserve gets the minimum; one without a limit gets all experts that its data ever reached (θ = 1).
+    Solves FedMoE's optimization problem by binary search on θ, as in the paper: for a θ each layer keeps the shortest prefix of
+    its experts, in descending order of p, whose p sum to θ of the layer's sum (1 with top-1 routing, as in the paper; k with
+    top-k). No layer keeps fewer than top-k experts. A client whose memory, but not its reserve, fits this minimum gets the
+    minimum; a client without a memory limit gets all experts that its data was routed to (θ = 1).
 
     Raises:
-        TooSmall: the memory does not hold the minimum.
+        TooSmall: the minimum does not fit the memory.
     """
     require_minimum(server, client)
     budget = math.inf if client.memory_bytes is None else reserve * client.memory_bytes
@@ -47,12 +47,12 @@ def search(server: Server, client: Client, p: Activation, reserve: float) -> Exp
 
 
 def covering(anatomy: Anatomy, p: Activation, share: float) -> Experts:
-    """In each layer the shortest prefix by falling p that reaches `share` (θ) of the layer's sum, and top-k at least."""
+    """In each layer, the shortest prefix in descending p that reaches `share` (θ) of the layer's sum, at least top-k experts."""
     return {block: shortest(p[block], share, shape) for block, shape in anatomy.blocks.items()}
 
 
 def shortest(p: Float[Tensor, " experts"], share: float, shape: BlockShape) -> tuple[int, ...]:
-    """Ids, ascending; among equal p the lower id comes first. A grouped router's groups stay whole: one counts as one."""
+    """The ids of one layer, ascending; of equal p the lower id is preferred. Groups of a grouped router are kept whole."""
     shares = p.double().view(-1, shape.unit).sum(1)
     order = torch.argsort(shares, descending=True, stable=True)
     covered = shares[order].cumsum(0)
@@ -61,12 +61,12 @@ def shortest(p: Float[Tensor, " experts"], share: float, shape: BlockShape) -> t
 
 
 def members(units: Iterable[int], shape: BlockShape) -> tuple[int, ...]:
-    """The experts of these units of a block, ascending."""
+    """The experts of `units` (single experts or groups) of a block, ascending."""
     return tuple(unit * shape.unit + offset for unit in sorted(units) for offset in range(shape.unit))
 
 
 def require_minimum(server: Server, client: Client) -> None:
-    """Raises TooSmall when `client` holds no legal sub-model: top-k experts in each layer."""
+    """Raises TooSmall if the smallest legal sub-model, top-k experts per layer, does not fit the memory of `client`."""
     least = {block: tuple(range(shape.fewest)) for block, shape in server.anatomy.blocks.items()}
     needed = server.footprint.of(least)
     if client.memory_bytes is not None and client.memory_bytes < needed:
@@ -80,9 +80,9 @@ def require_minimum(server: Server, client: Client) -> None:
 def predict(
     client: Client, measured: Mapping[str, Float[Tensor, " all"]], clients: Mapping[str, Client]
 ) -> Float[Tensor, " all"]:
-    """p of a client that could not measure it: the data-size-weighted mean over the clients of its task that did.
+    """p of a client that did not measure it: the mean over the clients of its task that did, weighted by data size.
 
-    Where none of its task did, over all that did (ours).
+    If no client of its task did, the mean over all that did (ours).
     """
     known = [name for name in clients if name in measured]
     alike = [name for name in known if clients[name].task == client.task] or known
@@ -91,12 +91,12 @@ def predict(
 
 
 def at_random(server: Server, client: Client, reserve: float, per_layer: int | None, rng: Random) -> Experts:
-    """`per_layer` random experts in each layer; None: as many as fit into `reserve` · M_k, spread evenly over the layers.
+    """`per_layer` random experts in each layer; None: as many as fit `reserve` · M_k, spread evenly over the layers.
 
-    A layer that has fewer keeps all; none keeps fewer than its top-k, nor a part of a grouped router's group.
+    A layer that has fewer keeps all; no layer keeps fewer than top-k, or only a part of a grouped router's group.
 
     Raises:
-        TooSmall: the memory does not hold the minimum, or not as many as were asked for (told with what all clients hold).
+        TooSmall: the minimum or `per_layer` experts do not fit the memory; the error names a number that fits every client's.
     """
     require_minimum(server, client)
     blocks = server.anatomy.blocks
@@ -109,7 +109,7 @@ def at_random(server: Server, client: Client, reserve: float, per_layer: int | N
     needed = server.footprint.of(experts)
     if client.memory_bytes is not None and client.memory_bytes < needed:
         for each in server.clients.values():
-            require_minimum(server, each)  # where one holds nothing, no number helps
+            require_minimum(server, each)  # if a client cannot train the minimum, no number fits
         most = min(even_number(server, each) for each in (client, *server.clients.values()))
         raise TooSmall(
             f"client {client.name} has {client.memory_bytes / 1e6:.1f} MB of memory, but experts_per_layer = {per_layer} takes "
@@ -119,12 +119,12 @@ def at_random(server: Server, client: Client, reserve: float, per_layer: int | N
 
 
 def same_for_all(server: Server, client: Client, per_layer: int | None) -> Experts:
-    """The same `per_layer` random experts in each layer for every client of a run; None: all experts, whatever the memory.
+    """The same `per_layer` random experts in each layer for every client of a run; None: all experts, regardless of memory.
 
-    The homogeneous small model that FedMoE's paper gives its baselines (section 5: 8 of 32 experts).
+    The homogeneous small model of the baselines in FedMoE's paper (section 5: 8 of 32 experts).
 
     Raises:
-        TooSmall: the memory of `client` does not hold as many.
+        TooSmall: they do not fit the memory of `client`.
     """
     if per_layer is None:
         return server.anatomy.all_experts
@@ -132,7 +132,7 @@ def same_for_all(server: Server, client: Client, per_layer: int | None) -> Exper
 
 
 def even_number(server: Server, client: Client, reserve: float = 1.0) -> int:
-    """How many experts in each layer, the same in all as far as they have them, fit into `reserve` · M_k; 0 where none do."""
+    """The largest number of experts per layer, the same in all layers that have as many, that fits `reserve` · M_k; 0 if none."""
     most = max(shape.num_experts for shape in server.anatomy.blocks.values())
     if client.memory_bytes is None:
         return most
@@ -142,7 +142,7 @@ def even_number(server: Server, client: Client, reserve: float = 1.0) -> int:
 
 
 def evenly(anatomy: Anatomy, number: int) -> dict[str, int]:
-    """`number` experts for each layer, as near below it as whole groups allow: not more than it has, not fewer than its top-k."""
+    """Layer → `number` experts, rounded down to whole groups, at least its top-k and at most all."""
     return {
         name: max(min(number, shape.num_experts) // shape.unit * shape.unit, shape.fewest)
         for name, shape in anatomy.blocks.items()
@@ -150,25 +150,25 @@ def evenly(anatomy: Anatomy, number: int) -> dict[str, int]:
 
 
 def by_block(anatomy: Anatomy, vector: Tensor) -> dict[str, Tensor]:
-    """The layers' parts of a flat vector, which holds all layers' experts one after the other."""
+    """Splits a flat vector over all experts, layer by layer, into MoE block → its part."""
     sizes = [shape.num_experts for shape in anatomy.blocks.values()]
     return dict(zip(anatomy.blocks, vector.split(sizes), strict=True))
 
 
 def mask(anatomy: Anatomy, experts: Experts) -> Tensor:
-    """`experts` as a flat vector of booleans."""
-    held = {block: torch.zeros(shape.num_experts, dtype=torch.bool) for block, shape in anatomy.blocks.items()}
+    """`experts` as a flat boolean mask over all experts."""
+    flags = {block: torch.zeros(shape.num_experts, dtype=torch.bool) for block, shape in anatomy.blocks.items()}
     for block, ids in experts.items():
-        held[block][list(ids)] = True
-    return torch.cat(list(held.values()))
+        flags[block][list(ids)] = True
+    return torch.cat(list(flags.values()))
 
 
-def unmask(anatomy: Anatomy, held: Tensor) -> Experts:
-    """The experts that a flat vector of booleans marks."""
-    return {block: tuple(part.nonzero().flatten().tolist()) for block, part in by_block(anatomy, held).items()}
+def unmask(anatomy: Anatomy, flags: Tensor) -> Experts:
+    """The experts that are set in a flat boolean mask; the inverse of `mask`."""
+    return {block: tuple(part.nonzero().flatten().tolist()) for block, part in by_block(anatomy, flags).items()}
 
 
 def units(anatomy: Anatomy) -> list[slice]:
-    """The places in a flat vector of the experts that are held or dropped together: one by one, or whole groups."""
+    """The slices of a flat mask whose experts are added or removed together: single experts, or groups of grouped routers."""
     sizes = [shape.unit for shape in anatomy.blocks.values() for _ in range(shape.num_experts // shape.unit)]
     return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -23,7 +23,7 @@ from fedexperts.errors import BadRun, BadValue, Busy
 from fedexperts.experiment import runner
 from fedexperts.experiment.client_task import ClientTask
 from fedexperts.export import card, export, load, modeling_fedexperts, write_changed
-from fedexperts.export.generate import prompt_form, encoded, generate
+from fedexperts.export.generate import encoded, generate, prompt_form
 from fedexperts.export.models import Exported
 from fedexperts.io.files import align_tensors, atomic_folder, locked
 from fedexperts.methods import METHODS

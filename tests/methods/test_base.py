@@ -10,8 +10,8 @@ from fedexperts.methods.base import (
     add_gradient,
     all_experts,
     by_examples,
+    entries,
     mean_rows,
-    of,
     patch_for,
     tee_without_weights,
 )
@@ -82,7 +82,7 @@ def test_a_gradient_is_added_to_and_one_that_is_not_there_is_made_only_for_what_
 def test_entries_of_one_kind_are_known_by_the_rest_of_their_names():
     one, other = torch.ones(1), torch.zeros(1)
     memory = {"control/a.b": one, "controls/a.b": other, "held/control/c": other, "control": other}
-    assert of("control", memory) == {"a.b": one}
+    assert entries("control", memory) == {"a.b": one}
 
 
 def test_without_updates_the_weights_stay_and_the_old_server_is_never_changed():

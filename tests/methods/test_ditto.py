@@ -122,7 +122,7 @@ def test_no_tensor_of_the_clients_own_model_is_among_those_sent(family):
 
 def test_both_trainings_are_counted():
     alone, again = Alone(ADAMW), Alone(ADAMW)
-    update, personal = Ditto().train(alone.job, alone.context), Ditto().personalised(again.job, again.context)
+    update, personal = Ditto().train(alone.job, alone.context), Ditto().personalized(again.job, again.context)
     plain = alone.fedavg(alone.w, alone.job.seed)
     assert update.cost.tokens == personal.cost.tokens + plain.cost.tokens
     assert update.cost.flops_estimated == personal.cost.flops_estimated + plain.cost.flops_estimated

@@ -12,8 +12,9 @@ from fedexperts.errors import TooSmall
 from fedexperts.experiment import checkpoint
 from fedexperts.federation import federate, job_for, jobs_for
 from fedexperts.methods import fedmoe
+from fedexperts.methods.base import entries
 from fedexperts.methods.fedavg import FedAvg
-from fedexperts.methods.fedmoe import FedMoE, of
+from fedexperts.methods.fedmoe import FedMoE
 from fedexperts.methods.submodel import mask, unmask
 from fedexperts.moe import rows, shrink
 from fedexperts.moe.anatomy import BlockShape, blocks
@@ -57,7 +58,7 @@ def test_after_stage_one_each_client_holds_what_its_routing_and_memory_say():
         reported("other", [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5], task="profile"),
     ]
     server = stage_one(FedMoE(reserve=0.5), clients, answers)
-    held = {name: unmask(server.anatomy, each) for name, each in of("held", server.method_state).items()}
+    held = {name: unmask(server.anatomy, each) for name, each in entries("held", server.method_state).items()}
     assert held == {
         "large": server.anatomy.all_experts,
         "small": {"0": (0, 1), "1": (0, 1, 2)},  # as large predicts: θ = 0.75 takes five of 10 bytes
@@ -122,7 +123,7 @@ def test_stage_one_sends_the_whole_model_down_gets_routing_alone_back_and_leaves
     assert all(update.extra.keys() == {"p"} and update.extra["p"].shape == (16,) for update in answers)
     after = FedMoE().merge(server, answers)
     assert all(torch.equal(after.weights[name], tensor) for name, tensor in before.items())
-    assert of("p", after.method_state).keys() == of("held", after.method_state).keys() == {"a", "b"}
+    assert entries("p", after.method_state).keys() == entries("held", after.method_state).keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
@@ -410,7 +411,7 @@ def test_it_runs_on_encoder_decoders_and_grouped_routers_with_sub_models_they_al
 def test_an_expert_that_nobody_held_keeps_its_weights_and_its_router_row():
     method = FedMoE(initial="random", experts_per_layer=2, adjust=False)
     before, after = tiny_server(small(), [], TRAINING), rounds(method, 1, memory=10**9)
-    held = torch.stack(list(of("held", after.method_state).values())).any(0)
+    held = torch.stack(list(entries("held", after.method_state).values())).any(0)
     by_block = unmask(after.anatomy, ~held)
     seen = 0
     for name, block in after.layout.items():

@@ -8,7 +8,7 @@ import torch
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
-from fedexperts.methods.base import of
+from fedexperts.methods.base import entries
 from fedexperts.methods.flora import FLoRA, base_change
 from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
@@ -70,7 +70,7 @@ def test_a_client_is_sent_the_stacks_of_the_rounds_it_missed():
     def told(name, round):
         return FLoRA().assign(replace(server, round=round), Client(name, 1)).extra
 
-    assert {name: int(has) for name, has in of("has", server.method_state).items()} == {"a": 0, "b": 1}
+    assert {name: int(has) for name, has in entries("has", server.method_state).items()} == {"a": 0, "b": 1}
     assert told("a", 3)[f"stack/{A}"].shape == (1, 4, 40)  # it trained before either was there
     assert told("b", 3)[f"stack/{A}"].shape == (1, 2, 40)  # in the second round it was sent the first
     assert told("never", 3)[f"stack/{A}"].shape == (1, 4, 40)
@@ -82,8 +82,8 @@ def test_who_missed_more_than_the_sum_takes_is_sent_the_sum():
     for round in range(1, 15):
         update = replace(sent("a", wide, [[1.0, 0.0]] * 40, 1), round=round)
         server = FLoRA().merge(replace(server, round=round), iter([update]))
-        held = sum(size(of(f"stack/{each}", server.method_state)) for each in range(1, 15))
-        assert held == 640 * min(round, 10) <= size(of("change", server.method_state))
+        held = sum(size(entries(f"stack/{each}", server.method_state)) for each in range(1, 15))
+        assert held == 640 * min(round, 10) <= size(entries("change", server.method_state))
     assert int(server.method_state["forgotten"]) == 4
     often, never = (FLoRA().assign(replace(server, round=15), Client(name, 1)).extra for name in "ab")
     assert often.keys() == {"rank", f"stack/{A}", f"stack/{B}"} and often[f"stack/{A}"].shape == (1, 2, 40)
@@ -119,9 +119,9 @@ class Played:
 def test_after_a_round_all_have_the_base_and_the_weighted_products_of_different_ranks(family):
     """As if the stack, of rank 8 + 4 + 4, were an adapter itself."""
     played = Played(family, ["abc"])
-    sizes = [[factors.rank_of(of("stack", update.extra)) for update in updates] for updates in played.updates]
+    sizes = [[factors.rank_of(entries("stack", update.extra)) for update in updates] for updates in played.updates]
     assert sizes == [[8, 4, 4]]
-    stack = factors.stacked([(float(update.examples), of("stack", update.extra)) for update in played.updates[0]])
+    stack = factors.stacked([(float(update.examples), entries("stack", update.extra)) for update in played.updates[0]])
     tuning = Tuning("lora", rank=16, alpha=LORA.tuning.alpha * 2)  # the scale of rank 8
     reference = prepare(shrink(played.model, {}), tuning, "any")
     rows.write(reference, {**played.server.weights, **stack})
@@ -135,7 +135,7 @@ def test_after_a_round_all_have_the_base_and_the_weighted_products_of_different_
 @every_family
 def test_clients_that_took_part_in_different_rounds_have_the_same_model(family):
     played = Played(family, ["ab", "ac", "a", "bc"])
-    assert {name: int(has) for name, has in of("has", played.server.method_state).items()} == {"a": 2, "b": 3, "c": 3}
+    assert {name: int(has) for name, has in entries("has", played.server.method_state).items()} == {"a": 2, "b": 3, "c": 3}
     one, *others = played.logits(family)
     assert len(others) == 2
     for other in others:
@@ -158,7 +158,7 @@ def test_a_client_scored_before_the_merge_has_its_base_and_its_own_adapters_on_i
     (job,), (update,) = played.jobs[1], played.updates[1]
     context = played.contexts["a"]
     held = FLoRA().build_model(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
-    rows.write(held, of("stack", update.extra))
+    rows.write(held, entries("stack", update.extra))
     rows.write(held, update.patch.tensors)
     scored = FLoRA().build_model(apply_update(job, update), context)
     with torch.no_grad():

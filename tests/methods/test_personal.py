@@ -7,7 +7,7 @@ import pytest
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadValue
 from fedexperts.io.toml import checked
-from fedexperts.methods.personal import one_after_the_other, parts, shared_names
+from fedexperts.methods.personal import parts, shared_names, sum_of_costs
 from fedexperts.moe import rows, tuning
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import PARTS, Tuning, prepare
@@ -71,4 +71,4 @@ def test_what_names_no_parts_is_refused(method, personal, place):
 
 def test_pieces_of_work_add_up_but_for_the_peak():
     one, other = Cost(tokens=3, peak_bytes=50, flops_estimated=2.0), Cost(tokens=4, peak_bytes=40, flops_estimated=5.0)
-    assert one_after_the_other(one, other) == replace(one, tokens=7, flops_estimated=7.0)
+    assert sum_of_costs(one, other) == replace(one, tokens=7, flops_estimated=7.0)

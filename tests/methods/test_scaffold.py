@@ -11,7 +11,7 @@ from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.federation import federate, jobs_for
 from fedexperts.io.toml import checked
-from fedexperts.methods.base import of
+from fedexperts.methods.base import entries
 from fedexperts.methods.contract import Method
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.scaffold import Scaffold, controls
@@ -63,7 +63,7 @@ def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
     """c_k⁺ = (x − y_k) / (K·η) − c + c_k."""
     alone = Alone(family, replace(SGD, **vars(tuning)))
     update = Scaffold().train(alone.job, alone.context)
-    kept, moved, far = of("control", alone.context.client_state), of("control", update.extra), 0
+    kept, moved, far = entries("control", alone.context.client_state), entries("control", update.extra), 0
     assert kept.keys() == moved.keys() == alone.x.keys()
     for name, x in alone.x.items():
         expected = (x - update.patch.tensors[name]) / (SGD.local_steps * SGD.lr) - alone.c[name] + alone.own[name]
@@ -90,7 +90,7 @@ def test_what_is_kept_is_the_mean_of_the_gradients_before_correction_and_clippin
     alone, other = Alone("olmoe", training), Alone("olmoe", training, size=0.5)
     for each in (alone, other):
         Scaffold().train(each.job, each.context)
-    found, again = of("control", alone.context.client_state), of("control", other.context.client_state)
+    found, again = entries("control", alone.context.client_state), entries("control", other.context.client_state)
     assert sum(float(tensor.square().sum()) for tensor in found.values()) > 1e-2  # far more than what it is clipped to
     for name in found:
         torch.testing.assert_close(found[name], again[name], rtol=1e-4, atol=1e-6)
@@ -238,8 +238,8 @@ def test_c_stays_the_mean_of_what_all_clients_keep_whoever_takes_part_and_whoeve
         failed += [entry.client for entry in ledger.entries if entry.failed]
         ledger.clear()
         jobs = jobs_for(replace(server, round=server.round + 1), Scaffold(), server.clients.values())
-        kept = [of("control", engine.runtime.client_store.load(job)) for job in jobs]
-        for name, control in of("control", server.method_state).items():
+        kept = [entries("control", engine.runtime.client_store.load(job)) for job in jobs]
+        for name, control in entries("control", server.method_state).items():
             zero = torch.zeros_like(control)
             expected = sum(each.get(name, zero) for each in kept) / len(server.clients)
             torch.testing.assert_close(control, expected, rtol=1e-4, atol=1e-6)
