@@ -152,7 +152,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def former_names(cls, tree: Any) -> Any:
-        """Accepts the former names of settings and methods."""
+        """Accepts the former names of settings and methods, which older results and run files have."""
         return with_current_names(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
@@ -181,7 +181,7 @@ class RunConfig(Settings):
 
 
 def with_current_names(tree: Tree) -> Tree:
-    """`tree`, the settings of a run, with the names that settings and methods have now.
+    """`tree`, the settings of a run, with the current names of settings and methods.
 
     Raises:
         BadValue: a setting under both of its names.

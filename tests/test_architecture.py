@@ -178,7 +178,7 @@ def test_no_module_outside_methods_knows_a_methods_name_or_a_key_that_a_method_i
     assert {(name.removeprefix("fedexperts."), word) for name, word in knows} <= METHODS_ROLES
 
 
-def test_the_house_is_of_a_size_in_which_one_finds_ones_way():
+def test_files_and_functions_stay_within_the_size_limits():
     """Few modules at the top, no file above 450 lines, no function above 60 but with a reason beside it."""
     top = [path for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]
     assert len(top) <= 12

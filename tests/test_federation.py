@@ -87,22 +87,22 @@ def run(method, engine=None, server=None, rounds=2, clients_per_round=2, **setti
     return engine, list(servers)
 
 
-def test_stages_ask_every_client_once_before_the_first_round():
+def test_every_client_executes_each_setup_task_once_before_the_first_round():
     engine, servers = run(AddsOne(tasks=("profile", "vote")))
     assert [(server.round, server.task) for server in servers] == [(0, "profile"), (0, "vote"), (1, "train"), (2, "train")]
-    asked = [(job.round, job.task) for job in engine.jobs]
-    assert asked == [(0, "profile")] * 6 + [(0, "vote")] * 6 + [(1, "train")] * 2 + [(2, "train")] * 2
+    steps_of_jobs = [(job.round, job.task) for job in engine.jobs]
+    assert steps_of_jobs == [(0, "profile")] * 6 + [(0, "vote")] * 6 + [(1, "train")] * 2 + [(2, "train")] * 2
     assert [job.client for job in engine.jobs[:6]] == list(clients(6))
 
 
-def test_every_job_has_a_seed_of_its_own_that_says_what_it_is_for():
+def test_every_job_has_its_own_seed_made_of_round_task_and_client():
     engine, _ = run(AddsOne(tasks=("profile",)), rounds=4)
     seeds = [job.seed for job in engine.jobs]
     assert len(set(seeds)) == len(seeds) == 6 + 4 * 2
     assert seeds[0] == "5/0/profile/c00"
 
 
-def test_a_job_holds_the_rows_of_its_experts_and_what_is_dense_whole():
+def test_a_job_has_the_rows_of_its_experts_and_whole_dense_weights():
     engine, _ = run(AddsOne(), rounds=1, clients_per_round=1)
     (job,) = engine.jobs
     assert job.patch.tensors["expert"].shape == (2, 1)
@@ -119,17 +119,17 @@ def test_only_rows_that_were_sent_change_and_the_first_server_stays_as_it_was():
     assert start.weights["expert"].flatten().tolist() == [0.0, 0.0, 0.0]
 
 
-def test_who_takes_part_depends_on_the_seed_and_the_round_alone():
-    def asked(seed):
+def test_client_sampling_depends_only_on_seed_and_round():
+    def sampled(seed):
         engine, _ = run(AddsOne(), server=replace(first_server(), seed=seed), rounds=5)
         return [job.client for job in engine.jobs]
 
-    assert asked("5") == asked("5")
-    assert asked("5") != asked("6")
-    assert len({tuple(sorted(asked("5")[i : i + 2])) for i in range(0, 10, 2)}) > 1
+    assert sampled("5") == sampled("5")
+    assert sampled("5") != sampled("6")
+    assert len({tuple(sorted(sampled("5")[i : i + 2])) for i in range(0, 10, 2)}) > 1
 
 
-def test_a_run_that_is_picked_up_goes_on_as_if_it_had_never_stopped():
+def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one():
     method = AddsOne(tasks=("profile", "vote"))
     whole_engine, whole = run(method, rounds=3)
     for stopped in range(len(whole)):
@@ -150,7 +150,7 @@ def test_done_counts_the_steps_behind_a_server():
     assert places == [1, 2, 3]
 
 
-def test_by_task_asks_different_tasks_as_long_as_there_are_any():
+def test_sampling_by_task_selects_different_tasks_as_far_as_possible():
     everyone = list(clients(9).values())  # three of each task
     for seed in range(20):
         three = choose(everyone, 3, Random(seed), by_task=True)
@@ -160,7 +160,7 @@ def test_by_task_asks_different_tasks_as_long_as_there_are_any():
     assert len({choose(everyone, 3, Random(seed), by_task=True)[0].name for seed in range(20)}) > 1
 
 
-def test_no_client_is_asked_twice_and_never_more_than_there_are():
+def test_no_client_is_sampled_twice_and_never_more_than_there_are():
     everyone = list(clients(4).values())
     for by_task in (False, True):
         chosen = choose(everyone, 10, Random(0), by_task)
@@ -173,7 +173,7 @@ def test_a_client_without_an_assignment_sits_out():
     assert servers[-1].weights["dense"].tolist() == [[1.0, 1.0]]
 
 
-def test_a_round_in_which_all_sit_out_changes_nothing():
+def test_a_round_without_assignments_changes_nothing():
     _, servers = run(AddsOne(sits_out=tuple(clients(6))), rounds=1)
     assert torch.equal(servers[-1].weights["expert"], first_server().weights["expert"])
 
@@ -186,7 +186,7 @@ def test_a_client_that_fails_is_left_out_of_the_mean():
     assert servers[-1].weights["dense"].tolist() == [[1.0, 1.0]]
 
 
-def test_jobs_are_made_only_as_they_are_asked_for():
+def test_jobs_are_generated_lazily():
     jobs = jobs_for(replace(first_server(), round=1, task="train"), AddsOne(), iter([first_server().clients["c00"], None]))
     assert next(jobs).client == "c00"
 
@@ -197,9 +197,9 @@ def test_answers_come_in_the_order_of_their_jobs_however_the_engine_shuffles_the
     method = AddsOne()
     jobs = list(jobs_for(replace(first_server(), round=1, task="train"), method, first_server().clients.values()))
 
-    def engine(asked):
+    def engine(jobs):
         taken = []
-        for job in asked:
+        for job in jobs:
             taken.append(job)
             if len(taken) == window:
                 taken.sort(key=lambda job: order[int(job.client[1:])])
@@ -209,13 +209,13 @@ def test_answers_come_in_the_order_of_their_jobs_however_the_engine_shuffles_the
     assert [answer.client for answer in received(engine, jobs)] == [job.client for job in jobs]
 
 
-def test_an_answer_goes_on_as_soon_as_all_before_it_are_there():
+def test_an_answer_is_yielded_as_soon_as_all_before_it_have_arrived():
     jobs = [Job(name, 1, "train", "0", {}, Patch({})) for name in ("a", "b", "c")]
     happened = []
     a_b_c = replace(first_server(), clients={name: Client(name, 1) for name in "abc"})
 
-    def engine(asked):
-        a, b, c = asked
+    def engine(jobs):
+        a, b, c = jobs
         for job in (b, a, c):
             happened.append(f"answered {job.client}")
             yield Update(job.client, 1, "train", Patch({}), 1)
@@ -225,7 +225,7 @@ def test_an_answer_goes_on_as_soon_as_all_before_it_are_there():
     assert happened == ["answered b", "answered a", "got a", "got b", "answered c", "got c"]
 
 
-def test_the_order_of_arrival_does_not_show_in_the_weights():
+def test_the_order_of_arrival_does_not_affect_the_weights():
     method = AddsOne()
     _, forwards = run(method, Notes(method))
     _, backwards = run(method, Notes(method, backwards=True))
@@ -240,7 +240,7 @@ def test_an_answer_with_a_weight_the_server_never_sent_is_its_clients_failure():
     assert [entry.failed for entry in ledger.entries] == ["its update has own, which was not in its job"]
 
 
-def test_merged_weights_that_are_not_finite_do_not_take_the_servers_place():
+def test_merged_weights_that_are_not_finite_are_refused():
     @dataclass(frozen=True)
     class Explodes(AddsOne):
         def merge(self, server, updates):

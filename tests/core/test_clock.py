@@ -28,16 +28,16 @@ def config(tree, method="fedavg", rounds=2, each=2, **devices):
     return checked(RunConfig, {**tree, "method": {"name": method}, "federation": federation, "devices": devices})
 
 
-def lines(path, **found):
+def lines(path, **fields):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if all(row[key] == value for key, value in found.items())]
+    return [row for row in rows if all(row[key] == value for key, value in fields.items())]
 
 
 @pytest.fixture(scope="module")
 def clocked(tiny_tree, tmp_path_factory):
     """Two rounds of all four clients, the first of them fast."""
-    asked = config(tiny_tree, each=4, profile=[FAST, SLOW, SLOW, SLOW])
-    return run(asked, tmp_path_factory.mktemp("clocked") / "out")
+    settings = config(tiny_tree, each=4, profile=[FAST, SLOW, SLOW, SLOW])
+    return run(settings, tmp_path_factory.mktemp("clocked") / "out")
 
 
 def test_each_round_lasts_as_its_slowest_client_and_each_job_as_its_bytes_and_flops_say(clocked):
@@ -89,17 +89,17 @@ def test_one_place_with_all_data_is_no_device_and_has_no_clock(tiny_tree, tmp_pa
 def test_without_a_profile_a_run_has_no_clock_and_its_report_no_column(tiny_tree, tmp_path):
     out = run(config(tiny_tree, rounds=1), tmp_path / "out")
     assert [line["clock_seconds"] for line in lines(out / "rounds.jsonl")] == [None]
-    found = report.write([out], html=tmp_path / "r.html", csv=tmp_path / "r.csv")
+    written = report.write([out], html=tmp_path / "r.html", csv=tmp_path / "r.csv")
     assert "virtual" not in (tmp_path / "r.html").read_text().split("<script")[0]
     assert "virtual" not in (tmp_path / "r.csv").read_text()
-    assert found.tables
+    assert written.tables
 
 
 def test_who_is_late_is_left_out_and_keeps_nothing_of_the_round(tiny_tree, tmp_path):
-    asked = config(tiny_tree, "local", rounds=1, each=4, profile=[FAST, SLOW, SLOW, SLOW])
+    settings = config(tiny_tree, "local", rounds=1, each=4, profile=[FAST, SLOW, SLOW, SLOW])
     seconds = {
         entry["client"]: entry["clock_seconds"]
-        for entry in lines(run(asked, tmp_path / "all") / "ledger.jsonl")
+        for entry in lines(run(settings, tmp_path / "all") / "ledger.jsonl")
         if entry["clock_seconds"]
     }
     deadline = (seconds.pop("c01") + min(seconds.values())) / 2
@@ -119,13 +119,13 @@ def test_a_round_that_all_are_late_for_ends_the_run_with_the_reason(tiny_tree, t
 
 
 def test_a_round_that_all_are_late_for_may_be_one_that_changes_nothing(tiny_tree, tmp_path):
-    asked = config(tiny_tree, "fedavg", rounds=2, profile=SLOW, deadline_seconds=1e-9)
-    federation = asked.federation.model_copy(update={"min_clients": 0})
-    out = run(asked.model_copy(update={"federation": federation}), tmp_path / "out")
+    settings = config(tiny_tree, "fedavg", rounds=2, profile=SLOW, deadline_seconds=1e-9)
+    federation = settings.federation.model_copy(update={"min_clients": 0})
+    out = run(settings.model_copy(update={"federation": federation}), tmp_path / "out")
     assert [len(line["failed"]) for line in lines(out / "rounds.jsonl")] == [2, 2]
-    weights, memory = checkpoint.tensors(checkpoint.latest(out))
-    first = prepare_run(asked).server
-    assert memory == {} and weights.keys() == first.weights.keys()
+    weights, method_state = checkpoint.tensors(checkpoint.latest(out))
+    first = prepare_run(settings).server
+    assert method_state == {} and weights.keys() == first.weights.keys()
     assert all(torch.equal(weights[name], first.weights[name]) for name in weights)
 
 
@@ -137,8 +137,8 @@ def peak(clocked):
 
 def test_a_job_that_takes_more_memory_than_its_client_has_fails_and_the_others_go_on(tiny_tree, tmp_path, peak):
     memory = [1.1 * peak / 1e9, 0.5 * peak / 1e9, 1.1 * peak / 1e9, 1.1 * peak / 1e9]
-    asked = config(tiny_tree, "local", each=4, memory_gb=memory, profile=SLOW)
-    out = run(asked, tmp_path / "out")
+    settings = config(tiny_tree, "local", each=4, memory_gb=memory, profile=SLOW)
+    out = run(settings, tmp_path / "out")
     for line in lines(out / "rounds.jsonl"):
         assert line["failed"].keys() == {"c02"}
         assert line["failed"]["c02"].startswith("out of memory: it needs ")
@@ -151,16 +151,16 @@ def test_a_job_that_takes_more_memory_than_its_client_has_fails_and_the_others_g
     assert not (out / "clients/c02").exists()
     assert {entry["failed"] for entry in lines(out / "ledger.jsonl", task="evaluate")} == {None}
     assert [(row.client, row.round) for row in resources.failures(read(out))] == [("c02", 1), ("c02", 2)]
-    said = plan(prepare_run(asked))["warnings"][0]
+    said = plan(prepare_run(settings))["warnings"][0]
     assert "their jobs fail where the measured peak is above it" in said
 
 
 def test_memory_may_be_left_to_the_report(tiny_tree, tmp_path, peak):
-    asked = config(tiny_tree, rounds=1, each=4, memory_gb=0.5 * peak / 1e9, out_of_memory="train anyway")
-    out = run(asked, tmp_path / "out")
+    settings = config(tiny_tree, rounds=1, each=4, memory_gb=0.5 * peak / 1e9, out_of_memory="train anyway")
+    out = run(settings, tmp_path / "out")
     assert lines(out / "rounds.jsonl")[0]["failed"] == {}
     assert len(resources.over_memory(read(out))) == 4
-    assert "it trains there all the same, and the report marks them" in plan(prepare_run(asked))["warnings"][0]
+    assert "it trains there all the same, and the report marks them" in plan(prepare_run(settings))["warnings"][0]
 
 
 def test_a_run_from_before_out_of_memory_was_a_setting_goes_on_only_as_it_began(tiny_tree, tmp_path):
@@ -178,19 +178,19 @@ def test_a_run_from_before_out_of_memory_was_a_setting_goes_on_only_as_it_began(
 def test_a_trace_that_changed_meanwhile_is_noticed(tiny_tree, tmp_path):
     path = tmp_path / "devices.csv"
     path.write_text("flops,memory_gb,down_mbit,up_mbit\n" + "1e10,8,8,4\n" * 4)
-    asked = config(tiny_tree, rounds=1, profile={"csv": str(path)})
-    out = run(asked, tmp_path / "out")
+    settings = config(tiny_tree, rounds=1, profile={"csv": str(path)})
+    out = run(settings, tmp_path / "out")
     path.write_text(path.read_text().replace("1e10", "2e10"))
     with pytest.raises(BadRun, match=r"other files: the data changed"):
-        run(asked, out, resume=True)
+        run(settings, out, resume=True)
 
 
 def test_a_comparison_shows_the_time_of_every_method_that_has_a_clock(tiny_tree, tmp_path, clocked):
     centralized = run(
         config(tiny_tree, "centralized", profile=[FAST, SLOW, SLOW, SLOW]), tmp_path / "pooled", label="centralized"
     )
-    found = report.write([clocked, centralized], html=tmp_path / "r.html", csv=tmp_path / "r.csv")
-    comparison = next(table for table in found.tables if table.title == "Comparison")
+    written = report.write([clocked, centralized], html=tmp_path / "r.html", csv=tmp_path / "r.csv")
+    comparison = next(table for table in written.tables if table.title == "Comparison")
     column = comparison.columns.index("virtual time (s)")
     cells = {row[0]: row[column] for row in comparison.rows}
     total = sum(line["clock_seconds"] for line in lines(clocked / "rounds.jsonl"))

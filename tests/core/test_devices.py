@@ -98,8 +98,8 @@ def test_a_preset_sustains_a_share_of_its_peak(name):
 
 
 def test_a_list_names_and_describes_devices_in_the_order_of_the_clients():
-    found = profiles(["phone", MINE], ["b", "a"], "0")
-    assert found == {"b": profiles("phone", ["b"], "0")["b"], "a": MY_PROFILE}
+    devices = profiles(["phone", MINE], ["b", "a"], "0")
+    assert devices == {"b": profiles("phone", ["b"], "0")["b"], "a": MY_PROFILE}
 
 
 def test_of_a_mix_a_client_draws_the_same_however_many_there_are_and_whatever_the_order_of_the_mix():
@@ -119,8 +119,8 @@ def written(path, rows, columns=("flops", "memory_gb", "down_mbit", "up_mbit")):
 
 def test_a_trace_gives_its_rows_to_the_clients_in_order(tmp_path):
     path = written(tmp_path / "devices.csv", [(2e12, 8, 80, 16), (1e12, "", 8, 8), (9, 9, 9, 9)])
-    found = profiles({"csv": str(path)}, ["b", "a"], "0")
-    assert found == {"b": MY_PROFILE, "a": Profile(1e12, 1e6, 1e6, None)}
+    devices = profiles({"csv": str(path)}, ["b", "a"], "0")
+    assert devices == {"b": MY_PROFILE, "a": Profile(1e12, 1e6, 1e6, None)}
 
 
 def test_a_trace_with_names_gives_each_client_its_row(tmp_path):
@@ -131,9 +131,9 @@ def test_a_trace_with_names_gives_each_client_its_row(tmp_path):
 
 def test_the_trace_of_the_guide_can_be_read():
     clients = [f"c{number:02}" for number in range(1, 5)]
-    found = profiles({"csv": str(Path(__file__).parents[2] / "docs/devices.csv")}, clients, "0")
-    assert list(found) == clients
-    assert len(set(found.values())) > 1
+    devices = profiles({"csv": str(Path(__file__).parents[2] / "docs/devices.csv")}, clients, "0")
+    assert list(devices) == clients
+    assert len(set(devices.values())) > 1
 
 
 def test_a_trace_is_known_by_its_hash(tmp_path):

@@ -61,10 +61,10 @@ def test_verbatim_minds_case_and_articles():
 
 
 def test_rouge_is_that_of_words_pairs_and_the_longest_common_subsequence():
-    found = of_answers([("the cat sat here", "the cat sat on mats")])
-    assert found["rouge1"] == pytest.approx(2 * 3 / (4 + 5))
-    assert found["rouge2"] == pytest.approx(2 * 2 / (3 + 4))
-    assert found["rougeL"] == pytest.approx(2 * 3 / (4 + 5))
+    scores = of_answers([("the cat sat here", "the cat sat on mats")])
+    assert scores["rouge1"] == pytest.approx(2 * 3 / (4 + 5))
+    assert scores["rouge2"] == pytest.approx(2 * 2 / (3 + 4))
+    assert scores["rougeL"] == pytest.approx(2 * 3 / (4 + 5))
 
 
 def test_rouge_takes_words_of_one_stem_as_one():
@@ -72,10 +72,10 @@ def test_rouge_takes_words_of_one_stem_as_one():
 
 
 def test_an_answer_that_is_no_label_is_wrong_and_is_no_false_positive():
-    found = of_answers([("Sports", "sports"), ("world", "sports"), ("nonsense", "world")], choices=("sports", "world"))
-    assert found["accuracy"] == pytest.approx(1 / 3)
+    scores = of_answers([("Sports", "sports"), ("world", "sports"), ("nonsense", "world")], choices=("sports", "world"))
+    assert scores["accuracy"] == pytest.approx(1 / 3)
     # sports: 1 right, 0 wrongly said, 1 missed: F1 2/3; world: 0 right, 1 wrongly said, 1 missed: F1 0
-    assert found["macro_f1"] == pytest.approx(1 / 3)
+    assert scores["macro_f1"] == pytest.approx(1 / 3)
 
 
 def test_labels_that_are_articles_or_letters_stay_labels():
@@ -114,9 +114,9 @@ def test_a_model_is_right_on_its_own_greedy_answers_whatever_the_batch(family):
     encoder = Encoder(tokenizer(), 32, encoder_decoder=family == "switch_transformers")
     own = [Example(example.prompt, greedy(model, encoder, example), "own") for example in prompts]
     for batch_size in (1, 4):
-        found = score(model, own, encoder, generate_tokens=5, batch_size=batch_size)
-        assert found.tasks["own"].examples == 6
-        assert found.by_task()["own"]["verbatim"] == 1.0
+        scores = score(model, own, encoder, generate_tokens=5, batch_size=batch_size)
+        assert scores.tasks["own"].examples == 6
+        assert scores.by_task()["own"]["verbatim"] == 1.0
 
 
 def greedy(model: nn.Module, encoder: Encoder, example: Example) -> str:
@@ -137,8 +137,8 @@ def test_perplexity_is_that_of_response_and_end_token_whatever_the_batch():
     assert [len(loss) for loss in losses] == [2, 4]
     expected = math.exp(torch.cat(losses).mean())
     for batch_size in (1, 2):
-        found = score(model, examples, encoder, generate_tokens=1, batch_size=batch_size)
-        assert found.by_task()["t"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+        scores = score(model, examples, encoder, generate_tokens=1, batch_size=batch_size)
+        assert scores.by_task()["t"]["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
 def token_losses(model: nn.Module, encoder: Encoder, example: Example) -> Tensor:
@@ -152,15 +152,15 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary(
     model = tiny_model("olmoe")
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-    found = score(model, random_examples(4), Encoder(tokenizer(), 32), generate_tokens=1, batch_size=4)
-    assert found.by_task()["first"]["perplexity"] == pytest.approx(VOCABULARY)
+    scores = score(model, random_examples(4), Encoder(tokenizer(), 32), generate_tokens=1, batch_size=4)
+    assert scores.by_task()["first"]["perplexity"] == pytest.approx(VOCABULARY)
 
 
 def test_nothing_is_generated_for_a_task_judged_by_perplexity(monkeypatch):
     monkeypatch.setattr(evaluation, "answer", lambda *_: pytest.fail("an answer was generated"))
     texts = [Example("", "w1 w2", "text", "perplexity") for _ in range(3)]
-    found = score(tiny_model("olmoe"), texts, Encoder(tokenizer(), 32), generate_tokens=4, batch_size=2)
-    assert list(found.by_task()["text"]) == ["perplexity"] and found.tasks["text"].examples == 3
+    scores = score(tiny_model("olmoe"), texts, Encoder(tokenizer(), 32), generate_tokens=4, batch_size=2)
+    assert list(scores.by_task()["text"]) == ["perplexity"] and scores.tasks["text"].examples == 3
 
 
 def test_overall_is_the_mean_of_main_metrics_without_perplexities():
@@ -171,7 +171,7 @@ def test_overall_is_the_mean_of_main_metrics_without_perplexities():
     assert Scores({**parts, "text": text}).main("text") == pytest.approx(9.0)
 
 
-def test_scores_come_back_from_json_as_they_were():
+def test_scores_are_restored_from_json_unchanged():
     scores = merge([one("x", "y", "accuracy", ("x", "y")), one("y", "y", "accuracy", ("x", "y"))])
     assert Scores.from_json(json.loads(json.dumps(scores.to_json()))).by_task() == scores.by_task()
     assert scores.metric("t") == "accuracy" and scores.main("t") == 0.5
@@ -193,7 +193,7 @@ def test_scoring_leaves_a_training_model_in_training():
     assert model.training
 
 
-def test_every_metric_says_what_it_is():
+def test_every_metric_has_a_description():
     assert len(METRICS) == 10 and all(METRICS.values())
 
 
@@ -247,8 +247,8 @@ def test_a_model_that_knows_nothing_takes_the_choice_with_the_fewest_tokens_per_
 
 def test_nothing_is_generated_for_a_task_judged_by_likelihood(monkeypatch):
     monkeypatch.setattr(evaluation, "answer", lambda *_: pytest.fail("an answer was generated"))
-    found = score(tiny_model("olmoe"), chosen(3), Encoder(tokenizer(), 32), batch_size=2)
-    assert list(found.by_task()["mc"]) == ["likelihood", "perplexity"]
+    scores = score(tiny_model("olmoe"), chosen(3), Encoder(tokenizer(), 32), batch_size=2)
+    assert list(scores.by_task()["mc"]) == ["likelihood", "perplexity"]
 
 
 def test_likelihood_without_the_answer_among_choices_is_an_error():
@@ -259,21 +259,21 @@ def test_likelihood_without_the_answer_among_choices_is_an_error():
 def test_the_values_of_examples_are_in_the_same_order_for_every_model_and_batch_and_their_mean_is_the_value():
     encoder, examples = Encoder(tokenizer(), 32), chosen(9)
     one, other = tiny_model("olmoe", seed=0), tiny_model("olmoe", seed=1)
-    found = [evaluation.by_example(model, examples, encoder, 4, size)["mc"] for model, size in ((one, 2), (one, 9), (other, 9))]
-    assert found[0] == found[1] and set(found[0]["values"]) == {0.0, 1.0}
-    assert len(found[2]["values"]) == found[2]["examples"] == 9
-    assert all(each["value"] == pytest.approx(sum(each["values"]) / 9) for each in found)
+    scores = [evaluation.by_example(model, examples, encoder, 4, size)["mc"] for model, size in ((one, 2), (one, 9), (other, 9))]
+    assert scores[0] == scores[1] and set(scores[0]["values"]) == {0.0, 1.0}
+    assert len(scores[2]["values"]) == scores[2]["examples"] == 9
+    assert all(each["value"] == pytest.approx(sum(each["values"]) / 9) for each in scores)
     order = sorted(examples, key=lambda example: len(example.prompt) + len(example.response))
     expected = [float(evaluation.likeliest(other, [example], encoder) == [example.response]) for example in order]
-    assert found[2]["values"] == expected
+    assert scores[2]["values"] == expected
 
 
-def test_values_are_told_by_task_in_the_order_of_the_examples():
+def test_values_are_reported_by_task_in_the_order_of_the_examples():
     examples = [replace(example, task=task) for task, example in zip("bac", reversed(chosen(3)), strict=True)]
     assert list(evaluation.by_example(tiny_model("olmoe"), examples, Encoder(tokenizer(), 32), 4, 2)) == ["b", "a", "c"]
 
 
 def test_a_metric_that_is_no_mean_over_examples_has_no_values_of_examples():
     texts = [Example("", "w1 w2", "text", "perplexity")]
-    found = evaluation.by_example(tiny_model("olmoe"), texts, Encoder(tokenizer(), 32), 4, 2)["text"]
-    assert found["values"] == [] and found["value"] > 1
+    scores = evaluation.by_example(tiny_model("olmoe"), texts, Encoder(tokenizer(), 32), 4, 2)["text"]
+    assert scores["values"] == [] and scores["value"] > 1

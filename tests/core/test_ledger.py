@@ -38,23 +38,27 @@ def test_bytes_are_those_of_the_very_tensors_and_shared_row_ids_count_once():
     assert entry.loss == 1.5
 
 
-def test_what_it_took_stands_beside_the_bytes():
+def test_an_entry_has_the_costs_beside_the_bytes():
     cost = Cost(seconds=2.0, tokens=30, peak_bytes=400, flops_estimated=5e9)
     ledger, _ = entered([job()], [update(cost=cost)])
     (entry,) = ledger.entries
     assert (entry.seconds, entry.tokens, entry.peak_bytes, entry.flops_estimated) == (2.0, 30, 400, 5e9)
 
 
-def test_what_a_method_tells_of_itself_stands_there_but_not_what_an_evaluation_answers():
-    told = {"loss": 1.5, "sent": 3, "reached": [2.0, 1.0]}
-    answers = [update(metrics=told), update(task="evaluate", metrics={"tasks": {"x": [1]}}), update("c02", metrics={"loss": 0.5})]
+def test_an_entry_has_the_methods_metrics_but_not_those_of_evaluations():
+    metrics = {"loss": 1.5, "sent": 3, "reached": [2.0, 1.0]}
+    answers = [
+        update(metrics=metrics),
+        update(task="evaluate", metrics={"tasks": {"x": [1]}}),
+        update("c02", metrics={"loss": 0.5}),
+    ]
     ledger, _ = entered([job(), job(task="evaluate"), job("c02")], answers)
     assert [entry.metrics for entry in ledger.entries] == [{"sent": 3, "reached": [2.0, 1.0]}, {}, {}]
     assert [entry.loss for entry in ledger.entries] == [1.5, None, 0.5]
     assert ledger.entries[0].as_json()["metrics"] == {"sent": 3, "reached": [2.0, 1.0]}
 
 
-def test_an_update_that_cannot_be_used_tells_nothing():
+def test_the_metrics_of_an_unusable_update_are_not_recorded():
     broken = Failure("c01", 1, "train", "its update has NaN or infinity in up")
     late = update("c02", cost=WORK, metrics={"loss": 1.0, "sent": 3})
     ledger, usable = entered([job("c01"), job("c02")], [broken, late], Clock(BOTH.profiles, deadline_seconds=20.0))
@@ -62,7 +66,7 @@ def test_an_update_that_cannot_be_used_tells_nothing():
     assert [(entry.loss, entry.metrics) for entry in ledger.entries] == [(None, {}), (None, {})]
 
 
-def test_a_failure_is_entered_with_its_reason_and_goes_no_further():
+def test_a_failure_is_recorded_with_its_reason_and_not_merged():
     ledger, usable = entered([job("c01"), job("c02")], [Failure("c01", 1, "train", "no power"), update("c02")])
     assert [answer.client for answer in usable] == ["c02"]
     assert [entry.failed for entry in ledger.entries] == ["no power", None]
@@ -70,13 +74,13 @@ def test_a_failure_is_entered_with_its_reason_and_goes_no_further():
     assert ledger.entries[0].bytes_down == PATCH_BYTES
 
 
-def test_an_answer_that_came_and_cannot_be_used_is_counted():
+def test_the_bytes_of_a_refused_answer_are_counted():
     ledger, usable = entered([job()], [Failure("c01", 1, "train", "its update has NaN or infinity in down", bytes_up=60)])
     assert usable == []
     assert (ledger.entries[0].bytes_up, ledger.entries[0].loss) == (60, None)
 
 
-def test_it_knows_who_held_what_and_forgets_it_when_cleared():
+def test_it_records_each_clients_experts_until_it_is_cleared():
     ledger, _ = entered([job()], [update()])
     assert ledger.holds == {"c01": {"a": (0, 2), "b": (1,)}}
     ledger.clear()
@@ -99,7 +103,7 @@ def test_a_round_lasts_as_long_as_its_slowest_client():
     assert len(usable) == 2
 
 
-def test_who_would_answer_after_the_deadline_is_left_out_and_the_round_lasts_until_then():
+def test_a_client_past_the_deadline_is_left_out_and_the_round_lasts_until_the_deadline():
     clock = Clock(BOTH.profiles, deadline_seconds=20.0)
     answers = [update("c01", cost=WORK, metrics={"loss": 1.0}), update("c02", cost=WORK, metrics={"loss": 1.0})]
     ledger, usable = entered([job("c01"), job("c02")], answers, clock)
@@ -111,12 +115,12 @@ def test_who_would_answer_after_the_deadline_is_left_out_and_the_round_lasts_unt
     assert (late.bytes_down, late.bytes_up, late.loss) == (60, 0, None)
 
 
-def test_who_answers_at_the_deadline_is_in_time():
+def test_an_answer_at_the_deadline_is_in_time():
     _, usable = entered([job("c02")], [update("c02")], Clock({"c02": SLOW}, deadline_seconds=60 / 6 + 62 / 3))
     assert len(usable) == 1
 
 
-def test_a_client_that_fails_has_had_its_job_sent():
+def test_the_virtual_time_of_a_failed_client_is_that_of_receiving_its_job():
     ledger, _ = entered([job("c02")], [Failure("c02", 1, "train", "no power")], BOTH)
     (entry,) = ledger.entries
     assert (entry.clock_seconds, entry.failed) == (60 / 6, "no power")
@@ -134,7 +138,7 @@ def test_without_profiles_there_is_no_clock():
     assert (ledger.clock_seconds, ledger.entries[0].clock_seconds) == (None, None)
 
 
-def test_who_sent_other_experts_than_it_held_is_told_with_them():
+def test_experts_that_differ_from_the_jobs_are_recorded_as_sent():
     few = Patch(
         {"a.up": torch.ones(1, 3), "b.up": torch.ones(0, 3)}, {"a.up": torch.tensor([2]), "b.up": torch.tensor([]).long()}
     )
@@ -154,10 +158,10 @@ def test_a_router_with_all_its_rows_hides_no_selection_of_experts_whatever_comes
     assert ledger.sends == {"c01": {"a": (2,)}}
 
 
-def test_whom_a_client_routed_tokens_to_stands_beside_what_it_held():
-    told = {"a": [3, 4], "b": [7]}
-    ledger, _ = entered([job()], [update(metrics={"loss": 1.0, "routed": told})])
-    assert ledger.uses == {"c01": told}
+def test_the_tokens_per_expert_are_recorded_beside_the_assigned_experts():
+    token_counts = {"a": [3, 4], "b": [7]}
+    ledger, _ = entered([job()], [update(metrics={"loss": 1.0, "routed": token_counts})])
+    assert ledger.uses == {"c01": token_counts}
     assert ledger.entries[0].metrics == {}
     ledger.clear()
     assert ledger.uses == {}

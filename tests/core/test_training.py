@@ -45,24 +45,24 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_installed_model_holds_what_was_sent(prepared, context):
+def test_a_built_model_has_the_received_weights(prepared, context):
     sent = job(prepared)
     doubled = replace(sent, patch=replace(sent.patch, tensors={name: 2 * t for name, t in sent.patch.tensors.items()}))
     assert equal(rows.read(Method().build_model(doubled, context)), doubled.patch.tensors)
 
 
-def test_what_the_client_kept_takes_the_place_of_what_was_sent(prepared, context):
+def test_weights_in_the_client_state_replace_received_ones(prepared, context):
     state = {ROUTER: torch.full((2, 32), 7.0), "control/x": torch.ones(1)}
     built = rows.read(Method().build_model(job(prepared), replace(context, client_state=state)))
     assert torch.equal(built[ROUTER], state[ROUTER])
 
 
-def test_what_a_client_keeps_and_is_neither_a_weight_nor_declared_is_refused_by_name(prepared, context):
+def test_an_entry_of_the_client_state_that_is_neither_a_weight_nor_declared_is_refused_by_name(prepared, context):
     with pytest.raises(Undeclared, match="client c01 keeps rooter, which is no trained weight of its model"):
         Method().build_model(job(prepared), replace(context, client_state={"rooter": torch.ones(1)}))
 
 
-def test_what_is_frozen_is_shared_with_the_base_and_what_is_trained_is_not(prepared, context):
+def test_frozen_weights_are_shared_with_the_base_and_trained_weights_are_copies(prepared, context):
     tuned = replace(context, training=replace(context.training, parts=("router",)))
     whole = prepared.server.anatomy.all_experts
     sent = Job("c01", 1, "train", "s", whole, patch_for(prepared.server, Assignment(whole, frozenset({ROUTER}))))
@@ -91,7 +91,7 @@ def test_the_same_job_gives_the_same_bits_and_another_seed_gives_others(prepared
     assert not equal(one.patch.tensors, other.patch.tensors)
 
 
-def test_fit_counts_what_it_did(prepared, context):
+def test_fit_counts_tokens_flops_and_memory(prepared, context):
     fitted = fit(Method().build_model(job(prepared), context), context, seed="s", steps=3)
     chosen = [context.encoder.batch(batch) for batch in batches(context.data.train, 2, 3, "s")]
     assert fitted.cost.tokens == sum(int(batch["attention_mask"].sum()) for batch in chosen)
@@ -100,27 +100,28 @@ def test_fit_counts_what_it_did(prepared, context):
     assert fitted.cost.peak_bytes > 4 * trained  # weights, gradients and two moments, and activations besides
 
 
-def test_fit_counts_whom_each_token_was_routed_to_where_routers_are_looked_at(prepared, context):
+def test_fit_counts_tokens_per_expert_if_routers_are_recorded(prepared, context):
     fitted = fit(Method().build_model(job(prepared), context), context, seed="s", steps=3)
-    held, top_k = job(prepared).experts, {block: shape.top_k for block, shape in prepared.server.anatomy.blocks.items()}
-    assert {block: len(counts) for block, counts in fitted.routed.items()} == {block: len(ids) for block, ids in held.items()}
-    assert all(sum(fitted.routed[block]) == fitted.cost.tokens * min(top_k[block], len(ids)) for block, ids in held.items())
+    experts, top_k = job(prepared).experts, {block: shape.top_k for block, shape in prepared.server.anatomy.blocks.items()}
+    assert {block: len(counts) for block, counts in fitted.routed.items()} == {block: len(ids) for block, ids in experts.items()}
+    assert all(sum(fitted.routed[block]) == fitted.cost.tokens * min(top_k[block], len(ids)) for block, ids in experts.items())
     unseen = replace(context, training=replace(context.training, router_aux_loss_coef=0.0))
     assert fit(Method().build_model(job(prepared), context), unseen, seed="s", steps=1).metrics.keys() == {"loss"}
     watched = fit(Method().build_model(job(prepared), context), unseen, seed="s", steps=1, watch=lambda recorder: None)
     assert watched.metrics.keys() == {"loss", "routed"}
 
 
-def test_the_peak_counts_what_a_method_holds_beside_the_model(prepared, context):
-    held = [torch.zeros(1000), torch.zeros(10, 100)]
+def test_the_peak_includes_tensors_that_the_method_keeps(prepared, context):
+    method_tensors = [torch.zeros(1000), torch.zeros(10, 100)]
     plain, more = (
-        fit(Method().build_model(job(prepared), context), context, seed="s", steps=2, beside=each) for each in ([], held)
+        fit(Method().build_model(job(prepared), context), context, seed="s", steps=2, beside=each)
+        for each in ([], method_tensors)
     )
     assert more.cost.peak_bytes == plain.cost.peak_bytes + 8000
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, context, place):
+def test_the_peak_is_that_of_the_longest_batch_at_any_step(prepared, context, place):
     short = fit(Method().build_model(job(prepared), context), context, seed="s", steps=4).cost.peak_bytes
     long = replace(context.data.train[0], prompt="a rather long prompt " * 3)
     one_at_a_time = replace(context, training=replace(context.training, batch_size=1))
@@ -137,7 +138,7 @@ def test_the_peak_is_that_of_the_longest_batch_wherever_it_comes(prepared, conte
     assert short > plain.cost.peak_bytes  # two at a time take more than one
 
 
-def test_the_first_loss_is_that_of_the_model_that_was_sent(prepared, context):
+def test_the_first_loss_is_that_of_the_received_model(prepared, context):
     plain = replace(context, training=replace(context.training, label_smoothing=0.0, router_aux_loss_coef=0.0))
     model = Method().build_model(job(prepared), plain)
     (first,) = batches(plain.data.train, 2, 1, "s")
@@ -159,7 +160,7 @@ def test_a_penalty_adds_to_the_loss_and_gradients_can_be_seen_before_they_are_cl
     assert norms[0] > 1e-3
 
 
-def test_fit_learns_what_it_sees(prepared, context):
+def test_fit_lowers_the_loss_on_the_training_examples(prepared, context):
     data = replace(context.data, train=context.data.train[:1], validation=context.data.train[:1])
     one = replace(context, data=data, training=replace(context.training, lr=1e-2))
     model = Method().build_model(job(prepared), one)
@@ -188,24 +189,24 @@ def test_the_validation_loss_is_the_mean_over_the_tokens_of_all_responses(prepar
 def test_validation_is_of_the_first_validation_examples_and_counts_each_routed_token_once(prepared, context):
     few = replace(context, training=replace(context.training, validation_examples=1))
     model = Method().build_model(job(prepared), few)
-    found = validate(model, few)
+    validation = validate(model, few)
     tokens = int(few.encoder.batch(few.data.validation[:1])["attention_mask"].sum())
-    assert found.routing.tokens == dict.fromkeys(EXPERTS, tokens)
-    assert {block: int(counts.sum()) for block, counts in found.routing.counts.items()} == dict.fromkeys(EXPERTS, 2 * tokens)
+    assert validation.routing.tokens == dict.fromkeys(EXPERTS, tokens)
+    assert {block: int(counts.sum()) for block, counts in validation.routing.counts.items()} == dict.fromkeys(EXPERTS, 2 * tokens)
 
 
 @given(tasks=st.lists(st.sampled_from("abc"), max_size=30), number=st.integers(0, 40))
-def test_some_examples_are_of_each_task_the_first_and_as_many_as_its_share(tasks, number):
+def test_stratified_examples_are_the_first_of_each_task_in_proportion_to_its_share(tasks, number):
     given = [Example(str(place), "", task) for place, task in enumerate(tasks)]
-    found = stratified_first_n(given, number)
-    assert len(found) == min(number, len(given))
-    assert found == [example for example in given if example in found]
+    selected = stratified_first_n(given, number)
+    assert len(selected) == min(number, len(given))
+    assert selected == [example for example in given if example in selected]
     for task in set(tasks):
-        of_task, chosen = ([each for each in some if each.task == task] for some in (given, found))
+        of_task, chosen = ([each for each in some if each.task == task] for some in (given, selected))
         assert chosen == of_task[: len(chosen)]
-        assert abs(len(chosen) - len(found) * len(of_task) / len(given)) < 1.5
+        assert abs(len(chosen) - len(selected) * len(of_task) / len(given)) < 1.5
     if len(set(tasks)) < 2:
-        assert found == given[:number]
+        assert selected == given[:number]
 
 
 def test_a_client_without_examples_has_no_batches():
@@ -264,7 +265,7 @@ def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, contex
     assert all(moved[name] for name in after.keys() - experts.keys()), "routers and all that is dense move"
 
 
-def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches(prepared, context):
+def test_with_all_experts_selected_training_equals_a_full_backward(prepared, context):
     model, other = Method().build_model(whole_job(prepared), context), Method().build_model(whole_job(prepared), context)
     sgd = replace(context, training=replace(context.training, optimizer="sgd", lr=0.1))
     plain = fit(model, sgd, seed="s")
@@ -274,7 +275,7 @@ def test_with_all_experts_reached_the_client_learns_what_a_full_backward_teaches
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
 
 
-def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, context):
+def test_fewer_selected_experts_take_less_memory_and_fewer_flops(prepared, context):
     costs = []
     for reach in (None, lambda recorder: prepared.server.anatomy.all_experts, few):
         costs.append(fit(Method().build_model(whole_job(prepared), context), context, seed="s", select_experts=reach).cost)
@@ -283,7 +284,7 @@ def test_fewer_experts_reached_take_less_memory_and_fewer_operations(prepared, c
     assert one.flops_estimated < full.flops_estimated == whole.flops_estimated
 
 
-def test_watch_sees_each_batch_alone_and_what_it_returns_is_learned(prepared, context):
+def test_watch_is_called_with_each_batch_and_its_result_is_added_to_the_loss(prepared, context):
     context = replace(context, training=replace(context.training, router_aux_loss_coef=0.0))
     tokens = []
 

@@ -28,7 +28,7 @@ def log(folder, text):
         file.write(text)
 
 
-def test_a_server_comes_back_as_it_was_saved(tmp_path):
+def test_a_saved_server_is_restored_unchanged(tmp_path):
     checkpoint.save(tmp_path, server(3))
     back = checkpoint.load(tmp_path, START)
     assert (back.round, back.task) == (3, "train")
@@ -38,14 +38,14 @@ def test_a_server_comes_back_as_it_was_saved(tmp_path):
     assert back.layout == START.layout
 
 
-def test_a_server_that_was_never_saved_starts_anew_and_with_empty_logs(tmp_path):
+def test_without_a_checkpoint_the_server_starts_anew_with_empty_logs(tmp_path):
     log(tmp_path, "of a round that was cut off\n")
     assert checkpoint.load(tmp_path, START) is START
     assert checkpoint.rewind(tmp_path, FedAvg(), 3) == 0
     assert (tmp_path / "rounds.jsonl").read_text() == ""
 
 
-def test_logs_are_cut_to_what_they_were_at_the_checkpoint(tmp_path):
+def test_logs_are_truncated_to_the_checkpoint(tmp_path):
     log(tmp_path, "round 1\n")
     checkpoint.save(tmp_path, server(1))
     log(tmp_path, "round 2\nhalf a li")
@@ -74,13 +74,13 @@ def test_a_missing_client_state_of_the_checkpoint_is_refused(tmp_path):
             checkpoint.require_client_state(tmp_path, name)
 
 
-def test_only_the_newest_checkpoint_stays(tmp_path):
+def test_only_the_newest_checkpoint_is_kept(tmp_path):
     for number in (1, 2, 10):
         checkpoint.save(tmp_path, server(number))
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["000010-train"]
 
 
-def test_stages_before_the_first_round_follow_each_other(tmp_path):
+def test_setup_tasks_are_resumed_in_order(tmp_path):
     for number, task in ((0, "vote"), (0, "profile"), (1, "train")):
         checkpoint.save(tmp_path, server(number, task))
         assert (checkpoint.load(tmp_path, START).round, checkpoint.load(tmp_path, START).task) == (number, task)
@@ -89,7 +89,7 @@ def test_stages_before_the_first_round_follow_each_other(tmp_path):
 @pytest.mark.parametrize(
     "left", [(), ("weights.safetensors",), ("weights.safetensors", "method_state.safetensors", ".state.json.x")]
 )
-def test_a_checkpoint_that_was_killed_half_way_does_not_count_and_is_written_again(tmp_path, left):
+def test_an_incomplete_checkpoint_is_ignored_and_written_again(tmp_path, left):
     checkpoint.save(tmp_path, server(3))
     partial = tmp_path / "checkpoint" / "000004-train"
     partial.mkdir()
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_was_killed_half_way_does_not_count_and_is_written_aga
     assert names == ["method_state.safetensors", "state.json", "weights.safetensors"]
 
 
-def test_a_checkpoint_of_version_0_1_0_is_read_and_which_answers_counted_is_taken_from_its_ledger(tmp_path):
+def test_a_checkpoint_of_version_0_1_0_is_read_with_the_accepted_answers_of_its_ledger(tmp_path):
     lines = [{"client": "c01", "round": round, "task": task, "failed": why} for round, task, why in LEDGER]
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     checkpoint.save(tmp_path, server(2))
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_version_0_1_0_is_read_and_which_answers_counted_is_take
     assert back.accepted == {"c01": "000001-train"}
 
 
-def test_an_older_checkpoint_that_was_removed_half_way_does_not_count(tmp_path):
+def test_a_partly_removed_older_checkpoint_is_ignored(tmp_path):
     checkpoint.save(tmp_path, server(3))
     older = tmp_path / "checkpoint" / "000002-train"
     older.mkdir()
@@ -124,7 +124,7 @@ def test_an_older_checkpoint_that_was_removed_half_way_does_not_count(tmp_path):
     assert checkpoint.load(tmp_path, START).round == 3
 
 
-def test_tensors_of_one_memory_are_saved_as_two(tmp_path):
+def test_tensors_that_share_memory_are_saved_separately(tmp_path):
     even = torch.ones(4)
     checkpoint.save(tmp_path, replace(server(1), method_state={"p/c01": even, "p/c02": even, "p/c03": even[1:]}))
     assert [tensor.tolist() for tensor in checkpoint.load(tmp_path, START).method_state.values()] == [
@@ -142,7 +142,7 @@ def test_a_full_disk_is_an_error_of_the_disk_and_what_was_there_stays(tmp_path, 
     files.write_tensors(path, {"w": torch.ones(2)})
     before = path.read_bytes()
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(OSError, match="No space left on device") as told:
+    with pytest.raises(OSError, match="No space left on device") as error:
         files.write_tensors(path, {"w": torch.zeros(2)})
-    assert (told.value.errno, told.value.filename) == (errno.ENOSPC, str(path))
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(path))
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [before]

@@ -39,16 +39,16 @@ def quiz(tmp_path_factory):
 
 def config(tree, method="fedavg", each=2, rounds=3, every=1, **evaluation):
     federation = {"rounds": rounds, "clients_per_round": each}
-    told = {**tree["evaluation"], "every": every, **evaluation}
-    return checked(RunConfig, {**tree, "method": {"name": method}, "federation": federation, "evaluation": told})
+    settings = {**tree["evaluation"], "every": every, **evaluation}
+    return checked(RunConfig, {**tree, "method": {"name": method}, "federation": federation, "evaluation": settings})
 
 
 def lines(out, name="evals"):
     return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
 
 
-def of(rows, **found):
-    return [row for row in rows if all(row.get(name) == value for name, value in found.items())]
+def of(rows, **fields):
+    return [row for row in rows if all(row.get(name) == value for name, value in fields.items())]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def measured(tiny_tree, quiz, tmp_path_factory):
     original = evaluation.by_example
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "by_example", lambda model, *rest: scored.append(model) or original(model, *rest))
-        asked = config(tiny_tree, retained=[quiz, {"name": "synthetic/sort", "limit": 3}], drift=True)
-        out = run(asked, tmp_path_factory.mktemp("measured") / "out")
-    return asked, out, len(scored)
+        settings = config(tiny_tree, retained=[quiz, {"name": "synthetic/sort", "limit": 3}], drift=True)
+        out = run(settings, tmp_path_factory.mktemp("measured") / "out")
+    return settings, out, len(scored)
 
 
 def test_the_base_is_scored_once_before_the_first_round_and_every_client_after_the_last(measured):
@@ -75,22 +75,22 @@ def test_the_base_is_scored_once_before_the_first_round_and_every_client_after_t
     assert lines(out)[0] == rows[0]
 
 
-def test_where_all_clients_have_one_model_it_is_measured_once(measured):
+def test_a_model_that_all_clients_share_is_measured_once(measured):
     _, out, scored = measured
     rows = [row for row in lines(out) if row.get("drift")]
     assert scored == 2  # the base, and the server's model
     assert len(rows) == 4 and all(row["retained"] == rows[0]["retained"] for row in rows)
 
 
-def test_drift_is_told_of_each_layer_and_is_not_nothing_after_training(measured):
+def test_drift_is_reported_per_layer_and_is_above_zero_after_training(measured):
     drift = lines(measured[1])[-1]["drift"]
     assert list(drift) == [f"model.layers.{n}.mlp" for n in range(3)]
     assert all(each > 0 for each in drift.values())
 
 
 def test_a_method_that_trains_nothing_retains_what_the_base_knows_and_does_not_drift(tiny_tree, quiz, tmp_path):
-    asked = config(tiny_tree, rounds=1, retained=[quiz], drift=True)
-    still = asked.model_copy(update={"training": replace(asked.training, lr=1e-12, optimizer="sgd")})
+    settings = config(tiny_tree, rounds=1, retained=[quiz], drift=True)
+    still = settings.model_copy(update={"training": replace(settings.training, lr=1e-12, optimizer="sgd")})
     base, *clients = [row for row in lines(run(still, tmp_path / "out")) if "retained" in row]
     assert len(clients) == 4
     for row in clients:
@@ -98,22 +98,22 @@ def test_a_method_that_trains_nothing_retains_what_the_base_knows_and_does_not_d
         assert all(abs(each) < 1e-9 for each in row["drift"].values())
 
 
-def test_clients_with_models_of_their_own_are_measured_each(tiny_tree, quiz, tmp_path):
+def test_clients_with_personal_models_are_measured_individually(tiny_tree, quiz, tmp_path):
     out = run(config(tiny_tree, "local", each=4, rounds=1, retained=[quiz], drift=True), tmp_path / "out")
     drift = [row["drift"]["model.layers.0.mlp"] for row in lines(out) if "drift" in row]
     assert len(drift) == len(set(drift)) == 4
 
 
-def test_without_retained_examples_drift_is_that_on_each_clients_own_examples(tiny_tree, tmp_path):
+def test_without_retained_examples_drift_is_measured_on_each_clients_examples(tiny_tree, tmp_path):
     out = run(config(tiny_tree, rounds=1, drift=True), tmp_path / "out")
     drift = [row["drift"]["model.layers.0.mlp"] for row in lines(out) if "drift" in row]
     assert len(drift) == len(set(drift)) == 4  # one model, four texts
     assert not any("retained" in row for row in lines(out))
 
 
-def test_a_shrunk_model_is_held_against_the_base_with_the_same_experts(tiny_tree, tmp_path):
-    asked = config(tiny_tree, "random_moe", rounds=1, drift=True)
-    tree = asked.model_dump(mode="json", exclude_none=True)
+def test_a_sub_model_is_compared_with_the_base_cut_to_the_same_experts(tiny_tree, tmp_path):
+    settings = config(tiny_tree, "random_moe", rounds=1, drift=True)
+    tree = settings.model_dump(mode="json", exclude_none=True)
     half = checked(RunConfig, {**tree, "devices": {"memory_share": 0.9}})
     out = run(half, tmp_path / "out")
     rows = [row for row in lines(out) if "drift" in row]
@@ -122,23 +122,23 @@ def test_a_shrunk_model_is_held_against_the_base_with_the_same_experts(tiny_tree
 
 
 def test_nobody_trains_on_a_retained_example(tiny_tree, tmp_path):
-    asked = config(tiny_tree)
-    pool = prepare_run(asked).clients.pool
+    settings = config(tiny_tree)
+    pool = prepare_run(settings).clients.pool
     rows = [{"prompt": example.prompt, "response": example.response} for example in pool.train[:4]]
     rows += [{"prompt": f"other {n}", "response": "x"} for n in range(4)]
     for side, some in (("train", rows[4:]), ("test", rows[:4])):
         (tmp_path / f"held.{side}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in some))
     with_held = prepare_run(config(tiny_tree, retained=[str(tmp_path / "held.train.jsonl")]))
-    held = {duplicate_key(example) for example in with_held.retained.examples}
+    retained_keys = {duplicate_key(example) for example in with_held.retained.examples}
     trained = {duplicate_key(example) for name in with_held.clients for example in with_held.clients[name].train}
-    assert len(held) == 4 and held == {duplicate_key(example) for example in pool.train[:4]}
-    assert not held & trained and len(with_held.clients.pool.train) == len(pool.train) - 4
+    assert len(retained_keys) == 4 and retained_keys == {duplicate_key(example) for example in pool.train[:4]}
+    assert not retained_keys & trained and len(with_held.clients.pool.train) == len(pool.train) - 4
 
 
 @pytest.mark.parametrize("score", ["after_aggregation", "before_aggregation"])
 def test_a_run_killed_before_its_last_checkpoint_writes_nothing_twice(tiny_tree, quiz, tmp_path, monkeypatch, score):
-    asked = config(tiny_tree, score=score, retained=[quiz], drift=True)
-    whole = run(asked, tmp_path / "whole")
+    settings = config(tiny_tree, score=score, retained=[quiz], drift=True)
+    whole = run(settings, tmp_path / "whole")
     from fedexperts.experiment import checkpoint
 
     original = checkpoint.save
@@ -151,8 +151,8 @@ def test_a_run_killed_before_its_last_checkpoint_writes_nothing_twice(tiny_tree,
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(Killed):
-        run(asked, tmp_path / "out")
-    assert lines(run(asked, tmp_path / "out", resume=True)) == lines(whole)
+        run(settings, tmp_path / "out")
+    assert lines(run(settings, tmp_path / "out", resume=True)) == lines(whole)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "flex", "flora", "hetlora", "ditto"])
@@ -188,25 +188,25 @@ def test_before_aggregation_clients_of_one_round_differ_and_the_last_scores_of_a
     assert not of(lines(out, "ledger"), task="evaluate", round=3)  # nothing is asked twice
 
 
-def test_one_place_with_all_data_is_scored_as_its_clients_whatever_is_asked(tiny_tree, tmp_path):
+def test_centralized_training_is_always_scored_after_aggregation(tiny_tree, tmp_path):
     out = run(config(tiny_tree, "centralized", rounds=1, score="before_aggregation"), tmp_path / "out")
     assert {row["client"] for row in of(lines(out), round=1)} == {None, "c01", "c02", "c03", "c04"}
 
 
-def test_rows_that_go_back_lie_over_those_that_came():
-    came = Patch({"w": torch.tensor([[1.0], [2.0], [3.0]]), "dense": torch.tensor([[5.0]])}, {"w": torch.tensor([1, 4, 6])})
-    job = Job("a", 1, "train", "s", {}, came)
+def test_sent_rows_replace_received_rows():
+    received = Patch({"w": torch.tensor([[1.0], [2.0], [3.0]]), "dense": torch.tensor([[5.0]])}, {"w": torch.tensor([1, 4, 6])})
+    job = Job("a", 1, "train", "s", {}, received)
     back = Patch({"w": torch.tensor([[9.0]]), "dense": torch.tensor([[7.0]])}, {"w": torch.tensor([4])})
-    found = apply_update(job, Update("a", 1, "train", back, examples=1))
-    assert found.task == "evaluate"
-    assert found.patch.tensors["w"].flatten().tolist() == [1.0, 9.0, 3.0]
-    assert found.patch.tensors["dense"].item() == 7.0
-    assert came.tensors["w"].flatten().tolist() == [1.0, 2.0, 3.0]
-    everything = Update("a", 1, "train", Patch({"w": -came.tensors["w"]}, came.rows), examples=1)
+    evaluation = apply_update(job, Update("a", 1, "train", back, examples=1))
+    assert evaluation.task == "evaluate"
+    assert evaluation.patch.tensors["w"].flatten().tolist() == [1.0, 9.0, 3.0]
+    assert evaluation.patch.tensors["dense"].item() == 7.0
+    assert received.tensors["w"].flatten().tolist() == [1.0, 2.0, 3.0]
+    everything = Update("a", 1, "train", Patch({"w": -received.tensors["w"]}, received.rows), examples=1)
     assert apply_update(job, everything).patch.tensors["w"].flatten().tolist() == [-1.0, -2.0, -3.0]
 
 
-def test_the_bits_of_a_model_tell_it_from_another():
+def test_different_models_have_different_hashes():
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     assert bits(one) != bits(other)
     other.load_state_dict(one.state_dict())
@@ -214,7 +214,7 @@ def test_the_bits_of_a_model_tell_it_from_another():
     assert bits(one.bfloat16()) != bits(other)
 
 
-def test_a_run_from_before_these_settings_goes_on_as_it_began_and_is_reported(tiny_tree, quiz, tmp_path):
+def test_a_run_from_before_these_settings_is_resumed_unchanged_and_is_reported(tiny_tree, quiz, tmp_path):
     out = run(config(tiny_tree, rounds=1), tmp_path / "out")
     resolved = json.loads((out / "resolved.json").read_text())
     for setting in ("score", "retained", "drift"):
@@ -226,20 +226,20 @@ def test_a_run_from_before_these_settings_goes_on_as_it_began_and_is_reported(ti
     assert write([out], html=tmp_path / "r.html").written
 
 
-def test_a_run_goes_on_with_the_public_text_it_began_with(tiny_tree, tmp_path):
+def test_a_run_is_resumed_only_with_the_public_text_it_started_with(tiny_tree, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a text that everybody has")
     method = {"name": "flex", "select": "shared", "public_text": str(text)}
     training = {**tiny_tree["training"], "train": "lora", "parts": ["attention"]}
-    asked = checked(RunConfig, {**tiny_tree, "method": method, "training": training, "federation": {"rounds": 1}})
-    out = run(asked, tmp_path / "out")
+    settings = checked(RunConfig, {**tiny_tree, "method": method, "training": training, "federation": {"rounds": 1}})
+    out = run(settings, tmp_path / "out")
     text.write_text("another text")
     with pytest.raises(BadRun, match="began with other files: a file that the method names changed"):
-        run(asked, out, resume=True)
-    told = json.loads((out / "versions.json").read_text())
-    before = {name: each for name, each in told.items() if name not in ("text_hash", "config_hash")}
+        run(settings, out, resume=True)
+    recorded = json.loads((out / "versions.json").read_text())
+    before = {name: each for name, each in recorded.items() if name not in ("text_hash", "config_hash")}
     (out / "versions.json").write_text(json.dumps(before))
-    assert run(asked, out, resume=True) == out, "a run from before these were noted"
+    assert run(settings, out, resume=True) == out, "a run from before these were noted"
 
 
 def test_a_finished_run_is_read_as_one_that_measured_nothing_where_these_lines_are_taken_out(measured, tmp_path):

@@ -25,28 +25,28 @@ def printed(planned):
     return out.getvalue()
 
 
-def test_a_client_with_a_budget_needs_what_reaching_as_many_experts_takes(tiny_tree):
+def test_the_planned_memory_of_a_client_with_a_budget_is_that_of_the_reached_experts(tiny_tree):
     cost = prepared_with(tiny_tree).server.footprint
     memory = [cost.reaching(5), cost.reaching(24), cost.reaching(3), cost.reaching(3) - 1]
     prepared = prepared_with(tiny_tree, memory_gb=[each / 1e9 for each in memory])
-    usual, told = plan(prepared), plan(replace(prepared, method=HFedMoE()))
+    usual, with_budget = plan(prepared), plan(replace(prepared, method=HFedMoE()))
     assert [(client["budget"], client["first_fits"]) for client in usual["clients"]] == [
         (None, False),
         (None, True),
         (None, False),
         (None, False),
     ]
-    assert [(client["budget"], client["first_fits"]) for client in told["clients"]] == [
+    assert [(client["budget"], client["first_fits"]) for client in with_budget["clients"]] == [
         (5, True),
         (24, True),
         (3, True),
         (3, False),
     ], "one expert of each of the three layers, even where that is too much"
-    assert (told["fixed_bytes"], told["reached_bytes"]) == (cost.reaching(0), cost.reaching(1) - cost.reaching(0))
-    assert ["c04" in warning and "c01" not in warning for warning in told["warnings"]] == [True]
+    assert (with_budget["fixed_bytes"], with_budget["reached_bytes"]) == (cost.reaching(0), cost.reaching(1) - cost.reaching(0))
+    assert ["c04" in warning and "c01" not in warning for warning in with_budget["warnings"]] == [True]
 
 
-def test_budgets_are_printed_where_there_are_some(tiny_tree):
+def test_budgets_are_printed_if_there_are_any(tiny_tree):
     cost = prepared_with(tiny_tree).server.footprint
     prepared = prepared_with(tiny_tree, memory_gb=cost.reaching(17) / 1e9)
     shown = printed(plan(replace(prepared, method=HFedMoE())))
@@ -58,7 +58,7 @@ def test_budgets_are_printed_where_there_are_some(tiny_tree):
     assert "budget" not in without and "backward" not in without
 
 
-def test_what_a_part_of_the_model_weighs_adds_up_to_what_the_whole_does(tiny_tree):
+def test_the_bytes_of_the_parts_sum_to_those_of_the_whole_model(tiny_tree):
     prepared = prepared_with(tiny_tree)
     planned, server = plan(prepared), prepared.server
     every = {block: shape.num_experts for block, shape in server.anatomy.blocks.items()}
@@ -72,7 +72,7 @@ def test_what_a_part_of_the_model_weighs_adds_up_to_what_the_whole_does(tiny_tre
     assert memory["dense_bytes"] + experts + memory["activation_bytes"] == planned["full_bytes"]
 
 
-def test_personal_experts_are_what_a_client_needs_beside_what_it_is_sent(tiny_tree):
+def test_the_memory_of_personal_experts_is_added_to_that_of_the_job(tiny_tree):
     flex = {
         **tiny_tree,
         "training": {**tiny_tree["training"], "train": "lora", "parts": ["attention"]},

@@ -15,7 +15,7 @@ def doubled(number, *, dies=None):
     return 2 * number, os.getpid()
 
 
-def test_each_task_is_done_once_and_one_whose_process_dies_costs_no_other():
+def test_each_task_is_executed_once_and_a_dead_process_affects_only_its_own_task():
     pairs = list(in_parallel(partial(doubled, dies=2), [1, 2, 3, 4], 2))
     by_task = dict(pairs)
     assert len(pairs) == len(by_task) == 4

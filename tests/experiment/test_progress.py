@@ -46,7 +46,7 @@ def test_a_client_that_fails_is_shown_without_a_loss():
 
 
 @pytest.mark.parametrize("width", [60, 40])
-def test_a_narrow_terminal_cuts_what_is_too_long_and_never_the_rounds(width):
+def test_a_narrow_terminal_cuts_long_texts_but_never_the_rounds(width):
     label, bar, now = shown_after(2, width, label="four: fedmoe:adjust=false:patience=5:profile_rounds=2:neighbours=3")
     assert all(len(line) <= width for line in (label, bar, now))
     assert label.endswith("…") and label.startswith("four: fedmoe")
@@ -54,7 +54,7 @@ def test_a_narrow_terminal_cuts_what_is_too_long_and_never_the_rounds(width):
     assert now.startswith("round 2, train: c02")
 
 
-def test_without_a_terminal_only_lines_that_stay_are_written_and_none_is_broken():
+def test_without_a_terminal_only_permanent_unwrapped_lines_are_written():
     console = Console(file=StringIO(), width=40, force_terminal=False)
     with Shown(console) as shown:
         shown.start("fedmoe", 3, 0, 2)

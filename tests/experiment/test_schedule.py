@@ -49,19 +49,19 @@ def test_every_job_of_a_round_trains_at_its_rate_and_nothing_else_of_the_context
     training = Training(batch_size=3, local_steps=8, lr=0.5, schedule="cosine", final_lr=0.1)
     context = tiny_context(tiny_model("olmoe", num_hidden_layers=1), Client("a", 4), training)
     jobs = [Job("a", number, "train" if number else "profile", "seed", {}, Patch({})) for number in range(4)]
-    found = [task.scheduled(job, context) for job in jobs]
-    assert [round(each.training.lr, 6) for each in found] == [0.5, 0.5, 0.3, 0.1]
-    assert all(replace(each, training=training) == context for each in found)
-    assert all(replace(each.training, lr=0.5) == training for each in found)
-    assert all(each.client_state is context.client_state for each in found), "what is kept is the client's own, not a copy"
+    contexts = [task.scheduled(job, context) for job in jobs]
+    assert [round(each.training.lr, 6) for each in contexts] == [0.5, 0.5, 0.3, 0.1]
+    assert all(replace(each, training=training) == context for each in contexts)
+    assert all(replace(each.training, lr=0.5) == training for each in contexts)
+    assert all(each.client_state is context.client_state for each in contexts), "what is kept is the client's own, not a copy"
 
 
-def asked(tree, *settings):
+def run_config(tree, *settings):
     return checked(RunConfig, with_settings(tree, settings))
 
 
-def test_the_work_of_a_run_has_its_schedule_and_a_pooled_one_all_its_steps(tiny_tree, tmp_path):
-    prepared = prepare_run(asked(tiny_tree, "method.name=centralized", "training.schedule=cosine", "training.lr=0.5"))
+def test_a_run_has_its_schedule_and_a_centralized_one_all_steps(tiny_tree, tmp_path):
+    prepared = prepare_run(run_config(tiny_tree, "method.name=centralized", "training.schedule=cosine", "training.lr=0.5"))
     rounds = task_for(prepared).rounds
     assert [prepared.training.lr_in(round, rounds) for round in (1, 2, 3)] == pytest.approx([0.5, 0.25, 1e-6], abs=1e-6)
     assert engine_for(prepared, tmp_path).runtime.training.local_steps == 2 * 2
@@ -71,14 +71,14 @@ def weights(out):
     return load_file(checkpoint.latest(out) / "weights.safetensors")
 
 
-def test_in_its_last_round_hardly_anything_moves(tiny_tree, tmp_path):
+def test_weights_hardly_change_in_the_last_round(tiny_tree, tmp_path):
     """The third of three rounds has a rate of 1e-12: its clients end where they began."""
     cosine = ("training.schedule=cosine", "training.final_lr=1e-12", "training.lr=1e-2")
-    three = weights(run(asked(tiny_tree, *cosine), tmp_path / "three"))
-    constant = weights(run(asked(tiny_tree, "training.lr=1e-2"), tmp_path / "constant"))
+    three = weights(run(run_config(tiny_tree, *cosine), tmp_path / "three"))
+    constant = weights(run(run_config(tiny_tree, "training.lr=1e-2"), tmp_path / "constant"))
     # with one round there is no way down: the first round's rate, so the same bits as without a schedule
-    one = weights(run(asked(tiny_tree, *cosine, "federation.rounds=1"), tmp_path / "one"))
-    alone = weights(run(asked(tiny_tree, "training.lr=1e-2", "federation.rounds=1"), tmp_path / "alone"))
+    one = weights(run(run_config(tiny_tree, *cosine, "federation.rounds=1"), tmp_path / "one"))
+    alone = weights(run(run_config(tiny_tree, "training.lr=1e-2", "federation.rounds=1"), tmp_path / "alone"))
     assert all((one[name] == alone[name]).all() for name in alone)
     far, near = (sum(float((end[name] - one[name]).square().sum()) for name in one) ** 0.5 for end in (constant, three))
     assert 0 < near < 0.6 * far
@@ -86,24 +86,26 @@ def test_in_its_last_round_hardly_anything_moves(tiny_tree, tmp_path):
 
 def test_a_cosine_that_would_rise_is_refused():
     with pytest.raises(BadValue, match=r"^training\.final_lr = 0\.1 is above training\.lr = 0\.01, but the cosine falls"):
-        asked({"data": {"sources": ["synthetic/sort"]}}, "training.schedule=cosine", "training.lr=0.01", "training.final_lr=0.1")
-    asked({"data": {"sources": ["synthetic/sort"]}}, "training.lr=1e-9")  # no schedule, so it is no matter
+        run_config(
+            {"data": {"sources": ["synthetic/sort"]}}, "training.schedule=cosine", "training.lr=0.01", "training.final_lr=0.1"
+        )
+    run_config({"data": {"sources": ["synthetic/sort"]}}, "training.lr=1e-9")  # no schedule, so it is no matter
 
 
 @pytest.mark.parametrize("setting", ["training.schedule=linear", "training.final_lr=0"])
-def test_what_is_no_schedule_is_refused(setting):
+def test_an_unknown_schedule_is_refused(setting):
     with pytest.raises(BadValue, match=f"^{setting.partition('=')[0]} = "):
-        asked({"data": {"sources": ["synthetic/sort"]}}, setting)
+        run_config({"data": {"sources": ["synthetic/sort"]}}, setting)
 
 
-def test_a_run_from_before_there_were_schedules_goes_on_as_it_began(tiny_tree, tmp_path):
-    config = asked(tiny_tree)
+def test_a_run_from_before_schedules_is_resumed_unchanged(tiny_tree, tmp_path):
+    config = run_config(tiny_tree)
     resolved = config.resolved()
     for key in ("schedule", "final_lr"):
         del resolved["training"][key]
     (tmp_path / "resolved.json").write_text(json.dumps(resolved))
     claim(config, tmp_path, resume=True)
     with pytest.raises(BadRun, match=r"other settings: training\.schedule changed"):
-        claim(asked(tiny_tree, "training.schedule=cosine"), tmp_path, resume=True)
+        claim(run_config(tiny_tree, "training.schedule=cosine"), tmp_path, resume=True)
     with pytest.raises(BadRun, match=r"other settings: federation\.server_optimizer\.beta1, .*name.* changed"):
-        claim(asked(tiny_tree, "federation.server_optimizer=fedavgm"), tmp_path, resume=True)
+        claim(run_config(tiny_tree, "federation.server_optimizer=fedavgm"), tmp_path, resume=True)

@@ -39,11 +39,13 @@ class Elsewhere:
 
 def tensor_bytes():
     gc.collect()
-    found = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu")
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in found}.values())
+    tensors = (
+        each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu"
+    )
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def test_a_server_lets_go_of_the_base_and_of_the_weights_of_the_round_before(tmp_path):
+def test_a_server_frees_the_base_and_the_weights_of_the_previous_round(tmp_path):
     engine, before = Elsewhere(), tensor_bytes()
 
     @contextmanager
@@ -53,6 +55,6 @@ def test_a_server_lets_go_of_the_base_and_of_the_weights_of_the_round_before(tmp
         yield engine
 
     runner.run(checked(RunConfig, RUN), tmp_path / "run", engine=connected)
-    held = {round: (bytes - before) / engine.size for round, bytes in engine.held.items()}
-    assert held.keys() == {0, 1, 2}
-    assert max(held.values()) < 1.1, held
+    sizes = {round: (bytes - before) / engine.size for round, bytes in engine.held.items()}
+    assert sizes.keys() == {0, 1, 2}
+    assert max(sizes.values()) < 1.1, sizes

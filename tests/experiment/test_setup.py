@@ -22,7 +22,7 @@ def words(number):
     return " ".join(["w5"] * number)
 
 
-def asked(prompt, response):
+def example(prompt, response):
     """An example of this many words."""
     return Example(words(prompt), words(response), "t")
 
@@ -32,42 +32,42 @@ def places(batch):
     return int((batch["labels"][:, 1:] != IGNORED).any(dim=0).sum())
 
 
-def test_the_longest_response_is_counted_in_tokens_with_its_end():
-    examples = [asked(9, 1), asked(1, 3), asked(1, 3)]
+def test_the_longest_response_is_counted_in_tokens_including_the_end_token():
+    examples = [example(9, 1), example(1, 3), example(1, 3)]
     assert longest_response(tiny_tokenizer(), examples) == 4
     assert longest_response(make_tokenizer(64), [Example("a", "été", "t")]) == 6  # bytes
 
 
 @pytest.mark.parametrize("max_tokens", [8, 24, 64])
-def test_no_batch_has_a_target_at_more_places_than_is_said(max_tokens):
-    rng, encoder, found = Random(0), Encoder(tiny_tokenizer(), max_tokens), set()
+def test_no_batch_has_more_target_positions_than_target_places(max_tokens):
+    rng, encoder, numbers = Random(0), Encoder(tiny_tokenizer(), max_tokens), set()
     for _ in range(60):
         size, longest = rng.randint(1, 5), rng.randint(1, 12)
-        chosen = [asked(rng.randint(0, 60), rng.randint(0, longest)) for _ in range(size)]
+        chosen = [example(rng.randint(0, 60), rng.randint(0, longest)) for _ in range(size)]
         batch = encoder.batch(chosen)
         most = target_places(longest_response(tiny_tokenizer(), chosen), (size, max_tokens), encoder_decoder=False)
         assert places(batch) <= most <= max_tokens
-        found.add(places(batch) == min(most, max_tokens - 1))
-    assert found == {True, False}
+        numbers.add(places(batch) == min(most, max_tokens - 1))
+    assert numbers == {True, False}
 
 
-def test_answers_that_stand_apart_fill_all_places_that_are_said():
-    examples = [asked(1, 1), asked(3, 1), asked(5, 1)]
+def test_responses_without_overlap_use_all_target_places():
+    examples = [example(1, 1), example(3, 1), example(5, 1)]
     assert target_places(longest_response(tiny_tokenizer(), examples), (3, 64), encoder_decoder=False) == 6
     assert places(Encoder(tiny_tokenizer(), 64).batch(examples)) == 6
 
 
-def test_the_answers_of_an_encoder_decoder_all_begin_at_the_first_place():
-    examples = [asked(1, 1), asked(3, 6), asked(5, 2)]
+def test_the_responses_of_an_encoder_decoder_all_start_at_the_first_position():
+    examples = [example(1, 1), example(3, 6), example(5, 2)]
     most = [target_places(longest_response(tiny_tokenizer(), examples), (3, tokens), encoder_decoder=True) for tokens in (64, 4)]
     widths = [Encoder(tiny_tokenizer(), tokens, encoder_decoder=True).batch(examples)["labels"].shape[1] for tokens in (64, 4)]
     assert most == widths == [7, 4]
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["answers in line", "answers apart"])
-def test_training_with_short_answers_takes_no_more_than_is_planned_and_not_much_less(apart):
+def test_training_with_short_responses_takes_at_most_the_planned_memory_and_not_much_less(apart):
     model, tuning, tokens = tiny_model("olmoe", vocab_size=2048), Tuning(), 64
-    examples = [asked(61 - 3 * (number % 4) if apart else 61, 1) for number in range(16)]
+    examples = [example(61 - 3 * (number % 4) if apart else 61, 1) for number in range(16)]
     data, client = Split(examples, examples[:1], examples[:1]), Client("c01", len(examples))
     context = ClientContext(
         client, model, data, Encoder(tiny_tokenizer(), tokens), Training(**vars(tuning), batch_size=4), client_state={}
@@ -83,7 +83,7 @@ def test_training_with_short_answers_takes_no_more_than_is_planned_and_not_much_
     assert everywhere > 1.5 * measured
 
 
-def test_a_run_plans_with_the_longest_response_of_its_data_and_looks_for_it_once(tiny_tree, tmp_path):
+def test_a_run_plans_with_the_longest_response_of_its_data_and_searches_it_once(tiny_tree, tmp_path):
     (tmp_path / "mine.csv").write_text("\n".join(["text,label", *(f"text {n},{'ab'[n % 2]}" for n in range(60))]))
     data = {**tiny_tree["data"], "sources": [str(tmp_path / "mine.csv")], "limit": 24}
     config, parts = checked(RunConfig, {**tiny_tree, "data": data}), Parts()

@@ -34,8 +34,8 @@ def lines(path):
 
 def rounds(out):
     """Results folder, relative to `out` → the rounds it has done."""
-    found = {path.parent.relative_to(out).as_posix(): path for path in out.rglob("rounds.jsonl")}
-    return {name: [line["round"] for line in lines(path)] for name, path in found.items()}
+    logs = {path.parent.relative_to(out).as_posix(): path for path in out.rglob("rounds.jsonl")}
+    return {name: [line["round"] for line in lines(path)] for name, path in logs.items()}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def rounds(out):
         ),
     ],
 )
-def test_methods_are_read_with_their_names_and_what_they_set(text, expected):
+def test_methods_are_read_with_their_labels_and_settings(text, expected):
     assert read_variants(text) == expected
 
 
@@ -88,20 +88,20 @@ def test_no_two_labels_share_a_folder_and_each_is_one_part_of_a_path(labels):
     assert not [folder for folder in folders if "/" in folder or "\0" in folder]
 
 
-def test_a_variant_sets_what_it_names_and_leaves_what_the_run_file_says_of_its_method(tiny_tree):
+def test_a_variant_changes_its_settings_and_preserves_the_run_files_settings_of_its_method(tiny_tree):
     config = checked(RunConfig, {**tiny_tree, "method": {"name": "fedmoe", "patience": 7, "neighbours": 2}})
     (variant,) = read_variants("fedmoe:patience=1:training.lr=0.5:federation.rounds=9:model.name=other")
-    found = variant.of(config)
-    assert found.method == {"name": "fedmoe", "patience": 1, "neighbours": 2}
-    assert (found.training.lr, found.federation.rounds, found.model.name) == (0.5, 9, "other")
-    assert found.training.local_steps == config.training.local_steps == 2
+    changed = variant.of(config)
+    assert changed.method == {"name": "fedmoe", "patience": 1, "neighbours": 2}
+    assert (changed.training.lr, changed.federation.rounds, changed.model.name) == (0.5, 9, "other")
+    assert changed.training.local_steps == config.training.local_steps == 2
     with pytest.raises(BadValue, match=r"training\.rl is not a setting; did you mean training\.lr\?"):
         read_variants("fedavg:training.rl=1")[0].of(config)
     with pytest.raises(BadValue, match=r"^'training\.lr' is not of the form a\.b=c"):
         read_variants("fedavg:training.lr")[0].of(config)
 
 
-def test_references_are_told_from_methods_that_federate():
+def test_references_are_distinguished_from_federated_methods():
     assert {name for name, method in METHODS.items() if method().declare().reference} == {"local", "centralized"}
 
 
@@ -121,14 +121,14 @@ def test_run_files_of_one_name_are_refused(tiny_tree, tmp_path):
     assert read_settings([tmp_path / "a/run.toml"], ["seed=5"])["run"].seed == 5
 
 
-def test_what_is_varied_makes_a_setting_of_each_combination(tiny_tree, tmp_path):
+def test_each_combination_of_varied_values_is_a_setting(tiny_tree, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(tomli_w.dumps(tiny_tree))
-    found = read_settings([path], ["training.batch_size=3"], ["training.lr = 1e-3, 0.5"])
-    assert list(found) == ["run training.lr=1e-3", "run training.lr=0.5"]
-    assert [(each.training.lr, each.training.batch_size) for each in found.values()] == [(1e-3, 3), (0.5, 3)]
-    found = read_settings([path], [], ["federation.rounds=1,2", 'training.parts=["experts"],["experts","router"]'])
-    assert [(each.federation.rounds, each.training.parts) for each in found.values()] == [
+    settings = read_settings([path], ["training.batch_size=3"], ["training.lr = 1e-3, 0.5"])
+    assert list(settings) == ["run training.lr=1e-3", "run training.lr=0.5"]
+    assert [(each.training.lr, each.training.batch_size) for each in settings.values()] == [(1e-3, 3), (0.5, 3)]
+    settings = read_settings([path], [], ["federation.rounds=1,2", 'training.parts=["experts"],["experts","router"]'])
+    assert [(each.federation.rounds, each.training.parts) for each in settings.values()] == [
         (1, ("experts",)),
         (1, ("experts", "router")),
         (2, ("experts",)),
@@ -148,43 +148,43 @@ def test_what_is_varied_makes_a_setting_of_each_combination(tiny_tree, tmp_path)
         ([f"model.name={'x' * 300}"], "write a run file for each"),
     ],
 )
-def test_what_cannot_be_varied_is_refused(tiny_tree, tmp_path, vary, said):
+def test_keys_that_cannot_be_varied_are_refused(tiny_tree, tmp_path, vary, said):
     path = tmp_path / "run.toml"
     path.write_text(tomli_w.dumps(tiny_tree))
     with pytest.raises(BadValue, match=said):
         read_settings([path], [], vary)
 
 
-def test_a_sweep_in_two_processes_is_done_where_runs_fail_and_gives_the_bits_of_one_process(tiny_tree, tmp_path):
+def test_a_sweep_in_two_processes_completes_despite_failures_with_the_bits_of_one_process(tiny_tree, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(tomli_w.dumps({**tiny_tree, "federation": {"rounds": 1}}))
     chosen = read_settings([path], [], ["training.lr=1e-3,1e30"])  # the second gives NaN
     variants = read_variants("fedavg,local")
-    found = compare(chosen, variants, 1, tmp_path / "two", jobs=2)
-    assert [folder.relative_to(tmp_path / "two").parts[:2] for folder in found.failed] == [
+    compared = compare(chosen, variants, 1, tmp_path / "two", jobs=2)
+    assert [folder.relative_to(tmp_path / "two").parts[:2] for folder in compared.failed] == [
         ("run training.lr=1e30", "fedavg"),
         ("run training.lr=1e30", "local"),
     ]
-    assert all("clients failed" in reason for reason in found.failed.values())
-    assert found.left == ()
+    assert all("clients failed" in reason for reason in compared.failed.values())
+    assert compared.left == ()
     alone = compare(chosen, variants, 1, tmp_path / "one")
-    assert len(alone.folders) == len(found.folders) == 4
-    for folder in set(found.folders) - found.failed.keys():
+    assert len(alone.folders) == len(compared.folders) == 4
+    for folder in set(compared.folders) - compared.failed.keys():
         assert results(folder) == results(tmp_path / "one" / folder.relative_to(tmp_path / "two"))
 
 
-def test_a_run_that_breaks_is_named_and_the_others_are_done(settings, tmp_path, monkeypatch, capfd):
+def test_a_run_with_an_unexpected_error_is_named_and_the_others_are_executed(settings, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(METHODS["local"], "merge", lambda self, server, updates: 1 / 0)
-    found = compare({"standard": settings["standard"]}, read_variants("local,fedavg"), 1, tmp_path)
-    assert found.failed == {tmp_path / "local/seed-0": "ZeroDivisionError: division by zero"}
+    compared = compare({"standard": settings["standard"]}, read_variants("local,fedavg"), 1, tmp_path)
+    assert compared.failed == {tmp_path / "local/seed-0": "ZeroDivisionError: division by zero"}
     assert "ZeroDivisionError" in capfd.readouterr().err
     assert rounds(tmp_path)["fedavg/seed-0"] == [1]
 
 
 def test_each_setting_has_its_folder_and_its_name_in_the_plan(settings, tmp_path):
-    found = compare(settings, read_variants("fedavg,mine=local:training.lr=0.5"), 2, tmp_path)
-    assert (found.left, found.failed) == ((), {})
-    assert [path.relative_to(tmp_path).as_posix() for path in found.folders[:3]] == [
+    compared = compare(settings, read_variants("fedavg,mine=local:training.lr=0.5"), 2, tmp_path)
+    assert (compared.left, compared.failed) == ((), {})
+    assert [path.relative_to(tmp_path).as_posix() for path in compared.folders[:3]] == [
         "standard/fedavg/seed-0",
         "standard/mine/seed-0",
         "enforced/fedavg/seed-0",
@@ -206,7 +206,7 @@ def test_a_single_setting_has_no_folder_of_its_own_but_its_name_in_the_plan(sett
     assert json.loads((tmp_path / "local/seed-0/plan.json").read_text())["setting"] == "standard"
 
 
-def test_what_another_process_is_at_is_left_to_it_and_everything_else_is_done(settings, tmp_path):
+def test_a_run_of_another_process_is_left_to_it_and_the_others_are_executed(settings, tmp_path):
     busy, methods = tmp_path / "standard/fedavg/seed-0", read_variants("fedavg,local")
     with locked(busy):
         assert compare(settings, methods, 1, tmp_path).left == (busy,)
@@ -227,9 +227,9 @@ def test_two_commands_started_together_share_the_runs(tiny_tree, tmp_path):
     ]
     said = [process.communicate()[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    found = rounds(tmp_path / "out")
-    assert len(found) == 2 * 2 * 2
-    assert set(map(tuple, found.values())) == {(1, 2, 3)}  # each round once: no two processes did the same run
+    logs = rounds(tmp_path / "out")
+    assert len(logs) == 2 * 2 * 2
+    assert set(map(tuple, logs.values())) == {(1, 2, 3)}  # each round once: no two processes did the same run
 
 
 RUNS = ("run", "fedavg/seed-0", "standard/fedavg/seed-0", "more/standard/fedavg/seed-0")
@@ -254,7 +254,7 @@ def test_a_comparison_is_not_put_among_runs_of_another_form(tmp_path, there, num
 
 
 @pytest.mark.parametrize(("there", "said"), [("resolved.json", "holds a single run"), ("report.md", "would write over it")])
-def test_a_comparison_writes_over_no_single_run_and_over_no_report_but_its_own(settings, tmp_path, there, said):
+def test_a_comparison_overwrites_no_single_run_and_no_report_but_its_own(settings, tmp_path, there, said):
     put(tmp_path, there)
     with pytest.raises(BadRun, match=said):
         compare(settings, read_variants("local"), 1, tmp_path)
@@ -268,7 +268,7 @@ def test_a_comparison_is_not_put_into_a_file(settings, tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_comparison_goes_on_beside_its_reports_and_whatever_holds_no_run(settings, tmp_path, number):
+def test_a_comparison_is_resumed_beside_its_reports_and_other_files(settings, tmp_path, number):
     chosen = dict(list(settings.items())[:number])
     put(tmp_path, "notes.txt", ".DS_Store", "local/.DS_Store")
     begun = compare(chosen, read_variants("local"), 1, tmp_path)
@@ -279,16 +279,18 @@ def test_a_comparison_goes_on_beside_its_reports_and_whatever_holds_no_run(setti
     assert (len(again.folders), again.failed, again.left) == (2 * number, {}, ())
 
 
-def test_runs_of_a_comparison_share_what_they_are_made_of_and_give_the_bits_of_runs_alone(settings, tmp_path, monkeypatch):
+def test_runs_of_a_comparison_share_cached_parts_and_give_the_bits_of_single_runs(settings, tmp_path, monkeypatch):
     made = []
     for name in ("load", "load_pool", "make_clients", "footprint"):
         real = getattr(setup, name)
-        monkeypatch.setattr(setup, name, lambda *given, real=real, name=name, **told: made.append(name) or real(*given, **told))
+        monkeypatch.setattr(
+            setup, name, lambda *given, real=real, name=name, **options: made.append(name) or real(*given, **options)
+        )
     chosen = read_variants("fedavg,fedmoe,half=scaffold:experts_per_layer=4,centralized")
-    found = compare(settings, chosen, 2, tmp_path / "together")
-    assert len(found.folders) == 16
+    compared = compare(settings, chosen, 2, tmp_path / "together")
+    assert len(compared.folders) == 16
     assert sorted(made) == ["footprint", "load", "load_pool", "make_clients", "make_clients"]  # clients: of each seed
-    for folder in found.folders[:4]:
+    for folder in compared.folders[:4]:
         config = checked(RunConfig, json.loads((folder / "resolved.json").read_text()))
         alone = run(config, tmp_path / "alone" / folder.parent.name)
         assert results(alone) == results(folder)
@@ -297,12 +299,12 @@ def test_runs_of_a_comparison_share_what_they_are_made_of_and_give_the_bits_of_r
 def results(folder):
     """What a run came to: the bytes of its weights and of what its clients keep, its evaluations and who has which examples."""
     files = [*folder.rglob("*.safetensors"), folder / "evals.jsonl", folder / "partition.json"]
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-    assert any(name.startswith("checkpoint/") for name in found)
-    return found
+    contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    assert any(name.startswith("checkpoint/") for name in contents)
+    return contents
 
 
-def test_a_comparison_started_again_does_nothing_to_finished_runs_and_still_sees_that_its_data_changed(tiny_tree, tmp_path):
+def test_a_repeated_comparison_leaves_finished_runs_unchanged_and_detects_changed_data(tiny_tree, tmp_path):
     source = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"double {number}", "response": str(2 * number)} for number in range(40)]
     source.write_text("\n".join(map(json.dumps, rows)))

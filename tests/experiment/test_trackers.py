@@ -58,12 +58,12 @@ def read_wandb(out):
 
     (folder,) = (out / "wandb").glob("offline-run-*")
     (path,) = folder.glob("*.wandb")
-    found = []
+    histories = []
     for written in records(path.read_bytes()):
         items = Record.FromString(written).history.item
         values = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-        found += [(name, values["_step"], value) for name, value in values.items() if not name.startswith("_")]
-    return found
+        histories += [(name, values["_step"], value) for name, value in values.items() if not name.startswith("_")]
+    return histories
 
 
 def records(data):
@@ -100,13 +100,13 @@ class Stops(Quiet):
             raise KeyboardInterrupt
 
 
-def assert_same_points(found, expected):
-    assert [point[:2] for point in sorted(found)] == [point[:2] for point in expected]
-    assert [value for *_, value in sorted(found)] == pytest.approx([value for *_, value in expected], rel=1e-6, nan_ok=True)
+def assert_same_points(points, expected):
+    assert [point[:2] for point in sorted(points)] == [point[:2] for point in expected]
+    assert [value for *_, value in sorted(points)] == pytest.approx([value for *_, value in expected], rel=1e-6, nan_ok=True)
 
 
 @every_tracker
-def test_a_run_that_is_stopped_and_goes_on_has_every_number_of_its_logs_once(tiny_tree, tmp_path, tracker):
+def test_a_resumed_run_has_every_metric_of_its_logs_once(tiny_tree, tmp_path, tracker):
     name, read = tracker
     config, out = checked(RunConfig, {**tiny_tree, "track": {"to": name}}), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +122,7 @@ def test_a_run_that_is_stopped_and_goes_on_has_every_number_of_its_logs_once(tin
 
 
 @every_tracker
-def test_a_run_that_is_done_is_handed_to_a_tracker_later_and_only_once(tiny_tree, tmp_path, tracker, monkeypatch):
+def test_a_finished_run_is_written_to_a_tracker_later_and_only_once(tiny_tree, tmp_path, tracker, monkeypatch):
     name, read = tracker
     out = tmp_path / "out"
     run(checked(RunConfig, tiny_tree), out)
@@ -138,7 +138,7 @@ def test_a_run_that_is_done_is_handed_to_a_tracker_later_and_only_once(tiny_tree
 
 
 @pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
-def test_what_is_compared_is_in_one_store_of_mlflow(tiny_tree, tmp_path, tracker):
+def test_runs_of_a_comparison_share_one_mlflow_store(tiny_tree, tmp_path, tracker):
     config = checked(RunConfig, {**tiny_tree, "federation": {"rounds": 1}, "track": {"to": "mlflow"}})
     compared = compare({"tiny": config}, read_variants("fedavg,local"), 1, tmp_path)
     assert not compared.failed
@@ -154,7 +154,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tin
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_called_like_a_tracker_is_none(tmp_path, monkeypatch):
+def test_a_folder_with_the_name_of_a_tracker_does_not_count_as_installed(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -162,17 +162,17 @@ def test_a_folder_that_is_called_like_a_tracker_is_none(tmp_path, monkeypatch):
         trackers.require("wandb")
 
 
-def test_a_tracker_that_there_is_none_of_is_refused(tiny_tree):
+def test_an_unknown_tracker_is_refused(tiny_tree):
     with pytest.raises(BadValue, match=r"track\.to = 'tensorbord'"):
         checked(RunConfig, {**tiny_tree, "track": {"to": "tensorbord"}})
 
 
-def test_names_are_ones_that_every_tracker_takes():
+def test_metric_names_are_valid_for_every_tracker():
     assert trackers.name_of("eval", "hub:owner/name", "exact_match") == "eval/hub:owner_name/exact_match"
     assert trackers.name_of("eval", "/data/größe (1).csv", "rougeL") == "eval/_data_größe _1_.csv/rougeL"
 
 
-def test_points_are_the_numbers_of_the_logs():
+def test_points_are_the_values_in_the_logs():
     rounds = [
         {
             "round": 3,
@@ -230,7 +230,7 @@ def test_points_are_the_numbers_of_the_logs():
     }
 
 
-def test_only_whole_rounds_that_are_new_are_passed_on(tmp_path):
+def test_only_new_complete_rounds_are_written(tmp_path):
     line = {"round": 1, "client": None, "task": None, "metric": "overall", "value": 0.5}
     written = []
     (tmp_path / "evals.jsonl").write_text(json.dumps(line) + "\n")

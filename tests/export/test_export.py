@@ -179,18 +179,18 @@ def test_a_client_s_folder_gives_the_logits_it_was_scored_with_bit_for_bit(ended
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 @pytest.mark.parametrize("case", ["lora", "cut lora", "grafted", "own b"])
-def test_a_client_s_adapters_are_merged_where_that_is_asked_for(ended, family, case, tmp_path):
+def test_a_client_s_adapters_are_merged_on_request(ended, family, case, tmp_path):
     run = ended(family, case)
     kind = export(run.folder, tmp_path / "c02", "c02", merge=True)
     assert kind.needs_code == (case in ("cut lora", "grafted"))
-    held = load_file(tmp_path / "c02" / "model.safetensors")
-    assert not any("lora" in name or "base_layer" in name for name in held)
-    assert any("grafted" in name for name in held) == (case == "grafted")
+    exported = load_file(tmp_path / "c02" / "model.safetensors")
+    assert not any("lora" in name or "base_layer" in name for name in exported)
+    assert any("grafted" in name for name in exported) == (case == "grafted")
     for model in (load(tmp_path / "c02"), by_transformers(tmp_path / "c02", family, trust_remote_code=kind.needs_code)):
         assert (logits(model, family) - run.logits["c02"]).abs().max() <= 1e-4
-    told = (tmp_path / "c02" / "README.md").read_text()
-    assert "its adapters merged into its weights" in told
-    assert ("**Personal.**" in told) == (case in ("grafted", "own b"))
+    card_text = (tmp_path / "c02" / "README.md").read_text()
+    assert "its adapters merged into its weights" in card_text
+    assert ("**Personal.**" in card_text) == (case in ("grafted", "own b"))
 
 
 @pytest.mark.parametrize("family", FOUR)
@@ -200,12 +200,12 @@ def test_the_global_model_of_full_training_is_a_plain_folder_bit_for_bit(ended, 
     plain = by_transformers(tmp_path / "out", family)
     assert torch.equal(logits(plain, family), next(iter(run.logits.values())))
     assert type(plain) is type(by_transformers(run.base, family))
-    told, base = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run.base))
-    assert told.keys() - {"dtype"} == base.keys() - {"dtype"}
+    config_json, base = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run.base))
+    assert config_json.keys() - {"dtype"} == base.keys() - {"dtype"}
 
 
 @pytest.mark.parametrize("family", FOUR)
-def test_the_global_model_of_sub_models_holds_every_expert_that_a_client_trained(ended, family, tmp_path):
+def test_the_global_model_of_sub_models_has_every_expert_that_a_client_trained(ended, family, tmp_path):
     run = ended(family, "cut")
     export(run.folder, tmp_path / "out")
     plain, base = by_transformers(tmp_path / "out", family), by_transformers(run.base, family)
@@ -243,12 +243,12 @@ def test_peft_puts_the_adapter_on_the_base(ended, family, case, client, tmp_path
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 @pytest.mark.parametrize("case", ["personal", "cut lora", "one expert", "stacked", "own", "own b"])
-def test_what_a_client_has_of_its_own_goes_with_it(ended, family, case, tmp_path):
+def test_a_client_s_personal_weights_are_exported_with_its_model(ended, family, case, tmp_path):
     run = ended(family, case)
     export(run.folder, tmp_path / "c02", "c02")
     assert torch.equal(logits(load(tmp_path / "c02"), family), run.logits["c02"])
-    told = (tmp_path / "c02" / "README.md").read_text()
-    assert ("**Personal.**" in told) == (case in ("personal", "own", "own b"))
+    card_text = (tmp_path / "c02" / "README.md").read_text()
+    assert ("**Personal.**" in card_text) == (case in ("personal", "own", "own b"))
 
 
 def test_an_adapter_of_one_expert_is_one_of_all_with_zeros(ended, tmp_path):
@@ -281,9 +281,9 @@ def test_every_family_with_fewer_experts_adapters_and_personal_experts_comes_bac
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=chance) / 4)
-    found = Exported(model.eval(), Base(base, tiny_tokenizer(), family == "switch_transformers", family, ""))
-    assert {key for key, each in found.changes.items() if each} >= {"cut", "grafted", "linears"}
-    write_changed(found, tmp_path / "out")
+    exported = Exported(model.eval(), Base(base, tiny_tokenizer(), family == "switch_transformers", family, ""))
+    assert {key for key, each in exported.changes.items() if each} >= {"cut", "grafted", "linears"}
+    write_changed(exported, tmp_path / "out")
     expected = logits(model, family)
     again = load(tmp_path / "out")
     assert torch.equal(logits(again, family), expected)
@@ -300,7 +300,7 @@ def test_without_trust_transformers_refuses_a_client_s_folder_and_does_not_load_
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_modelling_file_needs_torch_and_transformers_alone(ended, tmp_path):
+def test_the_modeling_file_needs_only_torch_and_transformers(ended, tmp_path):
     source = ast.parse(Path(modeling_fedexperts.__file__).read_text())
     names = [alias.name for node in ast.walk(source) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
@@ -334,23 +334,23 @@ def test_the_modelling_file_needs_torch_and_transformers_alone(ended, tmp_path):
 def test_the_card_says_what_is_personal_and_where_the_model_comes_from(ended, tmp_path):
     run = ended("olmoe", "grafted")
     export(run.folder, tmp_path / "client", "c01")
-    told = (tmp_path / "client" / "README.md").read_text()
-    assert "> **Personal.** This folder holds what client c01 kept to itself" in told
-    assert "personal experts and their gates" in told
-    assert "flex (num_grafted = 2" in told
-    assert "synthetic/double, synthetic/first" in told
-    assert "trust_remote_code=True" in told
-    assert transformers.__version__ in told
-    assert str(run.base.parent) not in told, "no path of this machine"
+    card_text = (tmp_path / "client" / "README.md").read_text()
+    assert "> **Personal.** This folder holds what client c01 kept to itself" in card_text
+    assert "personal experts and their gates" in card_text
+    assert "flex (num_grafted = 2" in card_text
+    assert "synthetic/double, synthetic/first" in card_text
+    assert "trust_remote_code=True" in card_text
+    assert transformers.__version__ in card_text
+    assert str(run.base.parent) not in card_text, "no path of this machine"
     scored = [line for line in map(json.loads, (run.folder / "evals.jsonl").read_text().splitlines()) if line["round"] == 1]
     (own,) = [line for line in scored if line["client"] == "c01" and line["task"]]
-    assert f"| {own['task']} | {own['examples']} | {own['metric']} | {own['value']:.4f} |" in told
+    assert f"| {own['task']} | {own['examples']} | {own['metric']} | {own['value']:.4f} |" in card_text
 
     export(run.folder, tmp_path / "global")
-    told = (tmp_path / "global" / "README.md").read_text()
-    assert "**Personal.**" not in told
-    assert "What 2 of the clients keep on their side was not read for it." in told
-    assert "trust_remote_code" not in told
+    card_text = (tmp_path / "global" / "README.md").read_text()
+    assert "**Personal.**" not in card_text
+    assert "What 2 of the clients keep on their side was not read for it." in card_text
+    assert "trust_remote_code" not in card_text
 
 
 def test_the_card_names_the_license_that_the_base_s_card_names(tmp_path):
@@ -361,24 +361,24 @@ def test_the_card_names_the_license_that_the_base_s_card_names(tmp_path):
     assert card.license_of("tiny") == "apache-2.0"
 
 
-def test_generate_asks_as_the_run_did(ended, tmp_path):
+def test_generate_uses_the_prompt_form_of_the_run(ended, tmp_path):
     run = ended("olmoe", "grafted")
     export(run.folder, tmp_path / "c01", "c01")
     task = json.loads((tmp_path / "c01" / "fedexperts.json").read_text())["task"]
     whole = f"{task.capitalize()}: abc=>"
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "c01", trust_remote_code=True), load(tmp_path / "c01")
     encoder = Encoder(tokenizer, 24)
-    asked = encoder.prompts([Example(whole, "", task)])
+    prompts = encoder.prompts([Example(whole, "", task)])
     with torch.no_grad():
-        ids = model.generate(**asked, max_new_tokens=5, do_sample=False)
-    expected = encoder.decode(ids[:, asked["input_ids"].shape[1] :])[0]
+        ids = model.generate(**prompts, max_new_tokens=5, do_sample=False)
+    expected = encoder.decode(ids[:, prompts["input_ids"].shape[1] :])[0]
     assert generate(tmp_path / "c01", "abc", tokens=5) == generate(tmp_path / "c01", whole, tokens=5) == expected
     other = {"double": "first", "first": "double"}[task]
-    asked = prompt_form(json.loads((tmp_path / "c01" / "fedexperts.json").read_text())["prompts"], other)
-    assert encoder.decode(encoded(encoder, asked, "abc")["input_ids"]) == [f"{other.capitalize()}: abc=>"]
+    form = prompt_form(json.loads((tmp_path / "c01" / "fedexperts.json").read_text())["prompts"], other)
+    assert encoder.decode(encoded(encoder, form, "abc")["input_ids"]) == [f"{other.capitalize()}: abc=>"]
 
 
-def test_a_model_of_several_tasks_wants_to_be_told_which(ended, tmp_path):
+def test_a_model_of_several_tasks_needs_the_task(ended, tmp_path):
     export(ended("olmoe", "full").folder, tmp_path / "out")
     with pytest.raises(BadValue, match=r"was trained on .*, each asked in its own way; say which with --task"):
         generate(tmp_path / "out", "abc", tokens=1)
@@ -393,7 +393,7 @@ def test_generate_works_on_an_encoder_decoder_and_on_any_folder_of_transformers(
     assert isinstance(generate(bases("mixtral"), "abc", tokens=2), str)
 
 
-def test_text_that_was_continued_from_nothing_is_continued():
+def test_a_model_of_texts_without_prompts_continues_the_prompt():
     encoder = Encoder(tiny_tokenizer(), 16)
     (start,) = encoder.prompts([Example("", "", "")])["input_ids"].tolist()
     ids = encoded(encoder, {"frame": None, "choices": []}, "w5 w6")
@@ -408,7 +408,7 @@ def refused(error, said, *arguments, **options):
     assert "\n" not in str(caught.value)
 
 
-def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(ended, tmp_path):
+def test_mistakes_are_reported_in_one_sentence_and_nothing_is_written(ended, tmp_path):
     full, flex = ended("olmoe", "full").folder, ended("olmoe", "grafted").folder
     to = tmp_path / "out"
     refused(BadRun, "is no results folder of a run; give one", tmp_path / "none", to)
@@ -426,7 +426,7 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(ended, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_a_run_over_several_machines_no_client_is_exported_without_what_it_keeps(ended, tmp_path):
+def test_a_client_of_a_run_over_several_machines_is_exported_only_with_its_client_state(ended, tmp_path):
     run = shutil.copytree(ended("olmoe", "grafted").folder, tmp_path / "run")
     (tmp_path / "run.flower").mkdir()
     refused(
@@ -442,11 +442,11 @@ def test_of_a_run_over_several_machines_no_client_is_exported_without_what_it_ke
 def test_a_run_without_a_checkpoint_or_with_another_base_is_refused(ended, tmp_path):
     run = ended("olmoe", "full").folder
     shutil.copytree(run, tmp_path / "run")
-    told = json.loads((run / "versions.json").read_text())
-    (tmp_path / "run" / "versions.json").write_text(json.dumps({**told, "model_hash": "another", "data_hashes": {}}))
+    versions = json.loads((run / "versions.json").read_text())
+    (tmp_path / "run" / "versions.json").write_text(json.dumps({**versions, "model_hash": "another", "data_hashes": {}}))
     refused(BadRun, "was made with other files: the model's weights changed since", tmp_path / "run", tmp_path / "out")
     refused(BadRun, "and the data changed since", tmp_path / "run", tmp_path / "out", "c01")
-    (tmp_path / "run" / "versions.json").write_text(json.dumps({**told, "config_hash": "another"}))
+    (tmp_path / "run" / "versions.json").write_text(json.dumps({**versions, "config_hash": "another"}))
     for client in (None, "c01"):
         refused(BadRun, "the model's configuration or tokenizer changed since", tmp_path / "run", tmp_path / "out", client)
     shutil.rmtree(tmp_path / "run" / "checkpoint")
@@ -459,7 +459,7 @@ def test_a_run_without_a_checkpoint_or_with_another_base_is_refused(ended, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_where_what_a_client_kept_is_gone_it_is_not_exported_and_its_run_does_not_go_on(ended, tmp_path):
+def test_without_its_client_state_a_client_is_not_exported_and_its_run_is_not_resumed(ended, tmp_path):
     run = shutil.copytree(ended("olmoe", "grafted").folder, tmp_path / "run")
     shutil.rmtree(run / "clients" / "c01")
     refused(BadRun, "what c01 keeps to itself is gone: there is no ", run, tmp_path / "out", "c01")
@@ -501,7 +501,7 @@ def test_a_folder_is_written_whole_or_not_at_all_and_never_over_another(ended, t
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
-def test_weights_lie_at_even_places_in_memory_wherever_a_file_has_them(bases, tmp_path):
+def test_loaded_weights_are_aligned_in_memory(bases, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(bases("olmoe"), folder)
     file = folder / "model.safetensors"
@@ -516,7 +516,7 @@ def test_weights_lie_at_even_places_in_memory_wherever_a_file_has_them(bases, tm
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in bases("olmoe").iterdir())
 
 
-def test_what_cannot_be_loaded_is_told_in_one_sentence(ended, tmp_path):
+def test_a_model_that_cannot_be_loaded_is_reported_in_one_sentence(ended, tmp_path):
     with pytest.raises(BadValue, match="holds no model; give a folder that fedexperts export wrote"):
         load(tmp_path)
     export(ended("olmoe", "cut").folder, tmp_path / "out", "c01")
@@ -524,13 +524,15 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(ended, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(BadValue, match="cannot be loaded"):
         load(tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(json.dumps({**told, "fedexperts": {**told["fedexperts"], "format": 99}}))
+    config_json = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(
+        json.dumps({**config_json, "fedexperts": {**config_json["fedexperts"], "format": 99}})
+    )
     with pytest.raises(BadValue, match="written by a newer fedexperts"):
         load(tmp_path / "out")
 
 
-def test_the_commands_write_a_folder_and_ask_it(ended, tmp_path, fedexperts):
+def test_the_commands_export_a_folder_and_generate_from_it(ended, tmp_path, fedexperts):
     run = ended("olmoe", "cut").folder
     code, out, _ = fedexperts("export", run, "--client", "c01", "--to", tmp_path / "c01")
     assert (code, out.strip()) == (
@@ -541,10 +543,10 @@ def test_the_commands_write_a_folder_and_ask_it(ended, tmp_path, fedexperts):
     assert (code, out) == (0, generate(tmp_path / "c01", "abc", tokens=3) + "\n")
     code, _, said = fedexperts("export", run, "--client", "c01", "--to", tmp_path / "c01")
     assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith(f"fedexperts: {tmp_path / 'c01'} is there already")
+    assert said.startswith(f"fedexperts: {tmp_path / 'c01'} exists and is not empty")
 
 
-def test_a_run_from_python_takes_a_file_or_what_is_in_it(bases, tmp_path):
+def test_a_run_from_python_takes_a_file_or_its_content(bases, tmp_path):
     tree = {
         "model": {"name": str(bases("olmoe"))},
         "method": {"name": "fedavg"},

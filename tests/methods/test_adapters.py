@@ -41,10 +41,10 @@ class Played:
         self.pairs = factors.pairs(self.start.weights)
         self.contexts = [tiny_context(self.model, client, training) for client in CLIENTS]
         for number in range(1, rounds + 1):
-            asked = replace(self.server, round=number, task="train")
-            self.jobs = list(jobs_for(asked, method, CLIENTS))
+            server = replace(self.server, round=number, task="train")
+            self.jobs = list(jobs_for(server, method, CLIENTS))
             self.updates = [method.train(job, context) for job, context in zip(self.jobs, self.contexts, strict=True)]
-            self.server = method.merge(asked, iter(self.updates))
+            self.server = method.merge(server, iter(self.updates))
 
     def evaluated(self):
         """The models that the clients would be scored with."""
@@ -75,7 +75,7 @@ def test_fedit_is_fedavg_of_adapters_bit_for_bit(family):
 
 
 @every_family
-def test_under_ffa_lora_a_is_the_servers_everywhere_and_travels_nowhere(family):
+def test_under_ffa_lora_a_is_the_servers_on_all_clients_and_is_never_sent(family):
     played = Played(family, FFALoRA(), rounds=2)
     travelling = played.start.weights.keys() - played.pairs.keys()
     for job, update in zip(played.jobs, played.updates, strict=True):
@@ -83,9 +83,9 @@ def test_under_ffa_lora_a_is_the_servers_everywhere_and_travels_nowhere(family):
         assert not update.extra
         assert job.nbytes == sum(played.start.weights[name].nbytes for name in travelling) + id_bytes(job) + len("0/start")
     for model in played.evaluated():
-        found = rows.read(model)
-        assert all(torch.equal(found[a], played.start.weights[a]) for a in played.pairs)
-        assert equal(found, dict(played.server.weights))
+        weights = rows.read(model)
+        assert all(torch.equal(weights[a], played.start.weights[a]) for a in played.pairs)
+        assert equal(weights, dict(played.server.weights))
 
 
 def id_bytes(job):
@@ -105,7 +105,7 @@ def test_under_ffa_lora_the_mean_of_b_is_the_mean_of_the_products(family):
 
 
 @every_family
-def test_under_fedsa_lora_b_never_leaves_its_client_and_is_what_it_goes_on_from(family):
+def test_under_fedsa_lora_b_never_leaves_its_client_and_is_trained_further_in_the_next_round(family):
     played = Played(family, FedSALoRA(), rounds=2)
     own = {*played.pairs.values()}
     for job, update, context in zip(played.jobs, played.updates, played.contexts, strict=True):
@@ -123,7 +123,7 @@ def test_under_fedsa_lora_b_never_leaves_its_client_and_is_what_it_goes_on_from(
 
 
 @every_family
-def test_only_the_chosen_experts_adapter_travels_and_changes(family):
+def test_only_the_chosen_experts_adapter_is_sent_and_changes(family):
     played = Played(family, RandomExpert(), rounds=2)
     layout, seen, moved = played.start.layout, 0, 0
     chosen = dict(zip(played.start.anatomy.blocks, played.jobs[0].extra["adapted"].tolist(), strict=True))
@@ -141,16 +141,16 @@ def test_only_the_chosen_experts_adapter_travels_and_changes(family):
 
 
 @every_family
-def test_the_random_experts_adapter_is_what_all_of_that_rank_would_be_divided_by_the_number_of_experts(family):
+def test_the_random_experts_adapter_takes_the_bytes_of_all_adapters_divided_by_the_number_of_experts(family):
     """In bytes of a job: attention and routers as ever, and an eighth of what the experts' adapters are."""
     played = Played(family, RandomExpert())
     sizes = {"experts": 0, "rest": 0}
     for name, tensor in played.start.weights.items():
         of_expert = played.start.layout[name] and not rows.router_of(name, played.start.layout)
         sizes["experts" if of_expert else "rest"] += tensor.nbytes
-    told = 8 * len(played.start.anatomy.blocks)  # who is chosen
+    chosen_bytes = 8 * len(played.start.anatomy.blocks)  # ids of the chosen experts
     for job, update in zip(played.jobs, played.updates, strict=True):
-        assert job.nbytes - id_bytes(job) == sizes["rest"] + sizes["experts"] // 8 + told
+        assert job.nbytes - id_bytes(job) == sizes["rest"] + sizes["experts"] // 8 + chosen_bytes
         assert sum(tensor.nbytes for tensor in update.patch.tensors.values()) == sizes["rest"] + sizes["experts"] // 8
 
 
@@ -158,18 +158,18 @@ def test_the_random_experts_are_the_same_for_all_clients_and_rounds_and_others_f
     model, chosen = tiny_model("olmoe"), {}
     for seed in ("0", "1", "2"):
         server = tiny_server(model, CLIENTS, LORA, seed)
-        told = [
+        drawn = [
             RandomExpert().assign(replace(server, round=number), client).extra["adapted"]
             for number in (1, 2)
             for client in CLIENTS
         ]
-        assert all(torch.equal(each, told[0]) for each in told)
-        chosen[seed] = tuple(told[0].tolist())
+        assert all(torch.equal(each, drawn[0]) for each in drawn)
+        chosen[seed] = tuple(drawn[0].tolist())
     assert len(set(chosen.values())) == 3
 
 
 @every_family
-def test_a_random_expert_trains_less_memory_than_all(family):
+def test_adapters_on_one_random_expert_need_less_memory_than_on_all(family):
     peaks = [sum(update.cost.peak_bytes for update in Played(family, method).updates) for method in (RandomExpert(), FedIT())]
     assert peaks[0] < peaks[1]
 
@@ -198,20 +198,20 @@ def test_a_client_of_a_lower_rank_has_the_first_ranks_of_the_servers_adapters_at
     )
     with torch.no_grad():
         built = (each.build_model(job, context) for each, job in ((Lower(), short), (method, whole), (method, other)))
-        found, expected, full = (model(**tiny_batch(family)).logits for model in built)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found, full, atol=1e-4)
+        logits, expected, full = (model(**tiny_batch(family)).logits for model in built)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(logits, full, atol=1e-4)
     assert factors.rank_of(short.patch.tensors) == 4 and short.nbytes < 0.6 * whole.nbytes
 
 
-def test_ranks_go_in_turn_over_clients_by_name():
+def test_ranks_are_assigned_in_turn_to_clients_sorted_by_name():
     clients = [Client(name, 1) for name in "cab"]
     server = tiny_server(tiny_model("switch_transformers"), clients, LORA)
     for ranks, expected in ((None, [8, 8, 8]), (3, [3, 3, 3]), ((4, 2), [4, 4, 2]), ((1, 2, 3, 5), [3, 1, 2])):
         assert [rank_for(server, client, ranks, "flora") for client in clients] == expected
 
 
-def test_a_rank_that_cannot_be_is_refused():
+def test_a_rank_that_is_not_allowed_is_refused():
     server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), CLIENTS, LORA)
     with pytest.raises(BadValue, match=r"method.ranks has 16, but no rank may be above training.rank = 8; raise that"):
         rank_for(server, CLIENTS[1], (8, 16), "flora")
@@ -225,7 +225,7 @@ def test_a_rank_that_cannot_be_is_refused():
 
 
 @pytest.mark.parametrize("ranks", [0, [0], [], [4, "x"], 4.5, True, "x"])
-def test_what_is_no_rank_is_refused_in_one_sentence(ranks):
+def test_a_value_that_is_not_a_rank_is_refused_in_one_sentence(ranks):
     tree = {"method": {"name": "hetlora", "ranks": ranks}, "data": {"sources": ["synthetic/sort"]}}
     with pytest.raises(
         BadValue, match=r"^method\.ranks = .* is no rank; give a whole number from 1, or a list of some"

@@ -68,7 +68,7 @@ def test_a_single_client_is_taken_at_its_word():
     assert torch.equal(merged[NORM], column(0.7))
 
 
-def test_a_gradient_is_added_to_and_one_that_is_not_there_is_made_only_for_what_is_not_zero():
+def test_a_missing_gradient_is_created_only_if_the_addition_is_not_zero():
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     add_gradient(parameter, torch.zeros(2))
     assert parameter.grad is None
@@ -79,10 +79,10 @@ def test_a_gradient_is_added_to_and_one_that_is_not_there_is_made_only_for_what_
     assert added.tolist() == [0.0, 3.0]
 
 
-def test_entries_of_one_kind_are_known_by_the_rest_of_their_names():
+def test_entries_under_a_prefix_are_returned_without_it():
     one, other = torch.ones(1), torch.zeros(1)
-    memory = {"control/a.b": one, "controls/a.b": other, "held/control/c": other, "control": other}
-    assert entries("control", memory) == {"a.b": one}
+    method_state = {"control/a.b": one, "controls/a.b": other, "held/control/c": other, "control": other}
+    assert entries("control", method_state) == {"a.b": one}
 
 
 def test_without_updates_the_weights_stay_and_the_old_server_is_never_changed():
@@ -123,7 +123,7 @@ def test_a_patch_of_no_names_is_empty():
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
-def test_training_what_was_assigned_sends_the_same_rows_back_changed(family):
+def test_training_sends_back_the_rows_of_the_job_with_new_values(family):
     model, training = tiny_model(family), Training(batch_size=4, local_steps=1)
     client = Client("a", 8)
     server = tiny_server(model, [client], training)

@@ -26,8 +26,8 @@ def config(tree, method="centralized", **tables):
 
 def lines(path):
     """Without what the clock says."""
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in entries]
 
 
 def weights(out):
@@ -49,15 +49,15 @@ def test_the_one_participant_has_all_examples_in_the_order_of_the_clients(tiny_t
 
 
 @pytest.mark.parametrize(("each", "clients"), [(1, 1), (2, 2), (None, 4), (9, 4)])
-def test_it_takes_as_many_steps_as_the_clients_of_a_round_together(tiny_tree, each, clients):
+def test_it_takes_as_many_steps_as_the_sampled_clients_together(tiny_tree, each, clients):
     tree = {**tiny_tree, "federation": {} if each is None else {"clients_per_round": each}}
     assert prepare_run(config(tree)).training.local_steps == 2 * clients
     assert prepare_run(config(tree, "fedavg")).training.local_steps == 2
 
 
-def test_a_run_is_training_on_the_pooled_examples_scored_on_each_clients_own(tiny_tree, tmp_path):
-    asked = config(tiny_tree, federation={"rounds": 1}, devices={"memory_gb": 1e-6})
-    out, prepared = run(asked, tmp_path / "out"), prepare_run(asked)
+def test_a_run_trains_on_all_clients_examples_and_is_scored_on_each_clients_own(tiny_tree, tmp_path):
+    settings = config(tiny_tree, federation={"rounds": 1}, devices={"memory_gb": 1e-6})
+    out, prepared = run(settings, tmp_path / "out"), prepare_run(settings)
 
     whole = prepared.server.anatomy.all_experts
     job = Job("c01-c04", 1, "train", "0/1/train/c01-c04", whole, patch_for(prepared.server, Assignment(whole)))
@@ -85,13 +85,13 @@ def test_with_one_client_it_is_fedavg_bit_for_bit(tiny_tree, tmp_path):
     assert len(lines(one / "rounds.jsonl")) == 3
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(tiny_tree, tmp_path, monkeypatch):
+def test_a_resumed_run_gives_the_same_bits(tiny_tree, tmp_path, monkeypatch):
     whole = run(config(tiny_tree), tmp_path / "whole")
-    train, asked = Centralized.train, []
+    train, trained_rounds = Centralized.train, []
 
     def interrupted(self, job, context):
-        asked.append(job.round)
-        if asked == [1, 2]:
+        trained_rounds.append(job.round)
+        if trained_rounds == [1, 2]:
             raise KeyboardInterrupt
         return train(self, job, context)
 
@@ -99,12 +99,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tiny_tree, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run(config(tiny_tree), tmp_path / "stopped")
     stopped = run(config(tiny_tree), tmp_path / "stopped", resume=True)
-    assert asked == [1, 2, 2, 3]
+    assert trained_rounds == [1, 2, 2, 3]
     assert equal(weights(stopped), weights(whole))
     assert lines(stopped / "evals.jsonl") == lines(whole / "evals.jsonl")
 
 
-def test_the_plan_shows_the_clients_as_they_are_none_of_whom_trains(tiny_tree):
+def test_the_plan_lists_the_clients_although_none_of_them_trains(tiny_tree):
     memory = {"devices": {"memory_gb": 1e-6}}
     centralized, usual = (plan(prepare_run(config({**tiny_tree, **memory}, name))) for name in ("centralized", "fedavg"))
     shown = [{key: value for key, value in client.items() if not key.startswith("first_")} for client in centralized["clients"]]

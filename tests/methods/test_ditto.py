@@ -50,7 +50,7 @@ class Alone:
 @every_family
 @every_tuning
 @pytest.mark.parametrize("with_own", [True, False])
-def test_what_goes_up_is_fedavgs_bit_for_bit_whatever_is_kept(family, tuning, with_own):
+def test_the_update_is_fedavgs_bit_for_bit_for_any_client_state(family, tuning, with_own):
     alone = Alone(replace(ADAMW, **vars(tuning)), family, with_own)
     update, plain = Ditto().train(alone.job, alone.context), alone.fedavg(alone.w, alone.job.seed)
     assert equal(update.patch.tensors, plain.patch.tensors)
@@ -58,7 +58,7 @@ def test_what_goes_up_is_fedavgs_bit_for_bit_whatever_is_kept(family, tuning, wi
     assert not update.extra
 
 
-def test_what_goes_up_has_the_chances_of_fedavg_where_a_model_has_dropout():
+def test_the_update_uses_the_same_dropout_draws_as_fedavg():
     alone = Alone(ADAMW, model=tiny_model("switch_transformers", dropout_rate=0.3))
     torch.manual_seed(1)
     update = Ditto().train(alone.job, alone.context)
@@ -85,13 +85,13 @@ def test_a_step_of_the_clients_own_model_by_hand(family, tuning):
         assert float((expected - plain[name]).abs().max()) > 1e-3
 
 
-def test_a_clients_own_model_starts_as_the_first_that_it_is_sent():
+def test_a_personal_model_is_initialized_with_the_first_received_weights():
     alone = Alone(SGD, with_own=False)
     Ditto().train(alone.job, alone.context)
     assert equal(alone.context.client_state, alone.fedavg(alone.w, f"{alone.job.seed}/personal").patch.tensors)
 
 
-def test_the_stronger_the_hold_the_nearer_it_stays():
+def test_a_larger_lambda_keeps_the_personal_model_closer_to_the_global_one():
     def distance(hold):
         alone = Alone(replace(SGD, local_steps=4, lr=0.1))
         Ditto(hold).train(alone.job, alone.context)
@@ -102,12 +102,12 @@ def test_the_stronger_the_hold_the_nearer_it_stays():
     assert nearer > 1.2 * nearest
 
 
-def test_what_is_scored_is_the_clients_own_model_or_what_it_is_sent_until_there_is_one():
+def test_the_personal_model_is_scored_or_before_its_first_training_the_received_one():
     alone = Alone(ADAMW, with_own=False)
-    (asked,) = jobs_for(replace(alone.server, task="evaluate"), Ditto(), [CLIENT])
-    assert equal(rows.read(Method().build_model(asked, alone.context)), dict(alone.w))
+    (job,) = jobs_for(replace(alone.server, task="evaluate"), Ditto(), [CLIENT])
+    assert equal(rows.read(Method().build_model(job, alone.context)), dict(alone.w))
     Ditto().train(alone.job, alone.context)
-    assert equal(rows.read(Method().build_model(asked, alone.context)), dict(alone.context.client_state))
+    assert equal(rows.read(Method().build_model(job, alone.context)), dict(alone.context.client_state))
 
 
 @every_family
@@ -120,7 +120,7 @@ def test_no_tensor_of_the_clients_own_model_is_among_those_sent(family):
     assert not [tensor for tensor in own for other in sent if tensor.shape == other.shape and torch.equal(tensor, other)]
 
 
-def test_both_trainings_are_counted():
+def test_the_costs_of_both_trainings_are_counted():
     alone, again = Alone(ADAMW), Alone(ADAMW)
     update, personal = Ditto().train(alone.job, alone.context), Ditto().personalized(again.job, again.context)
     plain = alone.fedavg(alone.w, alone.job.seed)

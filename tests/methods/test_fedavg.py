@@ -11,7 +11,7 @@ from fedexperts.types import Client, Training
 TRAINING = Training(batch_size=4, local_steps=1)
 
 
-def test_everybody_gets_every_expert_whatever_its_memory():
+def test_every_client_gets_all_experts_regardless_of_its_memory():
     clients = [Client("small", 1, memory_bytes=1), Client("large", 1)]
     server = bare_server([BlockShape(4, 2)], clients)
     assert [FedAvg().assign(server, client).experts for client in clients] == [{"0": (0, 1, 2, 3)}] * 2
@@ -27,9 +27,9 @@ def test_a_number_of_experts_gives_every_client_the_same_small_model_and_leaves_
     merged, seen = method.merge(server, iter(updates)), 0
     for name, block in server.layout.items():
         if block is not None:
-            held = list(jobs[0].experts[block])
+            experts = list(jobs[0].experts[block])
             changed = {row for row in range(8) if not torch.equal(merged.weights[name][row], server.weights[name][row])}
-            assert len(held) == 3 and changed == set(held)
+            assert len(experts) == 3 and changed == set(experts)
             seen += 1
     assert seen == 3 * 2
 

@@ -51,15 +51,15 @@ def stage_one(method, clients, answers):
     return method.merge(server, answers)
 
 
-def test_after_stage_one_each_client_holds_what_its_routing_and_memory_say():
+def test_after_stage_one_each_client_has_the_most_used_experts_that_fit_its_memory():
     clients = [Client("large", 30, "sort"), Client("small", 30, "sort", memory_bytes=10), Client("other", 30, "add")]
     answers = [
         reported("large", [0.7, 0.1, 0.1, 0.1, 0.25, 0.25, 0.25, 0.25], task="profile"),
         reported("other", [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5], task="profile"),
     ]
     server = stage_one(FedMoE(reserve=0.5), clients, answers)
-    held = {name: unmask(server.anatomy, each) for name, each in entries("held", server.method_state).items()}
-    assert held == {
+    experts = {name: unmask(server.anatomy, each) for name, each in entries("held", server.method_state).items()}
+    assert experts == {
         "large": server.anatomy.all_experts,
         "small": {"0": (0, 1), "1": (0, 1, 2)},  # as large predicts: θ = 0.75 takes five of 10 bytes
         "other": {"0": (3,), "1": (2, 3)},
@@ -67,7 +67,7 @@ def test_after_stage_one_each_client_holds_what_its_routing_and_memory_say():
     assert torch.equal(server.method_state["p/small"], server.method_state["p/large"])
 
 
-def test_a_client_that_failed_in_stage_one_is_given_what_its_task_says():
+def test_a_client_that_failed_in_stage_one_gets_experts_by_the_routing_of_its_task():
     clients = [Client("a", 1, "sort"), Client("failed", 1, "sort"), Client("b", 1, "add")]
     answers = [
         reported("a", [1.0, 0, 0, 0, 0, 1, 0, 0], task="profile"),
@@ -77,7 +77,7 @@ def test_a_client_that_failed_in_stage_one_is_given_what_its_task_says():
     assert unmask(server.anatomy, server.method_state["held/failed"]) == {"0": (0,), "1": (1,)}
 
 
-def test_if_all_fail_stage_one_leaves_the_server_as_it_was():
+def test_if_all_clients_fail_stage_one_does_not_change_the_server():
     server = replace(bare_server([FOUR], [Client("a", 1)]), task="profile")
     assert FedMoE().merge(server, []) == server
 
@@ -88,15 +88,15 @@ def before_stage_one(*clients):
     return replace(bare_server([FOUR], clients), footprint=cost, task="profile")
 
 
-def test_in_stage_one_those_work_whose_memory_holds_the_whole_model_and_its_adapters():
+def test_in_stage_one_clients_take_part_whose_memory_fits_the_whole_model_and_its_adapters():
     clients = [Client("enough", 1, memory_bytes=3_280_000), Client("short", 1, memory_bytes=3_279_999), Client("free", 1)]
     server = before_stage_one(*clients)
-    asked = {client.name: FedMoE().assign(server, client) for client in clients}
-    assert asked["enough"].experts == asked["free"].experts == server.anatomy.all_experts
-    assert asked["short"] is None
+    assignments = {client.name: FedMoE().assign(server, client) for client in clients}
+    assert assignments["enough"].experts == assignments["free"].experts == server.anatomy.all_experts
+    assert assignments["short"] is None
 
 
-def test_if_nobody_can_do_stage_one_the_largest_client_is_named_and_the_way_out():
+def test_if_no_client_can_execute_stage_one_the_error_names_the_largest_and_a_remedy():
     server = before_stage_one(Client("c1", 1, memory_bytes=2 * 10**6), Client("c2", 1, memory_bytes=3 * 10**6))
     with pytest.raises(TooSmall, match=r'client c2, the largest, has 3\.0 MB .* needs 3\.3 MB .*method\.initial = "random"'):
         FedMoE().assign(server, server.clients["c1"])
@@ -142,7 +142,7 @@ def test_stage_one_trains_an_adapter_of_every_expert_and_nothing_else(family, mo
     assert sum(tensor.numel() for tensor in trained.values()) == 4 * server.footprint.sides
 
 
-def test_stage_one_adapts_for_as_many_steps_as_its_rounds_have():
+def test_stage_one_takes_the_local_steps_of_profile_rounds_rounds():
     model = small()
     server = replace(tiny_server(model, [Client("a", 8)], TRAINING), task="profile")
     (job,) = jobs_for(server, FedMoE(), server.clients.values())
@@ -203,7 +203,7 @@ def test_p_is_the_share_of_the_validation_tokens_of_that_side_without_padding(fa
     assert not after.method_state["p/a"][~held].any()
 
 
-def test_the_score_is_minus_the_validation_loss_so_a_better_fit_scores_higher():
+def test_the_score_is_the_negative_validation_loss():
     model, training = small(), replace(TRAINING, local_steps=8, label_smoothing=0.0)
     server = replace(tiny_server(model, [Client("a", 8)], training), task="train")
     method = FedMoE(initial="random")
@@ -216,7 +216,7 @@ def test_the_score_is_minus_the_validation_loss_so_a_better_fit_scores_higher():
     assert after.extra["score"].item() == -after.metrics["validation_loss"] < 0
 
 
-def test_p_over_the_held_experts_is_put_where_they_are_in_the_whole_model():
+def test_p_of_a_sub_model_is_stored_at_its_experts_places_in_the_whole_model():
     server = replace(bare_server([FOUR, FOUR], [Client("a", 1)]), task="train", method_state={"held/a": bools(1, 3, 4, size=8)})
     after = FedMoE().merge(server, [reported("a", [0.25, 0.75, 1.0])])
     assert after.method_state["p/a"].tolist() == [0, 0.25, 0, 0.75, 1.0, 0, 0, 0]
@@ -259,13 +259,13 @@ def test_a_client_without_a_better_score_for_patience_rounds_gets_a_recommendati
     assert (course.says("best"), course.says("stale")) == (-1.0, 0)
 
 
-def test_a_better_score_starts_the_count_anew():
+def test_a_better_score_resets_the_patience():
     course = Course(FedMoE(patience=2))
     assert [course.after(score) for score in (-1.0, -1.1, -0.9, -1.0)] == [(0,)] * 4
     assert course.after(-0.95) == (0, 1, 2)
 
 
-def test_if_the_change_does_not_improve_either_the_former_experts_come_back_for_good():
+def test_if_the_change_does_not_improve_the_score_the_former_experts_are_restored_for_good():
     course = Course(FedMoE(patience=2))
     for score in (-1.0, -1.1, -1.1):
         course.after(score)
@@ -278,7 +278,7 @@ def test_if_the_change_does_not_improve_either_the_former_experts_come_back_for_
     assert course.says("best") == -0.5
 
 
-def test_if_the_change_improves_it_stays_and_another_may_follow():
+def test_a_change_that_improves_the_score_is_kept_and_another_may_follow():
     course = Course(FedMoE(patience=2))
     for score in (-1.0, -1.1, -1.1):
         course.after(score)
@@ -288,20 +288,20 @@ def test_if_the_change_improves_it_stays_and_another_may_follow():
     assert [course.after(score) for score in (-0.6, -0.6)] == [(0, 1, 2), (0, 1, 2, 3)]
 
 
-def test_a_recommendation_that_changes_nothing_is_no_trial():
+def test_a_recommendation_of_the_current_experts_starts_no_trial():
     course = Course(FedMoE(patience=1))
     course.server = replace(course.server, method_state={**course.server.method_state, "held/other": bools(1)})
     assert [course.after(score) for score in (-1.0, -1.1, -1.2, -1.3)] == [(0,)] * 4
     assert not {"former/me", "frozen/me"} & course.server.method_state.keys()
 
 
-def test_without_adjustment_nobody_s_experts_change_and_their_routing_is_still_known():
+def test_without_adjustment_experts_do_not_change_but_routing_is_recorded():
     course = Course(FedMoE(patience=1, adjust=False))
     assert [course.after(-1.0) for _ in range(4)] == [(0,)] * 4
     assert course.server.method_state.keys() == {"held/me", "p/me", "held/other", "p/other"}
 
 
-def test_who_takes_no_part_keeps_its_experts_and_still_counts_as_a_neighbour():
+def test_a_client_that_is_not_sampled_keeps_its_experts_and_still_is_a_neighbor():
     course = Course(FedMoE(patience=1))
     other = {key: value for key, value in course.server.method_state.items() if key.endswith("/other")}
     course.after(-1.0)
@@ -312,9 +312,9 @@ def test_who_takes_no_part_keeps_its_experts_and_still_counts_as_a_neighbour():
 def test_the_order_of_the_participants_changes_nothing():
     names = ["a", "b", "c"]
     start = bare_server([FOUR, FOUR], [Client(name, 1) for name in names])
-    held = {"a": bools(0, 4, size=8), "b": bools(0, 1, 4, size=8), "c": bools(0, 1, 2, 4, 5, size=8)}
+    masks = {"a": bools(0, 4, size=8), "b": bools(0, 1, 4, size=8), "c": bools(0, 1, 2, 4, 5, size=8)}
     p = {"a": [1.0, 1.0], "b": [0.5, 0.5, 1.0], "c": [0.4, 0.3, 0.3, 0.5, 0.5]}
-    start = replace(start, task="train", method_state={f"held/{name}": each for name, each in held.items()})
+    start = replace(start, task="train", method_state={f"held/{name}": each for name, each in masks.items()})
     ends = []
     for order in permutations(names):
         server = start
@@ -322,13 +322,13 @@ def test_the_order_of_the_participants_changes_nothing():
             server = FedMoE(patience=1, neighbours=2).merge(server, [reported(name, p[name], score) for name in order])
         ends.append(server.method_state)
     assert len(ends) == 6
-    assert any(not torch.equal(ends[0][f"held/{name}"], held[name]) for name in names), "somebody changed"
+    assert any(not torch.equal(ends[0][f"held/{name}"], masks[name]) for name in names), "somebody changed"
     for other in ends[1:]:
         assert other.keys() == ends[0].keys()
         assert all(torch.equal(other[key], ends[0][key]) and other[key].dtype == ends[0][key].dtype for key in other)
 
 
-def test_all_that_the_server_remembers_survives_a_checkpoint(tmp_path):
+def test_the_method_state_survives_a_checkpoint(tmp_path):
     frozen, trial = Course(FedMoE(patience=1)), Course(FedMoE(patience=1))
     for score in (-1.0, -1.0, -1.0):
         frozen.after(score)
@@ -345,7 +345,7 @@ def test_all_that_the_server_remembers_survives_a_checkpoint(tmp_path):
             assert torch.equal(again.method_state[key], value) and again.method_state[key].dtype == value.dtype, key
 
 
-def test_what_stage_one_remembers_of_many_predicted_clients_survives_a_checkpoint(tmp_path):
+def test_the_method_state_of_many_predicted_clients_survives_a_checkpoint(tmp_path):
     server = stage_one(FedMoE(), [Client(name, 1) for name in "abc"], [reported("a", [0.125] * 8, task="profile")])
     checkpoint.save(tmp_path, server)
     assert checkpoint.load(tmp_path, replace(server, method_state={})).method_state.keys() == server.method_state.keys()
@@ -375,7 +375,7 @@ def rounds(method, number=2, family="olmoe", memory=None, training=TRAINING, bac
     return last
 
 
-def test_with_all_experts_held_it_is_federated_averaging_bit_for_bit():
+def test_with_all_experts_assigned_it_is_federated_averaging_bit_for_bit():
     one, other = rounds(FedMoE(initial="random", adjust=False)), rounds(FedAvg())
     assert len(other.weights) > 15
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
@@ -408,11 +408,11 @@ def test_it_runs_on_encoder_decoders_and_grouped_routers_with_sub_models_they_al
     assert all(tensor.isfinite().all() for tensor in last.weights.values())
 
 
-def test_an_expert_that_nobody_held_keeps_its_weights_and_its_router_row():
+def test_an_expert_that_no_client_has_keeps_its_weights_and_its_router_row():
     method = FedMoE(initial="random", experts_per_layer=2, adjust=False)
     before, after = tiny_server(small(), [], TRAINING), rounds(method, 1, memory=10**9)
-    held = torch.stack(list(entries("held", after.method_state).values())).any(0)
-    by_block = unmask(after.anatomy, ~held)
+    assigned = torch.stack(list(entries("held", after.method_state).values())).any(0)
+    by_block = unmask(after.anatomy, ~assigned)
     seen = 0
     for name, block in after.layout.items():
         if block is not None:
@@ -426,8 +426,8 @@ def test_an_expert_that_nobody_held_keeps_its_weights_and_its_router_row():
 
 def test_a_client_that_gets_an_expert_gets_the_server_s_newest_weights_of_it():
     server = rounds(FedMoE(initial="random", adjust=False), 1)
-    held = bools(*range(5), *range(8, 16), size=16)
-    server = replace(server, task="train", method_state={**server.method_state, "held/a": held})
+    assigned = bools(*range(5), *range(8, 16), size=16)
+    server = replace(server, task="train", method_state={**server.method_state, "held/a": assigned})
     job = job_for(server, server.clients["a"], FedMoE().assign(server, server.clients["a"]))
     first = next(iter(server.anatomy.blocks))
     name = f"{first}.experts.down_proj"
@@ -435,7 +435,7 @@ def test_a_client_that_gets_an_expert_gets_the_server_s_newest_weights_of_it():
     assert job.patch.tensors[f"{first}.gate.weight"].shape[0] == 5, "a router over its own experts"
 
 
-def test_a_run_that_trains_lora_measures_only_where_its_own_adapters_fit():
+def test_a_run_that_trains_lora_profiles_only_clients_whose_memory_fits_its_adapters():
     training = Training(train="lora", rank=64, batch_size=2)
     model = tiny_model("olmoe")
     cost = tiny_server(model, [], training).footprint
@@ -445,7 +445,7 @@ def test_a_run_that_trains_lora_measures_only_where_its_own_adapters_fit():
     assert [FedMoE().assign(server, client) is None for client in server.clients.values()] == [True, False]
 
 
-def test_sgd_needs_less_to_measure_than_adamw():
+def test_profiling_with_sgd_needs_less_memory_than_with_adamw():
     model = tiny_model("olmoe")
     adamw, sgd = (tiny_server(model, [], Training(optimizer=kind)).footprint for kind in ("adamw", "sgd"))
     assert adamw.lora_training_bytes(8) - sgd.lora_training_bytes(8) == 2 * 4 * 8 * adamw.sides

@@ -44,21 +44,23 @@ class Federation:
 @every_family
 @every_tuning
 @pytest.mark.parametrize("personal", [("router",), ("router", "attention"), ("experts",)])
-def test_personal_weights_go_neither_down_nor_up(family, tuning, personal):
+def test_personal_weights_are_never_sent(family, tuning, personal):
     federation = Federation(FedPer(personal), CLIENTS, family, replace(TRAINING, **vars(tuning)))
     before = federation.server
     for _ in range(2):
         federation.round()
         for job, update in zip(federation.jobs, federation.updates, strict=True):
-            kept = federation.contexts[job.client].client_state
-            assert update.patch.tensors.keys() == job.patch.tensors.keys() == before.weights.keys() - kept.keys()
-            assert {parts(before.layout)[name] for name in kept} == {*personal}
+            client_state = federation.contexts[job.client].client_state
+            assert update.patch.tensors.keys() == job.patch.tensors.keys() == before.weights.keys() - client_state.keys()
+            assert {parts(before.layout)[name] for name in client_state} == {*personal}
             assert not update.extra
             sent = [*job.patch.tensors.values(), *update.patch.tensors.values()]
-            moved = [tensor for name, tensor in kept.items() if tensor.any() and not torch.equal(tensor, before.weights[name])]
-            assert len(moved) > len(kept) / 3
+            moved = [
+                tensor for name, tensor in client_state.items() if tensor.any() and not torch.equal(tensor, before.weights[name])
+            ]
+            assert len(moved) > len(client_state) / 3
             assert not [tensor for tensor in moved if any(same(tensor, other) for other in sent)]
-    assert all(torch.equal(federation.server.weights[name], before.weights[name]) for name in kept)
+    assert all(torch.equal(federation.server.weights[name], before.weights[name]) for name in client_state)
     assert not all(torch.equal(federation.server.weights[name], before.weights[name]) for name in job.patch.tensors)
 
 
@@ -77,16 +79,16 @@ def test_a_federation_of_one_client_is_local_training_bit_for_bit(family, person
         assert equal({**alone.server.weights, **alone.contexts["a"].client_state}, local.contexts["a"].client_state)
 
 
-def test_clients_share_the_mean_by_examples_and_go_on_with_routers_of_their_own():
+def test_clients_share_the_mean_by_examples_and_continue_with_personal_routers():
     federation = Federation(FedPer(), CLIENTS)
     federation.round()
-    (one, other), kept = federation.updates, [federation.contexts[name].client_state for name in "ab"]
+    (one, other), client_states = federation.updates, [federation.contexts[name].client_state for name in "ab"]
     for name in one.patch.tensors:
         mean = (8 * one.patch.tensors[name] + 12 * other.patch.tensors[name]) / 20
         torch.testing.assert_close(federation.server.weights[name], mean)
-    assert not any(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
-    asked = replace(federation.server, task="evaluate")
-    for job in jobs_for(asked, FedPer(), CLIENTS):
+    assert not any(torch.equal(client_states[0][name], client_states[1][name]) for name in client_states[0])
+    evaluated = replace(federation.server, task="evaluate")
+    for job in jobs_for(evaluated, FedPer(), CLIENTS):
         scored = rows.read(Method().build_model(job, federation.contexts[job.client]))
         assert equal(scored, {**federation.server.weights, **federation.contexts[job.client].client_state})
 

@@ -42,7 +42,7 @@ def test_the_distance_by_hand():
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
-def test_the_second_step_is_fedavgs_drawn_back_by_mu_times_the_way_so_far(family, tuning):
+def test_the_second_step_is_fedavgs_minus_mu_times_the_distance_so_far(family, tuning):
     """y₂ = y₁ − η (g(y₁) + μ (y₁ − x)); the first step is FedAvg's, since there the distance is 0."""
     training, mu = replace(SGD, **vars(tuning)), 0.25
     x, one = trained(FedAvg(), replace(training, local_steps=1), family)
@@ -61,11 +61,11 @@ def test_the_second_step_is_fedavgs_drawn_back_by_mu_times_the_way_so_far(family
 
 def test_with_mu_near_zero_it_is_fedavg_bit_for_bit():
     _, plain = trained(FedAvg(), FEW_STEPS)
-    _, held = trained(FedProx(mu=1e-38), FEW_STEPS)
-    assert all(torch.equal(held.patch.tensors[name], tensor) for name, tensor in plain.patch.tensors.items())
+    _, proximal = trained(FedProx(mu=1e-38), FEW_STEPS)
+    assert all(torch.equal(proximal.patch.tensors[name], tensor) for name, tensor in plain.patch.tensors.items())
 
 
-def test_the_larger_mu_the_nearer_a_client_stays_to_what_it_received():
+def test_a_larger_mu_keeps_a_client_closer_to_the_received_weights():
     runs = [trained(FedProx(mu), SGD) for mu in (1e-3, 0.5, 1.5)]
     far, nearer, nearest = (distance(x, update.patch.tensors) for x, update in runs)
     assert far > nearer > nearest
@@ -75,16 +75,16 @@ def test_the_larger_mu_the_nearer_a_client_stays_to_what_it_received():
 def test_the_loss_that_is_reported_includes_the_penalty():
     _, plain = trained(FedAvg(), SGD)
     x, one = trained(FedAvg(), replace(SGD, local_steps=1))
-    _, held = trained(FedProx(mu=0.25), SGD)
+    _, proximal = trained(FedProx(mu=0.25), SGD)
     penalty = 0.25 / 2 * distance(x, one.patch.tensors) ** 2  # of the second of two steps
-    assert held.metrics["loss"] - plain.metrics["loss"] == pytest.approx(penalty / 2, rel=1e-3)
+    assert proximal.metrics["loss"] - plain.metrics["loss"] == pytest.approx(penalty / 2, rel=1e-3)
 
 
-def test_beside_fedavg_it_holds_what_it_received_and_little_more():
+def test_its_additional_memory_is_the_received_weights_and_little_more():
     x, plain = trained(FedAvg(), FEW_STEPS)
-    _, held = trained(FedProx(), FEW_STEPS)
+    _, proximal = trained(FedProx(), FEW_STEPS)
     received, largest = sum(tensor.nbytes for tensor in x.values()), max(tensor.nbytes for tensor in x.values())
-    assert received <= held.cost.peak_bytes - plain.cost.peak_bytes <= received + 2 * largest
+    assert received <= proximal.cost.peak_bytes - plain.cost.peak_bytes <= received + 2 * largest
 
 
 @pytest.mark.parametrize("mu", [0, -1.0, float("inf"), float("nan"), "much"])

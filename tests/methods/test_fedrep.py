@@ -45,7 +45,7 @@ def part_trained(model, context, only, seed, steps):
 
 
 @every_family
-def test_the_head_is_fitted_to_the_representation_that_came_then_the_representation_to_that_head(family):
+def test_the_head_is_trained_on_the_received_representation_then_the_representation_with_that_head(family):
     """One step of three for the head: h¹ = h⁰ − α ∇_h F(φ⁰, h⁰); then two of φ, from φ⁰, with h¹ standing still."""
     alone = Alone(FedRep(head_share=0.4), SGD, family)
     head = part_trained(alone.model, alone.context, ("router",), f"{alone.job.seed}/head", 1)
@@ -64,11 +64,11 @@ def test_the_head_is_fitted_to_the_representation_that_came_then_the_representat
 @pytest.mark.parametrize(
     ("share", "steps", "expected"), [(0.5, 20, 10), (0.5, 5, 2), (0.9, 2, 1), (0.01, 20, 1), (0.99, 20, 19), (0.5, 1, 0)]
 )
-def test_how_many_steps_the_head_gets(share, steps, expected):
+def test_the_number_of_head_steps(share, steps, expected):
     assert FedRep(head_share=share).head_steps(steps) == expected
 
 
-def test_a_single_step_is_the_representations():
+def test_a_single_step_trains_the_representation():
     alone = Alone(FedRep(), replace(SGD, local_steps=1))
     start = alone.server.weights
     assert all(torch.equal(tensor, start[name]) for name, tensor in alone.context.client_state.items())
@@ -80,18 +80,18 @@ def test_a_single_step_is_the_representations():
 @pytest.mark.parametrize("personal", [("router",), ("attention", "router")])
 def test_the_head_never_leaves_and_nothing_else_is_kept(family, tuning, personal):
     alone = Alone(FedRep(personal), replace(SGD, **vars(tuning)), family)
-    kept, sent, start = alone.context.client_state, alone.update.patch.tensors, alone.server.weights
-    assert {name for name, part in parts(alone.server.layout).items() if part in personal} == kept.keys()
-    assert sent.keys() == alone.job.patch.tensors.keys() == start.keys() - kept.keys()
+    client_state, sent, start = alone.context.client_state, alone.update.patch.tensors, alone.server.weights
+    assert {name for name, part in parts(alone.server.layout).items() if part in personal} == client_state.keys()
+    assert sent.keys() == alone.job.patch.tensors.keys() == start.keys() - client_state.keys()
     assert not alone.update.extra
-    moved = [tensor for name, tensor in kept.items() if tensor.any() and not torch.equal(tensor, start[name])]
-    assert len(moved) > len(kept) / 3
+    moved = [tensor for name, tensor in client_state.items() if tensor.any() and not torch.equal(tensor, start[name])]
+    assert len(moved) > len(client_state) / 3
     assert not [
         tensor for tensor in moved for other in sent.values() if tensor.shape == other.shape and torch.equal(tensor, other)
     ]
 
 
-def test_the_next_round_goes_on_from_the_clients_head():
+def test_the_next_round_continues_with_the_clients_head():
     """With φ as it came the first time, so a head that starts afresh would end with the same bits."""
     alone = Alone(FedRep(), SGD)
     first = dict(alone.context.client_state)
@@ -99,7 +99,7 @@ def test_the_next_round_goes_on_from_the_clients_head():
     assert not any(torch.equal(alone.context.client_state[name], tensor) for name, tensor in first.items())
 
 
-def test_it_costs_what_its_steps_take_and_holds_no_more_than_fedper():
+def test_its_costs_are_those_of_its_steps_and_its_peak_is_at_most_fedpers():
     one, other = (Alone(method, replace(SGD, optimizer="adamw", lr=1e-3)) for method in (FedRep(), FedPer()))
     assert one.update.nbytes == pytest.approx(other.update.nbytes, abs=20)  # the loss is told in more or fewer digits
     assert one.update.cost.peak_bytes <= other.update.cost.peak_bytes
@@ -108,7 +108,7 @@ def test_it_costs_what_its_steps_take_and_holds_no_more_than_fedper():
 
 
 @pytest.mark.parametrize("share", [0, 1, -1, "half"])
-def test_a_share_that_leaves_one_of_the_two_nothing_is_refused(share):
+def test_a_head_share_of_0_or_1_is_refused(share):
     tree = {"method": {"name": "fedrep", "head_share": share}, "data": {"sources": ["synthetic/double"], "clients": 2}}
     with pytest.raises(BadValue, match=r"^method\.head_share = "):
         checked(RunConfig, tree)

@@ -18,32 +18,32 @@ CLIENTS = [Client("a", 8, "x"), Client("b", 12, "y")]
 
 
 def one_round(method, family="olmoe", training=TRAINING, rounds=1):
-    """The benches, the jobs and updates of the last round, and the server after it."""
+    """The contexts, the jobs and updates of the last round, and the server after it."""
     model = tiny_model(family)
     server = tiny_server(model, CLIENTS, training)
     contexts = {client.name: tiny_context(model, client, training) for client in CLIENTS}
     for number in range(1, rounds + 1):
-        asked = replace(server, round=number, task="train")
-        jobs = list(jobs_for(asked, method, CLIENTS))
+        current = replace(server, round=number, task="train")
+        jobs = list(jobs_for(current, method, CLIENTS))
         updates = [method.train(job, contexts[job.client]) for job in jobs]
-        server = method.merge(asked, iter(updates))
+        server = method.merge(current, iter(updates))
     return contexts, jobs, updates, server
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "switch_transformers"])
-def test_only_the_shared_adapters_leave_and_all_else_that_moved_is_kept(family):
+def test_only_shared_adapters_are_sent_and_all_other_trained_weights_are_kept(family):
     contexts, jobs, updates, server = one_round(FLEx(), family)
     for job, update in zip(jobs, updates, strict=True):
         assert update.patch.tensors.keys() == job.patch.tensors.keys() == server.weights.keys()
         assert not update.extra
         assert not any(graft.is_personal(name) for name in update.patch.tensors)
-        kept = contexts[update.client].client_state
-        assert len(kept) > len(server.anatomy.blocks) and all(graft.is_personal(name) for name in kept)
-        assert kept.keys() > {f"grafted/{block}" for block in server.anatomy.blocks}
-        assert all(tensor.abs().sum() > 0 for name, tensor in kept.items() if name.endswith(".b") or "lora_B" in name)
+        client_state = contexts[update.client].client_state
+        assert len(client_state) > len(server.anatomy.blocks) and all(graft.is_personal(name) for name in client_state)
+        assert client_state.keys() > {f"grafted/{block}" for block in server.anatomy.blocks}
+        assert all(tensor.abs().sum() > 0 for name, tensor in client_state.items() if name.endswith(".b") or "lora_B" in name)
 
 
-def test_the_server_takes_the_mean_by_examples():
+def test_the_shared_weights_are_the_mean_by_examples():
     _, _, (a, b), server = one_round(FLEx())
     for name, tensor in server.weights.items():
         expected = (8 * a.patch.tensors[name].double() + 12 * b.patch.tensors[name].double()) / 20
@@ -55,8 +55,8 @@ def test_what_is_evaluated_has_the_clients_own_experts():
     (job, _) = jobs_for(replace(server, task="evaluate"), FLEx(), CLIENTS)
     model = FLEx().build_model(job, contexts["a"])
     weights = dict(model.named_parameters())
-    kept = {name: tensor for name, tensor in contexts["a"].client_state.items() if not name.startswith("grafted/")}
-    assert kept and all(torch.equal(weights[name].reshape(tensor.shape), tensor) for name, tensor in kept.items())
+    personal = {name: tensor for name, tensor in contexts["a"].client_state.items() if not name.startswith("grafted/")}
+    assert personal and all(torch.equal(weights[name].reshape(tensor.shape), tensor) for name, tensor in personal.items())
 
 
 def test_experts_are_selected_once_and_stay():
@@ -66,7 +66,7 @@ def test_experts_are_selected_once_and_stay():
     assert grafted_ids(first["a"]) != grafted_ids(first["b"])
 
 
-def test_each_selection_selects_what_it_says(tmp_path):
+def test_each_selection_uses_its_criterion(tmp_path):
     def chosen(method):
         return {name: grafted_ids(context.client_state) for name, context in one_round(method)[0].items()}
 
@@ -91,7 +91,7 @@ def test_an_encoder_and_its_decoder_both_see_the_public_text(tmp_path):
     assert read > 10 and written > 10
 
 
-def test_under_full_training_the_experts_and_gates_themselves_are_the_clients_own():
+def test_under_full_training_whole_experts_and_gates_are_personal():
     training = replace(TRAINING, train="full", parts=("attention",))
     contexts, _, updates, _ = one_round(FLEx(), training=training)
     assert not any(graft.is_personal(name) for name in updates[0].patch.tensors)
@@ -99,7 +99,7 @@ def test_under_full_training_the_experts_and_gates_themselves_are_the_clients_ow
     assert {name.rpartition(".grafted.")[2] for name in own} == {"copies.gate_up_proj", "copies.down_proj", "own_gate.weight"}
 
 
-def test_selecting_counts_among_the_operations():
+def test_the_flops_of_the_selection_are_counted():
     assert one_round(FLEx())[2][0].cost.flops_estimated > one_round(FLEx(select="random"))[2][0].cost.flops_estimated
 
 
@@ -113,21 +113,21 @@ def test_selecting_counts_among_the_operations():
         (FLEx(select="shared", public_text="nowhere.txt"), TRAINING, "'nowhere.txt' is no file with text"),
     ],
 )
-def test_what_cannot_be_is_said_before_the_run(method, training, said):
+def test_settings_that_cannot_be_combined_are_refused_before_the_run(method, training, said):
     server = tiny_server(tiny_model("olmoe"), CLIENTS, training)
     with pytest.raises(BadValue, match=said):
         method.assign(replace(server, task="train"), CLIENTS[0])
 
 
-@pytest.mark.parametrize("held", [b"", b" \n\t\n", b"\x80\x8c"])
-def test_a_public_text_without_text_in_it_is_not_taken_for_one(tmp_path, held):
-    (tmp_path / "text.txt").write_bytes(held)
+@pytest.mark.parametrize("content", [b"", b" \n\t\n", b"\x80\x8c"])
+def test_a_public_text_file_without_text_is_refused(tmp_path, content):
+    (tmp_path / "text.txt").write_bytes(content)
     method = FLEx(select="shared", public_text=str(tmp_path / "text.txt"))
     with pytest.raises(BadValue, match=r"text.txt' is no file with text \(UTF-8\) in it"):
         method.assign(replace(tiny_server(tiny_model("olmoe"), CLIENTS, TRAINING), task="train"), CLIENTS[0])
 
 
-def test_a_client_with_another_public_text_than_the_servers_does_not_select_by_it(tmp_path):
+def test_a_public_text_that_differs_from_the_servers_is_refused(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("w3 w4")
     method = FLEx(select="shared", public_text=str(text))
@@ -141,7 +141,7 @@ def test_a_client_with_another_public_text_than_the_servers_does_not_select_by_i
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
-def test_a_rank_that_stacked_personal_experts_do_not_take_is_refused_before_the_run(family):
+def test_a_rank_that_stacked_personal_experts_do_not_support_is_refused_before_the_run(family):
     training = replace(TRAINING, train="lora", parts=("attention",), rank=6)
     server = replace(tiny_server(tiny_model(family), CLIENTS, training), task="train")
     if family == "switch_transformers":  # whose experts are matrices like any other
@@ -151,7 +151,7 @@ def test_a_rank_that_stacked_personal_experts_do_not_take_is_refused_before_the_
         FLEx().assign(server, CLIENTS[0])
 
 
-def test_a_client_without_examples_to_select_by():
+def test_a_client_without_examples_for_the_selection_fails():
     model = tiny_model("olmoe")
     server = replace(tiny_server(model, CLIENTS, TRAINING), round=1, task="train")
     (job, _) = jobs_for(server, FLEx(), CLIENTS)
@@ -161,25 +161,25 @@ def test_a_client_without_examples_to_select_by():
         FLEx().train(job, empty)
 
 
-def test_experts_are_selected_by_examples_of_each_task_of_the_client():
+def test_the_selection_uses_examples_of_each_task_of_the_client():
     model = tiny_model("olmoe")
     context = tiny_context(model, CLIENTS[1], TRAINING)
     tasks = ["x"] * 9 + ["y"] * 3
     train = [replace(example, task=task) for example, task in zip(context.data.train, tasks, strict=True)]
     context = replace(context, data=replace(context.data, train=train))
-    found = FLEx(calibration_examples=4).calibration(context)
+    batches = FLEx(calibration_examples=4).calibration(context)
     expected = context.encoder.batch([*train[:3], train[9]])
-    assert len(found) == 1 and found[0].keys() == expected.keys()
-    assert all(torch.equal(found[0][key], expected[key]) for key in expected)
+    assert len(batches) == 1 and batches[0].keys() == expected.keys()
+    assert all(torch.equal(batches[0][key], expected[key]) for key in expected)
 
 
-def test_pieces_are_spread_over_the_text():
+def test_windows_are_spread_over_the_text():
     text = "".join(str(number % 10) * 2000 for number in range(10))
     assert [piece.response[0] for piece in pieces(text, 5)] == ["0", "2", "4", "6", "8"]
     assert [piece.response[0] for piece in pieces(text, 6)] == ["0", "1", "3", "5", "6", "8"]
     assert len(pieces(text, 100)) == 10
 
 
-def test_ids_are_kept_as_tensors_and_found_among_others():
+def test_ids_are_stored_as_tensors_and_read_among_other_entries():
     ids = {"model.layers.0.mlp": (3, 1), "model.layers.1.mlp": (0, 2)}
     assert grafted_ids({"model.layers.0.mlp.grafted.own_gate.weight": torch.zeros(1), **as_state(ids)}) == ids

@@ -60,7 +60,7 @@ def test_a_server_of_a_lower_rank_holds_the_largest_directions():
     torch.testing.assert_close(product(merged.weights), row([[0.0, 0.0], [0.0, 3.0]]))  # of diag(2, 3)
 
 
-def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_word():
+def test_the_order_of_updates_does_not_matter_and_a_single_clients_product_is_adopted():
     one, other = (FlexLoRA().merge(bare(), iter(order)).weights for order in ([ONE, OTHER], [OTHER, ONE]))
     torch.testing.assert_close(product(one), product(other))
     torch.testing.assert_close(product(FlexLoRA().merge(bare(), iter([OTHER])).weights), row([[8.0, 0.0], [0.0, 8.0]]))
@@ -73,7 +73,7 @@ def test_ranks_that_no_client_filled_can_still_be_trained():
     torch.testing.assert_close(merged[A] @ merged[A].mT, torch.eye(2)[None])
 
 
-def test_without_an_update_nothing_changes():
+def test_without_updates_the_weights_do_not_change():
     server = bare()
     assert FlexLoRA().merge(server, iter([])) == server
 
@@ -94,8 +94,8 @@ def test_clients_of_different_ranks_get_the_nearest_of_theirs_to_the_mean_of_the
         for job in jobs_for(merged, method, CLIENTS):
             rank = int(job.extra["rank"])
             nearest = (u[..., :rank] * sigma[:, None, :rank]) @ vt[:, :rank]
-            found = job.patch.tensors[b] @ job.patch.tensors[a]
+            product = job.patch.tensors[b] @ job.patch.tensors[a]
             assert job.patch.tensors[a].shape[1] == rank
-            torch.testing.assert_close(found.double(), nearest, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(product.double(), nearest, rtol=1e-3, atol=1e-6)
             seen += bool(nearest.any())
     assert seen > 20

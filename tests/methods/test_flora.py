@@ -67,23 +67,23 @@ def test_a_client_is_sent_the_stacks_of_the_rounds_it_missed():
     server = FLoRA().merge(replace(server, round=1), iter([replace(updates[0], round=1)]))
     server = FLoRA().merge(replace(server, round=2), iter([replace(updates[1], round=2)]))
 
-    def told(name, round):
+    def sent_to(name, round):
         return FLoRA().assign(replace(server, round=round), Client(name, 1)).extra
 
     assert {name: int(has) for name, has in entries("has", server.method_state).items()} == {"a": 0, "b": 1}
-    assert told("a", 3)[f"stack/{A}"].shape == (1, 4, 40)  # it trained before either was there
-    assert told("b", 3)[f"stack/{A}"].shape == (1, 2, 40)  # in the second round it was sent the first
-    assert told("never", 3)[f"stack/{A}"].shape == (1, 4, 40)
-    assert told("a", 3)["rank"] == 2
+    assert sent_to("a", 3)[f"stack/{A}"].shape == (1, 4, 40)  # it trained before either was there
+    assert sent_to("b", 3)[f"stack/{A}"].shape == (1, 2, 40)  # in the second round it was sent the first
+    assert sent_to("never", 3)[f"stack/{A}"].shape == (1, 4, 40)
+    assert sent_to("a", 3)["rank"] == 2
 
 
-def test_who_missed_more_than_the_sum_takes_is_sent_the_sum():
+def test_a_client_is_sent_the_sum_if_the_missed_stacks_take_more_bytes():
     server, wide = bare(40, "ab"), [[1.0] * 40, [2.0] * 40]
     for round in range(1, 15):
         update = replace(sent("a", wide, [[1.0, 0.0]] * 40, 1), round=round)
         server = FLoRA().merge(replace(server, round=round), iter([update]))
-        held = sum(size(entries(f"stack/{each}", server.method_state)) for each in range(1, 15))
-        assert held == 640 * min(round, 10) <= size(entries("change", server.method_state))
+        stack_bytes = sum(size(entries(f"stack/{each}", server.method_state)) for each in range(1, 15))
+        assert stack_bytes == 640 * min(round, 10) <= size(entries("change", server.method_state))
     assert int(server.method_state["forgotten"]) == 4
     often, never = (FLoRA().assign(replace(server, round=15), Client(name, 1)).extra for name in "ab")
     assert often.keys() == {"rank", f"stack/{A}", f"stack/{B}"} and often[f"stack/{A}"].shape == (1, 2, 40)
@@ -101,10 +101,10 @@ class Played:
         self.contexts = {client.name: tiny_context(self.model, client, LORA) for client in CLIENTS}
         self.jobs, self.updates = [], []
         for number, names in enumerate(takes_part, 1):
-            asked = replace(self.server, round=number, task="train")
-            jobs = list(jobs_for(asked, FLoRA(RANKS), [client for client in CLIENTS if client.name in names]))
+            server = replace(self.server, round=number, task="train")
+            jobs = list(jobs_for(server, FLoRA(RANKS), [client for client in CLIENTS if client.name in names]))
             updates = [FLoRA(RANKS).train(job, self.contexts[job.client]) for job in jobs]
-            self.server = FLoRA(RANKS).merge(asked, iter(updates))
+            self.server = FLoRA(RANKS).merge(server, iter(updates))
             self.jobs.append(jobs)
             self.updates.append(updates)
 
@@ -128,8 +128,8 @@ def test_after_a_round_all_have_the_base_and_the_weighted_products_of_different_
     with torch.no_grad():
         expected, base = (model(**tiny_batch(family)).logits for model in (reference, played.model))
     assert not torch.allclose(expected, base, atol=1e-3)
-    for found in played.logits(family):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for logits in played.logits(family):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @every_family
@@ -142,7 +142,7 @@ def test_clients_that_took_part_in_different_rounds_have_the_same_model(family):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_every_round_starts_on_fresh_adapters_which_do_not_go_down():
+def test_every_round_starts_with_new_adapters_which_are_not_sent_to_clients():
     played = Played("olmoe", ["ab", "ab"])
     fresh = [rows.read(FLoRA().build_model(job, played.contexts[job.client])) for jobs in played.jobs for job in jobs]
     pairs = factors.pairs(fresh[0])
@@ -157,16 +157,16 @@ def test_a_client_scored_before_the_merge_has_its_base_and_its_own_adapters_on_i
     played = Played(family, ["ab", "a"])
     (job,), (update,) = played.jobs[1], played.updates[1]
     context = played.contexts["a"]
-    held = FLoRA().build_model(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
-    rows.write(held, entries("stack", update.extra))
-    rows.write(held, update.patch.tensors)
+    updated = FLoRA().build_model(replace(job, extra={"rank": job.extra["rank"]}), context)  # all that came before the round
+    rows.write(updated, entries("stack", update.extra))
+    rows.write(updated, update.patch.tensors)
     scored = FLoRA().build_model(apply_update(job, update), context)
     with torch.no_grad():
-        found, expected = (model(**tiny_batch(family)).logits for model in (scored, held))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        logits, expected = (model(**tiny_batch(family)).logits for model in (scored, updated))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_bytes_are_the_clients_factors_up_and_the_last_rounds_stack_down():
+def test_clients_send_their_factors_and_receive_the_last_rounds_stack():
     """Of rank 8 and 4 up, of rank 12 to each down: in a round without a stack, the routers and the rank alone."""
     played = Played("olmoe", ["ab", "ab"])
     per_rank = sum(tensor.nbytes for name, tensor in played.server.weights.items() if "lora" in name) // 8
@@ -183,26 +183,26 @@ def test_a_server_from_a_checkpoint_sends_and_merges_what_the_undisturbed_one_do
     checkpoint.save(tmp_path, played.server)
     again = checkpoint.load(tmp_path, tiny_server(played.model, CLIENTS, LORA))
     for server in (again, played.server):
-        asked = replace(server, round=3, task="train")
-        jobs = list(jobs_for(asked, FLoRA(RANKS), CLIENTS))
-        kept = {name: dict(context.client_state) for name, context in played.contexts.items()}
-        contexts = {name: replace(context, client_state=kept[name]) for name, context in played.contexts.items()}
-        merged = FLoRA(RANKS).merge(asked, (FLoRA(RANKS).train(job, contexts[job.client]) for job in jobs))
+        current = replace(server, round=3, task="train")
+        jobs = list(jobs_for(current, FLoRA(RANKS), CLIENTS))
+        client_states = {name: dict(context.client_state) for name, context in played.contexts.items()}
+        contexts = {name: replace(context, client_state=client_states[name]) for name, context in played.contexts.items()}
+        merged = FLoRA(RANKS).merge(current, (FLoRA(RANKS).train(job, contexts[job.client]) for job in jobs))
         if server is again:
             first = merged
     assert first.method_state.keys() == merged.method_state.keys() and len(merged.method_state) > 20
     assert all(torch.equal(first.method_state[name], merged.method_state[name]) for name in merged.method_state)
 
 
-def test_a_base_change_is_what_was_kept_or_told_in_its_place_and_the_products_that_came_since():
+def test_a_base_change_is_the_stored_or_received_sum_plus_the_products_received_since():
     stack = {f"stack/{A}": row([[1.0, 2.0]]), f"stack/{B}": row([[1.0], [3.0]])}  # [[1, 2], [3, 6]]
-    kept = {f"change/{A}": row([[10.0, 0.0], [0.0, 0.0]]), "another": row([1.0])}
-    told = {f"change/{A}": row([[0.0, 0.0], [0.0, 20.0]]), "rank": torch.tensor(1)}
+    client_state = {f"change/{A}": row([[10.0, 0.0], [0.0, 0.0]]), "another": row([1.0])}
+    job_extra = {f"change/{A}": row([[0.0, 0.0], [0.0, 20.0]]), "rank": torch.tensor(1)}
 
-    def change(extra, kept):
-        return {name: each.tolist() for name, each in base_change(extra, kept).items()}
+    def change(extra, client_state):
+        return {name: each.tolist() for name, each in base_change(extra, client_state).items()}
 
     assert change({}, {}) == change({"rank": torch.tensor(1)}, {"another": row([1.0])}) == {}
     assert change(stack, {}) == {f"change/{A}": [[[1.0, 2.0], [3.0, 6.0]]]}
-    assert change(stack, kept) == {f"change/{A}": [[[11.0, 2.0], [3.0, 6.0]]]}
-    assert change(told, kept) == {f"change/{A}": [[[0.0, 0.0], [0.0, 20.0]]]}
+    assert change(stack, client_state) == {f"change/{A}": [[[11.0, 2.0], [3.0, 6.0]]]}
+    assert change(job_extra, client_state) == {f"change/{A}": [[[0.0, 0.0], [0.0, 20.0]]]}

@@ -50,13 +50,13 @@ def test_a_merge_by_hand(aggregate):
     assert merged["gate"].tolist() == [[7.0]]
 
 
-def test_who_has_changed_the_model_more_weighs_more_whatever_its_examples_but_not_in_what_is_no_adapter():
+def test_adapters_are_weighted_by_their_norm_and_other_weights_by_examples():
     merged = HetLoRA().merge(bare(), iter([replace(ONE, examples=3), replace(OTHER, examples=1)])).weights
     assert merged[A].tolist() == [[[1.0, 3.0], [6.0, 0.0], [9.0, 9.0]]]
     assert merged["gate"].tolist() == [[5.0]]
 
 
-def test_every_expert_is_weighed_by_what_its_own_adapter_does():
+def test_each_expert_is_weighted_by_the_norm_of_its_own_adapter():
     a, b = "0.experts.lora.up_proj.a", "0.experts.lora.up_proj.b"
     weights = {a: torch.zeros(2, 1, 1), b: torch.zeros(2, 1, 1)}
     server = replace(bare(), weights=weights, layout=dict.fromkeys(weights, "0"))
@@ -68,7 +68,7 @@ def test_every_expert_is_weighed_by_what_its_own_adapter_does():
     assert merged[a].flatten().tolist() == [(1 * 1 + 3 * 3) / 4, (6 * 6 + 2 * 2) / 8]
 
 
-def test_where_a_clients_adapter_does_nothing_the_zeros_of_a_lower_rank_do_not_end_its_higher_ranks():
+def test_ranks_that_no_weighted_client_sent_keep_their_values():
     """Expert 0 of the client of rank 2 saw no token: its B is 0 as it came. The other's rank 1 counts there, rank 2 stays."""
     a, b = "0.experts.lora.up_proj.a", "0.experts.lora.up_proj.b"
     weights = {a: torch.full((2, 2, 1), 9.0), b: torch.zeros(2, 1, 2)}
@@ -88,7 +88,7 @@ def test_the_order_of_updates_does_not_matter_and_one_client_is_taken_at_its_wor
     assert torch.equal(alone[A][:, :2], OTHER.patch.tensors[A]) and torch.equal(alone[B][..., :2], OTHER.patch.tensors[B])
 
 
-def test_without_an_update_nothing_changes():
+def test_without_updates_the_weights_do_not_change():
     server = bare()
     merged = HetLoRA().merge(server, iter([]))
     assert all(torch.equal(merged.weights[name], server.weights[name]) for name in server.weights) and not merged.method_state
@@ -135,7 +135,7 @@ def test_a_client_is_sent_its_first_ranks_and_sends_as_many(family):
 @pytest.mark.parametrize(
     ("family", "decay", "low"), [("olmoe", 0.99, 4), ("switch_transformers", 0.99, 7), ("switch_transformers", 0.8, 6)]
 )
-def test_where_the_last_ranks_shrink_they_go_and_the_server_remembers(family, decay, low):
+def test_last_ranks_whose_norm_shrinks_are_pruned_and_the_server_records_the_rank(family, decay, low):
     """A regulariser that outweighs all else; stacked experts take multiples of 4 only."""
     model, server = awake(family)
     method = HetLoRA(prune=100.0, decay=decay)
@@ -152,19 +152,19 @@ def test_a_client_that_has_pruned_can_be_scored_before_the_merge(family):
     method = HetLoRA(prune=100.0)
     (job,), context = jobs_for(server, method, CLIENTS[:1]), tiny_context(model, CLIENTS[0], LORA)
     update = method.train(job, context)
-    found = rows.read(HetLoRA().build_model(apply_update(job, update), context))
-    assert factors.rank_of(found) < 8
-    assert all(torch.equal(found[name], update.patch.tensors[name]) for name in server.weights)
+    weights = rows.read(HetLoRA().build_model(apply_update(job, update), context))
+    assert factors.rank_of(weights) < 8
+    assert all(torch.equal(weights[name], update.patch.tensors[name]) for name in server.weights)
 
 
-def test_pruning_ends_at_the_lowest_rank_there_can_be():
+def test_pruning_stops_at_the_lowest_allowed_rank():
     training = replace(LORA, train="lora", rank=4)
     model, server = awake("olmoe", training)
     updates, _ = played(model, server, HetLoRA(prune=100.0, decay=0.5), training)
     assert [factors.rank_of(update.patch.tensors) for update in updates] == [4, 4]
 
 
-def test_where_the_last_ranks_grow_they_stay():
+def test_last_ranks_whose_norm_grows_are_kept():
     """Fresh adapters: B is zero, and cannot become less."""
     model = tiny_model("olmoe")
     updates, _ = played(model, tiny_server(model, CLIENTS, LORA), HetLoRA(prune=1e-6))

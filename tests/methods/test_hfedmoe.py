@@ -153,14 +153,14 @@ def test_a_round_by_hand(by_hand):
     assert seen["expert"] == 4 and seen["router"] == 2 and seen["dense"] > 10
 
 
-def test_with_one_weight_for_each_layer_each_router_goes_by_its_own_preferences(by_hand):
+def test_with_one_alpha_per_layer_each_router_is_weighted_by_its_own_preferences(by_hand):
     before, _, after = by_hand(alpha="layer")
     first, second = (0.362 + 0.49 * 5) / (0.362 + 0.49), (0.188 + 0.16 * 5) / (0.188 + 0.16)
     routers = [name for name, block in before.layout.items() if rows.router_of(name, before.layout)]
     assert [means(after, name)[0] for name in routers] == pytest.approx([first, second])
 
 
-def test_selective_alone_weighs_routers_by_examples(by_hand):
+def test_selective_alone_weights_routers_by_examples(by_hand):
     before, _, after = by_hand(aggregate="selective")
     for name, block in before.layout.items():
         if rows.router_of(name, before.layout):
@@ -177,7 +177,7 @@ def test_fedavg_takes_all_experts_from_all_clients(by_hand):
 
 
 @pytest.mark.parametrize(("floor", "sent"), [(0.0, 3), (0.32, 2), (0.6, 0)])
-def test_the_floor_says_which_of_the_trained_experts_are_sent(by_hand, floor, sent):
+def test_the_floor_decides_which_trained_experts_are_sent(by_hand, floor, sent):
     before, (a, _), after = by_hand(absolute_floor=floor)
     assert a.metrics["sent"] == sent == sum(len(ids) for ids in experts_sent(a, before).values())
     if sent == 0:  # a prefers nothing, b expert 2 of layer 0 alone: all routers are b's
@@ -186,20 +186,20 @@ def test_the_floor_says_which_of_the_trained_experts_are_sent(by_hand, floor, se
         assert [means(after, name)[0] for name in routers] == pytest.approx([5.0, 5.0])
 
 
-def test_a_router_that_nobody_has_a_preference_for_and_experts_that_matter_to_nobody_stay(by_hand):
+def test_routers_without_preference_and_experts_that_no_client_qualifies_keep_their_values(by_hand):
     before, _, after = by_hand(absolute_floor=2.0)
-    kept = [name for name, block in before.layout.items() if block is not None]
-    assert len(kept) == 6 and all(torch.equal(after.weights[name], before.weights[name]) for name in kept)
+    of_blocks = [name for name, block in before.layout.items() if block is not None]
+    assert len(of_blocks) == 6 and all(torch.equal(after.weights[name], before.weights[name]) for name in of_blocks)
 
 
 def experts_sent(update, server):
     """MoE block → ids of the experts that the update has, the same in all their tensors."""
-    found = {}
+    ids_of = {}
     for name, block in server.layout.items():
         if block is not None and not rows.router_of(name, server.layout) and name in update.patch.tensors:
             ids = update.patch.rows[name].tolist()
-            assert found.setdefault(block, ids) == ids and len(update.patch.tensors[name]) == len(ids)
-    return found
+            assert ids_of.setdefault(block, ids) == ids and len(update.patch.tensors[name]) == len(ids)
+    return ids_of
 
 
 # On tiny models
@@ -207,7 +207,7 @@ def experts_sent(update, server):
 
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=4)], ids=["full", "lora"])
 @every_family
-def test_a_client_sends_what_it_trained_and_its_routers_and_all_else_whole(family, tuning):
+def test_a_client_sends_the_selected_experts_and_whole_routers_and_dense_weights(family, tuning):
     """τ = 0: all that backward reached is sent, so what is not sent must be as it was received."""
     model, training = small(family), replace(TRAINING, **vars(tuning))
     server = tiny_server(model, CLIENTS, training)
@@ -239,7 +239,7 @@ def test_a_client_sends_what_it_trained_and_its_routers_and_all_else_whole(famil
 
 
 @every_family
-def test_every_layer_has_an_expert_that_backward_reaches_whatever_is_chosen_by(family):
+def test_every_layer_has_an_expert_that_backward_reaches_under_every_criterion(family):
     model = small(family)
     server, number = tiny_server(model, CLIENTS, TRAINING), len(blocks(model))
     for select in ("importance", "usage", "random"):
@@ -313,33 +313,33 @@ def test_the_measured_peak_is_within_what_is_planned_for_the_budget(family):
 # Whole runs
 
 
-class Heard(Quiet):
-    """Keeps what is noted."""
+class RecordedNotes(Quiet):
+    """Records the notes of a run."""
 
     def __init__(self):
-        self.noticed = []
+        self.notes = []
 
     def noted(self, server, sentence):
-        self.noticed.append((server.round, sentence))
+        self.notes.append((server.round, sentence))
 
 
-def lines(path, **found):
+def lines(path, **fields):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if all(row[key] == value for key, value in found.items())]
+    return [row for row in rows if all(row[key] == value for key, value in fields.items())]
 
 
 @pytest.mark.parametrize(("floor", "silent"), [(2.0, True), (0.0, False)])
-def test_a_run_tells_what_each_client_sent_and_once_that_all_sent_nothing(tiny_tree, tmp_path, floor, silent):
+def test_a_run_logs_what_each_client_sent_and_notes_once_if_no_client_sent_an_expert(tiny_tree, tmp_path, floor, silent):
     method = {"name": "hfedmoe", "budget": 0.5, "absolute_floor": floor}
-    tee_without_weights, config = Heard(), checked(RunConfig, {**tiny_tree, "method": method, "federation": {"rounds": 2}})
-    out = run(config, tmp_path / "out", progress=tee_without_weights)
-    told = [line["metrics"] for line in lines(out / "ledger.jsonl", task="train")]
-    assert len(told) == 8 and all(set(each) == {"reached", "qualified", "sent"} for each in told)
-    assert all(len(each["reached"]) == 3 and sum(each["reached"]) <= 12 for each in told)
-    assert [each["sent"] == 0 for each in told] == [silent] * 8
+    progress, config = RecordedNotes(), checked(RunConfig, {**tiny_tree, "method": method, "federation": {"rounds": 2}})
+    out = run(config, tmp_path / "out", progress=progress)
+    metrics = [line["metrics"] for line in lines(out / "ledger.jsonl", task="train")]
+    assert len(metrics) == 8 and all(set(each) == {"reached", "qualified", "sent"} for each in metrics)
+    assert all(len(each["reached"]) == 3 and sum(each["reached"]) <= 12 for each in metrics)
+    assert [each["sent"] == 0 for each in metrics] == [silent] * 8
     assert {len(line["metrics"]) for line in lines(out / "ledger.jsonl", task="evaluate")} == {0}
-    assert [round for round, _ in tee_without_weights.noticed] == ([1] if silent else [])
-    assert all("lower method.usage_floor" in sentence for _, sentence in tee_without_weights.noticed)
+    assert [round for round, _ in progress.notes] == ([1] if silent else [])
+    assert all("lower method.usage_floor" in sentence for _, sentence in progress.notes)
 
 
 # Budgets
@@ -353,9 +353,9 @@ def limits(method, *clients):
     return [method.assign(server, client) for client in clients]
 
 
-def test_the_budget_is_what_the_memory_holds_from_one_expert_a_layer_to_all():
+def test_the_budget_is_what_fits_the_memory_between_one_expert_per_layer_and_all():
     memory = {"free": None, "all": 88, "less": 87, "three": 58, "two": 52, "one": 46, "none": 1}
-    clients = [Client(name, 1, memory_bytes=held) for name, held in memory.items()]
+    clients = [Client(name, 1, memory_bytes=bytes) for name, bytes in memory.items()]
     assert [int(each.extra["budget"]) for each in limits(HFedMoE(), *clients)] == [8, 8, 7, 3, 2, 2, 2]
     assert all(each.experts == {"0": (0, 1, 2, 3), "1": (0, 1, 2, 3)} for each in limits(HFedMoE(), *clients))
 
@@ -370,14 +370,14 @@ def test_a_budget_may_be_given_for_all_clients_as_a_count_or_a_share():
 @pytest.mark.parametrize(
     ("given", "said"), [(1, "method.budget = 1 does"), (0.1, "method.budget = 0.1, which is 1 of 8 experts, does")]
 )
-def test_a_budget_below_one_expert_a_layer_is_refused_as_the_user_put_it(given, said):
+def test_a_budget_below_one_expert_per_layer_is_refused_in_the_users_terms(given, said):
     with pytest.raises(BadValue, match=rf"^{said} not .* 2 MoE layers; give at least 2 experts$"):
         limits(HFedMoE(budget=given), Client("a", 1))
 
 
 @pytest.mark.parametrize("name", ["hfedmoe", "pfl_moe"])
 @pytest.mark.parametrize("given", [0, -1, 1.5, 0.0, True, float("nan"), "half", [3]])
-def test_what_is_no_budget_is_refused_in_one_sentence(name, given):
+def test_a_value_that_is_not_a_budget_is_refused_in_one_sentence(name, given):
     data = {"sources": ["synthetic/double"], "clients": 2}
     with pytest.raises(BadValue) as refused:
         checked(RunConfig, {"method": {"name": name, "budget": given}, "data": data})
@@ -386,7 +386,7 @@ def test_what_is_no_budget_is_refused_in_one_sentence(name, given):
 
 
 @pytest.mark.parametrize("given", [1, 96, 10**30, 0.01, 1.0])
-def test_a_budget_stays_the_count_or_share_that_it_was(given):
+def test_a_count_stays_a_count_and_a_share_a_share(given):
     data = {"sources": ["synthetic/double"], "clients": 2}
-    found = checked(RunConfig, {"method": {"name": "hfedmoe", "budget": given}, "data": data}).build_method().budget
-    assert (found, type(found)) == (given, type(given))
+    budget = checked(RunConfig, {"method": {"name": "hfedmoe", "budget": given}, "data": data}).build_method().budget
+    assert (budget, type(budget)) == (given, type(given))

@@ -26,10 +26,10 @@ def install(tmp_path, monkeypatch):
 
     def put(text=MINE, point="mine = someones_methods:Mine"):
         (tmp_path / "someones_methods.py").write_text(text)
-        told = tmp_path / "someones_methods-1.0.dist-info"
-        told.mkdir()
-        (told / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-methods\nVersion: 1.0\n")
-        (told / "entry_points.txt").write_text(f"[fedexperts.methods]\n{point}\n")
+        metadata = tmp_path / "someones_methods-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-methods\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[fedexperts.methods]\n{point}\n")
         monkeypatch.syspath_prepend(tmp_path)
         methods.enter_installed.cache_clear()
 
@@ -50,11 +50,11 @@ def test_the_command_compares_a_method_of_an_installed_package_with_ours(install
     weights = [
         (tmp_path / "out" / name / "seed-0/checkpoint").glob("*/weights.safetensors") for name in ("mine,strength=2", "fedavg")
     ]
-    mine, ours = ([path.read_bytes() for path in found] for found in weights)
+    mine, ours = ([path.read_bytes() for path in paths] for paths in weights)
     assert mine == ours != []
 
 
-def test_its_fields_are_checked_like_ours(install, fedexperts, tmp_path, tiny_tree):
+def test_its_fields_are_validated_like_those_of_built_in_methods(install, fedexperts, tmp_path, tiny_tree):
     install()
     (tmp_path / "run.toml").write_text(to_toml({**tiny_tree, "method": {"name": "mine", "strenth": 2}}))
     code, _, err = fedexperts("plan", tmp_path / "run.toml")
@@ -76,7 +76,7 @@ def test_its_fields_are_checked_like_ours(install, fedexperts, tmp_path, tiny_tr
         (MINE.replace("@dataclass(frozen=True)", "").replace("(FedAvg)", ""), "mine = someones_methods:Mine", "is no method"),
     ],
 )
-def test_a_package_whose_methods_cannot_be_had_is_named_each_time(install, fedexperts, tmp_path, tiny_tree, text, point, said):
+def test_a_package_whose_methods_cannot_be_loaded_is_named_each_time(install, fedexperts, tmp_path, tiny_tree, text, point, said):
     install(text, point)
     (tmp_path / "run.toml").write_text(to_toml(tiny_tree))
     for _ in range(2):

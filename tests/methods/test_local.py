@@ -20,7 +20,7 @@ def start():
     return server, job, tiny_context(model, CLIENT, TRAINING)
 
 
-def test_no_weight_goes_down_or_up_and_the_server_stays_as_it_was():
+def test_no_weights_are_sent_and_the_server_does_not_change():
     server, job, context = start()
     assert job.nbytes == 0
     update = Local().train(job, context)
@@ -35,7 +35,7 @@ def test_the_stream_of_updates_is_read_to_its_end():
     assert list(waiting) == []
 
 
-def test_a_client_keeps_what_it_trained_and_goes_on_from_there():
+def test_a_client_keeps_its_trained_weights_and_continues_from_them():
     server, job, context = start()
     Local().train(job, context)
     first = {name: tensor.clone() for name, tensor in context.client_state.items()}
@@ -47,7 +47,7 @@ def test_a_client_keeps_what_it_trained_and_goes_on_from_there():
     assert any(not torch.equal(context.client_state[name], first[name]) for name in first)
 
 
-def test_a_number_of_experts_makes_the_model_that_is_kept_small():
+def test_experts_per_layer_limits_the_clients_model():
     server, _, context = start()
     method = Local(experts_per_layer=3)
     (job,) = jobs_for(server, method, [CLIENT])

@@ -16,29 +16,29 @@ from fedexperts.types import Cost, Training
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_part_of_a_weight_is_told_from_its_name_as_from_the_model(family):
+def test_the_part_of_a_weight_is_the_same_by_name_as_by_model(family):
     base = tiny_model(family)
     model = prepare(shrink(base, tiny_server(base, [], Training()).anatomy.all_experts), Tuning(), seed="")
-    found, known = parts(rows.layout(model)), tuning.parts(model)
-    assert {*found.values()} == {*PARTS}
-    for name, part in found.items():
+    by_name, by_model = parts(rows.layout(model)), tuning.parts(model)
+    assert {*by_name.values()} == {*PARTS}
+    for name, part in by_name.items():
         joint = family == "switch_transformers" and ".experts." in name  # experts that are modules of their own
-        assert part == ("experts" if joint else known[name])
-    assert sum(part == "attention" for part in found.values()) >= 4
+        assert part == ("experts" if joint else by_model[name])
+    assert sum(part == "attention" for part in by_name.values()) >= 4
 
 
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers", "deepseek_v2"])
 @pytest.mark.parametrize("modules", [("v_proj",), ("q_proj", "k_proj", "v_proj")])
 def test_adapters_belong_to_the_part_that_they_adapt(family, modules):
     lora = Training(train="lora", rank=4, attention_modules=modules)
-    found = parts(tiny_server(tiny_model(family), [], lora).layout)
-    for name, part in found.items():
+    part_of = parts(tiny_server(tiny_model(family), [], lora).layout)
+    for name, part in part_of.items():
         expected = "experts" if ".experts." in name else "attention" if ".lora_" in name else "router"
         assert part == expected
-    assert {*found.values()} == {"attention", "experts", "router"}
+    assert {*part_of.values()} == {"attention", "experts", "router"}
 
 
-def test_what_travels_is_all_that_belongs_to_no_personal_part():
+def test_all_weights_of_no_personal_part_are_sent():
     server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), [], Training())
     layer = "model.layers.0"
     own = {f"{layer}.mlp.gate.weight", *(f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))}
@@ -53,7 +53,7 @@ def test_a_part_that_is_not_trained_cannot_be_personal():
         shared_names(server, ("router",))
 
 
-def test_something_must_be_shared():
+def test_a_run_without_shared_weights_is_refused():
     server = tiny_server(tiny_model("olmoe", num_hidden_layers=1), [], Training(parts=("router", "experts")))
     with pytest.raises(BadValue, match=r"^method\.personal has all that this run trains \(router, experts\), .*method local$"):
         shared_names(server, ("experts", "router"))
@@ -63,12 +63,12 @@ def test_something_must_be_shared():
 @pytest.mark.parametrize(
     ("personal", "place"), [(["ears"], r"personal\.0 = 'ears'"), ([], r"personal = \[\]"), ("router", "personal")]
 )
-def test_what_names_no_parts_is_refused(method, personal, place):
+def test_a_value_that_names_no_parts_is_refused(method, personal, place):
     tree = {"method": {"name": method, "personal": personal}, "data": {"sources": ["synthetic/double"], "clients": 2}}
     with pytest.raises(BadValue, match=rf"^method\.{place}"):
         checked(RunConfig, tree)
 
 
-def test_pieces_of_work_add_up_but_for_the_peak():
+def test_costs_are_summed_except_for_the_peak():
     one, other = Cost(tokens=3, peak_bytes=50, flops_estimated=2.0), Cost(tokens=4, peak_bytes=40, flops_estimated=5.0)
     assert sum_of_costs(one, other) == replace(one, tokens=7, flops_estimated=7.0)

@@ -41,12 +41,12 @@ def test_a_client_trains_the_same_experts_in_all_rounds_another_client_others():
 
 
 @pytest.mark.parametrize(("memory", "number"), [(None, 32), (320, 32), (319, 31), (128 + 30, 5), (128, 2), (1, 2)])
-def test_the_subset_is_as_large_as_the_memory_holds_and_has_an_expert_of_each_layer(memory, number):
+def test_the_subset_is_as_large_as_fits_the_memory_and_has_an_expert_of_each_layer(memory, number):
     client = Client("c", 1, memory_bytes=memory)
     assignment = PFLMoE().assign(server(client), client)
-    found = unmask(server(client).anatomy, assignment.extra["subset"])
-    assert sum(len(ids) for ids in found.values()) == int(assignment.extra["budget"]) == number
-    assert all(found.values())
+    subset = unmask(server(client).anatomy, assignment.extra["subset"])
+    assert sum(len(ids) for ids in subset.values()) == int(assignment.extra["budget"]) == number
+    assert all(subset.values())
 
 
 def test_a_budget_below_one_expert_a_layer_is_refused():
@@ -55,7 +55,7 @@ def test_a_budget_below_one_expert_a_layer_is_refused():
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "switch_transformers"])
-def test_it_sends_its_subset_and_moves_no_other_expert(family):
+def test_it_sends_its_subset_and_changes_no_other_expert(family):
     model = tiny_model(family)
     start, method = tiny_server(model, CLIENTS, TRAINING), PFLMoE(budget=6)
     (job,) = jobs_for(start, method, CLIENTS[:1])
@@ -76,13 +76,13 @@ def test_it_sends_its_subset_and_moves_no_other_expert(family):
     assert moved and seen >= 4
     after = method.merge(start, iter([update])).weights
     left = [expert for expert in range(8) if expert not in own[next(iter(own))]]
-    held = next(
+    expert_ids = next(
         name for name, block in start.layout.items() if block == next(iter(own)) and not rows.router_of(name, start.layout)
     )
-    assert torch.equal(after[held][left], start.weights[held][left])
+    assert torch.equal(after[expert_ids][left], start.weights[expert_ids][left])
 
 
-def test_a_client_whose_subset_is_everything_trains_bit_for_bit_as_in_fedavg():
+def test_a_client_with_all_experts_in_its_subset_trains_bit_for_bit_as_in_fedavg():
     model = tiny_model("olmoe", num_hidden_layers=2)
     start, context = tiny_server(model, CLIENTS, TRAINING), tiny_context(model, CLIENTS[0], TRAINING)
     (plain,), (ours,) = (jobs_for(start, method, CLIENTS[:1]) for method in (FedAvg(), PFLMoE()))
@@ -91,7 +91,7 @@ def test_a_client_whose_subset_is_everything_trains_bit_for_bit_as_in_fedavg():
     assert all(torch.equal(one.patch.tensors[name], other.patch.tensors[name]) for name in one.patch.tensors)
 
 
-def test_an_expert_is_the_mean_over_those_in_whose_subset_it_is():
+def test_an_expert_is_the_mean_over_the_clients_that_have_it_in_their_subset():
     weights = {"0.experts.w": torch.tensor([[10.0], [20.0], [30.0]]), "0.router.w": torch.zeros(3, 1)}
     start = replace(bare_server([BlockShape(3, 1)], CLIENTS), weights=weights, layout=dict.fromkeys(weights, "0"))
     everything = torch.arange(3)

@@ -59,15 +59,15 @@ class Alone:
 
 @every_tuning
 @every_family
-def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
+def test_under_sgd_the_control_variate_is_the_papers_option_two(family, tuning):
     """c_k⁺ = (x − y_k) / (K·η) − c + c_k."""
     alone = Alone(family, replace(SGD, **vars(tuning)))
     update = Scaffold().train(alone.job, alone.context)
-    kept, moved, far = entries("control", alone.context.client_state), entries("control", update.extra), 0
-    assert kept.keys() == moved.keys() == alone.x.keys()
+    controls, moved, far = entries("control", alone.context.client_state), entries("control", update.extra), 0
+    assert controls.keys() == moved.keys() == alone.x.keys()
     for name, x in alone.x.items():
         expected = (x - update.patch.tensors[name]) / (SGD.local_steps * SGD.lr) - alone.c[name] + alone.own[name]
-        torch.testing.assert_close(kept[name], expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(controls[name], expected, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(moved[name], expected - alone.own[name], rtol=1e-3, atol=1e-5)
         far += float((expected - alone.own[name]).abs().max()) > 1e-3
     assert far == len(alone.x)
@@ -75,7 +75,7 @@ def test_under_sgd_what_is_kept_is_the_papers_option_two(family, tuning):
 
 @every_tuning
 @every_family
-def test_a_step_of_sgd_is_fedavgs_and_the_correction(family, tuning):
+def test_a_step_of_sgd_is_fedavgs_plus_the_correction(family, tuning):
     """y = x − η (g + c − c_k)."""
     alone = Alone(family, replace(SGD, **vars(tuning), local_steps=1))
     update, plain = Scaffold().train(alone.job, alone.context), alone.fedavg()
@@ -84,21 +84,21 @@ def test_a_step_of_sgd_is_fedavgs_and_the_correction(family, tuning):
 
 
 @pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_what_is_kept_is_the_mean_of_the_gradients_before_correction_and_clipping(training):
+def test_the_control_variate_is_the_mean_gradient_before_correction_and_clipping(training):
     """So a correction that takes no effect, because η is 0 as good as, leaves the mean of the gradients at x."""
     training = replace(training, lr=1e-30, local_steps=1, max_grad_norm=1e-3)
     alone, other = Alone("olmoe", training), Alone("olmoe", training, size=0.5)
     for each in (alone, other):
         Scaffold().train(each.job, each.context)
-    found, again = entries("control", alone.context.client_state), entries("control", other.context.client_state)
-    assert sum(float(tensor.square().sum()) for tensor in found.values()) > 1e-2  # far more than what it is clipped to
-    for name in found:
-        torch.testing.assert_close(found[name], again[name], rtol=1e-4, atol=1e-6)
+    controls, again = entries("control", alone.context.client_state), entries("control", other.context.client_state)
+    assert sum(float(tensor.square().sum()) for tensor in controls.values()) > 1e-2  # far more than what it is clipped to
+    for name in controls:
+        torch.testing.assert_close(controls[name], again[name], rtol=1e-4, atol=1e-6)
 
 
 @every_family
 @pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_where_c_is_the_clients_own_it_trains_as_fedavg_does_bit_for_bit(family, training):
+def test_if_c_equals_c_k_it_trains_bit_for_bit_as_fedavg(family, training):
     alone = Alone(family, training)
     alone.context.client_state.update(controls(alone.c))
     assert equal(Scaffold().train(alone.job, alone.context).patch.tensors, alone.fedavg())
@@ -125,13 +125,15 @@ def column(*values):
     return torch.tensor(values)[:, None]
 
 
-def test_c_moves_by_what_the_participants_send_over_the_number_of_all_clients():
+def test_c_changes_by_the_participants_sum_over_the_number_of_all_clients():
     """Four experts and a dense parameter; four clients, two of which take part, of which one has experts 1 and 3 only."""
     weights = {"experts": column(10.0, 20.0, 30.0, 40.0), "norm": column(5.0), "new": column(0.0)}
     layout = {"experts": "0", "norm": None, "new": None}
-    memory = {"control/experts": column(1.0, 2.0, 3.0, 4.0), "control/norm": column(-1.0), "another": column(7.0)}
+    method_state = {"control/experts": column(1.0, 2.0, 3.0, 4.0), "control/norm": column(-1.0), "another": column(7.0)}
     clients = {name: Client(name, 1) for name in "abcd"}
-    server = Server(weights, layout, Anatomy({"0": BlockShape(4, 1)}), Footprint(0, {"0": 1}, 0), clients, method_state=memory)
+    server = Server(
+        weights, layout, Anatomy({"0": BlockShape(4, 1)}), Footprint(0, {"0": 1}, 0), clients, method_state=method_state
+    )
     ids = torch.tensor([1, 3])
     sent = [
         Update("a", 1, "train", Patch(weights), 3, controls({"experts": column(4.0, 8.0, 0.0, 0.0), "norm": column(2.0)})),
@@ -195,7 +197,7 @@ def without_metrics(update):
     return replace(update, metrics={}).nbytes
 
 
-def test_of_experts_that_no_client_holds_c_stays_zero_and_is_not_sent():
+def test_c_of_experts_that_no_client_has_stays_zero_and_is_not_sent():
     model = tiny_model("olmoe")
     server, method = tiny_server(model, CLIENTS, SGD), Scaffold(experts_per_layer=3)
     for number in (1, 2):
@@ -207,11 +209,11 @@ def test_of_experts_that_no_client_holds_c_stays_zero_and_is_not_sent():
     for name, block in server.layout.items():
         assert jobs[0].extra[f"control/{name}"].shape == jobs[0].patch.tensors[name].shape
         if block is not None:
-            held = list(jobs[0].experts[block])
-            assert len(held) == 3
+            assigned = list(jobs[0].experts[block])
+            assert len(assigned) == 3
             control = server.method_state[f"control/{name}"]
-            assert control[held].abs().sum() > 0
-            assert not control[[expert for expert in range(8) if expert not in held]].any()
+            assert control[assigned].abs().sum() > 0
+            assert not control[[expert for expert in range(8) if expert not in assigned]].any()
             checked += 1
     assert checked == 3 * 3
 
@@ -229,7 +231,7 @@ class Ailing(Scaffold):
         return update
 
 
-def test_c_stays_the_mean_of_what_all_clients_keep_whoever_takes_part_and_whoever_fails(tiny_tree, tmp_path):
+def test_c_is_the_mean_of_all_clients_c_k_with_partial_participation_and_failures(tiny_tree, tmp_path):
     prepared = replace(prepare_run(checked(RunConfig, {**tiny_tree, "method": {"name": "scaffold"}})), method=Ailing())
     engine, ledger = engine_for(prepared, tmp_path), Ledger()
     seen, failed = set(), []
@@ -238,10 +240,10 @@ def test_c_stays_the_mean_of_what_all_clients_keep_whoever_takes_part_and_whoeve
         failed += [entry.client for entry in ledger.entries if entry.failed]
         ledger.clear()
         jobs = jobs_for(replace(server, round=server.round + 1), Scaffold(), server.clients.values())
-        kept = [entries("control", engine.runtime.client_store.load(job)) for job in jobs]
+        controls = [entries("control", engine.runtime.client_store.load(job)) for job in jobs]
         for name, control in entries("control", server.method_state).items():
             zero = torch.zeros_like(control)
-            expected = sum(each.get(name, zero) for each in kept) / len(server.clients)
+            expected = sum(each.get(name, zero) for each in controls) / len(server.clients)
             torch.testing.assert_close(control, expected, rtol=1e-4, atol=1e-6)
     assert seen == set(server.clients)
     assert set(failed) == {"c01", "c02"}

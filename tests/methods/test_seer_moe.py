@@ -27,22 +27,22 @@ def counted(client, counts):
     return Update(client, 0, "count", Patch({}), 1, {"counts": torch.tensor(counts, dtype=torch.float64)})
 
 
-def test_the_clients_counts_are_added_up_and_each_keeps_the_heavy_hitters_that_fit():
+def test_counts_are_summed_and_each_client_gets_the_most_used_experts_that_fit():
     """Sums (4, 1, 3, 0) and (8, 0, 0, 0). Without a limit, all that was ever used; in three bytes, one an expert, the largest of
     each layer and expert 2, which with it covers 7 of 8 in layer 0; in two the largest alone.
     """
     clients = [Client("large", 1), Client("small", 1, memory_bytes=3), Client("smallest", 1, memory_bytes=2)]
     server = replace(bare_server([FOUR, FOUR], clients), task="count")
-    found = SEERMoE().merge(
+    counted_server = SEERMoE().merge(
         server, iter([counted("large", [1, 1, 3, 0, 4, 0, 0, 0]), counted("small", [3, 0, 0, 0, 4, 0, 0, 0])])
     )
-    assert found.method_state["counts"].tolist() == [4, 1, 3, 0, 8, 0, 0, 0]
-    held = [SEERMoE().assign(replace(found, task="train"), client).experts for client in clients]
-    assert held == [{"0": (0, 1, 2), "1": (0,)}, {"0": (0, 2), "1": (0,)}, {"0": (0,), "1": (0,)}]
-    assert held == [SEERMoE().assign(replace(found, task="evaluate", round=7), client).experts for client in clients]
+    assert counted_server.method_state["counts"].tolist() == [4, 1, 3, 0, 8, 0, 0, 0]
+    experts = [SEERMoE().assign(replace(counted_server, task="train"), client).experts for client in clients]
+    assert experts == [{"0": (0, 1, 2), "1": (0,)}, {"0": (0, 2), "1": (0,)}, {"0": (0,), "1": (0,)}]
+    assert experts == [SEERMoE().assign(replace(counted_server, task="evaluate", round=7), client).experts for client in clients]
 
 
-def test_the_order_of_counts_does_not_matter_and_without_any_the_server_stays():
+def test_the_order_of_counts_does_not_matter_and_without_any_the_server_does_not_change():
     server = replace(bare_server([FOUR], CLIENTS), task="count")
     one, other = counted("a", [0.1, 0.2, 0.3, 0.4]), counted("b", [7.0, 0, 0, 1])
     merged = [SEERMoE().merge(server, iter(order)).method_state["counts"] for order in ([one, other], [other, one])]
@@ -77,7 +77,7 @@ def test_counts_are_of_all_training_tokens_and_nothing_is_trained(family, tuning
 
 
 @every_family
-def test_a_client_trains_its_sub_model_and_entropy_makes_its_routers_surer(family):
+def test_a_client_trains_its_sub_model_and_the_penalty_lowers_its_routers_entropy(family):
     model = tiny_model(family)
     whole = tiny_server(model, [], TRAINING)
     client = Client("a", 8, memory_bytes=round(0.9 * whole.footprint.of(whole.anatomy.all_experts)))
@@ -105,14 +105,14 @@ def before_counting(*clients):
     return replace(bare_server([FOUR], clients), footprint=cost, task="count")
 
 
-def test_those_count_whose_memory_holds_the_weights_of_the_whole_model_and_activations():
+def test_clients_count_whose_memory_fits_the_whole_model_and_activations():
     clients = [Client("enough", 1, memory_bytes=3 * 10**6), Client("short", 1, memory_bytes=3 * 10**6 - 1), Client("free", 1)]
-    asked = [SEERMoE().assign(before_counting(*clients), client) for client in clients]
-    assert [each is not None for each in asked] == [True, False, True]
-    assert asked[0].experts == {"0": (0, 1, 2, 3)}
+    assignments = [SEERMoE().assign(before_counting(*clients), client) for client in clients]
+    assert [each is not None for each in assignments] == [True, False, True]
+    assert assignments[0].experts == {"0": (0, 1, 2, 3)}
 
 
-def test_if_nobody_can_count_that_is_said_with_the_bytes():
+def test_if_no_client_can_count_the_error_names_the_bytes():
     client = Client("c", 1, memory_bytes=2 * 10**6)
     with pytest.raises(TooSmall, match=r"no client can count .* 3\.0 MB and all clients have less memory; give one of them more"):
         SEERMoE().assign(before_counting(client), client)

@@ -54,7 +54,7 @@ def rows_of(ids):
 
 
 def after(optimizer, *deltas, start=1.0):
-    """The weight after each round in which the clients' mean is off by these, and the last memory."""
+    """The weight after each round in which the clients' mean is off by these, and the last method state."""
     server, path = server_of(start), []
     for number, delta in enumerate(deltas, start=1):
         method, server = WithServerOptimizer(FedAvg(), optimizer), replace(server, round=number, task="train")
@@ -65,16 +65,16 @@ def after(optimizer, *deltas, start=1.0):
 
 def test_two_rounds_of_fedavgm_by_hand():
     """m: 2, then 0.9 · 2 + 1 = 2.8. x: 1 + 0.5 · 2, then 2 + 0.5 · 2.8."""
-    path, memory = after(FedAvgM(lr=0.5, beta1=0.9), 2.0, 1.0)
+    path, method_state = after(FedAvgM(lr=0.5, beta1=0.9), 2.0, 1.0)
     assert path == pytest.approx([2.0, 3.4])
-    assert memory == {"server_optimizer/m/experts": pytest.approx(2.8)}
+    assert method_state == {"server_optimizer/m/experts": pytest.approx(2.8)}
 
 
 def test_two_rounds_of_fedadagrad_by_hand():
     """v: 3² + 4² = 5², then 5² + 12² = 13². x: 1 + 2 · 4 / (5 + 3), then 2 + 2 · 12 / (13 + 3)."""
-    path, memory = after(FedAdagrad(lr=2, tau=3), 4.0, 12.0)
+    path, method_state = after(FedAdagrad(lr=2, tau=3), 4.0, 12.0)
     assert path == [2.0, 3.5]
-    assert memory == {"server_optimizer/m/experts": 12.0, "server_optimizer/v/experts": 169.0}
+    assert method_state == {"server_optimizer/m/experts": 12.0, "server_optimizer/v/experts": 169.0}
 
 
 def test_fedadagrad_with_momentum_by_hand():
@@ -88,9 +88,9 @@ def test_two_rounds_of_fedyogi_by_hand():
 
     x: 1 + 7 · 7 / (24 + 25), then 2 + 7 · 21.5 / (30 + 25).
     """
-    path, memory = after(FedYogi(lr=7, beta1=0.5, beta2=0.75, tau=25), 14.0, 36.0)
+    path, method_state = after(FedYogi(lr=7, beta1=0.5, beta2=0.75, tau=25), 14.0, 36.0)
     assert path == pytest.approx([2.0, 2 + 150.5 / 55])
-    assert memory == {"server_optimizer/m/experts": 21.5, "server_optimizer/v/experts": 900.0}
+    assert method_state == {"server_optimizer/m/experts": 21.5, "server_optimizer/v/experts": 900.0}
 
 
 def test_two_rounds_of_fedadam_by_hand():
@@ -98,9 +98,9 @@ def test_two_rounds_of_fedadam_by_hand():
 
     x: 1 + 6 · 3.5 / (5 + 1), then 4.5 + 6 · 4.25 / (5 + 1).
     """
-    path, memory = after(FedAdam(lr=6, beta1=0.5, beta2=0.5, tau=1), 7.0, 5.0)
+    path, method_state = after(FedAdam(lr=6, beta1=0.5, beta2=0.5, tau=1), 7.0, 5.0)
     assert path == [4.5, 8.75]
-    assert memory == {"server_optimizer/m/experts": 4.25, "server_optimizer/v/experts": 25.0}
+    assert method_state == {"server_optimizer/m/experts": 4.25, "server_optimizer/v/experts": 25.0}
 
 
 def test_the_defaults_are_the_papers():
@@ -134,7 +134,7 @@ def test_fedavgm_without_momentum_and_a_rate_of_one_is_the_mean_bit_for_bit():
 
 
 @every_optimizer
-def test_a_rows_way_depends_only_on_the_rounds_in_which_it_was_sent(name):
+def test_a_rows_steps_depend_only_on_the_rounds_in_which_it_was_sent(name):
     """Six rounds with one or two of three experts: each goes as if it were the only one, and its rounds all there are."""
     rng, method = Random("rows"), WithServerOptimizer(FedAvg(), SERVER_OPTIMIZERS[name]())
     server = replace(server_of(1.0, 2.0, 3.0, 4.0), task="train")
@@ -150,9 +150,9 @@ def test_a_rows_way_depends_only_on_the_rounds_in_which_it_was_sent(name):
             moves[expert].append(delta)
     for expert in range(3):
         assert 0 < len(moves[expert]) < 6
-        (*_, end), memory = after(SERVER_OPTIMIZERS[name](), *moves[expert], start=expert + 1.0)
+        (*_, end), method_state = after(SERVER_OPTIMIZERS[name](), *moves[expert], start=expert + 1.0)
         assert end == pytest.approx(float(server.weights["experts"][expert]), rel=1e-5)
-        assert memory == {key: pytest.approx(float(t[expert]), rel=1e-3) for key, t in server.method_state.items()}
+        assert method_state == {key: pytest.approx(float(t[expert]), rel=1e-3) for key, t in server.method_state.items()}
     assert {key.rpartition("/")[2] for key in server.method_state} == {"experts"}, (
         "of a weight that never moved nothing is remembered"
     )
@@ -160,7 +160,7 @@ def test_a_rows_way_depends_only_on_the_rounds_in_which_it_was_sent(name):
 
 @dataclass(frozen=True)
 class Counts(FedAvg):
-    """Remembers every task and round it merged, and wants to see nothing else in its memory."""
+    """Remembers every task and round it merged, and wants to see nothing else in its method state."""
 
     def declare(self):
         return Declaration(setup_tasks=("profile",))
@@ -175,7 +175,7 @@ class Counts(FedAvg):
         return replace(merged, method_state={**server.method_state, f"seen/{server.task}{server.round}": torch.tensor(1)})
 
 
-def test_the_methods_memory_and_ours_do_not_meet_and_stages_are_taken_as_they_are():
+def test_the_method_state_and_the_optimizers_state_are_separate_and_setup_tasks_are_merged_unchanged():
     method, server = WithServerOptimizer(Counts(), FedAdam()), server_of(1.0, 2.0)
     assert (method.setup_tasks, method.centralized) == (("profile",), False)
     server = replace(server, task="profile")
@@ -190,7 +190,7 @@ def test_the_methods_memory_and_ours_do_not_meet_and_stages_are_taken_as_they_ar
     assert set(server.method_state) == {"seen/profile0", "seen/train1", "seen/train2"} | ours
 
 
-def test_a_round_without_answers_and_a_method_that_shares_nothing_move_nothing():
+def test_without_answers_or_shared_weights_nothing_changes():
     server = replace(server_of(1.0, 2.0), round=1, task="train")
     for method in (FedAvg(), Local()):
         merged = WithServerOptimizer(method, FedAdam()).merge(server, iter([]))
@@ -199,22 +199,22 @@ def test_a_round_without_answers_and_a_method_that_shares_nothing_move_nothing()
 
 
 @every_optimizer
-def test_sub_models_are_stepped_where_somebody_holds_them_and_a_checkpoint_goes_on_with_the_same_bits(name, tmp_path):
+def test_only_experts_of_some_client_take_a_step_and_a_resumed_run_gives_the_same_bits(name, tmp_path):
     training, clients = Training(batch_size=2, local_steps=1), [Client("a", 4), Client("b", 4)]
     model = tiny_model("olmoe", num_hidden_layers=1)
     method = WithServerOptimizer(FedMoE(initial="random", adjust=False, experts_per_layer=3), SERVER_OPTIMIZERS[name]())
     start = server = tiny_server(model, clients, training)
 
     def round_of(server, number):
-        server, held = replace(server, round=number, task="train"), set()
+        server, trained_experts = replace(server, round=number, task="train"), set()
         jobs = list(jobs_for(server, method, clients))
         updates = [method.train(job, tiny_context(model, client, training)) for job, client in zip(jobs, clients, strict=True)]
         for job in jobs:
-            held |= {*next(iter(job.experts.values()))}
-        return method.merge(server, iter(updates)), held
+            trained_experts |= {*next(iter(job.experts.values()))}
+        return method.merge(server, iter(updates)), trained_experts
 
-    server, held = round_of(server, 1)
-    assert 3 <= len(held) < 8
+    server, trained_experts = round_of(server, 1)
+    assert 3 <= len(trained_experts) < 8
     checkpoint.save(tmp_path, server)
     resumed = checkpoint.load(tmp_path, start)
     (on, _), (again, _) = round_of(server, 2), round_of(resumed, 2)
@@ -224,8 +224,10 @@ def test_sub_models_are_stepped_where_somebody_holds_them_and_a_checkpoint_goes_
         assert on.weights[key].dtype == start.weights[key].dtype
         if block is not None:
             same = [torch.equal(*rows) for rows in zip(on.weights[key], start.weights[key], strict=True)]
-            assert all(same[expert] for expert in range(8) if expert not in held)
-            assert not any(same[expert] for expert in held) or "experts" in key  # one that no token reached stands still
+            assert all(same[expert] for expert in range(8) if expert not in trained_experts)
+            assert (
+                not any(same[expert] for expert in trained_experts) or "experts" in key
+            )  # one that no token reached stands still
             seen += sum(not each for each in same)
     assert seen > 8
     assert any(key.startswith("p/") for key in on.method_state)
@@ -237,7 +239,7 @@ def config(*settings, **federation):
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("settings", "expected"),
     [
         ("fedadam", FedAdam()),
         ({"name": "fedyogi"}, FedYogi()),
@@ -245,24 +247,24 @@ def config(*settings, **federation):
         ({"name": "fedadam", "lr": 0.1, "beta1": 0.8, "beta2": 0.9, "tau": 0.2}, FedAdam(0.1, 0.8, 0.9, 0.2)),
     ],
 )
-def test_a_run_file_names_one_and_the_resolved_run_says_all_of_it(asked, expected):
-    found = config(server_optimizer=asked)
-    assert found.build_method() == WithServerOptimizer(FedAvg(), expected)
-    resolved = found.resolved()
+def test_a_run_file_names_an_optimizer_and_the_resolved_run_has_all_its_fields(settings, expected):
+    run_config = config(server_optimizer=settings)
+    assert run_config.build_method() == WithServerOptimizer(FedAvg(), expected)
+    resolved = run_config.resolved()
     assert resolved["federation"]["server_optimizer"].keys() - {"name"} == vars(expected).keys()
     again = checked(RunConfig, json.loads(json.dumps(resolved)))
-    assert again.build_method() == found.build_method()
+    assert again.build_method() == run_config.build_method()
     assert again.resolved() == resolved
 
 
-@pytest.mark.parametrize("asked", [None, "none", {"name": "none"}, {"name": "none", "lr": 1.0}])
-def test_none_is_the_method_itself_and_is_not_in_the_resolved_run(asked):
-    found = config(server_optimizer=asked)
-    assert found.build_method() == FedAvg()
-    assert "server_optimizer" not in found.resolved()["federation"]
+@pytest.mark.parametrize("settings", [None, "none", {"name": "none"}, {"name": "none", "lr": 1.0}])
+def test_none_is_the_method_itself_and_is_not_in_the_resolved_run(settings):
+    run_config = config(server_optimizer=settings)
+    assert run_config.build_method() == FedAvg()
+    assert "server_optimizer" not in run_config.resolved()["federation"]
 
 
-def test_the_methods_of_a_comparison_differ_by_it():
+def test_methods_of_a_comparison_may_differ_in_the_optimizer():
     plain, adam, yogi, none = read_variants(
         "FedAvg=fedavg,FedAdam=fedavg:federation.server_optimizer.name=fedadam,"
         "FedYogi=fedprox:federation.server_optimizer=fedyogi:federation.server_optimizer.tau=0.5,"
@@ -280,13 +282,13 @@ def test_the_methods_of_a_comparison_differ_by_it():
 
 def test_a_method_that_gives_nothing_to_go_on_from_is_refused():
     for method in ("flora", "flexlora", "local"):
-        asked = config(f"method.name={method}", server_optimizer="fedadam")
+        settings = config(f"method.name={method}", server_optimizer="fedadam")
         with pytest.raises(BadValue, match=f"server_optimizer goes on from the weights .* {method} gives none"):
-            prepare_run(asked)
+            prepare_run(settings)
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("settings", "said"),
     [
         ("fedadm", "federation.server_optimizer.name = 'fedadm' is not one of fedavgm, fedadagrad, fedyogi, fedadam; did you"),
         ({"lr": 1}, "federation.server_optimizer.name = None is not one of"),
@@ -298,8 +300,8 @@ def test_a_method_that_gives_nothing_to_go_on_from_is_refused():
         (3, "federation.server_optimizer = 3 should be a valid dictionary"),
     ],
 )
-def test_what_is_no_server_optimizer_is_refused(asked, said):
+def test_an_unknown_or_invalid_server_optimizer_is_refused(settings, said):
     with pytest.raises(BadValue) as refused:
-        config(server_optimizer=asked)
+        config(server_optimizer=settings)
     assert str(refused.value).startswith(said)
     assert "\n" not in str(refused.value)

@@ -33,7 +33,7 @@ CLEAR, EVEN = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.tensor([0.25, 0.25, 0.25
 TOKENS = 64
 
 
-def held(p, memory, *, top_k=1, reserve=0.5, dense_bytes=2):
+def selected(p, memory, *, top_k=1, reserve=0.5, dense_bytes=2):
     """The search on layers of four experts of one byte each."""
     client = Client("weak", 1, memory_bytes=memory)
     server = bare_server([BlockShape(len(each), top_k) for each in p], [client], dense_bytes=dense_bytes)
@@ -53,16 +53,16 @@ def held(p, memory, *, top_k=1, reserve=0.5, dense_bytes=2):
     ],
 )
 def test_one_theta_for_all_layers_gives_them_different_numbers_of_experts(memory, clear, even):
-    assert held([CLEAR, EVEN], memory) == {"0": clear, "1": even}
+    assert selected([CLEAR, EVEN], memory) == {"0": clear, "1": even}
 
 
 def test_experts_are_kept_by_falling_p_whatever_their_ids_and_given_in_order():
-    assert held([torch.tensor([0.1, 0.2, 0.3, 0.4])], memory=10) == {"0": (1, 2, 3)}
+    assert selected([torch.tensor([0.1, 0.2, 0.3, 0.4])], memory=10) == {"0": (1, 2, 3)}
 
 
 def test_no_layer_keeps_fewer_experts_than_its_router_picks():
     p = [torch.tensor([0.9, 0.5, 0.4, 0.2]), torch.tensor([0.5, 0.5, 0.5, 0.5])]
-    assert held(p, memory=12, top_k=2) == {"0": (0, 1), "1": (0, 1)}
+    assert selected(p, memory=12, top_k=2) == {"0": (0, 1), "1": (0, 1)}
 
 
 def test_with_top_k_above_one_theta_is_a_share_of_k():
@@ -74,15 +74,15 @@ def test_with_top_k_above_one_theta_is_a_share_of_k():
 
 def test_an_expert_that_no_token_reached_is_not_kept_even_without_a_limit():
     p = [torch.tensor([0.5, 0.0, 0.5, 0.0]), EVEN]
-    assert held(p, memory=None) == held(p, memory=10**9) == {"0": (0, 2), "1": (0, 1, 2, 3)}
+    assert selected(p, memory=None) == selected(p, memory=10**9) == {"0": (0, 2), "1": (0, 1, 2, 3)}
 
 
 def test_a_layer_that_saw_no_token_keeps_its_top_k():
-    assert held([torch.zeros(4)], memory=None, top_k=2) == {"0": (0, 1)}
+    assert selected([torch.zeros(4)], memory=None, top_k=2) == {"0": (0, 1)}
 
 
 def test_a_client_that_holds_the_minimum_but_not_within_the_reserve_gets_the_minimum():
-    assert held([CLEAR, EVEN], memory=4, reserve=0.5) == {"0": (0,), "1": (0,)}
+    assert selected([CLEAR, EVEN], memory=4, reserve=0.5) == {"0": (0,), "1": (0,)}
 
 
 def test_a_client_too_small_for_the_minimum_is_named_with_its_memory_and_what_it_needs():
@@ -116,7 +116,7 @@ def test_the_binary_search_finds_what_trying_every_theta_finds(layers, spare, to
     cost = Footprint(0, {str(i): size for i, (_, size) in enumerate(layers)}, 0)
     server = replace(bare_server(blocks, [client]), footprint=cost)
 
-    def kept(theta):
+    def covering_experts(theta):
         """Exact, with whole tokens."""
         chosen = {}
         for i, (counts, _) in enumerate(layers):
@@ -126,9 +126,9 @@ def test_the_binary_search_finds_what_trying_every_theta_finds(layers, spare, to
         return chosen
 
     thetas = {Fraction(n, TOKENS) for n in range(TOKENS + 1)}
-    best = max(theta for theta in thetas if cost.of(kept(theta)) <= client.memory_bytes)
+    best = max(theta for theta in thetas if cost.of(covering_experts(theta)) <= client.memory_bytes)
     p = {str(i): torch.tensor(counts) / TOKENS for i, (counts, _) in enumerate(layers)}
-    assert search(server, client, p, reserve=1.0) == kept(best)
+    assert search(server, client, p, reserve=1.0) == covering_experts(best)
 
 
 def test_a_weak_client_is_given_the_size_weighted_mean_of_its_task():
@@ -148,10 +148,10 @@ def test_a_weak_client_whose_task_nobody_measured_is_given_the_mean_of_all():
 def test_random_experts_are_as_many_as_fit_the_reserve_the_same_in_each_layer():
     client = Client("c", 1, memory_bytes=20)
     server = bare_server([FOUR, FOUR], [client], dense_bytes=5)
-    found = at_random(server, client, 0.5, None, Random("seed"))  # 10 bytes: 5 dense, 2 in each layer, one too few for 3
-    assert {block: len(ids) for block, ids in found.items()} == {"0": 2, "1": 2}
-    assert found == at_random(server, client, 0.5, None, Random("seed"))
-    assert found["0"] != found["1"] or found != at_random(server, client, 0.5, None, Random("other"))
+    experts = at_random(server, client, 0.5, None, Random("seed"))  # 10 bytes: 5 dense, 2 in each layer, one too few for 3
+    assert {block: len(ids) for block, ids in experts.items()} == {"0": 2, "1": 2}
+    assert experts == at_random(server, client, 0.5, None, Random("seed"))
+    assert experts["0"] != experts["1"] or experts != at_random(server, client, 0.5, None, Random("other"))
 
 
 def test_random_experts_without_a_limit_are_all():
@@ -240,9 +240,9 @@ def test_experts_of_a_grouped_router_are_kept_by_whole_groups():
 def test_random_experts_of_a_grouped_router_are_whole_groups_a_sub_model_can_have(number):
     client = Client("c", 1)
     server = bare_server([GROUPED, FOUR], [client])
-    found = at_random(server, client, 0.7, number, Random(0))
-    shrink.check(server.anatomy, found)
-    assert len(found["0"]) == max(number - number % 2, 2)
+    experts = at_random(server, client, 0.7, number, Random(0))
+    shrink.check(server.anatomy, experts)
+    assert len(experts["0"]) == max(number - number % 2, 2)
 
 
 def test_units_are_single_experts_or_whole_groups():
@@ -253,5 +253,5 @@ def test_units_are_single_experts_or_whole_groups():
 @given(st.lists(st.booleans(), min_size=7, max_size=7))
 def test_a_mask_says_the_same_as_the_experts_it_came_from(marks):
     anatomy = Anatomy({"a": BlockShape(3, 1), "b": BlockShape(4, 1)})
-    held = torch.tensor(marks)
-    assert torch.equal(mask(anatomy, unmask(anatomy, held)), held)
+    flags = torch.tensor(marks)
+    assert torch.equal(mask(anatomy, unmask(anatomy, flags)), flags)
