@@ -1,7 +1,7 @@
 """A run whose clients are on other machines."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -96,16 +96,13 @@ def greetings_of(
     return greetings
 
 
-@contextmanager
 def with_greetings(
     greetings: Sequence[Greeting], bases: Parts, engine: EngineFactory, prepared: Prepared, out: Path
-) -> Iterator[Engine]:
+) -> AbstractContextManager[Engine]:
     """`engine`, after `greetings` were saved in the results folder: a client's model can be exported where that is.
 
     The base models in `bases` are let go of, since the server needs them no more.
     """
     write_greetings(out / GREETINGS, greetings)
     bases.bases.clear()
-    with engine(prepared, out) as running:
-        del prepared
-        yield running
+    return engine(prepared, out)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
@@ -21,53 +22,79 @@ from fedexperts.experiment.runtime import everyone, runtime_for
 from fedexperts.experiment.setup import Parts, Prepared, prepare_run
 from fedexperts.io.files import run_id
 from fedexperts.io.toml import checked
-from fedexperts.types import Engine
+from fedexperts.types import Client, Engine
 
 PARTS = Parts()
 """Cache of a simulation process: the base model is read once for all clients and all runs that use it."""
 
 
-@contextmanager
-def simulated(prepared: Prepared, out: Path) -> Iterator[Engine]:
-    """The engine of a run on Flower's simulation: one node per client, executed by `federation.workers` processes."""
+# The engines below do not refer to `prepared` while they are open: it holds the base model, which the processes that play clients
+# have read for themselves, and the server's first weights.
+
+
+def simulated(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
+    """The engine of a run on Flower's simulation: a node for each client, and `federation.workers` processes that play them."""
     federation, threads = prepared.config.federation, prepared.config.training.threads
-    nodes, workers = len(everyone(prepared)), federation.workers
-    with (
-        Simulation(play, nodes, workers=workers, cpus=threads, gpus=federation.gpus_per_worker) as simulation,
-        over(simulation.grid, simulation.check)(prepared, out) as engine,
-    ):
-        del prepared  # frees the base model, which the simulation's processes have read themselves
+    simulation = Simulation(
+        play, len(everyone(prepared)), workers=federation.workers, cpus=threads, gpus=federation.gpus_per_worker
+    )
+    return opened(simulation, connection(prepared, out))
+
+
+@contextmanager
+def opened(simulation: Simulation, connect: "Connection") -> Iterator[Engine]:
+    with simulation, connect(simulation.grid, simulation.check) as engine:
         yield engine
 
 
 def over(
     grid: Grid, check: Callable[[], None] = lambda: None, *, patience: float | None = None, **options: Any
 ) -> Callable[[Prepared, Path], AbstractContextManager[Engine]]:
-    """The `engine` argument of runner.run for clients that are or will be connected to `grid`.
+    """For `runner.run`: an engine over `grid`, to which all clients of the run are connected, or soon will be.
 
-    patience: seconds after which federation.min_clients connected clients are enough; None: all must be connected from the start.
-    options: arguments of FlowerEngine, in place of those of a simulation.
+    After `patience` seconds federation.min_clients of them are enough; without it no client that is missing is waited for.
+    `options` are arguments of the FlowerEngine, in place of those of a simulation.
     """
-    return partial(connected, grid, check, patience, options)
+    return lambda prepared, out: connection(prepared, out, **options)(grid, check, patience)
 
 
-@contextmanager
-def connected(
-    grid: Grid, check: Callable[[], None], patience: float | None, options: Mapping[str, Any], prepared: Prepared, out: Path
-) -> Iterator[Engine]:
+def connection(prepared: Prepared, out: Path, **options: Any) -> "Connection":
+    """What an engine over a grid needs of a run."""
     federation = prepared.config.federation
-    options = {"in_flight": 2 * federation.workers, "seconds": federation.round_seconds or inf, **options}
-    on_dropped = partial(log_dropped, out / "dropped.jsonl")
-    run = about(prepared.config, prepared.base.identity, out)
-    engine = FlowerEngine(grid, run, everyone(prepared), check=check, on_dropped=on_dropped, **options)
-    fewest = federation.min_clients if patience is not None else None
-    del prepared  # frees the base model: this frame lives until the run ends
-    engine.connect(patience, fewest)
-    try:
-        yield engine
-    except Exception:
-        check()  # raises the grid's own error if the grid has died
-        raise
+    return Connection(
+        run=about(prepared.config, prepared.base.identity, out),
+        clients=everyone(prepared),
+        fewest=federation.min_clients,
+        options={
+            "in_flight": 2 * federation.workers,
+            "seconds": federation.round_seconds or inf,
+            "on_dropped": partial(log_dropped, out / "dropped.jsonl"),
+            **options,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A run, as it is connected to its clients.
+
+    run: what clients need to know of it. fewest: clients that are enough once patience is over. options: of the FlowerEngine.
+    """
+
+    run: str
+    clients: Mapping[str, Client]
+    fewest: int
+    options: Mapping[str, Any]
+
+    @contextmanager
+    def __call__(self, grid: Grid, check: Callable[[], None], patience: float | None = None) -> Iterator[Engine]:
+        engine = FlowerEngine(grid, self.run, self.clients, check=check, **self.options)
+        engine.connect(patience, self.fewest if patience is not None else None)
+        try:
+            yield engine
+        except Exception:
+            check()  # where the grid has died, that is the reason
+            raise
 
 
 def log_dropped(path: Path, answer: Mapping[str, object]) -> None:
