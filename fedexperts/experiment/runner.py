@@ -106,9 +106,8 @@ def run(
                 if behind == 0 and not prepared.method.setup_tasks:
                     assess(prepared, server, running, ledger, out, shown, {})
                 started, noted = perf_counter(), False
-                for server in rounds_after(
-                    server, prepared, running, ledger
-                ):  # the first weights stay no longer than the first round
+                # The name is used again, so that the first weights stay no longer than the first round
+                for server in rounds_after(server, prepared, running, ledger):  # noqa: B020
                     if not noted and no_expert_sent(ledger):
                         shown.noted(server, NO_EXPERT_SENT + prepared.method.declare().if_no_expert_is_sent)
                         noted = True
