@@ -1,6 +1,6 @@
 """What was sent and what it took, counted on the very objects that travel."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from typing import Any
@@ -58,10 +58,13 @@ class Clock:
 
 
 class Ledger:
-    """The entries of the round under way, in the order of its jobs, and who held what in it."""
+    """The entries of the round under way, in the order of its jobs, and who held what in it.
 
-    def __init__(self, clock: Clock = Clock()) -> None:
-        self.clock = clock
+    on_answer: gets the entry of each answer, once it has been validated.
+    """
+
+    def __init__(self, clock: Clock = Clock(), on_answer: Callable[[Entry], None] = lambda entry: None) -> None:
+        self.clock, self.on_answer = clock, on_answer
         self.entries: list[Entry] = []
         self.holds: dict[str, Experts] = {}
         self.sends: dict[str, Experts] = {}  # of clients that sent other experts than they held
@@ -89,6 +92,7 @@ class Ledger:
         """Enters an answer; the update in it, where it can be used: it is no failure and came before the deadline."""
         i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (answer.client, answer.task))
         self.entries[i] = answered(self.entries[i], answer, self.clock)
+        self.on_answer(self.entries[i])
         if isinstance(answer, Failure) or self.entries[i].failed:
             return ()
         self.note_experts(answer)

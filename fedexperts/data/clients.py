@@ -60,6 +60,7 @@ class Clients(Mapping[str, Split]):
     pool: Pool
     shares: Mapping[str, Shares]
     partition: Partition
+    task_metrics: Mapping[str, str] = field(default_factory=dict)  # of examples that are not here: task → its main metric
 
     def __getitem__(self, name: str) -> Split:
         share = self.shares[name]
@@ -78,6 +79,11 @@ class Clients(Mapping[str, Split]):
     def tasks(self, name: str) -> dict[str, int]:
         """Training examples of each task, most first."""
         return dict(Counter(self.pool.train[index].task for index in self.shares[name].train).most_common())
+
+    def metrics(self) -> dict[str, str]:
+        """Task → its main metric, of all examples that clients are scored on."""
+        scored = (example for split in self.values() for part in (split.validation, split.test) for example in part)
+        return dict(self.task_metrics) or {example.task: example.metric for example in scored}
 
     def client(self, name: str) -> Client:
         """What the server may know of a client; its memory is for others to say."""
@@ -192,6 +198,7 @@ class Counts:
     validation: int
     test: int
     longest_response: int  # in tokens, its end token included
+    metrics: Mapping[str, str] = field(default_factory=dict)  # task → the main metric that validation and test examples have
 
 
 def own_clients(name: str, files: Sequence[str], settings: DataSettings, seed: int | str, retained: Retained) -> Clients:
@@ -208,7 +215,7 @@ def own_clients(name: str, files: Sequence[str], settings: DataSettings, seed: i
 def counts(clients: Clients, name: str, longest_response: int) -> Counts:
     """What the client may tell of its data."""
     share = clients.shares[name]
-    return Counts(clients.tasks(name), len(share.validation), len(share.test), longest_response)
+    return Counts(clients.tasks(name), len(share.validation), len(share.test), longest_response, clients.metrics())
 
 
 def stand_ins(told: Mapping[str, Counts]) -> Clients:
@@ -225,7 +232,8 @@ def stand_ins(told: Mapping[str, Counts]) -> Clients:
         test += [Example("", "", most)] * count.test
         shares[name] = Shares(tuple(range(first, held)), tuple(range(held, len(train))), tuple(tests))
     indices = tuple(share.train + share.validation for share in shares.values())
-    return Clients(Pool(tuple(train), tuple(test), {}), shares, Partition(indices, "", {"by": "own"}))
+    metrics = {task: metric for count in told.values() for task, metric in count.metrics.items()}
+    return Clients(Pool(tuple(train), tuple(test), {}), shares, Partition(indices, "", {"by": "own"}), metrics)
 
 
 def load_pool(settings: DataSettings) -> Pool:

@@ -1,6 +1,6 @@
 """What a run shows while it works: two lines that change on a terminal, a line an evaluation elsewhere, or nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, Self
 
 from rich.console import Console, RenderableType
@@ -10,7 +10,8 @@ from rich.table import Column
 from rich.text import Text
 
 from fedexperts.core.evaluation import Scores
-from fedexperts.types import Engine, Failure, Job, Server, Update
+from fedexperts.core.ledger import Entry
+from fedexperts.types import Server
 
 
 class Progress(Protocol):
@@ -20,13 +21,13 @@ class Progress(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *_: object) -> None: ...
-    def watch(self, engine: Engine) -> Engine: ...
     def start(self, label: str, seed: int, done: int, total: int) -> None: ...
     def evaluating(self, clients: int) -> None: ...
     def scored(self, server: Server, scores: Scores) -> None: ...
     def failed(self, server: Server, reasons: Mapping[str, str]) -> None: ...
     def noted(self, server: Server, sentence: str) -> None: ...
     def round(self, server: Server) -> None: ...
+    def answered(self, entry: Entry) -> None: ...
 
 
 class Quiet:
@@ -39,9 +40,6 @@ class Quiet:
 
     def __exit__(self, *_: object) -> None:
         pass
-
-    def watch(self, engine: Engine) -> Engine:
-        return engine
 
     def start(self, label: str, seed: int, done: int, total: int) -> None:
         pass
@@ -59,6 +57,9 @@ class Quiet:
         pass
 
     def round(self, server: Server) -> None:
+        pass
+
+    def answered(self, entry: Entry) -> None:
         pass
 
 
@@ -103,9 +104,6 @@ class Shown:
         """A line that stays; where there is no terminal it is not broken."""
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
-    def watch(self, engine: Engine) -> Engine:
-        return Watched(engine, self)
-
     def start(self, label: str, seed: int, done: int, total: int) -> None:
         for task in self.bar.task_ids:
             self.bar.remove_task(task)
@@ -134,26 +132,12 @@ class Shown:
         self.answers = 0
         self.bar.advance(self.task)
 
-    def answered(self, answer: Update | Failure) -> None:
+    def answered(self, entry: Entry) -> None:
         self.answers += 1
-        told = [f"round {answer.round}, {answer.task}: {answer.client}, {self.answers} answered"]
-        if isinstance(answer, Failure):
-            told.append("failed")
+        parts = [f"round {entry.round}, {entry.task}: {entry.client}, {self.answers} answered"]
+        if entry.failed:
+            parts.append("failed")
         else:
-            cost = answer.cost
-            told += [f"loss {answer.metrics['loss']:.3f}"] if answer.metrics.get("loss") is not None else []
-            told += [f"{cost.tokens / cost.seconds:,.0f} tokens/s"] if cost.tokens and cost.seconds else []
-        self.bar.update(self.task, now=", ".join(told))
-
-
-class Watched:
-    """An engine whose answers are shown as they pass."""
-
-    def __init__(self, engine: Engine, shown: Shown) -> None:
-        self.engine, self.shown = engine, shown
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
-        for answer in self.engine.run(jobs):
-            self.shown.answered(answer)
-            yield answer
-            del answer  # or it would be held until the next one has come
+            parts += [f"loss {entry.loss:.3f}"] if entry.loss is not None else []
+            parts += [f"{entry.tokens / entry.seconds:,.0f} tokens/s"] if entry.tokens and entry.seconds else []
+        self.bar.update(self.task, now=", ".join(parts))

@@ -88,8 +88,9 @@ def run(
     claim(config, out, resume)
     prepared = prepare_run(config, label, setting, parts)
     require_same_inputs(prepared, out)
-    total, ledger = len(steps(prepared.method, config.federation.rounds)), Ledger(clock_for(prepared))
+    total = len(steps(prepared.method, config.federation.rounds))
     with locked(out), progress or Quiet() as shown:
+        ledger = Ledger(clock_for(prepared), shown.answered)
         write_start(prepared, out)
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
@@ -98,14 +99,13 @@ def run(
             if behind == total:
                 return out
             with (engine or engine_for)(prepared, out) as opened:
-                running = shown.watch(opened)
-                course, prepared = begin(prepared, running, ledger, out, shown), without_weights(prepared)
+                course, prepared = begin(prepared, opened, ledger, out, shown), without_weights(prepared)
                 started, noted = perf_counter(), False
                 for server in course:
                     if not noted and no_expert_sent(ledger):
                         shown.noted(server, NO_EXPERT_SENT + prepared.method.declare().if_no_expert_is_sent)
                         noted = True
-                    finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
+                    finish_round(prepared, server, opened, ledger, out, shown, perf_counter() - started)
                     tell()  # after the checkpoint: no line that a tracker has is cut off again
                     shown.round(server)
                     started = perf_counter()
@@ -153,10 +153,8 @@ def finish_round(
 
 
 def reports_of(prepared: Prepared) -> Reports:
-    """The metrics that the run asks clients for; each task's is known from the data, or from the first who reports it."""
-    examples = (example for split in prepared.data.values() for part in (split.validation, split.test) for example in part)
-    tasks = {} if prepared.config.data.own else {example.task: example.metric for example in examples}
-    return partial(task_for(prepared).reports, prepared.data, tasks)
+    """The metrics that the run asks clients for."""
+    return partial(task_for(prepared).reports, prepared.data, prepared.clients.metrics())
 
 
 def due(server: Server, method: Method, config: RunConfig) -> bool:

@@ -5,23 +5,21 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from fedexperts.core.ledger import Entry
 from fedexperts.experiment.progress import Shown
-from fedexperts.types import Cost, Failure, Patch, Server, Update
+from fedexperts.types import Server
 
 
 def server(round):
     return Server(weights={}, layout={}, anatomy=None, footprint=None, clients={}, round=round, task="train")
 
 
-def update(client):
-    return Update(client, 2, "train", Patch({}), 5, metrics={"loss": 1.25}, cost=Cost(seconds=0.5, tokens=2000))
+def entry(client, **more):
+    return Entry(2, client, "train", experts=24, bytes_down=8, **more)
 
 
-class Three:
-    """An engine whose third client fails."""
-
-    def run(self, jobs):
-        yield from (update("c01"), update("c02"), Failure("c03", 2, "train", "out of memory"))
+WORK = {"seconds": 0.5, "tokens": 2000, "loss": 1.25}
+THREE = (entry("c01", **WORK), entry("c02", **WORK), entry("c03", failed="out of memory"))
 
 
 def shown_after(answers, width, label="fedmoe"):
@@ -29,9 +27,8 @@ def shown_after(answers, width, label="fedmoe"):
     console = Console(file=StringIO(), width=width, force_terminal=True)
     with Shown(console) as shown:
         shown.start(label, 3, 1, 20)
-        running = iter(shown.watch(Three()).run([]))
-        for _ in range(answers):
-            next(running)
+        for each in THREE[:answers]:
+            shown.answered(each)
         plain = Console(file=StringIO(), width=width, color_system=None)
         plain.print(shown.bar.get_renderable())
     return plain.file.getvalue().splitlines()
@@ -62,7 +59,8 @@ def test_without_a_terminal_only_lines_that_stay_are_written_and_none_is_broken(
     console = Console(file=StringIO(), width=40, force_terminal=False)
     with Shown(console) as shown:
         shown.start("fedmoe", 3, 0, 2)
-        list(shown.watch(Three()).run([]))
+        for each in THREE:
+            shown.answered(each)
         shown.failed(server(2), {"c03": "out of memory: it needs 12.0 MB and has 10.0 MB"})
         shown.round(server(2))
     assert console.file.getvalue() == (
