@@ -141,7 +141,7 @@ def validate_update(expected: Expectation, answer: object) -> Update | Failure:
     try:
         why = update_error(expected, answer)
     except Exception as error:  # foreign input may break any assumption of the checks themselves
-        why = f"its update cannot be checked ({type(error).__name__}: {quoted(error)})"
+        why = f"its update cannot be checked ({type(error).__name__})"
     return answer if why is None else failure(expected.job, why, sent_bytes(answer))
 
 
@@ -166,13 +166,28 @@ def update_error(expected: Expectation, update: Update) -> str | None:
         answered = f"{quoted(update.client)} in round {quoted(update.round)}, {quoted(update.task)}"
         return f"it answered for {answered}, which was not asked"
     return (
-        count_error(expected, update)
+        form_error(update)
+        or count_error(expected, update)
         or cost_error(update.cost)
         or names_error(expected, update.patch)
         or weights_error(expected, update.patch)
         or extra_error(expected, update.extra)
         or metrics_error(expected, update.metrics)
     )
+
+
+def form_error(update: Update) -> str | None:
+    """Whether each part is what it is called: an engine may hand on anything."""
+    forms = {"patch": Patch, "extra": Mapping, "metrics": Mapping, "cost": Cost}
+    for name, form in forms.items():
+        if not isinstance(part := getattr(update, name), form):
+            return f"its update has {quoted(part)} as its {name}"
+    for tensors in (update.patch.tensors, update.patch.rows, update.extra):
+        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+            return f"its update has {quoted(tensors)} in place of named tensors"
+        if strange := [each for each in tensors.values() if not isinstance(each, Tensor) or each.layout != torch.strided]:
+            return f"its update has {quoted(strange[0])} in place of a tensor"
+    return None
 
 
 def count_error(expected: Expectation, update: Update) -> str | None:
@@ -226,7 +241,7 @@ def rows_error(expected: Expectation, name: str, rows: Tensors) -> str | None:
     if name not in rows:
         return f"{name} and does not say which of its rows"
     ids = rows[name]
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 1:
+    if ids.dtype != torch.int64 or ids.ndim != 1:
         return f"rows of {name} that are no list of whole numbers"
     if len(ids) > 1 and not bool((ids[1:] > ids[:-1]).all()):
         return f"rows of {name} that do not ascend"
@@ -240,8 +255,6 @@ def rows_error(expected: Expectation, name: str, rows: Tensors) -> str | None:
 def weight_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch, ranks: Mapping[str, int]) -> str | None:
     """Why `tensor` cannot come back as the weight `name`; None where it can."""
     wanted, chosen = expected.job.patch.tensors[name], patch.rows.get(name)
-    if not isinstance(tensor, Tensor):
-        return f"{name} as {quoted(tensor)}, and that is no tensor"
     if tensor.dtype != wanted.dtype:
         return f"{name} as {tensor.dtype}, and its job had it as {wanted.dtype}"
     fits = [*wanted.shape] if chosen is None else [len(chosen), *wanted.shape[1:]]
@@ -273,8 +286,6 @@ def extra_error(expected: Expectation, extra: Tensors) -> str | None:
                 return f"its update lacks the extra tensor {name}"
             continue
         tensor = extra[name]
-        if not isinstance(tensor, Tensor):
-            return f"its update has the extra tensor {name} as {quoted(tensor)}, and that is no tensor"
         if (tensor.dtype, tuple(tensor.shape)) != (wanted.dtype, wanted.shape):
             return (
                 f"its update has the extra tensor {name} as {tensor.dtype} {[*tensor.shape]}, and it should be "
