@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from tampered_kinds import HUGE, REMOVED, Absent, Kind, at, nested, put, with_extra, with_metric, with_one, with_rows, with_weight
 from torch import Tensor
 
 from fedexperts.types import Cost, Failure, Patch, Update
-from tampering import HUGE, REMOVED, Absent, Kind, at, nested, put, with_extra, with_metric, with_one, with_rows, with_weight
 
 COUNTS = {"double": 3, "first": 1}
 

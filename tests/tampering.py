@@ -1,371 +1,127 @@
-"""Answers of a client as someone who means harm, or a broken device, would change them.
+"""A run of one round whose answers can be changed on their way to the server: honest clients play it once."""
 
-`subject(tree)` plays a run once, with honest clients, and gives the answer of one of them to each of its tasks; `kinds(answer)`
-names what can be changed in it: whatever stands at a place is replaced by each of the values that may do harm there.
-"""
-
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from fedexperts.config import RunConfig
-from fedexperts.core.ledger import Ledger
+from fedexperts.core.evaluation import Scores, merge
+from fedexperts.core.ledger import Entry, Ledger
+from fedexperts.engines.base import Expectation, expectation, reorder_and_validate
+from fedexperts.engines.local import ClientRuntime
 from fedexperts.experiment import runner
-from fedexperts.experiment.progress import Quiet
 from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Parts, Prepared, prepare_run
-from fedexperts.federation import federate, steps
+from fedexperts.federation import answers, federate, steps
 from fedexperts.io.toml import checked
-from fedexperts.types import Cost, Failure, Job, Patch, Server, Update
+from fedexperts.types import Job, Server, Update
 
-WHO = "c02"  # whose answers are changed; in "centralized" there is one place with all data
+WHO = "c02"
+"""Whose answers are changed, where there are several clients."""
 PARTS = Parts()
-
-
-class Honest:
-    """An engine of clients in this process that notes jobs and answers."""
-
-    def __init__(self, runtime) -> None:
-        self.runtime = runtime
-        self.jobs: dict[str, Job] = {}
-        self.answers: dict[str, Update | Failure] = {}
-
-    def run(self, jobs):
-        for job in jobs:
-            self.jobs[job.client], self.answers[job.client] = job, self.runtime.answer(job)
-            yield self.answers[job.client]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """An engine that brings the answers of before, the one of `who` as `change` makes it."""
-
-    answers: Mapping[str, Update]
-    who: str
-    change: Callable[[Update], object]
-
-    def run(self, jobs):
-        for job in jobs:
-            answer = self.answers[job.client]
-            yield self.change(answer) if job.client == self.who else answer
-
-
-@dataclass(frozen=True)
-class Step:
-    """A task of a run: the server before it, what went to the clients and what they answered."""
-
-    prepared: Prepared
-    server: Server
-    task: str
-    who: str
-    jobs: Mapping[str, Job]
-    answers: Mapping[str, Update]
-    folder: Path
-
-    @property
-    def answer(self) -> Update:
-        return self.answers[self.who]
-
-    def play(self, engine, ledger: Ledger, folder: Path) -> Server:
-        """What the run does with this task, down to the lines in its logs."""
-        prepared = self.prepared
-        if self.task == "evaluate":
-            runner.assess(prepared, self.server, engine, ledger, folder, Quiet(), {})
-            return self.server
-        server = replace(self.server, clients=prepared.participants)
-        reports = runner.reports_of(prepared)
-        after = next(federate(server, prepared.method, engine, ledger, rounds=1, clients_per_round=9, reports=reports))
-        runner.reported_scores(ledger)
-        runner.record(folder, after, ledger, 0.1)
-        return after
-
-
-def played(tree: Mapping[str, Any], folder: Path) -> list[Step]:
-    """All tasks of a run of one round."""
-    prepared = prepare_run(checked(RunConfig, dict(tree)), None, "", PARTS)
-    runner.write_start(prepared, folder)
-    runtime = runtime_for(prepared, folder)
-    found, server = [], prepared.server
-    for task in [*(task for _, task in steps(prepared.method, 1)), "evaluate"]:
-        honest = Honest(runtime)
-        step = Step(prepared, server, task, "", honest.jobs, honest.answers, folder)
-        server = step.play(honest, Ledger(), folder)
-        who = WHO if WHO in honest.jobs else next(iter(honest.jobs))
-        found.append(replace(step, who=who))
-    return found
-
 
 Change = Callable[[Update], object]
 
 
+@dataclass
+class Changing:
+    """An engine of honest clients in this process, whose answers `change` makes others of; it notes what went either way."""
+
+    runtime: ClientRuntime
+    change: Callable[[Job, Any], object] = lambda job, answer: answer
+    jobs: dict[tuple[str, str], Job] = field(default_factory=dict)  # (client, task) → the last one
+    answers: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Any]:
+        for job in jobs:
+            answer = self.runtime.answer(job)
+            self.jobs[job.client, job.task], self.answers[job.client, job.task] = job, answer
+            yield self.change(job, answer)
+
+
+def changing(change: Callable[[Job, Any], object]) -> Callable[[Prepared, Path], Any]:
+    """An engine for `runner.run`: honest clients whose answers `change` makes others of."""
+    return lambda prepared, out: nullcontext(Changing(runtime_for(prepared, out), change))
+
+
 @dataclass(frozen=True)
-class Kind:
-    """One way to change an answer. harmless: whether the run may take it: it is no more than another honest answer."""
+class Task:
+    """A task of a run: the server before it, and how all clients answered."""
 
-    name: str
-    change: Change
-    harmless: bool = False
+    prepared: Prepared
+    server: Server
+    task: str
+    honest: Changing
 
+    @property
+    def who(self) -> str:
+        """Whose answer is changed: where all data are in one place, a single client trains."""
+        clients = [client for client, task in self.honest.jobs if task == self.task]
+        return WHO if WHO in clients else clients[0]
 
-class Absent(Exception):
-    """The answer has nothing at the place that a kind changes."""
+    @property
+    def answer(self) -> Update:
+        """The honest one."""
+        return self.honest.answers[self.who, self.task]
 
+    @cached_property
+    def expected(self) -> Expectation:
+        """What the boundary expects of the answer."""
+        job = self.honest.jobs[self.who, self.task]
+        sender = replace(self.server, round=job.round, task=self.task)
+        return expectation(sender, self.prepared.method, runner.reports_of(self.prepared), job)
 
-HUGE = 10**5000  # of more digits than Python turns into text
-NUMBERS: Mapping[str, object] = {
-    "None": None,
-    "True": True,
-    "text": "5",
-    "NaN": math.nan,
-    "infinity": math.inf,
-    "-infinity": -math.inf,
-    "1e31": 1e31,
-    "-1": -1,
-    "10**400": 10**400,
-    "-10**400": -(10**400),
-    "5,001 digits": HUGE,
-    "list": [5],
-    "object": {"a": 5},
-    "bytes": b"5",
-    "complex": 1j,
-}
+    def received(self, answer: object) -> Entry:
+        """The ledger's entry when the changed client alone is asked, and `answer` comes."""
+        ledger = Ledger()
+        job = self.honest.jobs[self.who, self.task]
+        used = list(reorder_and_validate(lambda jobs: (answer for _ in jobs), [job], lambda _: self.expected, ledger))
+        (entry,) = ledger.entries
+        assert len(used) == (entry.failed is None)
+        return entry
 
+    def merged(self, answer: object) -> Server:
+        """The server after this task, when `answer` comes with the honest ones of the others.
 
-def nested(depth: int) -> object:
-    """A list in a list in a list …"""
-    value: object = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-VALUES: Mapping[str, object] = {
-    **NUMBERS,
-    "text with a lone surrogate": "\ud800",
-    "text with control characters": "\x1b[31m\r\n\0[/bold]",
-    "3 MB of text": "x" * 3_000_000,
-    "3 MB of numbers": [0] * 1_000_000,
-    "empty list": [],
-    "empty object": {},
-    "tuple": (),
-    "set": {1},
-    "object with number as key": {1: 1},
-    "object with None as key": {None: None},
-    "nested 900 deep": nested(900),
-    "nested 100,000 deep": nested(100_000),
-    "tensor": torch.ones(2),
-    "function": print,
-}
-"""What may stand where another JSON value belongs."""
-
-TENSORS: Mapping[str, Callable[[torch.Tensor], object]] = {
-    "None": lambda t: None,
-    "text": lambda t: "weights",
-    "list": lambda t: t.tolist(),
-    "array": lambda t: t.numpy() if t.dtype != torch.bfloat16 else [1],
-    "number": lambda t: 1.0,
-    "float64 or float32": lambda t: t.float() if t.dtype == torch.float64 else t.double(),
-    "float16": lambda t: t.half(),
-    "float8": lambda t: t.to(torch.float8_e4m3fn),
-    "int32": lambda t: t.to(torch.int32),
-    "bool": lambda t: t.bool(),
-    "complex": lambda t: t.to(torch.complex64),
-    "flat": lambda t: t.reshape(-1)[None, None],
-    "axis more": lambda t: t[None],
-    "scalar": lambda t: t.sum() if t.ndim else t[None],
-    "no rows": lambda t: t[:0] if t.ndim else t.new_zeros(0),
-    "row more": lambda t: torch.cat([t, t[:1]]) if t.ndim else t.expand(2),
-    "row less": lambda t: t[1:] if t.ndim else t.new_zeros(0),
-    "axes swapped": lambda t: t.reshape(*reversed(t.shape)) if t.ndim > 1 and len({*t.shape}) > 1 else t[None],
-    "NaN": lambda t: with_one(t, math.nan),
-    "infinity": lambda t: with_one(t, math.inf),
-    "-infinity": lambda t: with_one(t, -math.inf),
-    "1e30": lambda t: with_one(t, 1e30),
-    "-1e30": lambda t: with_one(t, -1e30),
-    "all 3e38": lambda t: torch.full_like(t, 3e38) if t.is_floating_point() else torch.full_like(t, 2**62),
-    "all 1e30": lambda t: torch.full_like(t, 1e30) if t.is_floating_point() else torch.full_like(t, -(2**62)),
-    "sparse": lambda t: t.to_sparse() if t.ndim else torch.sparse_coo_tensor(size=()),
-    "without numbers": lambda t: t.to("meta"),
-    "600 MB": lambda t: torch.ones(1, dtype=t.dtype).expand(600_000_000 // t.element_size()),
-}
-"""What may come in place of a tensor."""
-
-ROWS: Mapping[str, Callable[[torch.Tensor], object]] = {
-    "None": lambda ids: None,
-    "list": lambda ids: ids.tolist(),
-    "text": lambda ids: "0",
-    "int32": lambda ids: ids.int(),
-    "float": lambda ids: ids.double(),
-    "bool": lambda ids: ids.bool(),
-    "axis more": lambda ids: ids[None],
-    "scalar": lambda ids: torch.tensor(0),
-    "descending": lambda ids: ids.flip(0),
-    "one twice": lambda ids: torch.cat([ids[:1], ids[:-1]]),
-    "out of range": lambda ids: ids + 1000,
-    "2**62": lambda ids: ids + 2**62,
-    "negative": lambda ids: ids - 100,
-    "one more": lambda ids: torch.cat([ids, ids[-1:] + 1]),
-    "one less": lambda ids: ids[1:],
-    "none": lambda ids: ids[:0],
-    "without numbers": lambda ids: ids.to("meta"),
-}
-"""What may come in place of the row ids of a weight."""
-
-NAMES = ("", "x", "\ud800", "\x1b[31mred\x1b[0m\n", "x" * 100_000, 5, None, ("a",), "grafted/own", "qualified", "p", "control/x")
-"""Names of what was not in the job and no method declares."""
+        Raises:
+            AssertionError: scores of an evaluation that cannot be merged.
+        """
+        engine, ledger, reports = Replaying(self, answer), Ledger(), runner.reports_of(self.prepared)
+        method = self.prepared.method
+        if self.task != "evaluate":
+            return next(federate(self.server, method, engine, ledger, rounds=1, clients_per_round=9, reports=reports))
+        found = answers(self.server, method, engine, ledger, self.server.clients.values(), reports)
+        together = merge(Scores.from_json(update.metrics.get("scores", {})) for update in found)
+        assert all(0 <= value < 1e308 for values in together.by_task().values() for value in values.values())
+        assert not together.tasks or 0 <= together.overall() < 1e308
+        return self.server
 
 
-def with_one(tensor: torch.Tensor, value: float) -> torch.Tensor:
-    """`tensor` with one element changed; of whole numbers the largest or smallest there is."""
-    changed = tensor.clone()
-    whole = 2**62 if value > 0 else -(2**62)
-    if changed.numel():
-        changed.view(-1)[0] = value if tensor.is_floating_point() else whole
-    return changed
+@dataclass(frozen=True)
+class Replaying:
+    """An engine that brings the answers of before, but for `answer` in place of one."""
+
+    task: Task
+    answer: object
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Any]:
+        for job in jobs:
+            honest = self.task.honest.answers[job.client, job.task]
+            yield self.answer if job.client == self.task.who else honest
 
 
-def typical(tensors: Mapping[str, torch.Tensor], patch: Patch) -> list[str]:
-    """One name of each kind of weight: dense or with rows, of each rank, adapters A and B; and the last."""
-    first: dict[object, str] = {}
-    for name, tensor in tensors.items():
-        first.setdefault((name in patch.rows, tensor.ndim, "lora_B" in name or name.endswith(".b")), name)
-    return [*dict.fromkeys([*first.values(), *list(tensors)[-1:]])]
-
-
-def put(value: Any, path: tuple[Any, ...], new: object) -> Any:
-    """A copy of the JSON `value` with `new` at `path`; REMOVED takes what is there away."""
-    if not path:
-        return new
-    key, rest = path[0], path[1:]
-    copy = dict(value) if isinstance(value, Mapping) else list(value)
-    if new is REMOVED and not rest:
-        del copy[key]
-    else:
-        copy[key] = put(copy.get(key) if isinstance(copy, dict) else copy[key], rest, new)
-    return copy
-
-
-REMOVED = object()
-
-
-def paths(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands in a JSON value: the first two of every object, the first of every list."""
-    if path:
-        yield path
-    inside: list[Any] = list(value)[:2] if isinstance(value, Mapping) else [0] if isinstance(value, list) and value else []
-    if len(path) < 1 and isinstance(value, Mapping):
-        inside = list(value)
-    for key in inside:
-        yield from paths(value[key], (*path, key))  # type: ignore[index]
-
-
-def generated(answer: Update) -> Iterator[Kind]:
-    """Every place of an answer with every value that may do harm there."""
-    yield from fields_changed(answer)
-    yield from patches_changed(answer)
-    yield from extras_changed(answer)
-    yield from metrics_changed(answer)
-
-
-def fields_changed(answer: Update) -> Iterator[Kind]:
-    for field in fields(Update):
-        for name, value in VALUES.items():
-            yield Kind(f"{field.name} is {name}", lambda update, field=field, value=value: replace(update, **{field.name: value}))
-    for field in fields(Cost):
-        for name, value in VALUES.items():
-            change = lambda update, field=field, value=value: replace(update, cost=replace(update.cost, **{field.name: value}))  # noqa: E731
-            yield Kind(f"cost.{field.name} is {name}", change)
-
-
-def patches_changed(answer: Update) -> Iterator[Kind]:
-    patch = answer.patch
-    for part in ("tensors", "rows"):
-        for name, value in VALUES.items():
-            change = lambda update, part=part, value=value: replace(update, patch=replace(update.patch, **{part: value}))  # noqa: E731
-            yield Kind(f"patch.{part} is {name}", change)
-    for key in NAMES:
-        yield Kind(f"patch has {key!r:.20}", partial(with_weight, name=key, tensor=torch.ones(1, 2)))
-        yield Kind(f"patch has rows of {key!r:.20}", partial(with_rows, name=key, ids=torch.tensor([0])))
-    for key in typical(patch.tensors, patch):
-        yield Kind(f"patch lacks {key}", partial(without_weight, name=key))
-        for name, made in TENSORS.items():
-            yield Kind(
-                f"{key} is {name}", lambda update, key=key, made=made: with_weight(update, key, made(update.patch.tensors[key]))
-            )
-        for name, made in ROWS.items():
-            ids = patch.rows.get(key, torch.arange(len(patch.tensors[key])))
-            yield Kind(f"rows of {key} are {name}", lambda update, key=key, made=made, ids=ids: with_rows(update, key, made(ids)))
-            yield Kind(
-                f"{key} cut to rows {name}",
-                lambda update, key=key, made=made, ids=ids: with_rows(
-                    with_weight(update, key, cut(update, key, made(ids))), key, made(ids)
-                ),
-            )
-
-
-def cut(update: Update, key: str, ids: object) -> object:
-    """As many rows of a weight as there are `ids`."""
-    tensor = update.patch.tensors[key]
-    number = len(ids) if isinstance(ids, torch.Tensor | list | str) and getattr(ids, "ndim", 1) else 1
-    return tensor[:1].expand(number, *tensor.shape[1:]).clone()
-
-
-def extras_changed(answer: Update) -> Iterator[Kind]:
-    for key in NAMES:
-        yield Kind(f"extra has {key!r:.20}", partial(with_extra, name=key, tensor=torch.ones(2)))
-    for key in typical(answer.extra, answer.patch):
-        yield Kind(f"extra lacks {key}", lambda update, key=key: replace(update, extra=put(update.extra, (key,), REMOVED)))
-        for name, made in TENSORS.items():
-            yield Kind(
-                f"extra {key} is {name}", lambda update, key=key, made=made: with_extra(update, key, made(update.extra[key]))
-            )
-
-
-def metrics_changed(answer: Update) -> Iterator[Kind]:
-    for key in NAMES:
-        yield Kind(f"metrics have {key!r:.20}", partial(with_metric, path=(key,), value=1))
-    for path in paths(answer.metrics):
-        where = "/".join(map(str, path))
-        yield Kind(f"metrics lack {where}", partial(with_metric, path=path, value=REMOVED))
-        for name, value in VALUES.items():
-            yield Kind(f"metric {where} is {name}", partial(with_metric, path=path, value=value))
-        if isinstance(at(answer.metrics, path), Mapping):
-            for key in NAMES:
-                yield Kind(f"metric {where} has {key!r:.20}", partial(with_metric, path=(*path, key), value=1))
-                twin = next(iter(at(answer.metrics, path).values()), 1)
-                yield Kind(f"metric {where} has twin {key!r:.20}", partial(with_metric, path=(*path, key), value=twin))
-
-
-def at(value: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value
-
-
-def with_weight(update: Update, name: Any, tensor: object) -> Update:
-    return replace(update, patch=replace(update.patch, tensors={**update.patch.tensors, name: tensor}))
-
-
-def without_weight(update: Update, name: str) -> Update:
-    tensors, rows = dict(update.patch.tensors), dict(update.patch.rows)
-    del tensors[name]
-    rows.pop(name, None)
-    return replace(update, patch=Patch(tensors, rows))
-
-
-def with_rows(update: Update, name: Any, ids: object) -> Update:
-    return replace(update, patch=replace(update.patch, rows={**update.patch.rows, name: ids}))
-
-
-def with_extra(update: Update, name: Any, tensor: object) -> Update:
-    return replace(update, extra={**update.extra, name: tensor})
-
-
-def with_metric(update: Update, path: tuple[Any, ...], value: object) -> Update:
-    return replace(update, metrics=put(update.metrics, path, value))
+def played(tree: Mapping[str, Any], folder: Path) -> list[Task]:
+    """All tasks of a run of one round with `tree`, whose clients keep what they keep in `folder`."""
+    prepared = prepare_run(checked(RunConfig, dict(tree)), None, "", PARTS)
+    honest, server, found = Changing(runtime_for(prepared, folder)), prepared.server, []
+    reports = runner.reports_of(prepared)
+    for _, task in steps(prepared.method, 1):
+        asked = replace(server, clients=prepared.participants)
+        found.append(Task(prepared, asked, task, honest))
+        server = next(federate(asked, prepared.method, honest, Ledger(), rounds=1, clients_per_round=9, reports=reports))
+    asked = replace(server, clients=prepared.server.clients, task="evaluate")
+    list(answers(asked, prepared.method, honest, Ledger(), asked.clients.values(), reports))
+    return [*found, Task(prepared, asked, "evaluate", honest)]

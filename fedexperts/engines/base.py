@@ -26,10 +26,11 @@ Check = Callable[[object], str | None]
 Reports = Callable[[Job], Mapping[str, Check]]
 """The metrics that a run, rather than its method, asks for in the answer to a job: each of them must be in it."""
 
-LARGEST_CHANGE = 100.0
-"""A weight may come back with at most this many times the norm that it had, or that it would have with all elements at 1."""
+LARGEST_NORM = 100.0
+"""A weight may come back with at most this many times the norm that it would have with all elements at 1; one that has as much
+already, with once that norm more than it had: so no client makes it grow by a factor in every round."""
 
-LOSS = Metric(low=-1e6, high=1e6)
+LOSS = Metric(low=-1e9, high=1e9)
 MOST_TOKENS = 10**15
 COSTS = {
     "seconds": Metric(low=0, high=1e9),
@@ -220,17 +221,19 @@ def names_error(expected: Expectation, patch: Patch) -> str | None:
 
 
 def weights_error(expected: Expectation, patch: Patch) -> str | None:
-    """Rows, dtypes, shapes, finite numbers of a likely size."""
+    """Rows, dtypes, shapes, then finite numbers of a likely size."""
     ranks = factors.rank_axes(expected.job.patch.tensors) if expected.declaration.lowers_rank else {}
     for name, tensor in patch.tensors.items():
-        if why := rows_error(expected, name, patch.rows) or weight_error(expected, name, tensor, patch, ranks):
+        if why := rows_error(expected, name, patch.rows) or shape_error(expected, name, tensor, patch, ranks):
             return f"its update has {why}"
     sent = {patch.tensors[name].shape[axis] for name, axis in ranks.items() if name in patch.tensors}
     if len(sent) > 1:
         return "its update has adapters of different ranks"
     step = factors.rank_step(expected.job.patch.tensors) if sent else 1
     uneven = next((rank for rank in sent if rank % step), None)
-    return f"its update has adapters of rank {uneven}, and a multiple of {step} would fit its job" if uneven else None
+    if uneven:
+        return f"its update has adapters of rank {uneven}, and a multiple of {step} would fit its job"
+    return norms_error(expected, patch.tensors)
 
 
 def rows_error(expected: Expectation, name: str, rows: Tensors) -> str | None:
@@ -252,8 +255,8 @@ def rows_error(expected: Expectation, name: str, rows: Tensors) -> str | None:
     return None
 
 
-def weight_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch, ranks: Mapping[str, int]) -> str | None:
-    """Why `tensor` cannot come back as the weight `name`; None where it can."""
+def shape_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch, ranks: Mapping[str, int]) -> str | None:
+    """Why `tensor` cannot come back as the weight `name`, whatever its numbers; None where it can."""
     wanted, chosen = expected.job.patch.tensors[name], patch.rows.get(name)
     if tensor.dtype != wanted.dtype:
         return f"{name} as {tensor.dtype}, and its job had it as {wanted.dtype}"
@@ -261,14 +264,28 @@ def weight_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch,
     if name in ranks and tensor.ndim == len(fits):
         axis = ranks[name]
         fits[axis] = min(max(tensor.shape[axis], 1), fits[axis])
-    if [*tensor.shape] != fits:
-        return f"{name} of shape {[*tensor.shape]}, and {fits} would fit its job"
-    if not tensor.is_floating_point():
-        return None
-    norm, most = norm_of(tensor), LARGEST_CHANGE * max(expected.norms[name], math.sqrt(wanted.numel()))
-    if not math.isfinite(norm):
-        return f"NaN or infinity in {name}" if not bool(torch.isfinite(tensor).all()) else f"{name} with numbers too large to add"
-    return None if norm <= most else f"{name} with a norm of {norm:.3g}, and at most {most:.3g} would be a change of what it got"
+    return None if [*tensor.shape] == fits else f"{name} of shape {[*tensor.shape]}, and {fits} would fit its job"
+
+
+def norms_error(expected: Expectation, tensors: Tensors) -> str | None:
+    """Whether weights have norms that training can give them; of an adapter so must the product of its factors."""
+    norms = {name: norm_of(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            finite = bool(torch.isfinite(tensors[name]).all())
+            return f"its update has {f'{name} with numbers too large to add' if finite else f'NaN or infinity in {name}'}"
+        if norm > (most := largest_norm(expected, name)):
+            return f"its update has {name} with a norm of {norm:.3g}, and at most {most:.3g} would be a change of what it got"
+    for a, b in factors.pairs(norms).items():
+        if b in norms and (norm := norms[a] * norms[b]) > (most := largest_norm(expected, a, b)):
+            return f"its update has {a} and {b} with norms of product {norm:.3g}, and at most {most:.3g} would be a change of them"
+    return None
+
+
+def largest_norm(expected: Expectation, *names: str) -> float:
+    """Of a weight that comes back, or the largest product of the norms of several."""
+    ones = math.prod(math.sqrt(expected.job.patch.tensors[name].numel()) for name in names)
+    return max(LARGEST_NORM * ones, math.prod(expected.norms[name] for name in names) + ones)
 
 
 def norm_of(tensor: Tensor) -> float:
@@ -357,4 +374,4 @@ def shapes(tensors: Tensors) -> dict[str, Tensor]:
 def printable(reason: str) -> str:
     """`reason` as one line of text that a terminal and a report can show."""
     line = " ".join("".join(each if each.isprintable() else " " for each in reason[: 10 * LONGEST_REASON]).split())
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 1]}…"
