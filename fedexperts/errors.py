@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import repr as short_repr
 
 
 class FedExpertsError(Exception):
@@ -42,6 +43,14 @@ class BadRun(FedExpertsError):
 
 class Busy(BadRun):
     """A results folder in which another process is at work."""
+
+
+def quoted(value: object) -> str:
+    """The beginning of `value`, which may be anything, as an error sentence quotes it."""
+    try:
+        return short_repr(value)[:60]
+    except Exception:  # a number of more digits than Python writes out, for one
+        return f"a value of type {type(value).__name__}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

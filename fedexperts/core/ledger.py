@@ -58,11 +58,13 @@ class Clock:
 
 
 class Ledger:
-    """The entries of the round under way, in the order of its jobs, and who held what in it."""
+    """The entries of the round under way, in the order of its jobs, and who held what in it.
 
-    def __init__(self, clock: Clock = Clock(), notify: Callable[[Entry], None] = lambda entry: None) -> None:
-        """`notify` gets each entry once its answer is in it."""
-        self.clock, self.notify = clock, notify
+    on_answer: gets the entry of each answer, once it has been validated.
+    """
+
+    def __init__(self, clock: Clock = Clock(), on_answer: Callable[[Entry], None] = lambda entry: None) -> None:
+        self.clock, self.on_answer = clock, on_answer
         self.entries: list[Entry] = []
         self.holds: dict[str, Experts] = {}  # client → experts of its job
         self.sends: dict[str, Experts] = {}  # of clients that sent other experts than those of their job
@@ -92,7 +94,7 @@ class Ledger:
         """Records an answer; returns the update, or nothing if it failed or missed the deadline."""
         i = next(i for i, entry in enumerate(self.entries) if (entry.client, entry.task) == (answer.client, answer.task))
         self.entries[i] = answered(self.entries[i], answer, self.clock)
-        self.notify(self.entries[i])
+        self.on_answer(self.entries[i])
         if isinstance(answer, Failure) or self.entries[i].failed:
             return ()
         self.note_experts(answer)

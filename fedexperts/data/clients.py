@@ -8,7 +8,7 @@ another trains on.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Clients(Mapping[str, Split]):
     pool: Pool
     shares: Mapping[str, Shares]
     partition: Partition
+    task_metrics: Mapping[str, str] = field(default_factory=dict)  # of examples that are not here: task → its main metric
 
     def __getitem__(self, name: str) -> Split:
         share = self.shares[name]
@@ -58,6 +59,11 @@ class Clients(Mapping[str, Split]):
     def tasks(self, name: str) -> dict[str, int]:
         """Task → number of training examples of the client, the largest first."""
         return dict(Counter(self.pool.train[index].task for index in self.shares[name].train).most_common())
+
+    def metrics(self) -> dict[str, str]:
+        """Task → its main metric, of all examples that clients are scored on."""
+        scored = (example for split in self.values() for part in (split.validation, split.test) for example in part)
+        return dict(self.task_metrics) or {example.task: example.metric for example in scored}
 
     def client(self, name: str) -> Client:
         """What the server may know of the client's data; its device is not described."""

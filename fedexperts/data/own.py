@@ -1,7 +1,7 @@
 """Clients that bring their own data: what such a client reports of it, and what the server works with in its place."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedexperts.data.clients import Clients, Shares, make_clients
 from fedexperts.data.division import IID
@@ -19,6 +19,7 @@ class Counts:
     validation: int
     test: int
     longest_response: int  # in tokens, its end token included
+    metrics: Mapping[str, str] = field(default_factory=dict)  # task → the main metric that validation and test examples have
 
 
 def own_clients(name: str, files: Sequence[str], settings: DataSettings, seed: int | str, retained: Retained) -> Clients:
@@ -35,7 +36,7 @@ def own_clients(name: str, files: Sequence[str], settings: DataSettings, seed: i
 def counts(clients: Clients, name: str, longest_response: int) -> Counts:
     """The counts of the examples of client `name`."""
     share = clients.shares[name]
-    return Counts(clients.tasks(name), len(share.validation), len(share.test), longest_response)
+    return Counts(clients.tasks(name), len(share.validation), len(share.test), longest_response, clients.metrics())
 
 
 def placeholder_clients(reported: Mapping[str, Counts]) -> Clients:
@@ -54,4 +55,5 @@ def placeholder_clients(reported: Mapping[str, Counts]) -> Clients:
             tuple(range(start, validation_start)), tuple(range(validation_start, len(train))), tuple(test_indices)
         )
     indices = tuple(share.train + share.validation for share in shares.values())
-    return Clients(Pool(tuple(train), tuple(test), {}), shares, Partition(indices, "", {"by": "own"}))
+    metrics = {task: metric for count in reported.values() for task, metric in count.metrics.items()}
+    return Clients(Pool(tuple(train), tuple(test), {}), shares, Partition(indices, "", {"by": "own"}), metrics)

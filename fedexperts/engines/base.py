@@ -8,14 +8,15 @@ behind the boundary checks again.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.methods.contract import Declaration, Expected, ExtraTensor, ExtraTensors, Method
+from fedexperts.errors import quoted
+from fedexperts.methods.contract import Declaration, Expected, ExtraTensor, ExtraTensors, Method, Metric
 from fedexperts.moe import factors
 from fedexperts.types import Cost, Failure, Job, Patch, Server, Tensors, Update
 
@@ -23,14 +24,20 @@ Check = Callable[[object], str | None]
 """Of a metric's value: why it is none, as the rest of a sentence; None where it is one."""
 
 Reports = Callable[[Job], Mapping[str, Check]]
-"""The metrics that a run, rather than its method, asks for in the answer to a job."""
+"""The metrics that a run, rather than its method, asks for in the answer to a job: each of them must be in it."""
 
-LARGEST_CHANGE = 100.0
-"""A weight may come back with at most this many times the norm that it had, or that it would have with all elements at 1."""
+LARGEST_NORM = 100.0
+"""A weight may come back with at most this many times the norm that it would have with all elements at 1; one that has as much
+already, with once that norm more than it had: so no client makes it grow by a factor in every round."""
 
-LARGEST_LOSS = 1e6
-LARGEST_COST = 1e30
+LOSS = Metric(low=-1e9, high=1e9)
 MOST_TOKENS = 10**15
+COSTS = {
+    "seconds": Metric(low=0, high=1e9),
+    "tokens": Metric(low=0, high=MOST_TOKENS, whole=True),
+    "peak_bytes": Metric(low=0, high=10**15, whole=True),
+    "flops_estimated": Metric(low=0, high=1e30),
+}
 MOST_JSON = 2**20
 """Characters of an answer's metrics as JSON."""
 FRAMING = 2**16
@@ -48,6 +55,7 @@ class Expectation:
     norms: Mapping[str, float] = field(default_factory=dict)  # of each weight of the job
     extra: Mapping[str, Expected] = field(default_factory=dict)
     metrics: Mapping[str, Check] = field(default_factory=dict)
+    reports: frozenset[str] = frozenset()  # those of the metrics that must be there
 
     @property
     def most_bytes(self) -> int:
@@ -62,19 +70,21 @@ def expectation(server: Server, method: Method, reports: Reports, job: Job) -> E
     declaration, client = method.declare(), server.clients.get(job.client)
     training = job.task != "evaluate"
     fields = {name: each for name, each in declaration.extra.items() if job.task in each.tasks}
-    checks: dict[str, Check] = {"loss": finite_number, "routed": counts_of_tokens(job), "reached": numbers_of_experts(job)}
+    checks: dict[str, Check] = {"loss": LOSS.number_error, "routed": counts_of_tokens(job), "reached": numbers_of_experts(job)}
     checks |= {
         name: lambda value, each=each: each.error(value, server, job)  # type: ignore[misc]
         for name, each in declaration.metrics.items()
         if job.task in each.tasks
     }
+    asked = reports(job)
     return Expectation(
         outline(job),
         declaration,
         client.examples if client else None,
         {name: norm_of(tensor) for name, tensor in job.patch.tensors.items()},
         {} if not training else expected_extra(fields, server, job),
-        {**(checks if training else {}), **reports(job)},
+        {**(checks if training else {}), **asked},
+        frozenset(asked),
     )
 
 
@@ -96,6 +106,8 @@ def reorder_and_validate(
 ) -> Iterator[Update]:
     """The updates that `run` brings and that can be used, in the order of their jobs; all answers are entered in `ledger`.
 
+    An answer that names no client under way is dropped. A client of which no answer came fails.
+
     A sum in float64 shows the order of its terms once in some 10⁸ elements, and a large model has more than that; so one that
     comes early waits for its turn.
     """
@@ -109,37 +121,54 @@ def reorder_and_validate(
         sent[job.client] = expect(job)
         return replace(job, most_bytes_up=sent[job.client].most_bytes)
 
-    def admit(answer: Update | Failure) -> None:
-        early[answer.client] = validate_update(sent.pop(answer.client), answer)
+    def admit(answer: object) -> None:
+        client = answer.client if isinstance(answer, Update | Failure) else None
+        if isinstance(client, str) and client in sent:
+            early[client] = validate_update(sent.pop(client), answer)
 
     for _ in map(admit, run(map(note, jobs))):  # no answer is bound to a name here, where it would outlive its turn
         while waiting and waiting[0] in early:
             yield from ledger.received(early.pop(waiting.pop(0)))
-    assert not early and not waiting, f"an engine answered for {sorted(early)} and not for {waiting}"
+    for client in waiting:
+        if client in sent:
+            early[client] = failure(sent.pop(client).job, "no answer that names it came")
+        yield from ledger.received(early.pop(client))
 
 
-def validate_update(expected: Expectation, answer: Update | Failure) -> Update | Failure:
+def validate_update(expected: Expectation, answer: object) -> Update | Failure:
     """`answer`, or the failure of its client, with the reason, where it does not fit."""
-    job, bytes_up = expected.job, 0
+    if not isinstance(answer, Update):
+        return failure(expected.job, answer.reason if isinstance(answer, Failure) else f"its answer is {quoted(answer)}")
     try:
-        if isinstance(answer, Failure):
-            why: str | None = answer.reason
-        elif (why := update_error(expected, answer)) is None:
-            return answer
-        else:
-            bytes_up = answer.nbytes
+        why = update_error(expected, answer)
     except Exception as error:  # foreign input may break any assumption of the checks themselves
-        why = f"its update cannot be checked ({type(error).__name__}: {error})"
-    return Failure(job.client, job.round, job.task, printable(str(why)), bytes_up)
+        why = f"its update cannot be checked ({type(error).__name__})"
+    return answer if why is None else failure(expected.job, why, sent_bytes(answer))
+
+
+def failure(job: Job, reason: object, bytes_up: int = 0) -> Failure:
+    """The failure of the client of `job`; it always has a reason."""
+    line = printable(reason) if isinstance(reason, str) else ""
+    return Failure(job.client, job.round, job.task, line or "it failed and gave no reason", bytes_up)
+
+
+def sent_bytes(update: Update) -> int:
+    """Bytes of an update that does not fit; 0 where it is of things that no message carries."""
+    try:
+        return update.nbytes
+    except Exception:  # it may hold anything
+        return 0
 
 
 def update_error(expected: Expectation, update: Update) -> str | None:
     """Why `update` cannot be used; None where it can."""
     job = expected.job
     if (update.client, update.round, update.task) != (job.client, job.round, job.task):
-        return f"it answered for {update.client} in round {update.round}, {update.task}, which was not asked"
+        answered = f"{quoted(update.client)} in round {quoted(update.round)}, {quoted(update.task)}"
+        return f"it answered for {answered}, which was not asked"
     return (
-        count_error(expected, update)
+        form_error(update)
+        or count_error(expected, update)
         or cost_error(update.cost)
         or names_error(expected, update.patch)
         or weights_error(expected, update.patch)
@@ -148,19 +177,32 @@ def update_error(expected: Expectation, update: Update) -> str | None:
     )
 
 
+def form_error(update: Update) -> str | None:
+    """Whether each part is what it is called: an engine may hand on anything."""
+    forms = {"patch": Patch, "extra": Mapping, "metrics": Mapping, "cost": Cost}
+    for name, form in forms.items():
+        if not isinstance(part := getattr(update, name), form):
+            return f"its update has {quoted(part)} as its {name}"
+    for tensors in (update.patch.tensors, update.patch.rows, update.extra):
+        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+            return f"its update has {quoted(tensors)} in place of named tensors"
+        if strange := [each for each in tensors.values() if not isinstance(each, Tensor) or each.layout != torch.strided]:
+            return f"its update has {quoted(strange[0])} in place of a tensor"
+    return None
+
+
 def count_error(expected: Expectation, update: Update) -> str | None:
     """Examples weigh a client in means, so they must be those that it came with."""
     if type(update.examples) is not int or update.examples < 0:
-        return f"it says it has {str(update.examples)[:40]!r} training examples, and that is no count"
+        return f"it says it has {quoted(update.examples)} training examples, and that is no count"
     if expected.examples is not None and update.examples != expected.examples:
-        return f"it says it has {update.examples} training examples, and when it came it had {expected.examples}"
+        return f"it says it has {quoted(update.examples)} training examples, and when it came it had {expected.examples}"
     return None
 
 
 def cost_error(cost: Cost) -> str | None:
-    numbers = astuple(cost)
-    fit = all(isinstance(each, int | float) and not isinstance(each, bool) and 0 <= each <= LARGEST_COST for each in numbers)
-    return None if fit else f"its cost is {str(numbers)[:80]}, and should be numbers from 0 to {LARGEST_COST:g}"
+    errors = {name: bounds.number_error(getattr(cost, name)) for name, bounds in COSTS.items()}
+    return next((f"its cost has {name} that {error}" for name, error in errors.items() if error), None)
 
 
 def names_error(expected: Expectation, patch: Patch) -> str | None:
@@ -179,36 +221,42 @@ def names_error(expected: Expectation, patch: Patch) -> str | None:
 
 
 def weights_error(expected: Expectation, patch: Patch) -> str | None:
-    """Rows, dtypes, shapes, finite numbers of a likely size."""
+    """Rows, dtypes, shapes, then finite numbers of a likely size."""
     ranks = factors.rank_axes(expected.job.patch.tensors) if expected.declaration.lowers_rank else {}
     for name, tensor in patch.tensors.items():
-        if why := rows_error(expected, name, patch.rows.get(name)) or weight_error(expected, name, tensor, patch, ranks):
+        if why := rows_error(expected, name, patch.rows) or shape_error(expected, name, tensor, patch, ranks):
             return f"its update has {why}"
-    if len({patch.tensors[name].shape[axis] for name, axis in ranks.items() if name in patch.tensors}) > 1:
+    sent = {patch.tensors[name].shape[axis] for name, axis in ranks.items() if name in patch.tensors}
+    if len(sent) > 1:
         return "its update has adapters of different ranks"
-    return None
+    step = factors.rank_step(expected.job.patch.tensors) if sent else 1
+    uneven = next((rank for rank in sent if rank % step), None)
+    if uneven:
+        return f"its update has adapters of rank {uneven}, and a multiple of {step} would fit its job"
+    return norms_error(expected, patch.tensors)
 
 
-def rows_error(expected: Expectation, name: str, ids: Tensor | None) -> str | None:
-    """Why `ids` are not rows that can come back of the weight `name`; None where they are."""
-    patch = expected.job.patch
-    brought = patch.rows.get(name)
-    if ids is None:
-        return None if brought is None else f"{name} and does not say which of its rows"
+def rows_error(expected: Expectation, name: str, rows: Tensors) -> str | None:
+    """Why `rows` has no row ids that can come back of the weight `name`; None where it has."""
+    brought = expected.job.patch.rows.get(name)
+    if brought is None:
+        return f"rows of {name}, which its job brought whole" if name in rows else None
+    if name not in rows:
+        return f"{name} and does not say which of its rows"
+    ids = rows[name]
     if ids.dtype != torch.int64 or ids.ndim != 1:
         return f"rows of {name} that are no list of whole numbers"
     if len(ids) > 1 and not bool((ids[1:] > ids[:-1]).all()):
         return f"rows of {name} that do not ascend"
-    there = torch.arange(len(patch.tensors[name])) if brought is None else brought
-    if not bool(torch.isin(ids, there).all()):
+    if not bool(torch.isin(ids, brought).all()):
         return f"rows of {name} that were not in its job"
-    if len(ids) < len(there) and not expected.declaration.selects_experts:
-        return f"{len(ids)} of the {len(there)} rows of {name}, and its method sends all"
+    if len(ids) < len(brought) and not expected.declaration.selects_experts:
+        return f"{len(ids)} of the {len(brought)} rows of {name}, and its method sends all"
     return None
 
 
-def weight_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch, ranks: Mapping[str, int]) -> str | None:
-    """Why `tensor` cannot come back as the weight `name`; None where it can."""
+def shape_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch, ranks: Mapping[str, int]) -> str | None:
+    """Why `tensor` cannot come back as the weight `name`, whatever its numbers; None where it can."""
     wanted, chosen = expected.job.patch.tensors[name], patch.rows.get(name)
     if tensor.dtype != wanted.dtype:
         return f"{name} as {tensor.dtype}, and its job had it as {wanted.dtype}"
@@ -216,19 +264,33 @@ def weight_error(expected: Expectation, name: str, tensor: Tensor, patch: Patch,
     if name in ranks and tensor.ndim == len(fits):
         axis = ranks[name]
         fits[axis] = min(max(tensor.shape[axis], 1), fits[axis])
-    if [*tensor.shape] != fits:
-        return f"{name} of shape {[*tensor.shape]}, and {fits} would fit its job"
-    if not tensor.is_floating_point():
-        return None
-    norm, most = norm_of(tensor), LARGEST_CHANGE * max(expected.norms[name], math.sqrt(wanted.numel()))
-    if not math.isfinite(norm):
-        return f"NaN or infinity in {name}" if not bool(torch.isfinite(tensor).all()) else f"{name} with numbers too large to add"
-    return None if norm <= most else f"{name} with a norm of {norm:.3g}, and at most {most:.3g} would be a change of what it got"
+    return None if [*tensor.shape] == fits else f"{name} of shape {[*tensor.shape]}, and {fits} would fit its job"
+
+
+def norms_error(expected: Expectation, tensors: Tensors) -> str | None:
+    """Whether weights have norms that training can give them; of an adapter so must the product of its factors."""
+    norms = {name: norm_of(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            finite = bool(torch.isfinite(tensors[name]).all())
+            return f"its update has {f'{name} with numbers too large to add' if finite else f'NaN or infinity in {name}'}"
+        if norm > (most := largest_norm(expected, name)):
+            return f"its update has {name} with a norm of {norm:.3g}, and at most {most:.3g} would be a change of what it got"
+    for a, b in factors.pairs(norms).items():
+        if b in norms and (norm := norms[a] * norms[b]) > (most := largest_norm(expected, a, b)):
+            return f"its update has {a} and {b} with norms of product {norm:.3g}, and at most {most:.3g} would be a change"
+    return None
+
+
+def largest_norm(expected: Expectation, *names: str) -> float:
+    """Of a weight that comes back, or the largest product of the norms of several."""
+    ones = math.prod(math.sqrt(expected.job.patch.tensors[name].numel()) for name in names)
+    return max(LARGEST_NORM * ones, math.prod(expected.norms[name] for name in names) + ones)
 
 
 def norm_of(tensor: Tensor) -> float:
     """The 2-norm over all elements, summed in float64."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
 
 
 def extra_error(expected: Expectation, extra: Tensors) -> str | None:
@@ -255,8 +317,10 @@ def extra_error(expected: Expectation, extra: Tensors) -> str | None:
 
 def metrics_error(expected: Expectation, metrics: Mapping[str, Any]) -> str | None:
     """Whether the metrics are known ones with values that they can have."""
-    if strange := sorted(str(name) for name in metrics if name not in expected.metrics):
-        return f"its update reports {strange[0][:80]!r}, a metric that neither the run nor its method declares"
+    if strange := [name for name in metrics if name not in expected.metrics]:
+        return f"its update reports {quoted(strange[0])}, a metric that neither the run nor its method declares"
+    if missing := sorted(expected.reports - metrics.keys()):
+        return f"its update does not report {missing[0]}, which the run asks for"
     for name, value in metrics.items():
         if why := expected.metrics[name](value):
             return f"its metric {name} {why}"
@@ -264,18 +328,12 @@ def metrics_error(expected: Expectation, metrics: Mapping[str, Any]) -> str | No
     return None if length <= MOST_JSON else f"its metrics take {length:,} characters, and may take {MOST_JSON:,}"
 
 
-def finite_number(value: object) -> str | None:
-    """Of a loss."""
-    fit = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST_LOSS <= value <= LARGEST_LOSS
-    return None if fit else f"is {str(value)[:40]!r}, and should be a number from {-LARGEST_LOSS:g} to {LARGEST_LOSS:g}"
-
-
 def counts_of_tokens(job: Job) -> Check:
     """Of `routed`: MoE block → tokens that each of the job's experts got."""
 
     def check(value: object) -> str | None:
         if not isinstance(value, Mapping) or value.keys() != job.experts.keys():
-            return f"is {str(value)[:40]!r}, and should hold the blocks of its job"
+            return f"is {quoted(value)}, and should hold the blocks of its job"
         for block, ids in job.experts.items():
             counts = value[block]
             fit = isinstance(counts, list) and len(counts) == len(ids)
@@ -294,7 +352,7 @@ def numbers_of_experts(job: Job) -> Check:
         fit = isinstance(value, list) and len(value) == len(most)
         if fit and all(is_number(each) and 0 <= each <= number for each, number in zip(list(value), most, strict=True)):  # type: ignore[call-overload]
             return None
-        return f"is {str(value)[:40]!r}, and should be a number of experts for each of {len(most)} blocks"
+        return f"is {quoted(value)}, and should be a number of experts for each of {len(most)} blocks"
 
     return check
 
@@ -315,5 +373,5 @@ def shapes(tensors: Tensors) -> dict[str, Tensor]:
 
 def printable(reason: str) -> str:
     """`reason` as one line of text that a terminal and a report can show."""
-    line = " ".join("".join(each if each.isprintable() else " " for each in reason).split())
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+    line = " ".join("".join(each if each.isprintable() else " " for each in reason[: 10 * LONGEST_REASON]).split())
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 1]}…"

@@ -44,26 +44,31 @@ class ClientTask:
         return replace(update, metrics={**update.metrics, "scores": self.scores(model, context)})
 
     def scores_with(self, job: Job) -> bool:
-        """Whether the answer to a training job brings scores."""
+        """Whether the answer to `job` brings scores."""
+        if job.task == "evaluate":
+            return job.round == 0 or not self.scores_after_training
         due = job.task == "train" and is_eval_round(job.round, self.evaluation, self.rounds)
         return due and self.scores_after_training
 
-    def reports(self, data: Mapping[str, Split], tasks: dict[str, str], job: Job) -> dict[str, Check]:
-        """The metrics that the answer to `job` may have beside those of the method.
+    def measures_with(self, job: Job) -> bool:
+        """Whether the answer to `job` says how the client's model stands against the base."""
+        return job.task == "evaluate" and job.round == self.rounds
 
-        data: of each client; of one that brings its own, stand-ins as many as its examples. tasks: task → its main metric, as far
-        as known; an answer that brings another task makes its metric known.
+    def reports(self, data: Mapping[str, Split], tasks: Mapping[str, str], job: Job) -> dict[str, Check]:
+        """The metrics that the answer to `job` has beside those of the method.
+
+        data: of each client; of one that brings its own, stand-ins as many as its examples. tasks: task → its main metric, of all
+        that clients are scored on.
         """
-        number = len(self.scored_examples(data[job.client]))
-        scores: dict[str, Check] = {"scores": lambda value: evaluation.scores_error(value, tasks, number)}
-        if job.task != "evaluate":
-            return scores if self.scores_with(job) else {}
-        retained = {example.task: example.metric for example in self.retained}
-        return {
-            **scores,
-            "retained": lambda value: evaluation.by_example_error(value, retained, len(self.retained)),
-            "drift": lambda value: evaluation.drift_error(value, job.experts),
-        }
+        checks: dict[str, Check] = {}
+        if self.scores_with(job):
+            number = len(self.scored_examples(data[job.client]))
+            checks["scores"] = lambda value: evaluation.scores_error(value, tasks, number)
+        if self.measures_with(job) and self.retained:
+            checks["retained"] = lambda value: evaluation.by_example_error(value, self.retained)
+        if self.measures_with(job) and self.evaluation.drift:
+            checks["drift"] = lambda value: evaluation.drift_error(value, job.experts)
+        return checks
 
     @property
     def scores_after_training(self) -> bool:
@@ -82,9 +87,9 @@ class ClientTask:
         """
         model = self.method.build_model(job, context)
         metrics: dict[str, Any] = {}
-        if job.round == 0 or not self.scores_after_training:
+        if self.scores_with(job):
             metrics["scores"] = self.scores(model, context)
-        if job.round == self.rounds:
+        if self.measures_with(job):
             metrics |= self.against_base(model, job, context)
         return Update(job.client, job.round, job.task, Patch({}), len(context.data.train), metrics=metrics)
 

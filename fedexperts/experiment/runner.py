@@ -90,7 +90,7 @@ def run(
     require_same_inputs(prepared, out)
     total = len(steps(prepared.method, config.federation.rounds))
     with locked(out), progress or Quiet() as shown:
-        ledger = Ledger(clock_for(prepared), notify=shown.answered)
+        ledger = Ledger(clock_for(prepared), shown.answered)
         write_start(prepared, out)
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
@@ -152,10 +152,8 @@ def finish_round(
 
 
 def reports_of(prepared: Prepared) -> Reports:
-    """The metrics that the run asks clients for; each task's is known from the data, or from the first who reports it."""
-    examples = (example for split in prepared.data.values() for part in (split.validation, split.test) for example in part)
-    tasks = {} if prepared.config.data.own else {example.task: example.metric for example in examples}
-    return partial(task_for(prepared).reports, prepared.data, tasks)
+    """The metrics that the run asks clients for."""
+    return partial(task_for(prepared).reports, prepared.data, prepared.clients.metrics())
 
 
 def due(server: Server, method: Method, config: RunConfig) -> bool:

@@ -15,18 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.core.devices import Profile, memories, trace_hash
+from fedexperts.core.evaluation import is_text
 from fedexperts.data.clients import Clients, make_clients
 from fedexperts.data.own import Counts, own_clients, placeholder_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
 from fedexperts.engines.remote import Greeting
-from fedexperts.errors import BadValue
+from fedexperts.errors import BadValue, quoted
 from fedexperts.federation import steps
 from fedexperts.methods.contract import Method
 from fedexperts.models.load import Base, load
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, footprint, on_meta
-from fedexperts.types import Client, Example, Server, Split, Training
+from fedexperts.types import METRIC_NAMES, Client, Example, Server, Split, Training
 
 T = TypeVar("T")
 Cache = dict[Hashable, T]
@@ -144,12 +145,14 @@ def parts_from_greetings(greetings: Iterable[Greeting], bases: Parts) -> Reporte
     """The parts that clients reported in `greetings`, with the base models of `bases`.
 
     Raises:
-        BadValue: a client has no data of its own, or reported counts that are not valid.
+        BadValue: a client has no data of its own, or reported counts that are not valid, or two judge a task by different metrics.
     """
     by_client = {greeting.client.name: greeting for greeting in greetings}
+    counts = {name: validated_counts(each) for name, each in by_client.items()}
+    require_same_metrics(counts)
     return ReportedParts(
         bases=bases.bases,
-        counts={name: validated_counts(each) for name, each in by_client.items()},
+        counts=counts,
         devices={name: each.profile for name, each in by_client.items() if each.profile},
         memory={name: each.client.memory_bytes for name, each in by_client.items()},
     )
@@ -171,13 +174,27 @@ def validated_counts(greeting: Greeting) -> Counts:
             f"{client.name} tells of its data what cannot be read ({error.error_count()} mistakes); {REMEDY}"
         ) from None
     sound = counts.train and min([*counts.train.values(), counts.longest_response]) >= 1
+    sound = sound and {*counts.metrics.values()} <= {*METRIC_NAMES} and all(map(is_text, (*counts.train, *counts.metrics)))
     if not sound or min(counts.validation, counts.test) < 0 or sum(counts.train.values()) != client.examples:
-        raise BadValue(f"{client.name} tells of data that cannot be: {counts}; {REMEDY}")
+        raise BadValue(f"{client.name} tells of data that cannot be: {quoted(counts)}; {REMEDY}")
     if client.examples + counts.validation + counts.test > MOST_EXAMPLES:
         raise BadValue(
             f"{client.name} tells of {client.examples:,} examples, and a client may have {MOST_EXAMPLES:,}; give it fewer"
         )
     return counts
+
+
+def require_same_metrics(counts: Mapping[str, Counts]) -> None:
+    """Raises BadValue where two clients judge one task by different metrics, so that their scores cannot be merged."""
+    first: dict[str, tuple[str, str]] = {}
+    for name, count in counts.items():
+        for task, metric in count.metrics.items():
+            other, theirs = first.setdefault(task, (name, metric))
+            if theirs != metric:
+                raise BadValue(
+                    f"task {task!r} is judged by {theirs} at {other} and by {metric} at {name}; set data.sources.metric, or give "
+                    "both clients rows of one format"
+                )
 
 
 def cached(store: Cache[T], most: int, key: Hashable, make: Callable[[], T]) -> T:

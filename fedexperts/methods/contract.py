@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedexperts.core.training import fit, load_weights, sub_model
-from fedexperts.errors import Leak, Undeclared
+from fedexperts.errors import Leak, Undeclared, quoted
 from fedexperts.methods.base import all_experts, answer, by_examples, mean_rows
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
@@ -103,15 +103,15 @@ class Metric:
             return self.number_error(value)
         wanted = self.length(server, job)
         if not isinstance(value, list) or len(value) != wanted:
-            return f"is {str(value)[:40]!r}, and should be a list of {wanted} numbers"
+            return f"is {quoted(value)}, and should be a list of {wanted} numbers"
         return next((error for each in value if (error := self.number_error(each))), None)
 
     def number_error(self, value: object) -> str | None:
         kinds = int if self.whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
-            return f"is {str(value)[:40]!r}, and should be {'a whole number' if self.whole else 'a number'}"
+            return f"is {quoted(value)}, and should be {'a whole number' if self.whole else 'a number'}"
         if not self.low <= value <= self.high:
-            return f"is {str(value)[:40]}, and should be from {self.low:g} to {self.high:g}"
+            return f"is {quoted(value)}, and should be from {self.low:g} to {self.high:g}"
         return None
 
 

@@ -121,10 +121,10 @@ class FedMoE(Method):
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Modular aggregation: dense weights over all participants, an expert and its router row over clients that have it."""
+        if server.task == "profile":  # nobody sends weights
+            return self.initialized(server, {update.client: update.extra["p"] for update in updates})
         answers: list[Update] = []
         server = mean_rows(server, tee_without_weights(updates, answers), by_examples)
-        if server.task == "profile":
-            return self.initialized(server, {update.client: update.extra["p"] for update in answers})
         return self.adjusted(server, answers)
 
     def initialized(self, server: Server, measured: Tensors) -> Server:

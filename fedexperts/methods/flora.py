@@ -34,7 +34,7 @@ class FLoRA(Method):
 
     def declare(self) -> Declaration:
         return Declaration(
-            extra={"stack/": ExtraTensors(sent_factors)},
+            extra={"stack/": ExtraTensors(sent_factors, low=-100.0, high=100.0)},
             job_extra=("rank", "change/", "stack/"),
             client_state=("change/",),
             wrappers=frozenset(),  # adapters are drawn anew each round, so a merge has no weights to continue from

@@ -46,7 +46,7 @@ class HFedMoE(Method):
         return Declaration(
             extra={
                 "usage": ExtraTensor(number_of_experts, low=0.0, high=1.001),
-                "preference": ExtraTensor(lambda server, job: (len(job.experts),), torch.float64, low=0.0),
+                "preference": ExtraTensor(lambda server, job: (len(job.experts),), torch.float64, low=0.0, high=1.001),
             },
             metrics={"qualified": Metric(low=0, whole=True), "sent": Metric(low=0, whole=True)},
             job_extra=("budget",),

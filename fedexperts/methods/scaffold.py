@@ -30,7 +30,7 @@ class Scaffold(Method):
     experts_per_layer: Count | None = None
 
     def declare(self) -> Declaration:
-        controls = ExtraTensors(lambda server, job: job.patch.tensors)
+        controls = ExtraTensors(lambda server, job: job.patch.tensors, low=-1e3, high=1e3)
         return Declaration(extra={"control/": controls}, job_extra=("control/",), client_state=("control/",))
 
     def assign(self, server: Server, client: Client) -> Assignment:

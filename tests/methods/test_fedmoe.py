@@ -309,6 +309,15 @@ def test_a_client_that_is_not_sampled_keeps_its_experts_and_still_is_a_neighbor(
     assert all(torch.equal(course.server.method_state[key], value) for key, value in other.items())
 
 
+def test_a_recommendation_looks_at_the_routing_that_neighbors_report_in_the_same_round():
+    course = Course(FedMoE(patience=1))
+    course.after(-1.0)
+    third = {"held/third": bools(0), "p/third": torch.tensor([1.0, 0, 0, 0])}  # two neighbors hold two experts on average
+    server = replace(course.server, method_state={**course.server.method_state, **third})
+    after = FedMoE(patience=1).merge(server, [reported("me", [1.0]), reported("other", [0.5, 0.1, 0.4])])  # 0.5, 0.3, 0.2 before
+    assert unmask(after.anatomy, after.method_state["held/me"])["0"] == (0, 2)
+
+
 def test_the_order_of_the_participants_changes_nothing():
     names = ["a", "b", "c"]
     start = bare_server([FOUR, FOUR], [Client(name, 1) for name in names])
