@@ -1,4 +1,4 @@
-"""FLEx on tiny models: what is selected once, what is trained and kept, and what alone leaves a client."""
+"""FLEx on tiny models: the selection of experts, personal weights, and the weights that are sent."""
 
 from dataclasses import replace
 
