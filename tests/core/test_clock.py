@@ -1,4 +1,4 @@
-"""Devices in whole runs: the clock, the deadline, and jobs that take more memory than there is."""
+"""Devices in whole runs: the clock, the deadline, and jobs that exceed the memory."""
 
 import csv
 import json

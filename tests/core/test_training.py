@@ -1,4 +1,4 @@
-"""A client's work, on the tiny model that runs are tested with."""
+"""Local training of a client, on the tiny model."""
 
 from collections import Counter
 from dataclasses import replace

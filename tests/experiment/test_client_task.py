@@ -1,4 +1,4 @@
-"""What clients are asked for besides training: scores before aggregation, what they retained, drift; in whole runs."""
+"""Evaluations by clients in whole runs: scores before aggregation, retained examples, drift."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What is planned for clients of whose experts backward reaches only some."""
+"""Plans of clients with a budget, and of personal experts."""
 
 from dataclasses import replace
 from io import StringIO

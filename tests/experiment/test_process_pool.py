@@ -1,4 +1,4 @@
-"""Tasks in several processes; how a process ends is in tests/io/test_processes.py."""
+"""Tasks in several processes; the end of a process is tested in tests/io/test_processes.py."""
 
 import os
 import signal

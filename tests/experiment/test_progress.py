@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal, also a narrow one; elsewhere; under --quiet."""
+"""Progress of a run on a wide and a narrow terminal, without a terminal, and under --quiet."""
 
 from io import StringIO
 

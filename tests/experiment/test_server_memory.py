@@ -1,4 +1,4 @@
-"""What the process that runs the rounds holds, when the clients are elsewhere: the weights once."""
+"""Memory of the server process if clients run elsewhere: it has the weights once."""
 
 import gc
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What a run's first server knows of its batches before there are any."""
+"""The planned sizes of a run's batches."""
 
 from random import Random
 

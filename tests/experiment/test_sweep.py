@@ -1,4 +1,4 @@
-"""Several runs side by side: what their methods are called, where they lie, and who does what."""
+"""Comparisons: labels of methods, folders of runs, and runs in several processes."""
 
 import json
 import os

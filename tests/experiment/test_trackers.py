@@ -1,4 +1,4 @@
-"""The numbers of a run's logs in TensorBoard, MLflow and W&B: all of them, each once, also of a run that was stopped."""
+"""Metrics of a run in TensorBoard, MLflow and W&B: all of them, each once, also after a resume."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Models taken away and loaded again: to the bit what clients were scored with, and one sentence for each mistake."""
+"""Models exported and loaded again, bitwise equal to the scored ones, and one sentence per mistake."""
 
 import ast
 import json

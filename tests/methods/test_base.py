@@ -1,4 +1,4 @@
-"""What several methods call: row by row, by hand."""
+"""The shared parts of methods: row-wise aggregation by hand."""
 
 from itertools import permutations
 

@@ -1,4 +1,4 @@
-"""All training data in one place, in whole runs: the participant is made before a run begins."""
+"""Centralized training in whole runs: its participant is created before the run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""FLEx on tiny models: what is selected once, what is trained and kept, and what alone leaves a client."""
+"""FLEx on tiny models: the selection of experts, personal weights, and the weights that are sent."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 
 from fedexperts.errors import BadData, BadValue
 from fedexperts.federation import jobs_for
-from fedexperts.methods.flex import FLEx, as_state, grafted_ids, pieces
+from fedexperts.methods.flex import FLEx, as_state, grafted_ids, windows
 from fedexperts.moe import graft
 from fedexperts.moe.reconstruction import by_reconstruction, most_used
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
@@ -175,9 +175,9 @@ def test_the_selection_uses_examples_of_each_task_of_the_client():
 
 def test_windows_are_spread_over_the_text():
     text = "".join(str(number % 10) * 2000 for number in range(10))
-    assert [piece.response[0] for piece in pieces(text, 5)] == ["0", "2", "4", "6", "8"]
-    assert [piece.response[0] for piece in pieces(text, 6)] == ["0", "1", "3", "5", "6", "8"]
-    assert len(pieces(text, 100)) == 10
+    assert [piece.response[0] for piece in windows(text, 5)] == ["0", "2", "4", "6", "8"]
+    assert [piece.response[0] for piece in windows(text, 6)] == ["0", "1", "3", "5", "6", "8"]
+    assert len(windows(text, 100)) == 10
 
 
 def test_ids_are_stored_as_tensors_and_read_among_other_entries():

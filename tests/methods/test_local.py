@@ -1,4 +1,4 @@
-"""Local training: nothing travels, each client goes on from what it kept."""
+"""Local training: no weights are sent, each client continues from its client state."""
 
 import torch
 

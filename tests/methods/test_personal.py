@@ -1,4 +1,4 @@
-"""What stays with a client, by the part of the model it belongs to."""
+"""Personal weights by part of the model."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""SEER-MoE: heavy hitters are counted, what is left is trained with gating entropy in the loss."""
+"""SEER-MoE: counting and pruning of experts, then training with gating entropy in the loss."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which experts a client should hold, on numbers that can be done in the head."""
+"""The selection of a client's experts, on numbers that can be done in the head."""
 
 from dataclasses import replace
 from fractions import Fraction
