@@ -145,7 +145,7 @@ def parts_from_greetings(greetings: Iterable[Greeting], bases: Parts) -> Reporte
     """The parts that clients reported in `greetings`, with the base models of `bases`.
 
     Raises:
-        BadValue: a client has no data of its own, or reported counts that are not valid, or two judge a task by different metrics.
+        BadValue: a client has no data of its own, reported invalid counts, or judges a task by another metric than the others.
     """
     by_client = {greeting.client.name: greeting for greeting in greetings}
     counts = {name: validated_counts(each) for name, each in by_client.items()}

@@ -126,15 +126,15 @@ def test_extra_tensors_are_those_that_the_method_declares(extra, said):
     ("metrics", "said"),
     [
         ({"qualified": 1}, "its update reports 'qualified', a metric that neither the run nor its method declares"),
-        ({"sent": 1.5}, "its metric sent is '1.5', and should be a whole number"),
-        ({"sent": True}, "its metric sent is 'True', and should be a whole number"),
+        ({"sent": 1.5}, "its metric sent is 1.5, and should be a whole number"),
+        ({"sent": True}, "its metric sent is True, and should be a whole number"),
         ({"sent": -1}, "its metric sent is -1, and should be from 0 to 1e+06"),
-        ({"each": 3}, "its metric each is '3', and should be a list of 1 numbers"),
+        ({"each": 3}, "its metric each is 3, and should be a list of 1 numbers"),
         ({"each": [float("nan")]}, "its metric each is nan, and should be from 0 to 1e+06"),
-        ({"loss": 10**400}, "its metric loss is '1000"),
+        ({"loss": 10**400}, "its metric loss is 1000"),
         ({"loss": "low"}, "its metric loss is 'low', and should be a number"),
         ({"routed": {"m": [1]}}, "its metric routed should hold 2 counts for m"),
-        ({"routed": 3}, "its metric routed is '3', and should hold the blocks of its job"),
+        ({"routed": 3}, "its metric routed is 3, and should hold the blocks of its job"),
         ({"reached": "x"}, "its metric reached is 'x', and should be a number of experts for each of 1 blocks"),
         ({"scores": {}}, "its update reports 'scores', a metric that neither the run nor its method declares"),
     ],
@@ -155,12 +155,12 @@ def test_a_client_has_as_many_examples_as_it_came_with(examples):
     "cost", [Cost(seconds=-1.0), Cost(tokens=float("nan")), Cost(peak_bytes=10**400), Cost(flops_estimated="x")]
 )
 def test_costs_are_numbers_that_can_be_added_up(cost):
-    assert reason(replace(update(JOB.patch.tensors, {"e": IDS}), cost=cost)).startswith("its cost is ")
+    assert reason(replace(update(JOB.patch.tensors, {"e": IDS}), cost=cost)).startswith("its cost has ")
 
 
 def test_an_answer_to_another_job_is_none():
     sent = update(JOB.patch.tensors, {"e": IDS})
-    assert reason(replace(sent, round=2)) == "it answered for c01 in round 2, train, which was not asked"
+    assert reason(replace(sent, round=2)) == "it answered for 'c01' in round 2, 'train', which was not asked"
 
 
 def test_a_client_may_lower_the_rank_of_its_adapters_where_its_method_says_so():
@@ -195,7 +195,7 @@ def test_a_failure_passes_with_its_reason_as_one_line_that_can_be_shown():
     failed = Failure("c01", 1, "train", "no\n\x1b[31m power" + 9999 * "!", bytes_up=10**9)
     (found,) = [validate_update(expectation(SERVER, Plain(), no_reports, JOB), failed)]
     assert (found.client, found.round, found.task, found.bytes_up) == ("c01", 1, "train", 0)
-    assert found.reason.startswith("no [31m power!!!") and len(found.reason) == 501
+    assert found.reason.startswith("no [31m power!!!") and len(found.reason) == 500
 
 
 def test_an_answer_may_take_about_the_bytes_that_are_expected_and_no_more():

@@ -20,6 +20,10 @@ RUN = {
 }
 
 
+SCORED = {"metric": "exact_match", "examples": 4, "sums": {"exact_match": 1.0}, "labels": {}, "nll": 1.0, "tokens": 8}
+SCORES = {"scores": {"double": SCORED}}
+
+
 class Elsewhere:
     """Answers what it was sent, and notes how many bytes of tensors there are in this process at each job."""
 
@@ -31,10 +35,10 @@ class Elsewhere:
             self.held.setdefault(job.round, tensor_bytes())
             if job.task == "train":
                 patch = Patch({name: tensor + 1 for name, tensor in job.patch.tensors.items()}, job.patch.rows)
-                yield Update(job.client, job.round, job.task, patch, 26)
+                yield Update(job.client, job.round, job.task, patch, 26, metrics=SCORES if job.round == 2 else {})
                 del patch
             else:
-                yield Update(job.client, job.round, job.task, Patch({}), 26)
+                yield Update(job.client, job.round, job.task, Patch({}), 26, metrics=SCORES)
 
 
 def tensor_bytes():
