@@ -133,9 +133,9 @@ METHODS_ROLES = {
     ("config", "fedmoe"),  # the method of a run file that names none
     ("config", "local"),  # an engine
     ("cli", "profile"),  # of pretraining
-    ("cli", "budget"),  # a key of plan.json
+    ("experiment.plan_tables", "budget"),  # a key of plan.json
     ("experiment.plan", "budget"),
-    ("cli", "sent"),  # headings of tables
+    ("experiment.plan_tables", "sent"),  # headings of tables
     ("report.axes", "sent"),
     ("report.run_cost_tables", "sent"),
     ("report.run_figures", "stack"),  # plotly's way to draw bars

@@ -263,7 +263,7 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(fedexperts, run_file, 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "rounds", interrupted)
+    monkeypatch.setattr(runner, "rounds_after", interrupted)
     code, _, said = fedexperts("run", run_file, "--out", tmp_path / "out")
     assert code == 130
     assert said.strip().startswith("fedexperts: interrupted; ")
@@ -295,7 +295,7 @@ def test_a_client_that_sends_nan_is_left_out_named_and_counted_and_the_run_goes_
     out = tmp_path / "out"
     code, shown, _ = fedexperts("run", run_file, *EVERYONE, "--out", out)
     assert code == 0
-    assert "c02 failed in train and is left out: its update holds NaN or infinity in" in " ".join(shown.split())
+    assert "c02 failed in train and is left out: its update has NaN or infinity in" in " ".join(shown.split())
     failed = [entry for entry in lines(out / "ledger.jsonl") if entry["failed"]]
     assert [(entry["round"], entry["client"]) for entry in failed] == [(2, "c02")]
     assert failed[0]["bytes_up"] > 0

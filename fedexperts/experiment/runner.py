@@ -98,10 +98,16 @@ def run(
         with trackers.tracking(config.track.to, about, done=behind == total) as tell:
             if behind == total:
                 return out
+            checkpoint.require_client_state(out)
+            if behind == 0 and prepared.retained.examples:
+                assess_base(prepared, out)
             with (engine or engine_for)(prepared, out) as running:
-                course, prepared = begin(prepared, running, ledger, out, shown), without_weights(prepared)
+                server, prepared = checkpoint.load(out, prepared.server), without_weights(prepared)
+                if behind == 0 and not prepared.method.setup_tasks:
+                    assess(prepared, server, running, ledger, out, shown, {})
                 started, noted = perf_counter(), False
-                for server in course:
+                # The name is used again, so that the first weights stay no longer than the first round
+                for server in rounds_after(server, prepared, running, ledger):  # noqa: B020
                     if not noted and no_expert_sent(ledger):
                         shown.noted(server, NO_EXPERT_SENT + prepared.method.declare().if_no_expert_is_sent)
                         noted = True
@@ -112,19 +118,12 @@ def run(
     return out
 
 
-def begin(prepared: Prepared, engine: Engine, ledger: Ledger, out: Path, progress: Progress) -> Iterator[Server]:
-    """The remaining rounds, from the last checkpoint in `out`; the returned iterator has the only reference to its weights."""
-    checkpoint.require_client_state(out)
-    federation, method = prepared.config.federation, prepared.method
-    server = checkpoint.load(out, prepared.server)
-    if server.task == "start":
-        if prepared.retained.examples:
-            assess_base(prepared, out)
-        if not method.setup_tasks:
-            assess(prepared, server, engine, ledger, out, progress, {})
+def rounds_after(server: Server, prepared: Prepared, engine: Engine, ledger: Ledger) -> Iterator[Server]:
+    """The run's rounds that `server` does not have behind it."""
+    federation = prepared.config.federation
     return federate(
         replace(server, clients=prepared.participants),
-        method,
+        prepared.method,
         engine,
         ledger,
         rounds=federation.rounds,
