@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,28 @@ from fedexperts.deploy import client
 from fedexperts.deploy.processes import end_with_parent
 from fedexperts.engines import remote
 from fedexperts.engines.local import ClientRuntime
-from fedexperts.experiment.client_task import ClientTask
-from fedexperts.experiment.runtime import runtime_for
+from fedexperts.experiment.runtime import runtime_for, task_for
 from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.io.toml import checked
+from fedexperts.methods.contract import Wrapper
 from fedexperts.types import ClientContext, Job, Patch, Update
 
 
-def noise(work: ClientTask, job: Job, context: ClientContext) -> Update:
-    """In place of training. Noise, since Flower carries equal arrays only once; the engine has seeded it for the job."""
-    if job.task == "evaluate":
-        return work(job, context)
-    patch = Patch({name: torch.randn_like(tensor) for name, tensor in job.patch.tensors.items()}, job.patch.rows)
-    return Update(job.client, job.round, job.task, patch, context.client.examples)
+@dataclass(frozen=True)
+class Noise(Wrapper):
+    """A method whose clients answer with noise in place of training.
+
+    Noise, since Flower carries equal arrays only once; the engine has seeded it for the job.
+    """
+
+    def train(self, job: Job, context: ClientContext) -> Update:
+        patch = Patch({name: torch.randn_like(tensor) for name, tensor in job.patch.tensors.items()}, job.patch.rows)
+        return Update(job.client, job.round, job.task, patch, context.client.examples)
 
 
 def idle_runtime(prepared: Prepared, out: Path) -> ClientRuntime:
-    runtime = runtime_for(prepared, out)
-    return replace(runtime, work=partial(noise, runtime.work))
+    runtime, task = runtime_for(prepared, out), task_for(prepared)
+    return replace(runtime, task=replace(task, method=Noise(task.method)))
 
 
 def worker() -> None:

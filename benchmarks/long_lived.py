@@ -44,7 +44,7 @@ def messages(model: str, repeat: int) -> tuple[list[float], list[float], float]:
     with tempfile.TemporaryDirectory(prefix="engines-") as folder:
         out = Path(folder)
         job = next(jobs_for(replace(prepared.server, round=1, task="train"), prepared.method, prepared.server.clients.values()))
-        message = job_request(job, flower.about(config, prepared.base.identity, out), "")
+        message = job_request(job, flower.about(config, prepared.base.identity, out))
         command, again = (worker_command(config, job.client, out / each) for each in ("old", "new"))  # one folder, one process
         with worker(command, out) as (path, pid):
             seconds(path, message)  # the first job loads the base

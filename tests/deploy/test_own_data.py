@@ -220,10 +220,10 @@ def test_a_run_file_whose_clients_bring_their_data_does_not_run_without_them(tre
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"names": []}, "give names too"),
+        ({"names": []}, "set names too"),
         ({"names": ["a", "a"]}, "1 different names for 2 clients"),
         ({"names": ["a/b"]}, "data.names.0"),
-        ({"sources": ["a", "b"]}, "takes one source"),
+        ({"sources": ["a", "b"]}, "needs exactly one source"),
         ({"sources": ["a.jsonl"]}, "with a task"),
     ],
 )

@@ -29,10 +29,10 @@ def test_keys_prints_what_it_wrote_and_the_second_time_that_nothing_was_missing(
 def test_keys_or_no_security_must_be_given(fedexperts, run_file, tmp_path):
     client = ("client", "--name", "c01", "--server", "localhost:9092", "--run", run_file)
     for command in (("server", run_file, "--out", tmp_path / "out"), client):
-        for more in ((), ("--keys", tmp_path, "--insecure")):
+        for more, given in (((), "neither"), (("--keys", tmp_path, "--insecure"), "both")):
             code, _, err = fedexperts(*command, *more)
             assert code == 2
-            assert "either --keys" in err
+            assert f"{given} of --keys and --insecure given; give --keys" in err
 
 
 def test_without_security_nothing_but_this_machine_is_served_or_joined(fedexperts, run_file, tmp_path):
