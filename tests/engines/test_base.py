@@ -81,7 +81,7 @@ def test_all_that_came_passes_and_of_a_method_that_selects_experts_fewer_rows():
         (update({"e": torch.ones(2, 3)}, {"e": torch.tensor([1, 1])}), "its update has rows of e that do not ascend"),
         (update({"e": torch.ones(2, 3)}, {"e": torch.tensor([1, 2])}), "its update has rows of e that were not in its job"),
         (update({"e": torch.ones(2, 3)}, {"e": torch.tensor([-1, 1])}), "its update has rows of e that were not in its job"),
-        (update({"d": torch.ones(1, 4)}, {"d": torch.tensor([1])}), "its update has rows of d that were not in its job"),
+        (update({"d": torch.ones(1, 4)}, {"d": torch.tensor([1])}), "its update has rows of d, which its job brought whole"),
         (update({"e": torch.ones(2, 3)}, {"e": IDS.double()}), "its update has rows of e that are no list of whole numbers"),
         (update({"e": torch.ones(2, 3)}, {"e": IDS[None]}), "its update has rows of e that are no list of whole numbers"),
         (update({}, {"x": IDS}), "its update has rows of x, and not the weight itself"),

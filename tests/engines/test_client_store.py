@@ -1,12 +1,16 @@
+"""What clients keep on disk: a job starts from the version of the client's last accepted job."""
+
 import pytest
 import torch
 
 from fedexperts.engines.client_store import ClientStateStore
-from fedexperts.types import Job, Patch
+from fedexperts.types import Job, Patch, job_key
 
 
-def job(round, task="train", client="c01"):
-    return Job(client, round, task, "0", {}, Patch({}))
+def job(round, accepted=None, task="train", client="c01"):
+    """`accepted`: the round of the client's last job whose answer was merged; None: there was none."""
+    last = "" if accepted is None else job_key(accepted, "train") if isinstance(accepted, int) else accepted
+    return Job(client, round, task, "0", {}, Patch({}), accepted=last)
 
 
 @pytest.fixture
@@ -14,13 +18,13 @@ def client_store(tmp_path):
     return ClientStateStore(tmp_path / "clients")
 
 
-def save(client_store, number, **which):
-    client_store.save(job(number, **which), {"w": torch.tensor([float(number)])})
+def save(client_store, round, accepted=None, **which):
+    client_store.save(job(round, accepted, **which), {"w": torch.tensor([float(round)])})
 
 
-def loaded(client_store, *which, **named):
-    kept = client_store.load(job(*which, **named))
-    return kept["w"].item() if kept else None
+def loaded(client_store, round, accepted=None, **which):
+    state = client_store.load(job(round, accepted, **which))
+    return state["w"].item() if state else None
 
 
 def test_a_client_that_kept_nothing_has_nothing(client_store):
@@ -28,21 +32,30 @@ def test_a_client_that_kept_nothing_has_nothing(client_store):
     assert not client_store.folder.exists()
 
 
-def test_a_round_reads_what_the_latest_earlier_one_kept(client_store):
+def test_a_job_starts_from_what_the_last_accepted_one_kept(client_store):
     save(client_store, 2)
-    assert loaded(client_store, 3) == 2.0
-    assert loaded(client_store, 9) == 2.0
-    save(client_store, 5)
-    assert loaded(client_store, 9) == 5.0
+    assert loaded(client_store, 3, 2) == 2.0
+    assert loaded(client_store, 9, 2) == 2.0
+    save(client_store, 5, 2)
+    assert loaded(client_store, 9, 5) == 5.0
+    assert loaded(client_store, 9, 7) == 5.0, "in round 7 it kept nothing new"
+
+
+def test_what_was_kept_of_an_answer_that_was_not_merged_does_not_count_and_goes(client_store):
+    save(client_store, 2)
+    save(client_store, 5, 2)
+    assert loaded(client_store, 6, 2) == 2.0
+    save(client_store, 6, 2)
+    assert [path.stem for path in client_store.versions("c01")] == ["000002-train", "000006-train"]
 
 
 def test_a_round_that_is_done_again_starts_from_what_it_started_from(client_store):
     save(client_store, 2)
-    save(client_store, 5)
-    assert loaded(client_store, 5) == 2.0
-    save(client_store, 5)
-    assert loaded(client_store, 5) == 2.0
-    assert loaded(client_store, 6) == 5.0
+    save(client_store, 5, 2)
+    assert loaded(client_store, 5, 2) == 2.0
+    save(client_store, 5, 2)
+    assert loaded(client_store, 5, 2) == 2.0
+    assert loaded(client_store, 6, 5) == 5.0
 
 
 def test_the_first_round_done_again_starts_from_nothing(client_store):
@@ -52,51 +65,43 @@ def test_the_first_round_done_again_starts_from_nothing(client_store):
 
 def test_an_evaluation_sees_what_its_own_round_kept_and_nothing_later(client_store):
     save(client_store, 2)
-    save(client_store, 5)
-    assert loaded(client_store, 5, "evaluate") == 5.0
-    assert loaded(client_store, 4, "evaluate") == 2.0
-    assert loaded(client_store, 0, "evaluate") is None
+    save(client_store, 5, 2)
+    assert loaded(client_store, 5, 5, task="evaluate") == 5.0
+    assert loaded(client_store, 4, 2, task="evaluate") == 2.0
+    assert loaded(client_store, 0, task="evaluate") is None
 
 
-def test_a_stage_before_the_rounds_is_older_than_the_first(client_store):
+def test_a_setup_task_is_older_than_the_first_round(client_store):
     save(client_store, 0, task="profile")
-    assert loaded(client_store, 1) == 0.0
-    assert loaded(client_store, 0, "profile") is None
+    assert loaded(client_store, 1, "000000-profile") == 0.0
+    assert loaded(client_store, 0, task="profile") is None
 
 
-def test_two_versions_are_held_and_older_ones_go(client_store):
-    for number in (1, 3, 4, 8):
-        save(client_store, number)
+def test_two_versions_stay_and_older_ones_go(client_store):
+    for round, accepted in ((1, None), (3, 1), (4, 3), (8, 4)):
+        save(client_store, round, accepted)
     assert [path.stem for path in client_store.versions("c01")] == ["000004-train", "000008-train"]
-
-
-def test_a_round_done_again_later_than_others_takes_no_version_they_need(client_store):
-    for number in (1, 2, 3):
-        save(client_store, number)
-    save(client_store, 2)  # by a process that outlived its run for a moment
-    assert loaded(client_store, 4) == 3.0
-    assert loaded(client_store, 3) == 2.0
 
 
 def test_clients_keep_apart(client_store):
     save(client_store, 1, client="c01")
     save(client_store, 2, client="c02")
-    assert loaded(client_store, 3, client="c01") == 1.0
-    assert loaded(client_store, 3, client="c02") == 2.0
-    assert loaded(client_store, 3, client="c03") is None
+    assert loaded(client_store, 3, 1, client="c01") == 1.0
+    assert loaded(client_store, 3, 2, client="c02") == 2.0
+    assert loaded(client_store, 3, 2, client="c03") is None
 
 
 def test_what_a_killed_process_left_half_written_is_no_version(client_store):
     save(client_store, 1)
     (client_store.folder / "c01" / ".000002-train.safetensors.abc123").write_bytes(b"half")
-    assert loaded(client_store, 3) == 1.0
+    assert loaded(client_store, 3, 2) == 1.0
     assert len(client_store.versions("c01")) == 1
 
 
 def test_what_killed_processes_left_half_written_goes_with_the_next_version(client_store):
     save(client_store, 1)
     (client_store.folder / "c01" / ".000002-train.safetensors.abc123").write_bytes(b"half")
-    save(client_store, 2)
+    save(client_store, 2, 1)
     assert sorted(path.name for path in (client_store.folder / "c01").iterdir()) == [
         "000001-train.safetensors",
         "000002-train.safetensors",
@@ -105,5 +110,14 @@ def test_what_killed_processes_left_half_written_goes_with_the_next_version(clie
 
 def test_rounds_beyond_nine_are_newer_than_nine(client_store):
     save(client_store, 9)
-    save(client_store, 10)
-    assert loaded(client_store, 11) == 10.0
+    save(client_store, 10, 9)
+    assert loaded(client_store, 11, 10) == 10.0
+
+
+def test_versions_after_a_job_can_be_dropped(client_store):
+    for round, accepted in ((1, None), (2, 1)):
+        save(client_store, round, accepted)
+    client_store.drop_newer("c01", "000001-train")
+    assert [path.stem for path in client_store.versions("c01")] == ["000001-train"]
+    client_store.drop_newer("c01", "")
+    assert client_store.versions("c01") == []

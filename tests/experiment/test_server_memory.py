@@ -20,7 +20,7 @@ RUN = {
 }
 
 
-SCORED = {"metric": "exact_match", "examples": 4, "sums": {"exact_match": 1.0}, "labels": {}, "nll": 1.0, "tokens": 8}
+SCORED = {"metric": "verbatim", "examples": 4, "sums": {"verbatim": 1.0}, "labels": {}, "nll": 1.0, "tokens": 8}
 SCORES = {"scores": {"double": SCORED}}
 
 
