@@ -59,7 +59,7 @@ VALUES: Mapping[str, object] = {
     "text with a lone surrogate": "\ud800",
     "text with control characters": "\x1b[31m\r\n\0[/bold]",
     "3 MB of text": "x" * 3_000_000,
-    "3 MB of numbers": [0] * 1_000_000,
+    "3 MB of numbers": [10**30] * 100_000,
     "empty list": [],
     "empty object": {},
     "tuple": (),

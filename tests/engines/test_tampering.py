@@ -18,8 +18,9 @@ from fedexperts.moe import factors
 
 OPTIMIZED, BEFORE = "fedavg with fedadam", "fedavg scored before aggregation"
 SUBJECTS = (*METHODS, OPTIMIZED, BEFORE)
-EXAMPLES, GENERATED = 372, 500
-"""How many kinds there are: of those written down, and at least of those made for each answer to a training job."""
+EXAMPLES = tuple(examples())
+GENERATED = 500
+"""Kinds that are made at least of each answer."""
 
 HARMLESS = (
     r"round is True",  # which equals 1
@@ -77,7 +78,7 @@ def outcome(task, answer):
 def test_whatever_one_client_answers_it_fails_with_a_reason_or_does_no_harm(tasks_of, subject):
     for task in tasks_of(subject):
         seen = set()
-        for kind in examples():
+        for kind in EXAMPLES:
             try:
                 changed = kind.change(task.answer)
             except Absent:
@@ -95,7 +96,7 @@ def test_whatever_one_client_answers_it_fails_with_a_reason_or_does_no_harm(task
 
 def test_the_kinds_that_there_are(tasks_of):
     train = tasks_of("fedavg")[0]
-    assert len({kind.name for kind in examples()}) == EXAMPLES
+    assert len({kind.name for kind in EXAMPLES}) == len(EXAMPLES) == 372
     assert len({kind.name for kind in generated(train.answer)}) >= GENERATED
 
 
