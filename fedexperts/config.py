@@ -187,8 +187,8 @@ def with_current_names(tree: Tree) -> Tree:
         BadValue: a setting under both of its names.
     """
     method = tree.get("method")
-    if isinstance(method, dict) and method.get("name") in FORMER_NAMES:
-        tree = {**tree, "method": {**method, "name": FORMER_NAMES[method["name"]]}}
+    if isinstance(method, dict) and isinstance(name := method.get("name"), str) and name in FORMER_NAMES:
+        tree = {**tree, "method": {**method, "name": FORMER_NAMES[name]}}
     return with_new_names(tree, RENAMED)
 
 

@@ -58,9 +58,9 @@ class Clock:
 
 
 class Ledger:
-    """The entries of the round under way, in the order of its jobs, and who held what in it.
+    """The entries of the current round, in the order of its jobs, and the experts that each client held, sent and used.
 
-    on_answer: gets the entry of each answer, once it has been validated.
+    on_answer: called with the entry of each validated answer.
     """
 
     def __init__(self, clock: Clock = Clock(), on_answer: Callable[[Entry], None] = lambda entry: None) -> None:

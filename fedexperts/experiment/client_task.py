@@ -44,21 +44,21 @@ class ClientTask:
         return replace(update, metrics={**update.metrics, "scores": self.scores(model, context)})
 
     def scores_with(self, job: Job) -> bool:
-        """Whether the answer to `job` brings scores."""
+        """Whether the answer to `job` contains scores."""
         if job.task == "evaluate":
             return job.round == 0 or not self.scores_after_training
         due = job.task == "train" and is_eval_round(job.round, self.evaluation, self.rounds)
         return due and self.scores_after_training
 
     def measures_with(self, job: Job) -> bool:
-        """Whether the answer to `job` says how the client's model stands against the base."""
+        """Whether the answer to `job` contains the comparison of the client's model with the base model."""
         return job.task == "evaluate" and job.round == self.rounds
 
     def reports(self, data: Mapping[str, Split], tasks: Mapping[str, str], job: Job) -> dict[str, Check]:
-        """The metrics that the answer to `job` has beside those of the method.
+        """The metrics that the answer to `job` has in addition to those of the method.
 
-        data: of each client; of one that brings its own, stand-ins as many as its examples. tasks: task → its main metric, of all
-        that clients are scored on.
+        data: of each client; placeholders for clients with their own data. tasks: task → its main metric, for all tasks that
+        clients are scored on.
         """
         checks: dict[str, Check] = {}
         if self.scores_with(job):

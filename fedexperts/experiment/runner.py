@@ -95,7 +95,7 @@ def run(
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
-        with trackers.tracking(config.track.to, about, done=behind == total) as tell:
+        with trackers.tracking(config.track.to, about, done=behind == total) as track:
             if behind == total:
                 return out
             checkpoint.require_client_state(out)
@@ -112,7 +112,7 @@ def run(
                         shown.noted(server, NO_EXPERT_SENT + prepared.method.declare().if_no_expert_is_sent)
                         noted = True
                     finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
-                    tell()  # after the checkpoint: a resumed run never truncates lines that a tracker has received
+                    track()  # after the checkpoint: a resumed run never truncates lines that a tracker has received
                     shown.round(server)
                     started = perf_counter()
     return out
@@ -152,7 +152,7 @@ def finish_round(
 
 
 def reports_of(prepared: Prepared) -> Reports:
-    """The metrics that the run asks clients for."""
+    """The metrics that the run requests from clients."""
     return partial(task_for(prepared).reports, prepared.data, prepared.clients.metrics())
 
 

@@ -185,7 +185,7 @@ def validated_counts(greeting: Greeting) -> Counts:
 
 
 def require_same_metrics(counts: Mapping[str, Counts]) -> None:
-    """Raises BadValue where two clients judge one task by different metrics, so that their scores cannot be merged."""
+    """Raises BadValue if two clients score a task by different metrics, so that their scores cannot be merged."""
     first: dict[str, tuple[str, str]] = {}
     for name, count in counts.items():
         for task, metric in count.metrics.items():

@@ -121,7 +121,7 @@ class FedMoE(Method):
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Modular aggregation: dense weights over all participants, an expert and its router row over clients that have it."""
-        if server.task == "profile":  # nobody sends weights
+        if server.task == "profile":  # clients send no weights
             return self.initialized(server, {update.client: update.extra["p"] for update in updates})
         answers: list[Update] = []
         server = mean_rows(server, tee_without_weights(updates, answers), by_examples)
