@@ -125,3 +125,11 @@ def played(tree: Mapping[str, Any], folder: Path) -> list[Task]:
     asked = replace(server, clients=prepared.server.clients, task="evaluate")
     list(answers(asked, prepared.method, honest, Ledger(), asked.clients.values(), reports))
     return [*found, Task(prepared, asked, "evaluate", honest)]
+
+
+def tree_of(tree: Mapping[str, Any], **evaluation: Any) -> dict[str, Any]:
+    """`tree` as a run of one round of three clients, which are measured in all ways; `evaluation`: other settings of that."""
+    scoring = {"every": 1, "generate_tokens": 2, "retained": ["synthetic/sort"], "drift": True, **evaluation}
+    federation, data = {**tree["federation"], "rounds": 1, "clients_per_round": 3}, {**tree["data"], "clients": 3}
+    devices = {} if tree["method"]["name"] == "centralized" else {"memory_share": {"uniform": [1.0, 1.4]}}
+    return {**tree, "federation": federation, "evaluation": scoring, "data": data, "devices": devices}

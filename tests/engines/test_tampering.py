@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tampered_examples import examples
 from tampered_kinds import Absent, generated, paths, with_extra, with_metric, with_weight
-from tampering import played
+from tampering import played, tree_of
 
 from fedexperts.engines.base import LARGEST_NORM, norm_of
 from fedexperts.methods import METHODS
@@ -41,15 +41,11 @@ def tasks_of(method_trees, tmp_path_factory):
 
     @cache
     def made(subject):
-        name = "fedavg" if subject in (OPTIMIZED, BEFORE) else subject
-        tree = method_trees[name]
-        federation = {"rounds": 1, **({"server_optimizer": {"name": "fedadam"}} if subject == OPTIMIZED else {})}
+        tree = method_trees["fedavg" if subject in (OPTIMIZED, BEFORE) else subject]
+        optimizer = {"server_optimizer": {"name": "fedadam"}} if subject == OPTIMIZED else {}
+        tree = {**tree, "federation": {**tree["federation"], **optimizer}}
         score = {"score": "before_aggregation"} if subject == BEFORE else {}
-        evaluation = {"every": 1, "generate_tokens": 2, "retained": ["synthetic/sort"], "drift": True, **score}
-        data = {**tree["data"], "clients": 3}
-        devices = {} if name == "centralized" else {"memory_share": {"uniform": [1.0, 1.4]}}
-        whole = {**tree, "federation": federation, "evaluation": evaluation, "data": data, "devices": devices}
-        return played(whole, tmp_path_factory.mktemp("played"))
+        return played(tree_of(tree, **score), tmp_path_factory.mktemp("played"))
 
     return made
 
