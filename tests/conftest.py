@@ -20,7 +20,15 @@ from fedexperts.testing import tiny_model  # noqa: E402
 
 LONGEST = (
     *("test_deployment.py", "test_resume.py", "test_export.py", "test_engines_agree.py", "test_every_method.py"),
-    *("test_comparison.py", "test_chaos.py", "test_examples.py", "test_browser.py", "test_flops.py", "test_cli.py"),
+    *(
+        "test_sweep.py",
+        "test_tampering.py",
+        "test_chaos.py",
+        "test_examples.py",
+        "test_browser.py",
+        "test_flops.py",
+        "test_cli.py",
+    ),
 )
 
 torch.set_num_threads(1)

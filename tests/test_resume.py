@@ -63,7 +63,7 @@ def saved(out):
     return {
         "state": {key: value for key, value in json.loads((newest / "state.json").read_text()).items() if key != "logs"},
         "weights": tensors(newest / "weights.safetensors"),
-        "memory": tensors(newest / "memory.safetensors"),
+        "method_state": tensors(newest / "method_state.safetensors"),
         "kept": {client: (path.name, tensors(path)) for client, path in kept.items()},
         "logs": {name: rows(out / name) for name in LOGS},
         "start": {name: json.loads((out / name).read_text()) for name in ("plan.json", "resolved.json", "partition.json")},
@@ -88,7 +88,7 @@ def undisturbed(fedmoe_tree, tmp_path_factory):
 def test_a_run_leaves_something_to_compare(undisturbed):
     assert all(len(undisturbed["logs"][name]) >= fewest for name, fewest in LOGS.items())
     assert undisturbed["state"] == {"round": 4, "task": "train"}
-    assert any(name.startswith("held/") for name in undisturbed["memory"])
+    assert any(name.startswith("held/") for name in undisturbed["method_state"])
     assert len(undisturbed["weights"]) > 10
     assert all(line["clock_seconds"] > 0 for line in undisturbed["logs"]["rounds.jsonl"])
 
@@ -125,7 +125,7 @@ def test_a_server_optimizer_a_schedule_and_personal_models_are_resumed_with_the_
     assert said["kills"] >= 3
     whole = saved(tmp_path / "whole")
     assert len(whole["kept"]) >= 2
-    assert {name.split("/")[1] for name in whole["memory"]} == {"m", "v"}
+    assert {name.split("/")[1] for name in whole["method_state"]} == {"m", "v"}
     assert_same(saved(tmp_path / "killed"), whole)
 
 
