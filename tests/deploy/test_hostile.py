@@ -1,4 +1,4 @@
-"""A client of a real deployment that answers with far more than its job allows."""
+"""A client of a real deployment that answers with far more than its job allows, and otherwise as no honest one does."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import pytest
 import tomli_w
 from deployed import processes
 
+from fedexperts import report
 from fedexperts.config import RunConfig
 from fedexperts.deploy import server
 from fedexperts.deploy.deployment import Federation
@@ -23,8 +24,14 @@ from fedexperts.engines import remote
 honest = remote.answer_message
 
 def answer_message(answer):
-    if (answer.round, answer.task) == (1, "train"):
-        answer = replace(answer, extra={"huge": torch.zeros(75_000_000)})
+    if answer.task == "train":
+        weights = {name: tensor * float("nan") for name, tensor in answer.patch.tensors.items()}
+        changes = {
+            1: {"extra": {"huge": torch.zeros(75_000_000)}},
+            2: {"metrics": {**answer.metrics, "qualified": 1}},
+            3: {"patch": replace(answer.patch, tensors=weights)},
+        }
+        answer = replace(answer, **changes.get(answer.round, {}))
     return honest(answer)
 
 remote.answer_message = answer_message
@@ -49,10 +56,10 @@ def memory_bytes(pid, what):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
-def test_a_client_that_answers_300_mb_fails_in_that_round_and_the_servers_processes_never_have_them(tiny_tree, tmp_path):
+def test_a_client_that_lies_fails_in_that_round_and_the_servers_processes_never_have_300_mb_that_it_sends(tiny_tree, tmp_path):
     names = ["honest", "lying"]
     data = {**{key: value for key, value in tiny_tree["data"].items() if key != "clients"}, "names": names}
-    config = checked(RunConfig, {**tiny_tree, "federation": {"rounds": 2}, "data": data})
+    config = checked(RunConfig, {**tiny_tree, "federation": {"rounds": 4}, "data": data})
     (tmp_path / "run.toml").write_text(tomli_w.dumps(config.resolved()))
     port = free_port()
     own = {"server": f"127.0.0.1:{port}", "run": str(tmp_path / "run.toml"), "set": [], "data": [], "devices": {}}
@@ -71,5 +78,11 @@ def test_a_client_that_answers_300_mb_fails_in_that_round_and_the_servers_proces
             assert memory_bytes(federation.superlink.pid, "VmHWM") < 300_000_000
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     trained = {(line["client"], line["round"]): line["failed"] for line in ledger if line["task"] == "train"}
-    assert trained.pop(("lying", 1)).startswith("its answer takes at least ")
-    assert trained == {("honest", 1): None, ("honest", 2): None, ("lying", 2): None}
+    lies = {number: trained.pop(("lying", number)) for number in (1, 2, 3)}
+    assert lies.pop(1).startswith("its answer takes at least ")
+    assert lies == {
+        2: "its update reports 'qualified', a metric that neither the run nor its method declares",
+        3: "its update has NaN or infinity in model.embed_tokens.weight",
+    }
+    assert trained == {**{("honest", number): None for number in (1, 2, 3, 4)}, ("lying", 4): None}
+    report.write([out], html=tmp_path / "page.html")

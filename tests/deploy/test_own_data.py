@@ -148,16 +148,27 @@ def test_a_server_that_is_started_again_knows_their_greetings(tree, files, tmp_p
         ({"train": {"double": 13, "sort": -1}}, "data that cannot be"),
         ({"test": -1}, "data that cannot be"),
         ({"longest_response": 0}, "data that cannot be"),
+        ({"metrics": {"double": "applause"}}, "data that cannot be"),
+        ({"metrics": {"half a character \ud800": "verbatim"}}, "data that cannot be"),
         ({"train": ["double"]}, "cannot be read"),
         ({"validation": "few"}, "cannot be read"),
         ({"validation": 10**12}, "a client may have 10,000,000"),
     ],
 )
 def test_counts_that_cannot_be_are_refused_with_the_clients_name(change, sentence):
-    counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3}
+    counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3, "metrics": {"double": "verbatim"}}
     assert validated_counts(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
     with pytest.raises(BadValue, match=f"^north tells of .*{sentence}"):
         validated_counts(Greeting(Client("north", 12, "double"), None, {}, {**counts, **change}))
+
+
+def test_clients_that_judge_a_task_by_different_metrics_are_refused_before_the_run_starts():
+    counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3}
+    metrics = {"north": {"double": "verbatim"}, "east": {"sort": "verbatim"}, "south": {"double": "accuracy"}}
+    greetings = [Greeting(Client(name, 12), None, {}, {**counts, "metrics": each}) for name, each in metrics.items()]
+    assert parts_from_greetings(greetings[:2], Parts()).counts.keys() == {"north", "east"}
+    with pytest.raises(BadValue, match=r"task .double. is judged by verbatim at north and by accuracy at south; set .*metric"):
+        parts_from_greetings(greetings, Parts())
 
 
 def refusals(engine):
