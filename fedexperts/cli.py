@@ -8,15 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork into worker processes
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedexperts.errors import BadValue, FedExpertsError
 from fedexperts.io.toml import RenamedSetting
@@ -34,7 +32,6 @@ app = typer.Typer(
 console = Console()
 
 INTERRUPTED = 130
-MB = 1e6  # bytes
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the run file: a.b=c. Repeatable.")]
@@ -120,6 +117,7 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
 
     from fedexperts import config
     from fedexperts.experiment.plan import plan
+    from fedexperts.experiment.plan_tables import plan_tables
     from fedexperts.experiment.setup import prepare_run
 
     planned = plan(prepare_run(config.read(run_file, set or [])))
@@ -352,53 +350,6 @@ def finish(folders: Sequence[Path], out: Path) -> None:
     console.print(reports.table(folders))
     for path in summary.written:
         say(f"written: {path}")
-
-
-def plan_tables(planned: dict[str, Any]) -> list[Table]:
-    """The plan as two tables: the model and its costs, and the clients."""
-    with_budgets = any(client["budget"] is not None for client in planned["clients"])
-    return [costs_table(planned, with_budgets), clients_table(planned, with_budgets)]
-
-
-def costs_table(planned: dict[str, Any], with_budgets: bool) -> Table:
-    """The model of a plan, and the memory, bytes and FLOPs of training it; `with_budgets`: backward reaches only some experts."""
-    model, blocks = planned["model"], planned["model"]["blocks"].values()
-    table = Table(title=Text(f"{planned['method']} on {model['name']}"), show_header=False)
-    table.add_row("parameters", f"{model['parameters']:,}")
-    table.add_row("MoE layers", f"{len(blocks)}")
-    table.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
-    table.add_row("memory to train the whole model (estimated)", f"{planned['full_bytes'] / MB:.1f} MB")
-    if planned["personal_bytes"]:
-        table.add_row("more for personal experts (estimated)", f"{planned['personal_bytes'] / MB:.1f} MB")
-    if with_budgets:
-        table.add_row("memory if backward reaches no expert (estimated)", f"{planned['fixed_bytes'] / MB:.1f} MB")
-        table.add_row("more for each expert that backward reaches", f"{planned['reached_bytes'] / MB:.3f} MB")
-    table.add_row("trained parameters, one way", f"{planned['full_patch_bytes'] / MB:.1f} MB")
-    table.add_row(
-        "a client's round on the whole model, at most (estimated)", f"{planned['round_flops_estimated'] / 1e9:,.0f} GFLOP"
-    )
-    return table
-
-
-def clients_table(planned: dict[str, Any], with_budgets: bool) -> Table:
-    """The clients of a plan: their data, their memory, what fits into it, and their first job."""
-    table = Table(title="Clients", caption=f"first job: {planned['clients'][0]['first_task']}; memory and bytes in MB (10⁶)")
-    budget_column = ("budget",) if with_budgets else ()  # number of experts that backward reaches
-    for name in ("client", "task", "train", "val", "test", "memory", "fit", "first job", "sent", *budget_column):
-        table.add_column(name, justify="left" if name in ("client", "task") else "right", no_wrap=name != "task", overflow="fold")
-    for client in planned["clients"]:
-        memory = client["memory_bytes"]
-        table.add_row(
-            client["name"],
-            Text(client["task"]),
-            *(str(client[key]) for key in ("examples", "validation", "test")),
-            "any" if memory is None else f"{memory / MB:.1f}",
-            "all" if client["full_fits"] else str(client["experts_fit"]),
-            f"{client['first_experts']} experts" if client["first_experts"] else "none",
-            f"{client['first_bytes_down'] / MB:.1f}",
-            *("any" if client[name] is None else str(client[name]) for name in budget_column),
-        )
-    return table
 
 
 @contextmanager

@@ -5,9 +5,9 @@ from io import StringIO
 
 from rich.console import Console
 
-from fedexperts.cli import plan_tables
 from fedexperts.config import RunConfig
 from fedexperts.experiment.plan import plan
+from fedexperts.experiment.plan_tables import plan_tables
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked
 from fedexperts.methods.hfedmoe import HFedMoE
