@@ -542,7 +542,7 @@ def test_the_commands_write_a_folder_and_ask_it(ended, tmp_path, fedexperts):
     assert (code, out) == (0, generate(tmp_path / "c01", "abc", tokens=3) + "\n")
     code, _, said = fedexperts("export", run, "--client", "c01", "--to", tmp_path / "c01")
     assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith(f"fedexperts: {tmp_path / 'c01'} is there already")
+    assert said.startswith(f"fedexperts: {tmp_path / 'c01'} exists and is not empty")
 
 
 def test_a_run_from_python_takes_a_file_or_what_is_in_it(bases, tmp_path):
