@@ -16,7 +16,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heapreplace
+from heapq import heapify, heapreplace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
@@ -272,17 +272,14 @@ def fill_up(parts: Sequence[dict[int, list[int]]], minimum: int) -> None:
     `parts` has for each client label → indices. Of equally large parts the first gives, of equally frequent labels the first.
     """
     sizes = [sum(map(len, part.values())) for part in parts]
-    largest_first = [(-size, client) for client, size in enumerate(sizes) if size > minimum]
+    largest_first = [(-size, client) for client, size in enumerate(sizes)]
     heapify(largest_first)
     for client, size in enumerate(sizes):
         for _ in range(size, minimum):
             negative_size, donor = largest_first[0]
             label = max(parts[donor], key=lambda label: len(parts[donor][label]))
             parts[client].setdefault(label, []).append(parts[donor][label].pop())
-            if -negative_size - 1 > minimum:
-                heapreplace(largest_first, (negative_size + 1, donor))
-            else:
-                heappop(largest_first)
+            heapreplace(largest_first, (negative_size + 1, donor))  # while a client has too few, the largest has enough to give
 
 
 def require_enough(number: int, clients: int, minimum: int) -> None:

@@ -203,9 +203,10 @@ class PretrainSettings(Settings):
 
 
 def read_settings(path: Path, changes: Sequence[str] = ()) -> PretrainSettings:
-    """The settings in a TOML file, with each `a.b=c` of `changes` applied.
+    """The settings in a TOML file, with each `a.b=c` of `changes` applied; former names of settings are warned of, once each.
 
     Raises:
         BadValue: the file cannot be read, or a name or value is not allowed.
     """
-    return checked(PretrainSettings, read_tree(path, "runs/pretrain-tiny.toml", changes))
+    tree = read_tree(path, "runs/pretrain-tiny.toml", changes)
+    return checked(PretrainSettings, with_new_names(tree, RENAMED, warn=True))

@@ -20,6 +20,7 @@ def of_task(task: str, number: int, **fields: object) -> list[Example]:
 def test_of_equal_remainders_the_first_are_rounded_up():
     assert partition.apportion([1] * 100, 50) == [1] * 50 + [0] * 50
     assert partition.apportion([1, 2, 1], 2) == [1, 1, 0]  # 0.5, 1, 0.5
+    assert partition.apportion([1, 3, 1] * 33, 7) == [0, 1, 0] * 7 + [0] * 78
 
 
 def test_the_largest_client_gives_from_its_most_frequent_label_and_of_equals_the_first_does():

@@ -14,7 +14,7 @@ from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, INSTRUCTIONS, NEW_TASKS, SEPARATOR, split_of
 from fedexperts.errors import BadData, BadRun, BadValue, Busy
 from fedexperts.io.files import locked
-from fedexperts.io.toml import with_new_names
+from fedexperts.io.toml import RenamedSetting, with_new_names
 from fedexperts.models import pretrain as pretraining
 from fedexperts.models.load import load
 from fedexperts.models.pretrain import RECIPE, finished, mixture_batch, pretrain, recipe_settings, schedule
@@ -369,6 +369,12 @@ def test_a_run_file_is_read_with_changes_from_the_shell(tmp_path):
     (tmp_path / "run.toml").write_text('out = "base"\nsteps = 7\nmodel = { hidden = 32 }\n')
     settings = read_settings(tmp_path / "run.toml", ["model.experts=8", "seed=3"])
     assert (settings.steps, settings.model.hidden, settings.model.experts, settings.seed) == (7, 32, 8, 3)
+
+
+def test_former_names_in_a_run_file_are_warned_of_and_read(tmp_path):
+    (tmp_path / "run.toml").write_text('out = "base"\nclip = 0.5\n')
+    with pytest.warns(RenamedSetting, match="clip is now called max_grad_norm"):
+        assert read_settings(tmp_path / "run.toml").max_grad_norm == 0.5
 
 
 def test_the_run_file_of_the_shipped_base_is_what_its_recipe_says():

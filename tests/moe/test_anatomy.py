@@ -80,3 +80,10 @@ def test_deepseek_v3_groups_are_seen_and_deepseek_v2_groups_only_where_they_are_
 )
 def test_the_fewest_experts_are_what_the_router_picks_in_whole_groups(shape, fewest):
     assert shape.fewest == fewest
+
+
+def test_a_router_whose_number_of_groups_is_not_set_has_one_group():
+    model = tiny_model("deepseek_v3", n_group=4, topk_group=2)
+    for block in blocks(model).values():
+        block.router.num_group = None
+    assert {shape.groups for shape in anatomy(model).blocks.values()} == {1}

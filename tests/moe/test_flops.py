@@ -252,3 +252,13 @@ def test_longer_batches_hold_more_activations_and_the_same_weights():
     assert short.dense_bytes == long.dense_bytes
     everything = anatomy(model).all_experts
     assert long.of(everything) - short.of(everything) == long.activation_bytes - short.activation_bytes
+
+
+def test_where_a_vocabulary_is_large_the_logits_of_every_target_position_count():
+    """Logits, their gradient and what the loss takes of each of the positions' rows of 4096 float32."""
+    model = tiny_model("olmoe", vocab_size=4096, num_hidden_layers=1).train()
+    batch = tiny_batch("olmoe", EXAMPLES, TOKENS)
+    batch["labels"][:, :-5] = IGNORED
+    estimated = [footprint(model, FULL, (EXAMPLES, TOKENS), target_positions=each).activation_bytes for each in (5, 6)]
+    assert estimated[0] == pytest.approx(activations(model, batch), rel=0.001)
+    assert estimated[1] - estimated[0] >= 2 * EXAMPLES * 4096 * 4

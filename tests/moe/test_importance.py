@@ -201,3 +201,10 @@ def test_a_block_that_saw_no_token_has_no_importance_and_is_never_selected():
     for vector in (scores.usage, scores.combined, scores.bottleneck, scores.picked, scores.tokens):
         assert vector[:8].any() and not vector[8:].any()
     assert not select(scores.combined, scores.picked, [8, 8], 16)[8:].any()
+
+
+def test_experts_that_treat_all_tokens_alike_are_not_redundant_whatever_rounding_does():
+    for seed in range(20):
+        logits = (10 * torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(seed))).expand(1, 5, 64)
+        _, combined, bottleneck = terms(logits, False, 0.9, redundancy=1e5)
+        assert (bottleneck <= combined).all()

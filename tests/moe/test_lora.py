@@ -241,3 +241,20 @@ def test_what_was_trained_before_linear_adapters_were_attached_is_trained_afterw
         name,
         "model.norm.weight",
     }
+
+
+def test_an_a_starts_within_one_over_the_root_of_its_width_and_fills_that_range():
+    a = lora.uniform((4, 64), "seed", torch.empty(1))
+    assert 0.9 / 8 < float(a.abs().max()) <= 1 / 8
+    assert torch.equal(a, lora.uniform((4, 64), "seed", torch.empty(1))) and abs(float(a.mean())) < 0.02
+    assert lora.uniform((4, 64), "seed", torch.empty(1, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_experts_to_adapt_may_come_in_any_order():
+    models = []
+    for ids in ((1, 4, 6), (6, 1, 4)):
+        model = tiny_model("olmoe").requires_grad_(False)
+        lora.attach_experts(model, RANK, 8.0, "0", dict.fromkeys(blocks(model), ids))
+        models.append(stir(model))
+    assert torch.equal(*(logits(model, "olmoe") for model in models))
+    assert adapters(models[1])[0][2].ids.tolist() == [1, 4, 6]

@@ -61,3 +61,11 @@ def test_a_meter_that_is_done_keeps_nothing_alive():
         pass
     assert meter.owners == ()
     assert not meter.storages
+
+
+def test_a_peak_that_is_over_stays_the_peak():
+    with MemoryMeter() as meter:
+        first = torch.ones(4 * KILO)
+        del first
+        second = torch.ones(KILO)
+    assert (meter.peak_bytes, len(second)) == (4 * 1024, KILO)

@@ -212,3 +212,10 @@ def test_a_selection_is_made_without_dropout_and_leaves_the_mode_of_the_model(tr
     model.train(training)
     assert by_reconstruction(model, [batch]) == reference[0] and model.training == training
     assert most_used(model, [batch]) == reference[1] and model.training == training
+
+
+def test_at_least_one_expert_is_run_at_a_time_and_as_many_as_fit(monkeypatch):
+    rows = torch.zeros(10, 1)  # experts of width 1: 40 bytes each
+    for size, groups in ((1, [[0], [1], [2]]), (80, [[0, 1], [2]]), (119, [[0, 1], [2]]), (1000, [[0, 1, 2]])):
+        monkeypatch.setattr(reconstruction, "CHUNK_BYTES", size)
+        assert list(reconstruction.chunks([0, 1, 2], three_experts(), rows)) == groups

@@ -273,3 +273,21 @@ def test_counts_of_several_passes_add_up():
     assert all(torch.equal(twice.counts[name], 2 * counts) for name, counts in once.counts.items())
     assert twice.tokens == {name: 2 * number for name, number in once.tokens.items()}
     assert all(len(logits) == twice.tokens[name] for name, logits in recorded_logits(recorder).items())
+
+
+def test_a_router_all_of_whose_tokens_are_padding_takes_no_part_in_the_balance_loss():
+    model, batch = tiny_model("switch_transformers"), tiny_batch("switch_transformers")
+    batch["labels"][:] = -100
+    with Recorder(model, keep_logits=True) as recorder:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
+    encoder, decoder = blocks(model)
+    assert list(recorded_logits(recorder)) == [encoder] and recorder.routing().tokens[decoder] == 0
+    assert balance_loss(recorder).isfinite()
+
+
+def test_the_logits_of_a_single_expert_of_switch_are_not_its_probability():
+    model = tiny_model("switch_transformers", num_experts=1)
+    block = next(iter(blocks(model).values()))
+    hidden = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    expected = hidden.view(5, 32) @ block.router.classifier.weight.T
+    torch.testing.assert_close(_logits(block, block.router(hidden)), expected)

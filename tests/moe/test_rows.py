@@ -264,3 +264,10 @@ def test_only_the_named_rows_are_written():
 def test_a_mean_of_no_client_is_what_it_started_from():
     start = torch.randn(3, 2).T  # not contiguous
     assert torch.equal(RowMean(start).result(), start) and RowMean(start).result().is_contiguous()
+
+
+def test_columns_are_taken_in_slices_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(rows, "AT_ONCE", 12)
+    assert list(rows._columns(torch.zeros(5, 7))) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert len(list(rows._columns(torch.zeros(50, 3)))) == 3
+    assert list(rows._columns(torch.zeros(0, 3))) == [slice(0, 12)]

@@ -213,3 +213,18 @@ def test_error_sentences_name_few_of_many_experts():
     with pytest.raises(BadValue) as refused:
         shrink.shrink(model, {FIRST: tuple(range(300))})
     assert len(str(refused.value)) <= 300 and "(300 in all); give ids from 0 to 255" in str(refused.value)
+
+
+def test_a_block_that_keeps_all_its_experts_is_shared():
+    model = tiny_model("mixtral")
+    small = shrink.shrink(model, {FIRST: tuple(range(8))})
+    assert {id(tensor) for tensor in small.parameters()} == {id(tensor) for tensor in model.parameters()}
+    assert shrink.kept_experts(small)[FIRST] == tuple(range(8))
+
+
+@pytest.mark.parametrize("family", ["phimoe", "switch_transformers"])
+def test_a_router_that_is_a_linear_layer_knows_its_new_size(family):
+    small = shrink.shrink(tiny_model(family), {next(iter(blocks(tiny_model(family)))): (1, 4, 6)})
+    router = next(iter(blocks(small).values())).router
+    linear = router.classifier if family == "switch_transformers" else router
+    assert (linear.out_features, len(linear.weight)) == (3, 3)
