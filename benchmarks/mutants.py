@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -97,8 +98,10 @@ def run(mutant: Mutant, copy: Path, sound: dict[str, bool]) -> Result:
         failed = first_failure(copy, file)
         path.write_text(text)
         if failed and file not in sound:
-            sound[file] = first_failure(copy, file) is None
-            print(f"    {file} {'passes' if sound[file] else 'fails'} without a mutant", flush=True)
+            unsound = first_failure(copy, file)
+            sound[file] = unsound is None
+            if unsound:
+                print(f"    left out: {unsound} fails without a mutant", flush=True)
         if failed and sound[file]:
             killer = failed
             break
@@ -131,9 +134,13 @@ def test_and_exit(copy: Path, file: str, log: int) -> None:
     sys.path[:] = [str(copy), *(each for each in sys.path if Path(each or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
     status = 99
     try:
-        status = int(import_module("pytest").main(["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", file]))
-        sys.stdout.flush()
+        options = ["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        status = int(import_module("pytest").main([*options, file]))
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
 
 
