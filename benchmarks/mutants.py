@@ -1,10 +1,11 @@
 """How many small bugs the tests catch: each mutant of mutants.json in a copy of the package, one after the other.
 
-    python benchmarks/mutants.py                 # those that mutants.csv does not have yet, or whose text has changed since
+    python benchmarks/mutants.py --commit HEAD   # those that mutants.csv does not have yet, or whose text has changed since
     python benchmarks/mutants.py --again 3 17    # these once more, after tests were added: only the columns `after…` change
 
 A mutant is a change of one line. Its tests run file by file, cheap ones first, until one fails: then it is killed. A file that
-fails without any mutant is left out. The working tree is never written, except for mutants.csv.
+fails without any mutant is left out. Package and tests are those of a commit, or copied from the working tree, which is never
+written, except for mutants.csv.
 
 Each file runs in a fork of this process, which has imported the libraries, but not the package: that saves most of the time.
 """
@@ -44,7 +45,7 @@ class Mutant:
     old: str
     new: str
     description: str
-    tests: Sequence[str]  # files, in the order in which they run
+    tests: Sequence[str]  # files, in the order in which they run; "FILE -k EXPRESSION": some tests of one
 
     @property
     def key(self) -> str:
@@ -70,13 +71,15 @@ class Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", type=int, nargs="+", default=[], help="numbers of mutants to run once more")
-    again = parser.parse_args().again
+    parser.add_argument("--commit", help="take the files of this commit, not of the working tree")
+    options = parser.parse_args()
+    again = options.again
     mutants = [Mutant(**each) for each in json.loads(MUTANTS.read_text())]
     results = read_results(mutants)
     todo = [each for each in mutants if (each.number in again if again else each.number not in results)]
     for name in LIBRARIES:
         import_module(name)
-    with copy_of_tree() as copy:
+    with copy_of_tree(options.commit) as copy:
         sound: dict[str, bool] = {}
         for mutant in todo:
             result = run(mutant, copy, sound)
@@ -135,7 +138,7 @@ def test_and_exit(copy: Path, file: str, log: int) -> None:
     status = 99
     try:
         options = ["-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        status = int(import_module("pytest").main([*options, file]))
+        status = int(import_module("pytest").main([*options, *file.split(" ", 2)]))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -158,14 +161,16 @@ def wait_for(child: int) -> int | None:
 
 
 @contextmanager
-def copy_of_tree() -> Iterator[Path]:
-    """A copy of all files that git tracks, or would."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+def copy_of_tree(commit: str | None) -> Iterator[Path]:
+    """A copy of the files of `commit`; None: of all in the working tree that git tracks, or would."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        for name in listed.stdout.splitlines():
-            if (ROOT / name).is_file():
+        if commit:
+            archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+        else:
+            listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+            names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+            for name in (name for name in names if (ROOT / name).is_file()):
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, Path(folder) / name)
         yield Path(folder)

@@ -160,6 +160,12 @@ def test_sampling_by_task_selects_different_tasks_as_far_as_possible():
     assert len({choose(everyone, 3, Random(seed), by_task=True)[0].name for seed in range(20)}) > 1
 
 
+def test_sampling_by_task_gives_each_client_of_a_task_its_chance():
+    everyone = list(clients(9).values())
+    chosen = Counter(client.name for seed in range(60) for client in choose(everyone, 3, Random(seed), by_task=True))
+    assert chosen.keys() == clients(9).keys() and min(chosen.values()) > 10  # 20 of 60 rounds on average
+
+
 def test_no_client_is_sampled_twice_and_never_more_than_there_are():
     everyone = list(clients(4).values())
     for by_task in (False, True):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedexperts.config import RunConfig
-from fedexperts.core.training import batches, cross_entropy, fit, seen, stratified_first_n, validate
+from fedexperts.core.training import batches, cross_entropy, fit, optimizer_for, seen, stratified_first_n, validate
 from fedexperts.errors import BadData, Undeclared
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
@@ -20,7 +20,7 @@ from fedexperts.methods.contract import Method
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_batch, tiny_model
-from fedexperts.types import Assignment, ClientContext, Example, Job
+from fedexperts.types import Assignment, ClientContext, Example, Job, Training
 
 ROUTER = "model.layers.0.mlp.gate.weight"
 EXPERTS = {"model.layers.0.mlp": (0, 5), "model.layers.1.mlp": (1, 2, 3), "model.layers.2.mlp": tuple(range(8))}
@@ -209,6 +209,13 @@ def test_stratified_examples_are_the_first_of_each_task_in_proportion_to_its_sha
         assert selected == given[:number]
 
 
+def test_a_task_with_one_of_ten_examples_is_in_six_of_them_and_not_in_two():
+    tasks = ["rare", *9 * ["common"]]
+    examples = [Example(str(index), "", task) for index, task in enumerate(tasks)]
+    assert [example.task for example in stratified_first_n(examples, 2)] == ["common"] * 2
+    assert [example.task for example in stratified_first_n(examples, 6)] == ["rare", *5 * ["common"]]
+
+
 def test_a_client_without_examples_has_no_batches():
     with pytest.raises(BadData, match="a client has no training examples"):
         next(batches([], 4, 1, "s"))
@@ -263,6 +270,30 @@ def test_backward_reaches_the_chosen_experts_and_no_other_moves(prepared, contex
     experts = {name: block for name, block in layout.items() if block and "experts" in name}
     assert {name: moved[name] for name in experts} == {name: chosen[block] for name, block in experts.items()}
     assert all(moved[name] for name in after.keys() - experts.keys()), "routers and all that is dense move"
+
+
+def test_experts_that_were_left_out_start_afresh_when_backward_reaches_them_again(prepared, context):
+    everyone, model = prepared.server.anatomy.all_experts, Method().build_model(whole_job(prepared), context)
+    chosen, seen = iter([everyone, {}, everyone]), []
+    fit(
+        model,
+        context,
+        seed="s",
+        steps=3,
+        select_experts=lambda recorder: next(chosen),
+        after_backward=lambda model: seen.append(rows.read(model)),
+    )
+    after, experts = rows.read(model), [name for name, block in rows.layout(model).items() if block and "experts" in name]
+    steps = torch.cat([(after[name] - seen[-1][name]).abs().flatten() for name in experts]) / context.training.lr
+    assert (steps > 0.9).any() and ((steps > 0.99) & (steps < 1.01)).sum() > 0.9 * (steps > 0.1).sum(), "AdamW's first step is lr"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weight_decay_shrinks_a_weight_without_a_gradient_by_lr_times_decay(optimizer):
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.zeros(4)
+    optimizer_for([weight], Training(optimizer=optimizer, lr=0.1, weight_decay=0.2)).step()
+    assert weight.tolist() == pytest.approx([0.98] * 4)
 
 
 def test_with_all_experts_selected_training_equals_a_full_backward(prepared, context):

@@ -62,7 +62,8 @@ def test_the_head_is_trained_on_the_received_representation_then_the_representat
 
 
 @pytest.mark.parametrize(
-    ("share", "steps", "expected"), [(0.5, 20, 10), (0.5, 5, 2), (0.9, 2, 1), (0.01, 20, 1), (0.99, 20, 19), (0.5, 1, 0)]
+    ("share", "steps", "expected"),
+    [(0.5, 20, 10), (0.5, 5, 2), (0.5, 3, 1), (0.9, 2, 1), (0.01, 20, 1), (0.99, 20, 19), (0.5, 1, 0)],
 )
 def test_the_number_of_head_steps(share, steps, expected):
     assert FedRep(head_share=share).head_steps(steps) == expected

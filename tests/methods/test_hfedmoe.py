@@ -153,6 +153,18 @@ def test_a_round_by_hand(by_hand):
     assert seen["expert"] == 4 and seen["router"] == 2 and seen["dense"] > 10
 
 
+def test_usage_weighs_each_batch_by_its_tokens(monkeypatch):
+    def fake_fit(model, context, *, seed, watch, select_experts):
+        for gates in ([[0.7, 0.1, 0.1, 0.1]] * 3, [[0.3, 0.5, 0.1, 0.1]]):
+            watch(recorder_of(model, [gates, gates]))
+        return Fitted(0.5, Cost())
+
+    monkeypatch.setattr(hfedmoe, "fit", fake_fit)
+    model = small(num_experts=4, top_k=1)
+    (update,) = trained(HFedMoE(budget=8), tiny_server(model, CLIENTS, TRAINING), model, TRAINING, CLIENTS[:1])
+    assert update.extra["usage"].tolist() == pytest.approx([(3 * 0.7 + 0.3) / 4, (3 * 0.1 + 0.5) / 4, 0.1, 0.1] * 2)
+
+
 def test_with_one_alpha_per_layer_each_router_is_weighted_by_its_own_preferences(by_hand):
     before, _, after = by_hand(alpha="layer")
     first, second = (0.362 + 0.49 * 5) / (0.362 + 0.49), (0.188 + 0.16 * 5) / (0.188 + 0.16)

@@ -103,6 +103,25 @@ def test_in_the_last_block_the_chosen_and_the_router_have_the_gradients_of_the_f
         assert torch.allclose(each, expected[name], atol=1e-6), name
 
 
+@full_and_lora
+def test_with_a_norm_on_the_outputs_of_experts_backward_is_the_full_one(tuning):
+    model, batch = trained("olmoe", tuning), tiny_batch("olmoe")
+    for block in blocks(model).values():
+        block.experts.has_post_expert_norm, block.experts.post_expert_norm = True, torch.nn.RMSNorm(32)
+    model(**batch).loss.backward()
+    expected = full_gradients(model)
+    model.zero_grad()
+
+    with SelectiveBackward(model) as selective:
+        loss = model(**batch).loss
+        selective.choose({name: tuple(range(8)) for name in blocks(model)})
+        loss.backward()
+        actual = {name: each for name, each in gradients(model, selective).items() if "post_expert_norm" not in name}
+    assert any(name.endswith("gate.weight") for name in actual)
+    for name, each in actual.items():
+        torch.testing.assert_close(each, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def constant_unless_chosen(model, chosen):
     """Makes the outputs of experts that are not chosen constants, in the simplest way: by masks if stacked, else detached."""
 

@@ -96,6 +96,16 @@ def test_a_model_in_bfloat16_whose_routers_are_in_float32(family, tuning):
     assert all(parameter.grad.isfinite().all() for parameter in own.values() if parameter.requires_grad)
 
 
+def test_the_adapters_of_each_layers_personal_experts_start_from_a_draw_of_their_own():
+    (_, model, _), (_, again, _) = grafted("olmoe"), grafted("olmoe")
+    firsts = [block.module.grafted.copies.lora["down_proj"].a for block in blocks(model).values()]
+    draws = [row for each in firsts for row in each.detach()]
+    assert len(draws) == 2 * len(blocks(model))
+    assert not any(torch.equal(one, other) for i, one in enumerate(draws) for other in draws[:i])
+    same = [block.module.grafted.copies.lora["down_proj"].a for block in blocks(again).values()]
+    assert all(torch.equal(one, other) for one, other in zip(firsts, same, strict=True))
+
+
 @every_family
 def test_merged_adapters_give_the_same(family):
     _, model, _ = grafted(family)
