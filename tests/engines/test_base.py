@@ -222,3 +222,60 @@ def test_the_server_goes_on_without_an_update_that_does_not_fit_whichever_engine
         None,
         "its update has d of shape [2, 2], and [1, 2] would fit its job",
     ]
+
+
+def test_a_weight_may_grow_to_a_hundred_times_ones_and_from_there_by_one_times_in_each_round():
+    for start, most in ((0.0, 100.0), (100.0, 101.0), (1e6, 1e6 + 1.0)):
+        job = replace(JOB, patch=Patch({"d": torch.full((1, 4), start)}))
+        assert reason(update({"d": torch.full((1, 4), most)}, job=job), job) is None
+        grown = reason(update({"d": torch.full((1, 4), most + 0.5)}, job=job), job)
+        assert grown.startswith("its update has d with a norm of ")
+
+
+def test_of_an_adapter_the_product_of_its_factors_may_grow_as_a_weight():
+    factors = {A: torch.full((1, 4, 3), 10.0), B: torch.full((1, 3, 4), 9.9)}
+    assert reason(update(factors, job=ADAPTERS), ADAPTERS) is None
+    larger = {**factors, B: torch.full((1, 3, 4), 10.1)}
+    assert reason(update(larger, job=ADAPTERS), ADAPTERS).startswith(f"its update has {A} and {B} with norms of product 1.21e+03")
+
+
+def test_adapters_of_experts_have_a_rank_that_they_can_be_trained_with():
+    a, b = "m.experts.lora.up.a", "m.experts.lora.up.b"
+    job = replace(JOB, patch=Patch({a: torch.ones(2, 8, 4), b: torch.ones(2, 4, 8)}, {a: IDS, b: IDS}))
+    lower = {
+        rank: update({a: torch.ones(2, rank, 4), b: torch.ones(2, 4, rank)}, {a: IDS, b: IDS}, job, extra=P) for rank in (4, 6)
+    }
+    assert reason(lower[4], job, Declares()) is None
+    assert reason(lower[6], job, Declares()) == "its update has adapters of rank 6, and a multiple of 4 would fit its job"
+
+
+def test_what_the_run_asks_for_must_be_in_the_answer():
+    expected = expectation(SERVER, Plain(), lambda job: {"scores": lambda value: None}, JOB)
+    without = validate_update(expected, update(JOB.patch.tensors, {"e": IDS}))
+    assert without.reason == "its update does not report scores, which the run asks for"
+    assert isinstance(validate_update(expected, update(JOB.patch.tensors, {"e": IDS}, metrics={"scores": 1})), Update)
+
+
+@pytest.mark.parametrize("reason", ["", " \n", "\0", None, 10**5000], ids=["empty", "blank", "zero", "None", "5,001 digits"])
+def test_a_failure_without_a_reason_is_one_all_the_same(reason):
+    ledger, job = Ledger(), replace(JOB, client="c01")
+    failed = Failure("c01", 1, "train", reason)
+    expect = partial(expectation, SERVER, Plain(), no_reports)
+    assert not list(reorder_and_validate(lambda jobs: (failed for _ in jobs), [job], expect, ledger))
+    assert ledger.lost and ledger.entries[0].failed == "it failed and gave no reason"
+
+
+@pytest.mark.parametrize("stray", [None, "no", replace(update({}), client="c09"), replace(update({}), client=["c01"])])
+def test_answers_that_name_no_client_under_way_are_dropped_and_who_has_not_answered_fails(stray):
+    clients = [Client(name, 5) for name in ("c01", "c02", "c03")]
+    server, jobs = bare_server([], clients), [replace(JOB, client=client.name) for client in clients]
+
+    def run(asked):
+        for job in asked:
+            answer = update(JOB.patch.tensors, {"e": IDS}, job)
+            yield stray if job.client == "c02" else answer
+            yield answer if job.client == "c01" else stray
+
+    ledger, expect = Ledger(), partial(expectation, server, Plain(), no_reports)
+    assert [used.client for used in reorder_and_validate(run, jobs, expect, ledger)] == ["c01", "c03"]
+    assert [entry.failed for entry in ledger.entries] == [None, "no answer that names it came", None]
