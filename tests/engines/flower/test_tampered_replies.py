@@ -19,7 +19,13 @@ from fedexperts.federation import answers, federate
 KINDS = [kind for kind in examples() if "600 MB" not in kind.name]  # which test_bad_answers.py sends
 SENT = 140
 """Kinds at least that a message can carry, of the answer to each task; the others no client can write with our code."""
-READ_AS_NUMBERS = ("round = '1'", "cost.seconds = True", "cost.tokens = True", "cost.flops_estimated = True")
+READ_AS_NUMBERS = (
+    "labels of a task = {5: [1, 0, 0]}",  # JSON makes a string of the key
+    "round = '1'",
+    "cost.seconds = True",
+    "cost.tokens = True",
+    "cost.flops_estimated = True",
+)
 """Kinds that the decoder reads as the numbers that they stand for."""
 
 
