@@ -15,13 +15,13 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.setup import INPUTS, Parts, Prepared, parts_from_greetings, prepare_run, versions
+from fedexperts.experiment.setup import INPUTS, Parts, Prepared, load_base, parts_from_greetings, prepare_run, versions
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
 from fedexperts.methods.contract import Extension
 from fedexperts.methods.personal import parts
-from fedexperts.models.load import Base, load
+from fedexperts.models.load import Base
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import Footprint
@@ -100,7 +100,7 @@ def of_server(run: Run) -> Exported:
         BadRun: the base model has changed, or no update has been merged into the server's weights.
     """
     config = run.config
-    base, method = load(config.model.name, config.model.trust_remote_code), config.build_method()
+    base, method = load_base(config.model), config.build_method()
     require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash})
     shape, seed, tuning = anatomy(base.model), f"{config.seed}/start", config.training.tuning
     start = method.global_model(base.model, tuning, None, seed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedexperts.errors import BadValue, listed
 from fedexperts.moe import lora
 from fedexperts.moe.anatomy import Block, BlockShape, Experts, blocks
-from fedexperts.moe.tuning import Tuning
+from fedexperts.moe.tuning import Tuning, replace_parameters
 
 CHILD = "grafted"
 """The name of the personal experts in a block. Every weight with it in its path is personal to one client."""
@@ -58,7 +58,10 @@ def attach(model: nn.Module, ids: Experts, tuning: Tuning, seed: str) -> None:
         block = model_blocks[name]
         require_experts(name, block.shape, block_ids)
         personal = Grafted(block, block_ids)
-        personal.requires_grad_(tuning.train == "full")
+        if tuning.train == "full":
+            replace_parameters(personal, {path for path, _ in personal.named_parameters()})
+        else:
+            personal.requires_grad_(False)
         setattr(block.module, CHILD, personal)
         block.module.register_forward_hook(add_personal_output, with_kwargs=True)
     if tuning.train == "lora":

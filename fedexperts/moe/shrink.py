@@ -68,6 +68,9 @@ def load_part(folder: Path | str, experts: Experts) -> nn.Module:
     folder = Path(folder)
     config, model_class = _description(folder)
     saved_experts = {name: tuple(ids) for name, ids in vars(config).pop("kept_experts", {}).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadValue(f"{folder} has no safetensors files; give a model folder as transformers' save_pretrained writes it")
     with torch.device("meta"):
         skeleton = model_class(copy.deepcopy(config))
     _cut_all(skeleton, saved_experts)
@@ -77,7 +80,7 @@ def load_part(folder: Path | str, experts: Experts) -> nn.Module:
     model, report = _shrunk_class(model_class, original_ids).from_pretrained(
         None,
         config=config,
-        state_dict=lazy_tensors(folder, skeleton, experts),
+        state_dict=lazy_tensors(files, skeleton, experts),
         dtype=config.dtype or torch.float32,
         output_loading_info=True,
     )
