@@ -10,6 +10,7 @@
 Everything is imported when it is first asked for, so `import fedexperts` itself is quick.
 """
 
+import logging
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Method", "__version__", "compare", "load", "partition", "run"]
 __version__ = version("fedexperts")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns that kernels are missing that we do not use
 
 _WHERE = {
     "METHODS": "fedexperts.methods",

@@ -115,6 +115,7 @@ def load_base(model: ModelSettings) -> Base:
         revision=model.revision,
         attention=model.attention,
         experts=model.experts,
+        quantize=model.quantize,
     )
 
 

@@ -27,6 +27,11 @@ class LazyTensor:
     axis: int = 0
     ids: tuple[int, ...] | None = None  # of the rows on that axis; None: all
 
+    def get_dtype(self) -> str:
+        """safetensors' name of the dtype, which transformers asks for when it converts a quantized checkpoint."""
+        name: str = self.disk.get_dtype()
+        return name
+
     def __getitem__(self, index: EllipsisType) -> Tensor:
         if self.ids is None:
             tensor: Tensor = self.disk[:] if self.disk.get_shape() else self.disk[...]

@@ -16,6 +16,7 @@ from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
 from fedexperts.moe.lora import ExpertLoRA, activated, first_matrix, normed
 from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.packed import has_packed
 from fedexperts.moe.tuning import PROJECTIONS, Tuning, attentions, prepare
 
 Batch = Mapping[str, Tensor]
@@ -299,7 +300,7 @@ class ShapeMeter(MemoryMeter):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default:  # torch knows its shapes for bf16 only
+        if func is torch.ops.aten._grouped_mm.default and not has_packed(types):  # torch knows its shapes for bf16 only
             out = grouped_shape(*args[:3])
             self.see(out)
             return out

@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, Experts, blocks
 from fedexperts.moe.kernel import ROW_BYTES, choose_kernel, fits
+from fedexperts.moe.packed import plain
 from fedexperts.moe.precision import HALF, compute_dtype, for_product, trained_dtype
 from fedexperts.moe.shrink import kept_experts
 
@@ -263,7 +264,7 @@ def merge_stack(experts: nn.Module) -> None:
 
 def add_to_stack(experts: nn.Module, name: str, ids: Tensor, delta: Float[Tensor, "adapted out in"]) -> None:
     """Replaces the stacked matrix `name` by a new parameter: its values, plus `delta` for the experts `ids`."""
-    weight = getattr(experts, name)
+    weight = plain(getattr(experts, name))
     added = weight.detach().clone()
     added[ids] = (weight[ids] + (delta.transpose(1, 2) if experts.is_transposed else delta)).to(weight.dtype)
     setattr(experts, name, nn.Parameter(added, requires_grad=False))

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fedexperts.moe.packed import has_packed, stored
+
 Owner = nn.Module | Optimizer | Iterable[Tensor]
 """Has tensors that exist before the measurement."""
 
@@ -52,6 +54,8 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if has_packed(types):  # it unpacks its values first, which count too
+            return NotImplemented
         out = func(*args, **(kwargs or {}))
         if not self.on_cuda:
             for leaf in tree_iter(out):
@@ -60,13 +64,14 @@ class MemoryMeter(TorchDispatchMode):
         return out
 
     def see(self, tensor: Tensor) -> None:
-        """Counts the storage of `tensor`, if it is new, until it is freed."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.storages:
-            self.storages[key] = ref(storage, partial(self.forget, key, size))
-            self.bytes += size
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
+        """Counts the storage of `tensor`, if it is new, until it is freed; of a packed weight those of what it stores."""
+        for part in stored(tensor):
+            storage = part.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.storages:
+                self.storages[key] = ref(storage, partial(self.forget, key, size))
+                self.bytes += size
+                self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def forget(self, key: int, size: int, _: object) -> None:
         """No longer counts a storage, which was freed."""

@@ -1,0 +1,225 @@
+"""A frozen weight that is stored in fewer bits, and looks to the rest of the code as the tensor that it stands for.
+
+It has the shape and the dtype of its values, so whoever counts, cuts or adapts weights reads these without unpacking. A product
+unpacks it for as long as it runs: autograd saves the packed weight and unpacks it again in backward.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_any, tree_map
+
+aten: Any = torch.ops.aten
+
+
+class Codec(Protocol):
+    """How values are packed; an object of a module, so that a worker process finds the same one."""
+
+    def unpack(self, values: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The tensor of `shape` whose packed values and scales are these, in `dtype`."""
+        ...
+
+
+class Packed(Tensor):
+    """A tensor of the shape [*rows, *unit], each unit of which is packed by itself: rows can be taken without unpacking.
+
+    A stack of matrices has one axis of rows, the experts; a single matrix has none. In-place operations raise TypeError.
+    """
+
+    values: Tensor  # [*rows, bytes]
+    scales: Tensor  # [*rows, scales]
+    codec: Codec
+    unit: tuple[int, ...]  # the shape of a unit
+    value_dtype: torch.dtype  # that of the values when they were packed; they are rounded to it, then to `dtype`
+    transposed: bool  # whether the last two axes are swapped
+
+    @staticmethod
+    def __new__(
+        cls: type["Packed"],
+        values: Tensor,
+        scales: Tensor,
+        codec: Codec,
+        unit: tuple[int, ...],
+        dtype: torch.dtype,
+        value_dtype: torch.dtype | None = None,
+        transposed: bool = False,
+    ) -> "Packed":
+        shape = (*values.shape[:-1], *unit)
+        shape = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=values.device, requires_grad=False)  # type: ignore[attr-defined]  # torch's own way
+        packed = cast("Packed", self)
+        packed.values, packed.scales, packed.codec, packed.unit = values, scales, codec, unit
+        packed.value_dtype, packed.transposed = value_dtype or dtype, transposed
+        return packed
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing: `__new__` has set the attributes."""
+
+    def unpacked(self) -> Tensor:
+        """The values as an ordinary tensor."""
+        shape = (*self.values.shape[:-1], *self.unit)
+        whole = self.codec.unpack(self.values, self.scales, shape, self.value_dtype).to(self.dtype)
+        return whole.transpose(-2, -1) if self.transposed else whole
+
+    def like(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, swap: bool = False) -> "Packed":
+        """The same with `change` of its stored tensors, which may take rows, another dtype, and the last axes swapped."""
+        transposed = self.transposed != swap
+        return Packed(
+            change(self.values), change(self.scales), self.codec, self.unit, dtype or self.dtype, self.value_dtype, transposed
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of axes before those of a unit."""
+        return self.values.ndim - 1
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the stored tensors."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def share_memory_(self) -> Self:
+        self.values.share_memory_()
+        self.scales.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self.values.is_shared()
+
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
+        copied = self.like(Tensor.clone)
+        memo[id(self)] = as_parameter(copied) if isinstance(self, nn.Parameter) else copied
+        return cast("Packed", memo[id(self)])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        stored = self.values, self.scales, self.codec, self.unit, self.dtype, self.value_dtype, self.transposed
+        return rebuilt, (stored, isinstance(self, nn.Parameter))
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["values", "scales"], (self.codec, self.unit, self.dtype, self.value_dtype, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(stored: Mapping[str, Tensor], about: Any, size: Any, stride: Any) -> "Packed":
+        return Packed(stored["values"], stored["scales"], *about)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Packed({list(self.shape)}, {self.dtype}, {type(self.codec).__name__}, {self.nbytes:,} bytes)"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in STAY_PACKED and isinstance(args[0], Packed):
+            kept = STAY_PACKED[func](*args, **named)
+            if kept is not None:
+                return kept
+        if func._schema.is_mutable and any(is_written(func, args, named)):
+            raise TypeError(f"{func} would write into a weight that is packed and therefore frozen")
+        return func(*tree_map(plain, args), **tree_map(plain, named))
+
+
+def plain(tensor: Any) -> Any:
+    """`tensor` as an ordinary tensor: unpacked if it is packed; anything else as it is."""
+    return tensor.unpacked() if isinstance(tensor, Packed) else tensor
+
+
+def stored(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold the bits of `tensor`: itself, or the packed values and their scales."""
+    return (tensor.values, tensor.scales) if isinstance(tensor, Packed) else (tensor,)
+
+
+def has_packed(types: Iterable[type]) -> bool:
+    """Whether one of `types`, those of the arguments of an operation, is packed."""
+    return any(issubclass(each, Packed) for each in types)
+
+
+def as_parameter(packed: Packed) -> nn.Parameter:
+    """`packed` as a frozen parameter."""
+    return nn.Parameter(packed, requires_grad=False)
+
+
+def rebuilt(stored: tuple[Any, ...], is_parameter: bool) -> Tensor:
+    """The tensor that `Packed.__reduce_ex__` describes."""
+    packed = Packed(*stored)
+    return as_parameter(packed) if is_parameter else packed
+
+
+def is_written(func: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> Iterable[bool]:
+    """For each argument that `func` writes into, whether it is packed."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else named.get(argument.name)
+            yield tree_any(lambda each: isinstance(each, Packed), given)
+
+
+def _same(packed: Packed, *_: Any, **__: Any) -> Packed:
+    return packed.like(lambda stored: stored)
+
+
+def _clone(packed: Packed, **_: Any) -> Packed:
+    return packed.like(Tensor.clone)
+
+
+def _empty_like(packed: Packed, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Packed:
+    return packed.like(lambda stored: torch.empty_like(stored, device=device), dtype)
+
+
+def _to_copy(packed: Packed, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Packed:
+    return packed.like(lambda stored: stored.to(device, non_blocking=non_blocking, copy=True), dtype)
+
+
+def _transpose(packed: Packed, first: int, second: int) -> Packed | None:
+    last_two = {packed.ndim - 2, packed.ndim - 1}
+    return packed.like(lambda stored: stored, swap=True) if {first % packed.ndim, second % packed.ndim} == last_two else None
+
+
+def _t(packed: Packed) -> Packed | None:
+    return _transpose(packed, 0, 1) if packed.ndim == 2 else None
+
+
+def _index_select(packed: Packed, axis: int, ids: Tensor) -> Packed | None:
+    return packed.like(lambda stored: stored.index_select(0, ids)) if axis % packed.ndim == 0 and packed.rows else None
+
+
+def _index(packed: Packed, indices: Sequence[Tensor | None]) -> Packed | None:
+    only_rows = packed.rows == 1 and len(indices) == 1 and indices[0] is not None and indices[0].ndim == 1
+    return packed.like(lambda stored: stored[indices[0]]) if only_rows else None
+
+
+def _select(packed: Packed, axis: int, index: int) -> Packed | None:
+    return packed.like(lambda stored: stored[index]) if axis % packed.ndim == 0 and packed.rows else None
+
+
+def _slice(packed: Packed, axis: int = 0, *bounds: Any) -> Packed | None:
+    return packed.like(lambda stored: aten.slice.Tensor(stored, 0, *bounds)) if axis % packed.ndim == 0 and packed.rows else None
+
+
+def _equal(packed: Packed, other: Tensor) -> bool | None:
+    """True if both are stored alike; None: their values must be compared."""
+    if not isinstance(other, Packed) or (packed.codec, packed.unit, packed.dtype) != (other.codec, other.unit, other.dtype):
+        return None
+    alike = all(torch.equal(mine, theirs) for mine, theirs in zip(stored(packed), stored(other), strict=True))
+    return True if alike and packed.transposed == other.transposed else None
+
+
+STAY_PACKED: Mapping[Any, Callable[..., Any]] = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.empty_like.default: _empty_like,
+    aten.t.default: _t,
+    aten.transpose.int: _transpose,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.equal.default: _equal,
+}
+"""Operations whose result is packed too (or, None: is not, for these arguments); all others unpack their arguments."""
