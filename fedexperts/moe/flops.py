@@ -300,7 +300,8 @@ class ShapeMeter(MemoryMeter):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default and not has_packed(types):  # torch knows its shapes for bf16 only
+        whole_stack = not has_packed(types) or args[1].device.type == "cpu"  # else it is unpacked first, which counts
+        if func is torch.ops.aten._grouped_mm.default and whole_stack:  # torch knows its shapes for bf16 only
             out = grouped_shape(*args[:3])
             self.see(out)
             return out
