@@ -25,7 +25,7 @@ from fedexperts.models.load import Base
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import Footprint
-from fedexperts.moe.shrink import shrink
+from fedexperts.moe.shrink import own_stacks, shrink
 from fedexperts.types import ClientContext, Server, Tensors
 
 PERSONAL_EXPERTS = "personal experts and their gates"
@@ -148,7 +148,7 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     if job is None:
         raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
     client_state = client_store.load(job)
-    model = prepared.method.build_model(job, context_of(prepared, server, name, client_state)).eval()
+    model = own_stacks(prepared.method.build_model(job, context_of(prepared, server, name, client_state))).eval()
     part = parts(rows.layout(model))
     personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in client_state if each in part}
     added = base_changed(shrink(prepared.base.model, job.experts), model)
