@@ -21,6 +21,7 @@ RENAMED = {"training.balance": "training.router_aux_loss_coef", "training.clip":
 """Former name of a setting → its name now."""
 
 METHOD, OPTIMIZER = "method", "federation.server_optimizer"
+OWN_METHOD = "; a method of your own is found once its package is installed (docs/extending.md)"
 
 
 class Settings(BaseModel):
@@ -201,7 +202,8 @@ def built(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -> Kind:
     fields = dict(settings)
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
-        raise BadValue(f"{table}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds)}")
+        hint = OWN_METHOD if table == METHOD else ""
+        raise BadValue(f"{table}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds) or hint}")
     allowed = [field.name for field in dataclasses.fields(kinds[name])]  # type: ignore[arg-type]  # all are dataclasses
     for key in fields:
         if key not in allowed:
