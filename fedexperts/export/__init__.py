@@ -60,17 +60,7 @@ def export(
     """
     require_empty(to)
     run = open_run(folder)
-    if kept is not None and client is None:
-        raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
-    if merge and adapter:
-        raise BadValue("--merge puts adapters into the weights, and --adapter writes them alone; leave one out")
-    if merge and client is None:
-        raise BadValue("--merge is for a client's model, and the global one has its adapters merged anyway; leave it out")
-    if (adapter or merge) and run.config.training.train == "full":
-        raise BadValue(
-            f'{folder} has no adapters: it trained whole weights (training.train = "full"); '
-            f"leave out {'--adapter' if adapter else '--merge'}"
-        )
+    require_consistent(run, client, adapter, kept, merge)
     try:
         with locked(folder):
             exported = of_client(run, client, kept) if client is not None else of_server(run)
@@ -98,6 +88,21 @@ def export(
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
         (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge))
     return kind
+
+
+def require_consistent(run: Run, client: str | None, adapter: bool, kept: Path | None, merge: bool) -> None:
+    """Raises BadValue if the options of an export exclude each other or do not fit the run."""
+    if kept is not None and client is None:
+        raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
+    if merge and adapter:
+        raise BadValue("--merge puts adapters into the weights, and --adapter writes them alone; leave one out")
+    if merge and client is None:
+        raise BadValue("--merge is for a client's model, and the global one has its adapters merged anyway; leave it out")
+    if (adapter or merge) and run.config.training.train == "full":
+        raise BadValue(
+            f'{run.folder} has no adapters: it trained whole weights (training.train = "full"); '
+            f"leave out {'--adapter' if adapter else '--merge'}"
+        )
 
 
 def require_no_parts_of_the_method(run: Run, exported: Exported, client: str | None) -> None:
