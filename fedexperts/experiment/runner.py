@@ -15,7 +15,7 @@ import torch
 
 from fedexperts.config import RunConfig, with_current_names
 from fedexperts.core import evaluation
-from fedexperts.core.devices import UTILISATION
+from fedexperts.core.devices import UTILIZATION
 from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
@@ -43,7 +43,7 @@ MAY_DIFFER = (
 
 BEFORE = {
     "devices.out_of_memory": "train anyway",
-    "devices.utilisation": UTILISATION,
+    "devices.utilization": UTILIZATION,
     "training.dropout": 0.0,
     "training.schedule": "constant",
     "training.final_lr": 1e-6,

@@ -55,6 +55,9 @@ METHODS: dict[str, type[Method]] = {
 FORMER_NAMES = {"centralised": "centralized"}
 """Former name of a method → its name now."""
 
+FORMER_FIELDS = {"fedmoe": {"neighbours": "neighbors"}}
+"""Method → former name of a hyperparameter → its name now."""
+
 GROUP = "fedexperts.methods"
 """The entry point group for methods of installed packages: `median = "its_module:Median"`."""
 
