@@ -84,8 +84,8 @@ class FederationSettings(Settings):
     def enough_clients_per_round(self) -> Self:
         if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
             raise BadValue(
-                f"federation.min_clients = {self.min_clients}, but a round asks federation.clients_per_round = "
-                f"{self.clients_per_round}; lower the one or raise the other"
+                f"federation.min_clients = {self.min_clients} is larger than federation.clients_per_round = "
+                f"{self.clients_per_round}; lower min_clients or raise clients_per_round"
             )
         return self
 

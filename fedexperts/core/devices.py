@@ -174,12 +174,12 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     except OSError as error:
         raise BadData(f"{path} cannot be read ({error.strerror}); give devices.profile.csv the path of a CSV file") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise BadData(f"{path} is no CSV file in UTF-8 ({error}); mend it") from None
+        raise BadData(f"{path} is no CSV file in UTF-8 ({error}); correct it") from None
     columns = reader.fieldnames or ()
     if absent := [key for key in KEYS if key not in columns]:
         raise BadData(f"{path} has no column {absent[0]}; its first line names at least {', '.join(KEYS)}")
     if uneven := [where for where, row in rows if None in row or None in row.values()]:
-        raise BadData(f"{uneven[0]} has not the {len(columns)} fields of the first line; mend or remove it")
+        raise BadData(f"{uneven[0]} does not have the {len(columns)} fields of the first line; correct or remove it")
     if not rows:
         raise BadData(f"{path} has no device below its first line; give a row for each client")
     return rows
