@@ -161,7 +161,7 @@ def test_costs_are_numbers_that_can_be_added_up(cost):
 
 def test_an_answer_to_another_job_is_none():
     sent = update(JOB.patch.tensors, {"e": IDS})
-    assert reason(replace(sent, round=2)) == "it answered for 'c01' in round 2, 'train', which was not asked"
+    assert reason(replace(sent, round=2)) == "it answered for 'c01' in round 2, 'train', which is not the job it was sent"
 
 
 def test_a_client_may_lower_the_rank_of_its_adapters_where_its_method_says_so():
