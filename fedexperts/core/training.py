@@ -56,7 +56,9 @@ def sub_model(
     tuning: which weights are trained; None: as set in the run. seed: of the adapters' initialization; None: the job's.
     adapted: the experts that get adapters, by their index in the sub-model; None: all.
     """
-    return prepare(shrink(context.model, job.experts), tuning or context.training.tuning, seed=seed or job.seed, only=adapted)
+    tuning = tuning or context.training.tuning
+    small = shrink(context.model, job.experts, share_stacks=tuning.train == "lora" or "experts" not in tuning.trained)
+    return prepare(small, tuning, seed=seed or job.seed, only=adapted)
 
 
 def load_weights(model: nn.Module, job: Job, context: ClientContext) -> nn.Module:
@@ -183,7 +185,9 @@ def checkpoint_activations(model: nn.Module) -> None:
             f"training.gradient_checkpointing = true, but {type(model).__name__} does not support it; set it to false and lower "
             "training.batch_size with more training.gradient_accumulation_steps"
         )
-    cast("Any", model).gradient_checkpointing_enable({"use_reentrant": False})
+    former = "gradient_checkpointing_enable"  # its name in transformers before 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, former)
+    cast("Any", enable)({"use_reentrant": False})
 
 
 def scaler_for(model: nn.Module) -> torch.amp.GradScaler:

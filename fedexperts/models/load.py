@@ -3,10 +3,12 @@
 Weights are read tensor by tensor from their safetensors files into where they stay, in the dtype in which they stay.
 """
 
+import ctypes
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import file_digest, sha256
@@ -54,6 +56,9 @@ SETTINGS = (
 """Files that, besides the weights, decide the output of a model: its configuration (such as top-k) and its tokenizer."""
 FETCHED = (*SETTINGS, "generation_config.json", "chat_template.jinja", "*.py")
 """Files that are fetched from the hub besides the weights; code in them runs only if it is trusted."""
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's mallopt."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,13 +125,14 @@ def load(
     folder = load_or_explain(name, lambda: local_folder(where, revision))
     files = load_or_explain(name, lambda: weight_files(folder))
     wanted = DTYPES.get(dtype, torch.float32 if name in BUNDLED else None)
-    with without_progress_bars():
+    with ThreadPoolExecutor(1) as beside, without_progress_bars(), freed_at_once():
+        hashed = beside.submit(files_hash, files)  # at the same time, so that each file is read from the disk once
         read = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize)
         model = load_or_explain(name, read).eval()
     load_or_explain(name, lambda: choose_kernel(model, experts))
     align_parameters(model)
-    hashes = files_hash(files), files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
-    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, *hashes, stored_as)
+    config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
+    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed.result(), config_hash, stored_as)
 
 
 def read_as_values(config: Any) -> str | None:
@@ -142,8 +148,8 @@ def read_as_values(config: Any) -> str | None:
     method = str(settings.get("quant_method"))
     if method not in UNPACKED:
         raise BadValue(
-            f"its weights are quantized ({method}), and of quantized checkpoints only {', '.join(UNPACKED)} can be read; give one "
-            "of these, or one in bfloat16, float16 or float32"
+            f"its weights are quantized ({method}), and of quantized checkpoints only {', '.join(UNPACKED)} can be read; give "
+            "one of these, or one in bfloat16, float16 or float32"
         )
     config.quantization_config = {**settings, "dequantize": True}
     return method
@@ -294,6 +300,24 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within the block memory of 1 MiB and more goes back to the system when it is freed (glibc; elsewhere nothing changes).
+
+    Otherwise the parts of which stacks are put together leave gaps behind that no later tensor fills: 17 % of an OLMoE-1B-7B.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_THRESHOLD, 2**20)
+        try:
+            yield
+        finally:
+            mallopt(MMAP_THRESHOLD, 2**25)  # the largest that glibc comes to by itself, and its threshold for trimming then
+            mallopt(TRIM_THRESHOLD, 2**26)
+        return
+    yield
 
 
 def local_folder(where: str, revision: str | None = None) -> Path:

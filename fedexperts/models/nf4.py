@@ -23,7 +23,7 @@ from fedexperts.moe.packed import Packed, as_parameter
 
 BLOCK = 64
 """Values that share a scale, their largest absolute value."""
-AT_ONCE = 2**18
+AT_ONCE = 2**17
 """Number of values that are packed at a time: what it takes beside the result stays in the cache of a core."""
 CELLS = 64
 """Cells per unit of the table by which `nearest_codes` finds codes; each has at most one bound between two codes."""
@@ -33,13 +33,13 @@ CELLS = 64
 class NF4:
     """Codes of 4 bits, two in a byte, and scales in float32."""
 
-    def unpack(self, values: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def unpack(self, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The tensor of `shape`, [*rows, *unit]; a unit fills whole blocks, the last of them with zeros."""
         require_bitsandbytes()
-        padded, row = values.shape[-1] * 2, prod(shape[values.ndim - 1 :])
-        # On a CPU with AVX512 bitsandbytes 0.50.2 gives wrong values if the last axis is no multiple of the block; ours always is.
+        padded, row = codes.shape[-1] * 2, prod(shape[codes.ndim - 1 :])
+        # With AVX512 bitsandbytes 0.50.2 gives wrong values if the last axis is no multiple of the block; here it always is.
         flat = torch.ops.bitsandbytes.dequantize_4bit(
-            values.reshape(-1), scales.reshape(-1), BLOCK, "nf4", (values.numel() * 2 // padded, padded), dtype
+            codes.reshape(-1), scales.reshape(-1), BLOCK, "nf4", (codes.numel() * 2 // padded, padded), dtype
         )
         return cast("Tensor", flat[:, :row].reshape(shape))
 
@@ -50,8 +50,8 @@ def pack(weight: Tensor, rows: int) -> Packed:
     padding = -units.shape[1] % BLOCK
     flat = nn.functional.pad(units, (0, padding)) if padding else units
     packed = [packed_blocks(part) for part in flat.reshape(-1).split(AT_ONCE)]
-    values, scales = (torch.cat(parts).view(*weight.shape[:rows], -1) for parts in zip(*packed, strict=True))
-    return Packed(values, scales, NF4(), tuple(weight.shape[rows:]), weight.dtype)
+    codes, scales = (torch.cat(parts).view(*weight.shape[:rows], -1) for parts in zip(*packed, strict=True))
+    return Packed(codes, scales, NF4(), tuple(weight.shape[rows:]), weight.dtype)
 
 
 def packed_blocks(flat: Float[Tensor, " values"]) -> tuple[UInt8[Tensor, " bytes"], Float[Tensor, " scales"]]:
@@ -75,7 +75,7 @@ def code_table() -> tuple[Tensor, Tensor]:
     """For each cell of width 1 / CELLS from -1 on: its lowest code, and the bound above which the next code begins."""
     from bitsandbytes.functional import get_4bit_type
 
-    codes = get_4bit_type("nf4", device="cpu")
+    codes: Tensor = get_4bit_type("nf4", device="cpu")  # type: ignore[no-untyped-call]
     bounds = (codes[1:] + codes[:-1]) / 2
     starts = torch.arange(2 * CELLS + 1) / CELLS - 1
     lowest = (bounds < starts.unsqueeze(1)).sum(dim=1)
@@ -125,7 +125,7 @@ def packed_on_arrival(kind: Any) -> Iterator[Any]:
 
     # transformers reads the source of __module__ to see which implementations of experts a class allows.
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    handle = register_module_parameter_registration_hook(pack_parameter)
+    handle = register_module_parameter_registration_hook(cast("Any", pack_parameter))  # torch types it as without a result
     try:
         yield type(kind.__name__, (kind,), {"__init__": init, **names})
     finally:

@@ -16,7 +16,7 @@ from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
 from fedexperts.moe.lora import ExpertLoRA, activated, first_matrix, normed
 from fedexperts.moe.memory import MemoryMeter
-from fedexperts.moe.packed import has_packed
+from fedexperts.moe.packed import unpacks_stack
 from fedexperts.moe.tuning import PROJECTIONS, Tuning, attentions, prepare
 
 Batch = Mapping[str, Tensor]
@@ -300,8 +300,7 @@ class ShapeMeter(MemoryMeter):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        whole_stack = not has_packed(types) or args[1].device.type == "cpu"  # else it is unpacked first, which counts
-        if func is torch.ops.aten._grouped_mm.default and whole_stack:  # torch knows its shapes for bf16 only
+        if func is torch.ops.aten._grouped_mm.default and not unpacks_stack(args[1]):  # torch knows its shapes for bf16 only
             out = grouped_shape(*args[:3])
             self.see(out)
             return out
@@ -394,7 +393,14 @@ def products(model: nn.Module) -> Iterator[Product]:
         recomputed = isinstance(module, ExpertLoRA) or (block is not None and model_blocks[block].is_switch)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and "bias" not in key and not isinstance(module, nn.Embedding):
-                yield Product(name, block, parameter.numel() * share, parameter.requires_grad, recomputed)
+                used = share_of_stack(module, parameter) * share
+                yield Product(name, block, parameter.numel() * used, parameter.requires_grad, recomputed)
+
+
+def share_of_stack(module: nn.Module, parameter: nn.Parameter) -> float:
+    """The share of a stack that belongs to the experts of `module`, which may share it with a larger model."""
+    ids = module._buffers.get("stack_ids")
+    return 1.0 if ids is None else len(ids) / len(parameter)
 
 
 def score_widths(model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -110,10 +110,12 @@ def copied_experts(block: Block, ids: Sequence[int]) -> nn.Module:
     if isinstance(block.experts, nn.ModuleDict):
         return nn.ModuleDict({f"expert_{new}": copy.deepcopy(block.experts[f"expert_{old}"]) for new, old in enumerate(ids)})
     stacks: dict[int, Any] = {id(stack): stack for stack in block.experts.parameters(recurse=False)}
+    rows = lora.rows_in_stack(block.experts, torch.tensor(list(ids))).tolist()
     copies = copy.deepcopy(block.experts, memo=stacks)  # all but the stacks, of which only `ids` are copied
+    copies._buffers.pop("stack_ids", None)
     for name, stack in list(copies._parameters.items()):
         if stack is not None:
-            copies._parameters[name] = nn.Parameter(stack.detach()[list(ids)])
+            copies._parameters[name] = nn.Parameter(stack.detach()[rows])
     cast("Any", copies).num_experts = len(ids)
     return copies
 

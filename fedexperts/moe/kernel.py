@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from fedexperts.moe.anatomy import blocks
 
+IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function (moe/lora.py) in transformers' registry
 ROW_BYTES = 16  # torch's grouped product takes only rows of a multiple of this many bytes
 
 

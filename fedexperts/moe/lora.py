@@ -21,12 +21,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, Experts, blocks
-from fedexperts.moe.kernel import ROW_BYTES, choose_kernel, fits
+from fedexperts.moe.kernel import IMPLEMENTATION, ROW_BYTES, choose_kernel, fits
 from fedexperts.moe.packed import plain
 from fedexperts.moe.precision import HALF, compute_dtype, for_product, trained_dtype
-from fedexperts.moe.shrink import kept_experts
+from fedexperts.moe.shrink import kept_experts, own_stacks
 
-IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function in transformers' registry
 LINEAR = (nn.Linear, LinearLoRA)  # a linear layer, without or with an adapter
 
 
@@ -129,10 +128,23 @@ def first_matrix(self: Any) -> str:
 def projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
     """Sorted rows times the stacked matrix `name`, plus its adapter and its biases."""
     weight = getattr(self, name)
-    out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
+    out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends_in_stack(self, ends, len(weight)))
     adapters = self.lora if "lora" in self._modules else {}
     out = adapters[name].add(out, rows, expert, ends) if name in adapters else out
-    return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
+    return out.add_(getattr(self, f"{name}_bias")[rows_in_stack(self, expert)]) if self.has_bias else out
+
+
+def ends_in_stack(self: Any, ends: Int[Tensor, " experts"], stacked: int) -> Int[Tensor, " {stacked}"]:
+    """`ends` for a stack of `stacked` matrices of which the experts use the rows `stack_ids`: the others get no rows."""
+    if "stack_ids" not in self._buffers:
+        return ends
+    before = torch.searchsorted(self.stack_ids, torch.arange(stacked, device=ends.device), right=True)
+    return torch.cat([ends.new_zeros(1), ends])[before]
+
+
+def rows_in_stack(self: Any, expert: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The row of each of the experts `expert` in their stacks, which they may share with a larger model."""
+    return self.stack_ids[expert] if "stack_ids" in self._buffers else expert
 
 
 def activated(self: Any, first: Tensor) -> Tensor:
@@ -239,6 +251,7 @@ def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """`model`, whose adapters are merged into its weights and removed, in place; weights that it shares are not written."""
+    own_stacks(model)
     stacks = [module for module in model.modules() if isinstance(module._modules.get("lora"), nn.ModuleDict)]
     for experts in stacks:
         merge_stack(experts)
@@ -265,7 +278,7 @@ def merge_stack(experts: nn.Module) -> None:
 def add_to_stack(experts: nn.Module, name: str, ids: Tensor, delta: Float[Tensor, "adapted out in"]) -> None:
     """Replaces the stacked matrix `name` by a new parameter: its values, plus `delta` for the experts `ids`."""
     weight = plain(getattr(experts, name))
-    added = weight.detach().clone()
+    added, ids = weight.detach().clone(), rows_in_stack(experts, ids)
     added[ids] = (weight[ids] + (delta.transpose(1, 2) if experts.is_transposed else delta)).to(weight.dtype)
     setattr(experts, name, nn.Parameter(added, requires_grad=False))
 

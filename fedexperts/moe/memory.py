@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fedexperts.moe.packed import has_packed, stored
+from fedexperts.moe.packed import Packed, has_packed, stored
 
 Owner = nn.Module | Optimizer | Iterable[Tensor]
 """Has tensors that exist before the measurement."""
@@ -35,12 +35,13 @@ class MemoryMeter(TorchDispatchMode):
         self.on_cuda = False
 
     def __enter__(self) -> "MemoryMeter":
-        before = [tensor for owner in self.owners for tensor in tensors_of(owner)]
+        before = [part for owner in self.owners for tensor in tensors_of(owner) for part in stored(tensor)]
         self.on_cuda = any(tensor.is_cuda for tensor in before)
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
+        shared = {key: number for owner in self.owners if isinstance(owner, nn.Module) for key, number in used_bytes(owner)}
         for tensor in before:
-            self.see(tensor)
+            self.see(tensor, shared.get(tensor.untyped_storage()._cdata))
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
@@ -63,20 +64,34 @@ class MemoryMeter(TorchDispatchMode):
                     self.see(leaf)
         return out
 
-    def see(self, tensor: Tensor) -> None:
-        """Counts the storage of `tensor`, if it is new, until it is freed; of a packed weight those of what it stores."""
-        for part in stored(tensor):
-            storage = part.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self.storages:
-                self.storages[key] = ref(storage, partial(self.forget, key, size))
-                self.bytes += size
-                self.peak_bytes = max(self.peak_bytes, self.bytes)
+    def see(self, tensor: Tensor, size: int | None = None) -> None:
+        """Counts the storage of `tensor`, if it is new, until it is freed. size: bytes to count; None: all of them."""
+        if isinstance(tensor, Packed):
+            self.see(tensor.codes)
+            self.see(tensor.scales)
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if size is None else size
+        if key not in self.storages:
+            self.storages[key] = ref(storage, partial(self.forget, key, size))
+            self.bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def forget(self, key: int, size: int, _: object) -> None:
         """No longer counts a storage, which was freed."""
         if self.storages.pop(key, None) is not None:
             self.bytes -= size
+
+
+def used_bytes(model: nn.Module) -> Iterable[tuple[int, int]]:
+    """The storage of each stack that a sub-model shares with a larger model (moe/shrink.py), and the bytes of its own rows.
+
+    A client has a stack of these rows alone.
+    """
+    for module in model.modules():
+        if (ids := module._buffers.get("stack_ids")) is not None:
+            for stack in (part for parameter in module.parameters(recurse=False) for part in stored(parameter)):
+                yield stack.untyped_storage()._cdata, stack.nbytes // len(stack) * len(ids)
 
 
 def tensors_of(owner: Owner) -> Iterable[Tensor]:

@@ -18,8 +18,8 @@ aten: Any = torch.ops.aten
 class Codec(Protocol):
     """How values are packed; an object of a module, so that a worker process finds the same one."""
 
-    def unpack(self, values: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The tensor of `shape` whose packed values and scales are these, in `dtype`."""
+    def unpack(self, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The tensor of `shape` with these codes and scales, in `dtype`."""
         ...
 
 
@@ -29,7 +29,7 @@ class Packed(Tensor):
     A stack of matrices has one axis of rows, the experts; a single matrix has none. In-place operations raise TypeError.
     """
 
-    values: Tensor  # [*rows, bytes]
+    codes: Tensor  # [*rows, bytes]
     scales: Tensor  # [*rows, scales]
     codec: Codec
     unit: tuple[int, ...]  # the shape of a unit
@@ -39,7 +39,7 @@ class Packed(Tensor):
     @staticmethod
     def __new__(
         cls: type["Packed"],
-        values: Tensor,
+        codes: Tensor,
         scales: Tensor,
         codec: Codec,
         unit: tuple[int, ...],
@@ -47,11 +47,10 @@ class Packed(Tensor):
         value_dtype: torch.dtype | None = None,
         transposed: bool = False,
     ) -> "Packed":
-        shape = (*values.shape[:-1], *unit)
+        shape = (*codes.shape[:-1], *unit)
         shape = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=values.device, requires_grad=False)  # type: ignore[attr-defined]  # torch's own way
-        packed = cast("Packed", self)
-        packed.values, packed.scales, packed.codec, packed.unit = values, scales, codec, unit
+        packed: Packed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device, requires_grad=False)
+        packed.codes, packed.scales, packed.codec, packed.unit = codes, scales, codec, unit
         packed.value_dtype, packed.transposed = value_dtype or dtype, transposed
         return packed
 
@@ -60,37 +59,37 @@ class Packed(Tensor):
 
     def unpacked(self) -> Tensor:
         """The values as an ordinary tensor."""
-        shape = (*self.values.shape[:-1], *self.unit)
-        whole = self.codec.unpack(self.values, self.scales, shape, self.value_dtype).to(self.dtype)
+        shape = (*self.codes.shape[:-1], *self.unit)
+        whole = self.codec.unpack(self.codes, self.scales, shape, self.value_dtype).to(self.dtype)
         return whole.transpose(-2, -1) if self.transposed else whole
 
     def like(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, swap: bool = False) -> "Packed":
         """The same with `change` of its stored tensors, which may take rows, another dtype, and the last axes swapped."""
         transposed = self.transposed != swap
         return Packed(
-            change(self.values), change(self.scales), self.codec, self.unit, dtype or self.dtype, self.value_dtype, transposed
+            change(self.codes), change(self.scales), self.codec, self.unit, dtype or self.dtype, self.value_dtype, transposed
         )
 
     @property
     def rows(self) -> int:
         """Number of axes before those of a unit."""
-        return self.values.ndim - 1
+        return self.codes.ndim - 1
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]  # torch types its property as an attribute
         """The bytes of the stored tensors."""
-        return self.values.nbytes + self.scales.nbytes
+        return self.codes.nbytes + self.scales.nbytes
 
     def share_memory_(self) -> "Packed":
-        self.values.share_memory_()
+        self.codes.share_memory_()
         self.scales.share_memory_()
         return self
 
     def is_shared(self) -> bool:
-        return self.values.is_shared()
+        return bool(self.codes.is_shared())
 
     def data_ptr(self) -> int:
-        return self.values.data_ptr()
+        return self.codes.data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Packed":
         copied = self.like(Tensor.clone)
@@ -98,21 +97,21 @@ class Packed(Tensor):
         return cast("Packed", memo[id(self)])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        stored = self.values, self.scales, self.codec, self.unit, self.dtype, self.value_dtype, self.transposed
+        stored = self.codes, self.scales, self.codec, self.unit, self.dtype, self.value_dtype, self.transposed
         return rebuilt, (stored, isinstance(self, nn.Parameter))
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["values", "scales"], (self.codec, self.unit, self.dtype, self.value_dtype, self.transposed)
+        return ["codes", "scales"], (self.codec, self.unit, self.dtype, self.value_dtype, self.transposed)
 
     @staticmethod
     def __tensor_unflatten__(stored: Mapping[str, Tensor], about: Any, size: Any, stride: Any) -> "Packed":
-        return Packed(stored["values"], stored["scales"], *about)
+        return Packed(stored["codes"], stored["scales"], *about)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
         return f"Packed({list(self.shape)}, {self.dtype}, {type(self.codec).__name__}, {self.nbytes:,} bytes)"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's is a placeholder
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
@@ -120,8 +119,8 @@ class Packed(Tensor):
             kept = WITHOUT_UNPACKING[func](*args, **named)
             if kept is not None:
                 return kept
-        if func in OF_AN_EXPERT_AT_A_TIME and isinstance(args[1], Packed) and args[1].device.type == "cpu":
-            return OF_AN_EXPERT_AT_A_TIME[func](*args, **named)
+        if func is aten._grouped_mm.default and isinstance(args[1], Packed) and not unpacks_stack(args[1]):
+            return _grouped_product(*args, **named)
         if func._schema.is_mutable and any(is_written(func, args, named)):
             raise TypeError(f"{func} would write into a weight that is packed and therefore frozen")
         return func(*tree_map(plain, args), **tree_map(plain, named))
@@ -133,13 +132,18 @@ def plain(tensor: Any) -> Any:
 
 
 def stored(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that hold the bits of `tensor`: itself, or the packed values and their scales."""
-    return (tensor.values, tensor.scales) if isinstance(tensor, Packed) else (tensor,)
+    """The tensors that hold the bits of `tensor`: itself, or codes and scales."""
+    return (tensor.codes, tensor.scales) if isinstance(tensor, Packed) else (tensor,)
 
 
 def has_packed(types: Iterable[type]) -> bool:
     """Whether one of `types`, those of the arguments of an operation, is packed."""
     return any(issubclass(each, Packed) for each in types)
+
+
+def unpacks_stack(weight: Tensor) -> bool:
+    """Whether a grouped product with `weight` unpacks the whole stack: on cards, where memory is fast and loops are slow."""
+    return isinstance(weight, Packed) and weight.device.type != "cpu"
 
 
 def as_parameter(packed: Packed) -> nn.Parameter:
@@ -173,7 +177,9 @@ def _empty_like(packed: Packed, *, dtype: torch.dtype | None = None, device: Any
     return packed.like(lambda stored: torch.empty_like(stored, device=device), dtype)
 
 
-def _to_copy(packed: Packed, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Packed:
+def _to_copy(
+    packed: Packed, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **_: Any
+) -> Packed:
     return packed.like(lambda stored: stored.to(device, non_blocking=non_blocking, copy=True), dtype)
 
 
@@ -225,7 +231,7 @@ def _grouped_product(rows: Tensor, packed: Packed, ends: Tensor, *_: Any, **__: 
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(rows[start:end], packed[expert].unpacked(), out=out[start:end])
+            torch.mm(rows[start:end], plain(packed[expert]), out=out[start:end])
         start = end
     return out
 
@@ -247,6 +253,3 @@ WITHOUT_UNPACKING: Mapping[Any, Callable[..., Any]] = {
     aten.new_empty.default: _new_empty,
 }
 """Operations that do not unpack their first argument, unless they return None for these arguments; all others do."""
-
-OF_AN_EXPERT_AT_A_TIME: Mapping[Any, Callable[..., Tensor]] = {aten._grouped_mm.default: _grouped_product}
-"""Products that on a CPU unpack one matrix of the stack at a time; on a card, where memory is fast, the whole stack."""

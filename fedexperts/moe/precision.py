@@ -5,7 +5,6 @@ of several clients', is often smaller than the distance between two numbers in b
 """
 
 from collections.abc import Iterator
-from functools import wraps
 from typing import Any, Literal, cast
 
 import torch
@@ -50,9 +49,12 @@ def mixed_precision(model: nn.Module, precision: Precision) -> None:
     if dtype not in HALF:
         return
     for part in entrances(model):
-        part.forward = autocast(part.forward, dtype)
+        part.compute_dtype = dtype
+        part.register_forward_pre_hook(enter_autocast, with_kwargs=True)
+        part.register_forward_hook(leave_autocast, always_call=True)
     for block in blocks(model).values():
-        block.router.forward = in_own_dtype(block.router)
+        block.router.register_forward_pre_hook(enter_own_dtype)
+        block.router.register_forward_hook(leave_autocast, always_call=True)
 
 
 def entrances(model: nn.Module) -> Iterator[nn.Module]:
@@ -62,29 +64,28 @@ def entrances(model: nn.Module) -> Iterator[nn.Module]:
         yield cast("Any", model).get_encoder()
 
 
-def autocast(forward: Any, dtype: torch.dtype) -> Any:
-    """`forward` under autocast to `dtype`."""
-
-    @wraps(forward)
-    def cast_forward(*args: Any, **named: Any) -> Any:
-        device = next(each.device.type for each in (*args, *named.values()) if isinstance(each, Tensor))
-        with torch.autocast("cpu" if device == "meta" else device, dtype):
-            return forward(*args, **named)
-
-    return cast_forward
+def enter_autocast(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """A forward pre-hook: starts autocast to the compute dtype of `module`."""
+    device = next(each.device.type for each in (*args, *named.values()) if isinstance(each, Tensor))
+    push(module, torch.autocast("cpu" if device == "meta" else device, compute_dtype(module)))
 
 
-def in_own_dtype(router: nn.Module) -> Any:
-    """The forward of `router` without autocast, on hidden states in the dtype of its weights."""
-    forward = router.forward
+def enter_own_dtype(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: suspends autocast, and gives the router the hidden states in the dtype of its weights."""
+    hidden, *others = args
+    push(router, torch.autocast("cpu" if hidden.device.type == "meta" else hidden.device.type, enabled=False))
+    return hidden.to(next(router.parameters()).dtype), *others
 
-    @wraps(forward)
-    def own_forward(hidden: Tensor, *args: Any, **named: Any) -> Any:
-        dtype = next(router.parameters()).dtype
-        with torch.autocast("cpu" if hidden.device.type == "meta" else hidden.device.type, enabled=False):
-            return forward(hidden.to(dtype), *args, **named)
 
-    return own_forward
+def push(module: nn.Module, context: torch.autocast) -> None:
+    """Enters `context` until `leave_autocast` is called for the same forward pass of `module`."""
+    context.__enter__()
+    vars(module).setdefault("autocasts", []).append(context)
+
+
+def leave_autocast(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: leaves what the pre-hook entered, also if forward failed."""
+    cast("Any", module).autocasts.pop().__exit__(None, None, None)
 
 
 def for_product(rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

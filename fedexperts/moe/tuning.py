@@ -83,10 +83,10 @@ class Tuning:
 def prepare(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None = None) -> nn.Module:
     """`model`, prepared in place to be trained as `tuning` says.
 
-    Trained parameters become copies, in float32 if the model is in float16 or bfloat16; all others stay shared and frozen. Parameter objects of the base are replaced in `model`
-    and not changed, so their values and `requires_grad` stay as they are. Tied weights stay tied. Adapters start from `seed`:
-    B at zero, and A the same for an expert in the full model and in every shrunk one. If `only` is given, of the experts only
-    these, by their ids in `model`, get adapters.
+    Trained parameters become copies, in float32 if the model is in float16 or bfloat16; all others stay shared and frozen.
+    Parameter objects of the base are replaced in `model` and not changed, so their values and `requires_grad` stay as they are.
+    Tied weights stay tied. Adapters start from `seed`: B at zero, and A the same for an expert in the full model and in every
+    shrunk one. If `only` is given, of the experts only these, by their ids in `model`, get adapters.
 
     Raises:
         BadValue: a part, rank or projection with which this model cannot be trained.
