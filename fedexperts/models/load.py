@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -190,6 +190,10 @@ def read_weights(
     with packed_on_arrival(kind) if quantize else nullcontext(kind) as loaded, one_at_a_time() if quantize else nullcontext():
         if files[0].suffix == ".safetensors":
             tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
+            if hasattr(config, "quantization_config"):  # transformers leaves weights without a scale in the dtype they are stored in
+                halves = {name for name, each in tensors.items() if each.get_dtype() in ("BF16", "F16")}
+                unscaled = {name for name in halves if f"{name}_scale_inv" not in tensors}
+                tensors |= {name: replace(tensors[name], dtype=kept_dtype) for name in unscaled}
             model, report = loaded.from_pretrained(None, state_dict=tensors, **options)
         else:
             model, report = loaded.from_pretrained(folder, weights_only=True, **options)
