@@ -22,9 +22,10 @@ from fedexperts.io.toml import checked
 from fedexperts.methods.contract import Extension
 from fedexperts.methods.personal import parts
 from fedexperts.models.load import Base
-from fedexperts.moe import factors, graft, lora, rows
+from fedexperts.moe import factors, graft, kernel, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import Footprint
+from fedexperts.moe.precision import HALF, compute_dtype, entrances
 from fedexperts.moe.shrink import own_stacks, shrink
 from fedexperts.types import ClientContext, Server, Tensors
 
@@ -57,6 +58,12 @@ class Exported:
     personal: Mapping[str, str] = field(default_factory=dict)  # weight in the client state → the part of the model it belongs to
     added: bool = False  # whether frozen base weights under adapters have changed
     extension: Extension | None = None  # the method's own change of the model's structure
+    merged: bool = False  # whether adapters are merged into the weights, which then are those of the model only up to rounding
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the model computes in float16 or bfloat16."""
+        return compute_dtype(self.model) in HALF
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -69,6 +76,8 @@ class Exported:
         }
         if self.extension is not None:
             changes["extension"] = {"function": self.extension.apply.__name__, "settings": dict(self.extension.settings)}
+        if self.rounded and (any(changes.values()) or not self.merged):
+            changes["precision"] = precision(self.model, self.base.model)
         return {**changes, "experts": way_through_experts(self.model)} if any(changes.values()) else {}
 
 
@@ -247,9 +256,23 @@ def stacks(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def precision(model: nn.Module, base: nn.Module) -> dict[str, Any]:
+    """How a model whose products are rounded computes: dtypes, the weights in float32, and the modules that change autocast."""
+    stored = cast("Any", base).dtype
+    whole = [name for name, weight in model.named_parameters() if weight.dtype == torch.float32 != stored]
+    inside = {id(module) for module in entrances(model)}
+    return {
+        "compute": str(compute_dtype(model)).removeprefix("torch."),
+        "weights": str(stored).removeprefix("torch."),
+        "float32": whole,
+        "entrances": [path for path, module in model.named_modules() if id(module) in inside],
+        "routers": [f"{name}.{lora.router_name(block)}" for name, block in blocks(model).items()],
+    }
+
+
 def way_through_experts(model: nn.Module) -> str | None:
     """transformers' name of the experts implementation of `model`; None if its experts are not stacked (Switch)."""
     if all(block.is_switch for block in blocks(model).values()):
         return None
     used = str(cast("Any", model).config._experts_implementation)
-    return modeling_fedexperts.IMPLEMENTATION if used == lora.IMPLEMENTATION else used
+    return modeling_fedexperts.IMPLEMENTATION if used == kernel.IMPLEMENTATION else used

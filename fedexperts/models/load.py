@@ -129,8 +129,10 @@ def load(
         hashed = beside.submit(files_hash, files)  # at the same time, so that each file is read from the disk once
         read = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize)
         model = load_or_explain(name, read).eval()
+    cast("Any", model).name_or_path = where  # which peft writes into an adapter's configuration
     load_or_explain(name, lambda: choose_kernel(model, experts))
     align_parameters(model)
+    cast_routers(model)
     config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
     return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed.result(), config_hash, stored_as)
 
@@ -190,7 +192,9 @@ def read_weights(
     with packed_on_arrival(kind) if quantize else nullcontext(kind) as loaded, one_at_a_time() if quantize else nullcontext():
         if files[0].suffix == ".safetensors":
             tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
-            if hasattr(config, "quantization_config"):  # transformers leaves weights without a scale in the dtype they are stored in
+            if hasattr(
+                config, "quantization_config"
+            ):  # transformers leaves weights without a scale in the dtype they are stored in
                 halves = {name for name, each in tensors.items() if each.get_dtype() in ("BF16", "F16")}
                 unscaled = {name for name in halves if f"{name}_scale_inv" not in tensors}
                 tensors |= {name: replace(tensors[name], dtype=kept_dtype) for name in unscaled}
@@ -229,6 +233,13 @@ def stored_dtype(config: Any, files: Sequence[Path]) -> torch.dtype:
             names = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  (safetensors' object is no dict)
         return torch.bfloat16 if "BF16" in names else torch.float16 if "F16" in names else torch.float32
     return torch.float32
+
+
+def cast_routers(model: nn.Module) -> None:
+    """Casts the routers of Switch to the dtype to which they cast themselves in a forward pass, so that no pass changes the base."""
+    for block in blocks(model).values():
+        if block.is_switch:
+            cast("Any", block.router).classifier.to(cast("Any", block.router).dtype)
 
 
 def align_parameters(model: nn.Module) -> None:

@@ -362,14 +362,14 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
     theirs = dict(wrapped.get_base_model().named_modules())
     with torch.no_grad():
         for path, layer in ours.items():
-            theirs[path].lora_A["default"].weight.copy_(layer.lora_A["default"].weight)
-            theirs[path].lora_B["default"].weight.copy_(layer.lora_B["default"].weight)
+            theirs[path].lora_A["default"].weight = layer.lora_A["default"].weight  # as it is: peft's may be rounded to bfloat16
+            theirs[path].lora_B["default"].weight = layer.lora_B["default"].weight
         for path, matrix, adapter in stacked:
             wrapper = next(wrapper for wrapper in nested_wrappers(theirs[path]) if wrapper.parameter_name == matrix)
-            wrapper.lora_A["default"].weight.copy_(a_to_peft(expand_to_all_experts(adapter.a, adapter)))
-            wrapper.lora_B["default"].weight.copy_(b_to_peft(expand_to_all_experts(adapter.b, adapter)))
+            wrapper.lora_A["default"].weight = nn.Parameter(a_to_peft(expand_to_all_experts(adapter.a, adapter)))
+            wrapper.lora_B["default"].weight = nn.Parameter(b_to_peft(expand_to_all_experts(adapter.b, adapter)))
         for path, router in routers.items():
-            theirs[path].modules_to_save["default"].load_state_dict(router.state_dict())
+            theirs[path].modules_to_save["default"].load_state_dict(router.state_dict(), assign=True)
     wrapped.save_pretrained(folder, save_embedding_layers=False)
 
 

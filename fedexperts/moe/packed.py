@@ -49,7 +49,8 @@ class Packed(Tensor):
     ) -> "Packed":
         shape = (*codes.shape[:-1], *unit)
         shape = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
-        packed: Packed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device, requires_grad=False)
+        with torch.inference_mode(False):  # a view of a weight in inference mode is no inference tensor
+            packed: Packed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device, requires_grad=False)
         packed.codes, packed.scales, packed.codec, packed.unit = codes, scales, codec, unit
         packed.value_dtype, packed.transposed = value_dtype or dtype, transposed
         return packed
@@ -149,6 +150,15 @@ def unpacks_stack(weight: Tensor) -> bool:
 def as_parameter(packed: Packed) -> nn.Parameter:
     """`packed` as a frozen parameter."""
     return nn.Parameter(packed, requires_grad=False)
+
+
+def unpack_weights(model: nn.Module) -> nn.Module:
+    """`model` with ordinary weights in place of packed ones, in place; weights that it shares are not written."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, Packed):
+                module._parameters[name] = nn.Parameter(weight.unpacked(), requires_grad=False)
+    return model
 
 
 def rebuilt(stored: tuple[Any, ...], is_parameter: bool) -> Tensor:

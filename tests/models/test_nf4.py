@@ -33,9 +33,16 @@ functional = pytest.importorskip("bitsandbytes.functional")
 ALL_LORA = Tuning(train="lora", rank=8)
 
 
+def with_dtype(model, dtype):
+    """`model` with parameters in `dtype`; its buffers, such as frequencies, stay as they are, as when a model is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def packed_model(family, dtype=torch.bfloat16, **options):
     """A tiny model whose frozen weights are packed as `load` packs them."""
-    model = tiny_model(family, **options).to(dtype)
+    model = with_dtype(tiny_model(family, **options), dtype)
     for path, number in nf4.packed_weights(model).items():
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
