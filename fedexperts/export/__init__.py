@@ -116,7 +116,7 @@ def logits_on(batch: dict[str, Tensor], model: nn.Module) -> Tensor:
 
 
 def in_stored_dtypes(exported: Exported) -> None:
-    """Gives the weights of the model, of which float32 copies were trained, the dtypes of the base's, as a plain folder has them."""
+    """Gives weights that were trained in float32 the dtypes of the base's, in which a plain folder has them."""
     stored = {name: weight.dtype for name, weight in exported.base.model.named_parameters()}
     for name, weight in exported.model.named_parameters():
         weight.data = weight.data.to(stored[name])

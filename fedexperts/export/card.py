@@ -93,11 +93,7 @@ def computed(exported: Exported, adapter: bool, measured: Difference | None) -> 
         yield (
             "In the run the weights of experts and dense linear layers that were not trained were stored in 4 bits (nf4), and "
             f"computed with as the {dtype} values that these stand for"
-            + (
-                ": on the base itself the adapters compute slightly different logits."
-                if adapter
-                else ", which are the weights here."
-            )
+            f"{': on the base itself the adapters compute other logits' if adapter else ', which are the weights here'}."
         )
     if measured is not None:
         yield (

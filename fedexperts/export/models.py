@@ -15,7 +15,17 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.setup import INPUTS, Parts, Prepared, load_base, parts_from_greetings, prepare_run, versions
+from fedexperts.experiment.setup import (
+    INPUTS,
+    Parts,
+    Prepared,
+    adapter_hash,
+    initial_model,
+    load_base,
+    parts_from_greetings,
+    prepare_run,
+    versions,
+)
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
@@ -110,9 +120,9 @@ def of_server(run: Run) -> Exported:
     """
     config = run.config
     base, method = load_base(config.model), config.build_method()
-    require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash})
+    require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash, "adapter_hash": adapter_hash(config)})
     shape, seed, tuning = anatomy(base.model), f"{config.seed}/start", config.training.tuning
-    start = method.global_model(base.model, tuning, None, seed)
+    start = initial_model(config, method, base)
     weights, method_state = checkpoint.tensors(run.saved)
     server = Server(weights, rows.layout(start), shape, Footprint(0, {}, 0), {}, str(config.seed), method_state)
     model = method.global_model(base.model, tuning, server, seed)
@@ -131,10 +141,9 @@ def base_changed(base: nn.Module, model: nn.Module) -> bool:
 
 
 def has_changed(start: Tensors, weights: Tensors) -> bool:
-    """Whether trained weights differ from `start`; an adapter differs if its B is not zero, so that its product is not zero."""
-    adapters = factors.rank_axes(weights)
-    whole = any(not torch.equal(start[name], tensor) for name, tensor in weights.items() if name not in adapters)
-    return whole or any(bool(weights[b].any()) for b in factors.pairs(weights).values())
+    """Whether trained weights differ from `start`; of an adapter whose B is zero, as at the start, A does not count."""
+    changed = {name for name, tensor in weights.items() if not torch.equal(start[name], tensor)}
+    return bool(changed - {a for a, b in factors.pairs(weights).items() if not weights[b].any()})
 
 
 def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:

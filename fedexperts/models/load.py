@@ -6,7 +6,7 @@ Weights are read tensor by tensor from their safetensors files into where they s
 import ctypes
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from transformers.utils import logging
 from fedexperts.errors import BadValue, nearest, shortened
 from fedexperts.models.nf4 import packed_on_arrival, require_bitsandbytes
 from fedexperts.moe.anatomy import blocks
-from fedexperts.moe.disk import lazy_tensors
+from fedexperts.moe.disk import LazyTensor, lazy_tensors
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.packed import Packed
 
@@ -189,15 +189,12 @@ def read_weights(
     kept_dtype = dtype or stored_dtype(config, files)
     options = {"config": config, "dtype": kept_dtype, "output_loading_info": True, **chosen}
     kind: Any = type(skeleton)
-    with packed_on_arrival(kind) if quantize else nullcontext(kind) as loaded, one_at_a_time() if quantize else nullcontext():
+    in_turn = one_at_a_time() if quantize or vars(config).get("quantization_config") is not None else nullcontext()
+    with packed_on_arrival(kind) if quantize else nullcontext(kind) as loaded, in_turn:
         if files[0].suffix == ".safetensors":
             tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
-            if hasattr(
-                config, "quantization_config"
-            ):  # transformers leaves weights without a scale in the dtype they are stored in
-                halves = {name for name, each in tensors.items() if each.get_dtype() in ("BF16", "F16")}
-                unscaled = {name for name in halves if f"{name}_scale_inv" not in tensors}
-                tensors |= {name: replace(tensors[name], dtype=kept_dtype) for name in unscaled}
+            if vars(config).get("quantization_config") is not None:
+                tensors = with_dtype(tensors, kept_dtype)
             model, report = loaded.from_pretrained(None, state_dict=tensors, **options)
         else:
             model, report = loaded.from_pretrained(folder, weights_only=True, **options)
@@ -207,6 +204,15 @@ def read_weights(
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return cast("nn.Module", model)
+
+
+def with_dtype(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """`tensors` of a quantized checkpoint; those without a scale, which transformers would not cast, are read in `dtype`."""
+    halves = {name for name, each in tensors.items() if each.get_dtype() in ("BF16", "F16")}
+    return {
+        name: replace(each, dtype=dtype) if name in halves and f"{name}_scale_inv" not in tensors else each
+        for name, each in tensors.items()
+    }
 
 
 @contextmanager
@@ -236,7 +242,7 @@ def stored_dtype(config: Any, files: Sequence[Path]) -> torch.dtype:
 
 
 def cast_routers(model: nn.Module) -> None:
-    """Casts the routers of Switch to the dtype to which they cast themselves in a forward pass, so that no pass changes the base."""
+    """Casts the routers of Switch to the dtype to which they would cast themselves in their first forward pass."""
     for block in blocks(model).values():
         if block.is_switch:
             cast("Any", block.router).classifier.to(cast("Any", block.router).dtype)

@@ -10,7 +10,7 @@ from fedexperts.errors import BadValue
 from fedexperts.models.load import load
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.packed import Packed, plain
-from fedexperts.testing import tiny_batch, tiny_model
+from fedexperts.testing import tiny_model
 
 BLOCK = 16  # rows and columns that share a scale in FP8
 MX = 32  # values that share an exponent in MXFP4
