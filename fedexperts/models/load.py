@@ -149,6 +149,7 @@ def read_weights(
         model, report = type(cast("Any", skeleton)).from_pretrained(None, state_dict=tensors, **options)
     else:
         model, report = type(cast("Any", skeleton)).from_pretrained(folder, weights_only=True, **options)
+    model.name_or_path = str(folder)  # peft compares it with the base that an adapter names
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise BadValue(f"{folder} lacks the weight {missing[0]}, or has it in another shape ({len(missing)} such)")
     if (folder / "generation_config.json").exists():
