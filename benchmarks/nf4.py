@@ -1,6 +1,6 @@
 """What 4 bits cost in quality: the base `small` with its weights in float32, bfloat16 and nf4, before and after a federated run.
 
-    python benchmarks/nf4.py [--texts 40] [--rounds 6]
+    python benchmarks/nf4.py [--texts 40] [--rounds 12]
 
 MB          the bytes of the model's weights
 bits        bits per byte of held-out text, the mean over the data pack's files that `small` was trained beside (FEDEXPERTS_DATA)
@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table("weights", "MB", "bits", "KL", "before", "after", "loss", "seconds")

@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedexperts.errors import BadData, BadValue, Undeclared
+from fedexperts.errors import BadData, Undeclared
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.backward import SelectiveBackward
-from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.flops import checkpoint_activations, flops_estimated
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.precision import compute_dtype
@@ -115,12 +115,12 @@ def fit(
     training, together = context.training, context.training.gradient_accumulation_steps
     losses, tokens, flops, peak = [], 0, 0.0, 0
     routed: dict[str, Tensor] = {}
-    flops_of = flops_estimated(model)
     steps = training.local_steps if steps is None else steps
     looked_at = bool(training.router_aux_loss_coef or watch or select_experts)
     model.train()
     if training.gradient_checkpointing:
         checkpoint_activations(model)
+    flops_of = flops_estimated(model)
 
     drawn = [context.encoder.batch(chosen) for chosen in batches(context.data.train, training.batch_size, steps * together, seed)]
     metered = heaviest(drawn, together)
@@ -172,22 +172,6 @@ def fit(
     model.eval()
     cost = Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops)
     return Fitted(sum(losses) / len(losses), cost, {block: counts.tolist() for block, counts in routed.items()})
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Lets training store the inputs of each layer of `model` alone, and compute the rest again in backward.
-
-    Raises:
-        BadValue: the model cannot.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise BadValue(
-            f"training.gradient_checkpointing = true, but {type(model).__name__} does not support it; set it to false and lower "
-            "training.batch_size with more training.gradient_accumulation_steps"
-        )
-    former = "gradient_checkpointing_enable"  # its name in transformers before 5.23
-    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, former)
-    cast("Any", enable)({"use_reentrant": False})
 
 
 def scaler_for(model: nn.Module) -> torch.amp.GradScaler:

@@ -91,10 +91,14 @@ class Parts:
         training, base = config.training, self.base(config.model)
         size = (training.batch_size, config.data.max_tokens)
         places = target_places(self.longest_response(config), size, base.encoder_decoder)
-        key = config.model, training.tuning, size, training.optimizer, places, grafts
-        make = partial(
-            footprint, base.model, training.tuning, size, optimizer=training.optimizer, target_positions=places, grafts=grafts
-        )
+        options = {
+            "optimizer": training.optimizer,
+            "target_positions": places,
+            "grafts": grafts,
+            "gradient_checkpointing": training.gradient_checkpointing,
+        }
+        key = config.model, training.tuning, size, *options.values()
+        make = partial(footprint, base.model, training.tuning, size, **options)
         return cached(self.footprints, 8, key, make)
 
     def profiles(self, config: RunConfig) -> dict[str, Profile]:

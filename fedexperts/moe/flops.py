@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedexperts.errors import BadValue
 from fedexperts.moe import graft
 from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
@@ -161,6 +163,7 @@ def footprint(
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
     target_positions: int | None = None,
     grafts: int = 0,
+    gradient_checkpointing: bool = False,
 ) -> Footprint:
     """Bytes that it takes to train `model` as `tuning` says on batches of `batch` = (examples, tokens of each).
 
@@ -174,8 +177,11 @@ def footprint(
         target_positions: number of positions in a batch at which some example has a target, if the model computes logits only
             there; of an encoder-decoder, the tokens of the response. By default all tokens.
         grafts: number of personal experts beside each MoE block (FLEx), which count in `dense_bytes`.
+        gradient_checkpointing: whether activations are computed again in backward.
     """
     twin = as_trained(model, tuning, grafts)
+    if gradient_checkpointing:
+        checkpoint_activations(twin)
     _, update, _ = sum_by_kind(twin, lambda p: p.nbytes * (COPIES[optimizer] - 1) if p.requires_grad else 0)
     dense, expert, row = sum_by_kind(twin, lambda p: p.nbytes * (COPIES[optimizer] if p.requires_grad else 1))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -194,6 +200,22 @@ def footprint(
         update_bytes=update,
     )
     return replace(cost, lora_bytes=cost.of(anatomy(model).all_experts)) if tuning.train == "lora" else cost
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Lets training store the inputs of each layer of `model` alone, and compute the rest again in backward.
+
+    Raises:
+        BadValue: the model cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise BadValue(
+            f"training.gradient_checkpointing = true, but {type(model).__name__} does not support it; set it to false and lower "
+            "training.batch_size with more training.gradient_accumulation_steps"
+        )
+    former = "gradient_checkpointing_enable"  # its name in transformers before 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, former)
+    cast("Any", enable)({"use_reentrant": False})
 
 
 def as_trained(model: nn.Module, tuning: Tuning, grafts: int = 0) -> nn.Module:
@@ -339,6 +361,8 @@ def flops_estimated(model: nn.Module) -> FlopsOfBatch:
 
     If backward reaches only a share of the experts of a block (moe/backward.py), it takes this share for them, and 2 more for
     each weight of Switch's experts and of adapters, which are computed again. All else is unchanged.
+
+    Layers under gradient checkpointing (set before this is called) take their forward twice.
     """
     of_lengths = per_step(model)
 
@@ -352,18 +376,29 @@ def flops_estimated(model: nn.Module) -> FlopsOfBatch:
 def per_step(model: nn.Module) -> FlopsOfLengths:
     """`flops_estimated` for sequences of given lengths, read and written; the modules are inspected once, here."""
     encoder = "encoder." if is_encoder_decoder(model) else ""  # all modules of a decoder-only model count the tokens read
-    matrices, scores = list(products(model)), list(score_widths(model))
+    matrices, scores, twice = list(products(model)), list(score_widths(model)), checkpointed_layers(model)
 
     def of_lengths(read: list[int], written: list[int], reached: Mapping[str, float] | None = None) -> float:
         tokens = {True: sum(read), False: sum(written)}
         multiplied = sum(
-            tokens[matrix.module.startswith(encoder)] * matrix.weights * operations(matrix, reached or {}) for matrix in matrices
+            tokens[matrix.module.startswith(encoder)]
+            * matrix.weights
+            * (operations(matrix, reached or {}) + 2 * matrix.module.startswith(twice))
+            for matrix in matrices
         )
         squares = {True: sum(n * n for n in read), False: sum(n * n for n in written)}
-        attention = sum(squares[name.startswith(encoder)] * width * 6 for name, width in scores)
+        attention = sum(squares[name.startswith(encoder)] * width * (6 + 2 * name.startswith(twice)) for name, width in scores)
         return float(multiplied + attention)
 
     return of_lengths
+
+
+def checkpointed_layers(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the modules that run forward again in backward."""
+    modules = model.named_modules()
+    return tuple(
+        f"{name}." for name, each in modules if isinstance(each, GradientCheckpointingLayer) and each.gradient_checkpointing
+    )
 
 
 class Product(NamedTuple):

@@ -5,7 +5,16 @@ import torch
 
 from fedexperts.moe import graft
 from fedexperts.moe.anatomy import anatomy, blocks
-from fedexperts.moe.flops import Footprint, expert_sides, flops_estimated, footprint, next_token_loss, parameters, per_step
+from fedexperts.moe.flops import (
+    Footprint,
+    checkpoint_activations,
+    expert_sides,
+    flops_estimated,
+    footprint,
+    next_token_loss,
+    parameters,
+    per_step,
+)
 from fedexperts.moe.logits import IGNORED
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.shrink import shrink
@@ -14,6 +23,7 @@ from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
 
 FULL = Tuning()
 LORA = Tuning(train="lora", rank=4)
+LORA8 = Tuning(train="lora", rank=8)  # which bfloat16 needs
 EXAMPLES, TOKENS = 4, 32
 
 
@@ -47,6 +57,15 @@ def test_flops_of_full_training_are_six_a_weight_and_token_and_the_scores():
     weights = attention + 8 * 32 + 2 * 3 * 16 * 32 + 64 * 32  # router, two experts, head
     scores = 32 + 32  # width of the queries and of the values
     assert per_step(prepare(model, FULL, "0"))([10], [10]) == 6 * 10 * weights + 6 * 100 * scores
+
+
+def test_a_layer_whose_activations_are_checkpointed_runs_forward_twice():
+    model = prepare(one_layer(), FULL, "0")
+    plain = per_step(model)([10], [10])
+    checkpoint_activations(model)
+    attention = 32 * (32 + 16 + 16 + 32)
+    weights = attention + 8 * 32 + 2 * 3 * 16 * 32  # all but the head, which is in no layer
+    assert per_step(model)([10], [10]) - plain == 2 * 10 * weights + 2 * 100 * (32 + 32)
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():
@@ -148,6 +167,18 @@ def test_activations_are_those_of_a_real_forward_and_backward(family, positions)
     elif positions:
         batch["labels"][:, :-positions] = IGNORED
     assert estimated == pytest.approx(activations(model, batch), rel=0.05 if family == "switch_transformers" else 0.001)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "granitemoe"])
+def test_activations_in_half_precision_and_checkpointed_ones_are_those_of_a_real_step(family, checkpointing, dtype):
+    base = tiny_model(family).to(dtype)
+    estimated = footprint(base, LORA8, (EXAMPLES, TOKENS), gradient_checkpointing=checkpointing).activation_bytes
+    model = prepare(shrink(base, {}), LORA8, seed="0").train()
+    if checkpointing:
+        checkpoint_activations(model)
+    assert estimated == pytest.approx(activations(model, tiny_batch(family, EXAMPLES, TOKENS)), rel=0.02)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
