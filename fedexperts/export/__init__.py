@@ -70,18 +70,8 @@ def export(
         raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
     if client is None or adapter:
         require_no_parts_of_the_method(run, exported, client)
-    plain = not adapter and (client is None or merge)
-    before = logits_on(probe(exported), exported.model) if plain and exported.rounded else None
-    if plain:
-        exported = replace(exported, model=lora.merge(exported.model), merged=True)
+    exported, difference = (exported, None) if adapter else as_written(exported, merge=client is None or merge)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(exported.changes))
-    difference = None
-    if not adapter:
-        unpack_weights(exported.model)
-    if before is not None:
-        if not kind.needs_code:
-            in_stored_dtypes(exported)
-        difference = card.difference(before, logits_on(probe(exported), exported.model))
     with atomic_folder(to) as made, without_progress_bars():
         if adapter:
             write_adapter(run, exported, made)
@@ -100,6 +90,22 @@ def export(
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
         (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge, difference))
     return kind
+
+
+def as_written(exported: Exported, *, merge: bool) -> tuple[Exported, card.Difference | None]:
+    """The model with the weights that are written, in place; and how far its logits then are from the scored model's, if at all.
+
+    merge: its adapters are merged into the weights, which then have the base's dtypes.
+    """
+    before = logits_on(probe(exported), exported.model) if merge and exported.rounded else None
+    if merge:
+        exported = replace(exported, model=lora.merge(exported.model), merged=True)
+    unpack_weights(exported.model)
+    if before is None:
+        return exported, None
+    if not exported.changes:
+        in_stored_dtypes(exported)
+    return exported, card.difference(before, logits_on(probe(exported), exported.model))
 
 
 def probe(exported: Exported) -> dict[str, Tensor]:
