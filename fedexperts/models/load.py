@@ -189,16 +189,18 @@ def read_weights(
     kept_dtype = dtype or stored_dtype(config, files)
     options = {"config": config, "dtype": kept_dtype, "output_loading_info": True, **chosen}
     kind: Any = type(skeleton)
-    in_turn = one_at_a_time() if quantize or vars(config).get("quantization_config") is not None else nullcontext()
+    as_values = vars(config).get("quantization_config") is not None
+    in_turn = one_at_a_time() if quantize or as_values else nullcontext()
     with packed_on_arrival(kind) if quantize else nullcontext(kind) as loaded, in_turn:
         if files[0].suffix == ".safetensors":
             tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
-            if vars(config).get("quantization_config") is not None:
-                tensors = with_dtype(tensors, kept_dtype)
+            tensors = with_dtype(tensors, kept_dtype) if as_values else tensors
             model, report = loaded.from_pretrained(None, state_dict=tensors, **options)
         else:
             model, report = loaded.from_pretrained(folder, weights_only=True, **options)
     model.__class__ = kind
+    if as_values:
+        model._weight_conversions = None  # else transformers would quantize again what it saves
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise BadValue(f"{folder} lacks the weight {missing[0]}, or has it in another shape ({len(missing)} such)")
     if (folder / "generation_config.json").exists():

@@ -6,12 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedexperts.config import RunConfig
 from fedexperts.errors import BadValue
+from fedexperts.experiment import runner
+from fedexperts.export import export
+from fedexperts.export import load as exported_load
 from fedexperts.models.load import load
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.packed import Packed, plain
 from fedexperts.testing import tiny_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21 asks by that name
 BLOCK = 16  # rows and columns that share a scale in FP8
 MX = 32  # values that share an exponent in MXFP4
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -135,3 +140,29 @@ def test_other_formats_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(BadValue, match=r"its weights are quantized \(gptq\)") as raised:
         load(folder)
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["lora", "full"])
+def test_a_run_on_it_is_exported_as_values_and_its_card_says_so(folders, adapters, tmp_path):
+    folder, values, method = folders(torch.bfloat16)
+    out, settings = tmp_path / "run", {"train": "lora", "rank": 8} if adapters else {"train": "full", "parts": ["attention"]}
+    tree = {
+        "model": {"name": folder},
+        "method": {"name": "fedavg"},
+        "training": {**settings, "batch_size": 2, "local_steps": 1},
+        "federation": {"rounds": 1},
+        "evaluation": {"generate_tokens": 2},
+        "data": {"sources": ["synthetic/double"], "clients": 2, "limit": 12, "test_examples": 2, "max_tokens": 24},
+    }
+    runner.run(RunConfig.model_validate(tree), out)
+    for client in (None, "c01"):
+        made = tmp_path / f"exported {client}"
+        export(out, made, client)
+        tensors = load_file(made / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} <= {torch.bfloat16, torch.float32}
+        assert not any("scale" in name or "blocks" in name for name in tensors)
+        assert "quantization_config" not in json.loads((made / "config.json").read_text())
+        assert f"The base is stored in {method}" in (made / "README.md").read_text()
+        frozen, same = exported_load(made).state_dict(), load(values).model.state_dict()
+        norms = [name for name in same if "norm" in name and name in frozen]
+        assert len(norms) > 3 and all(torch.equal(frozen[name].to(same[name].dtype), same[name]) for name in norms)
