@@ -26,9 +26,11 @@ def validated_devices(value: object) -> object:
     Raises:
         BadValue: it is not, or a list has devices of several types: which client is on which would depend on who is free.
     """
-    names = value if isinstance(value, list | tuple) else [value]
-    known = all(isinstance(name, str) and (_NAME.fullmatch(name) or [*names] == ["auto"]) for name in names)
-    if not names or not known or (isinstance(value, list | tuple) and "auto" in names):
+    if value == "auto":
+        return value
+    given = value if isinstance(value, list | tuple) else [value]
+    names = [name for name in given if isinstance(name, str) and _NAME.fullmatch(name)]
+    if not names or len(names) < len(given):
         raise BadValue(f"training.device = {value!r:.80} is no device; {_ALLOWED}")
     if len({name.partition(":")[0] for name in names}) > 1:
         raise BadValue(f"training.device = {value!r:.80} has devices of several types, which give other bits; {_ALLOWED}")
@@ -41,7 +43,7 @@ def available() -> tuple[str, ...]:
     return ("cpu", *cards, *(["mps"] if torch.backends.mps.is_available() else []))
 
 
-def resolved(setting: Devices) -> tuple[str, ...]:
+def find_devices(setting: Devices) -> tuple[str, ...]:
     """The devices that `setting` names, on this machine; "auto": the first card, else mps, else the CPU; "cuda": the first card.
 
     Raises:
@@ -142,7 +144,11 @@ def out_of_memory(error: Exception, device: torch.device) -> str | None:
         return None
     asked, total, free = (
         match.group(1) if (match := re.search(pattern, said)) else None
-        for pattern in (r"[Tt]ried to allocate ([\d.]+ \w+)", r"(?:capacity of|max allowed:) ([\d.]+ \w+)", r"([\d.]+ \w+) is free")
+        for pattern in (
+            r"[Tt]ried to allocate ([\d.]+ \w+)",
+            r"(?:capacity of|max allowed:) ([\d.]+ \w+)",
+            r"([\d.]+ \w+) is free",
+        )
     )
     need = f"it needed {asked or 'more'} beyond what it had"
     has = f" and {device} has {total}" if total else ""
@@ -155,8 +161,6 @@ def out_of_memory(error: Exception, device: torch.device) -> str | None:
 
 def release(device: torch.device) -> None:
     """Gives the memory that torch keeps for later on a card or on mps back to it."""
-    gc.collect()  # a failure's frames may be in circles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    if device.type in ("cuda", "mps"):
+        gc.collect()  # a failure's frames may be in circles
+        torch.get_device_module(device).empty_cache()
