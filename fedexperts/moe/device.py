@@ -151,7 +151,7 @@ def out_of_memory(error: Exception, device: torch.device) -> str | None:
         )
     )
     need = f"it needed {asked or 'more'} beyond what it had"
-    has = f" and {device} has {total}" if total else ""
+    has = f", and {device} has {total}" if total else ""
     left = f", {free} of it free" if total and free else ""
     return (
         f"out of memory on {device}: {need}{has}{left}; lower training.batch_size or data.max_tokens, give the card fewer "
