@@ -41,7 +41,9 @@ def pytest_collection_modifyitems(items):
     Those of a second device last: torch then knows it for good.
     """
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: len(LONGEST) + 1 if item.path.parent.name == "device" else places.get(item.path.name, len(LONGEST)))
+    items.sort(
+        key=lambda item: len(LONGEST) + 1 if item.path.parent.name == "device" else places.get(item.path.name, len(LONGEST))
+    )
 
 
 @pytest.fixture

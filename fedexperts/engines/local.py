@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedexperts.core.devices import Profile
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.errors import BadMessage, Undeclared
+from fedexperts.errors import BadMessage, BadValue, Undeclared
 from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
 from fedexperts.moe.device import kept_generators, on_device, out_of_memory, release, working_on
@@ -178,8 +178,17 @@ class LocalEngine:
 
 
 def placed(runtime: ClientRuntime, device: str) -> ClientRuntime:
-    """`runtime` on `device`, with the base model there alone."""
-    return replace(runtime, device=device, model=on_device(runtime.model, device))
+    """`runtime` on `device`, with the base model there alone.
+
+    Raises:
+        BadValue: it does not fit there.
+    """
+    try:
+        return replace(runtime, device=device, model=on_device(runtime.model, device))
+    except torch.OutOfMemoryError:
+        raise BadValue(
+            f"the base model does not fit the memory of {device}; choose another training.device, or a smaller model"
+        ) from None
 
 
 def shared(runtime: ClientRuntime, device: str) -> ClientRuntime:

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import second_device  # noqa: E402
+import second_device
 
 WANTED = os.environ.get("FEDEXPERTS_TEST_DEVICE", "twin")
 NEAR = 1e-6 if WANTED == "twin" else 1e-4

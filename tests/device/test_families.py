@@ -35,9 +35,7 @@ def trained(family, device, training, *, select=False, **options):
 
 def assert_same(family, device, near, training, **options):
     start = prepare(shrink(tiny_model(family), tiny_experts(tiny_model(family))), training.tuning, seed="0")
-    (here, ours, scored), (there, theirs, rescored) = (
-        trained(family, each, training, **options) for each in ("cpu", device)
-    )
+    (here, ours, scored), (there, theirs, rescored) = (trained(family, each, training, **options) for each in ("cpu", device))
     assert all(tensor.device == torch.device(device) for tensor in [*there.parameters(), *there.buffers()])
     assert near(rows.read(here), rows.read(there))
     assert any(not torch.equal(tensor, rows.read(start)[name]) for name, tensor in rows.read(there).items())

@@ -52,7 +52,9 @@ def lines(folder, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_gives_the_logs_weights_and_exports_of_the_cpu(name, trees, device, near, tmp_path):
     config, engines = checked(RunConfig, {**trees[name], "training": {**trees[name]["training"], "device": "cpu"}}), []
-    here, there = (runner.run(config, tmp_path / each, engine=on(where, engines)) for each, where in (("a", "cpu"), ("b", device)))
+    here, there = (
+        runner.run(config, tmp_path / each, engine=on(where, engines)) for each, where in (("a", "cpu"), ("b", device))
+    )
     assert [str(device_of(engine.runtime.base)) for engine in engines] == ["cpu", device]
     for file in ("weights.safetensors", "method_state.safetensors"):
         assert near(*(load_file(checkpoint.latest(run) / file) for run in (here, there)))

@@ -96,7 +96,8 @@ def test_work_on_a_card_is_deterministic_and_only_that(monkeypatch):
 
 ON_CUDA = """CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.15 GiB of which 1.25 GiB is free.
 Including non-PyTorch memory, this process has 77.89 GiB memory in use."""
-ON_MPS = "MPS backend out of memory (MPS allocated: 8.01 GB, other allocations: 1.00 GB, max allowed: 9.07 GB). Tried to allocate 256.00 MB"
+ON_MPS = """MPS backend out of memory (MPS allocated: 8.01 GB, other allocations: 1.00 GB, max allowed: 9.07 GB).
+Tried to allocate 256.00 MB on private pool."""
 
 
 def test_a_lack_of_memory_says_what_was_needed_what_there_is_and_what_helps():
