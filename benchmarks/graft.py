@@ -131,7 +131,7 @@ def step_of(base: nn.Module, grafts: int) -> tuple[Callable[[Batch], None], tupl
 
 
 def peak_of(way: tuple[Callable[[Batch], None], tuple[nn.Module, torch.optim.Optimizer]], batch: Batch) -> int:
-    """Of the second step: the optimiser's state is there."""
+    """Of the second step: the optimizer's state is there."""
     step, held = way
     step(batch)
     with MemoryMeter(*held) as meter:

@@ -47,12 +47,12 @@ def tree(method: dict, training: dict | None = None, devices: dict | None = None
 
 def runs() -> dict[str, dict]:
     """Every run by its name."""
-    full = ("fedavg", "fedprox", "scaffold", "fedper", "fedrep", "ditto", "local", "centralised")
+    full = ("fedavg", "fedprox", "scaffold", "fedper", "fedrep", "ditto", "local", "centralized")
     adapters = ("fedit", "ffa_lora", "fedsa_lora", "flora", "flexlora", "hetlora", "random_expert")
     found = {name: tree({"name": name}) for name in full}
     found |= {name: tree({"name": name}, LORA) for name in adapters}
     found |= {name: tree({"name": name}, devices=BOUNDED) for name in ("fedmoe", "random_moe", "seer_moe", "pfl_moe")}
-    found["fedmoe patient"] = tree({"name": "fedmoe", "patience": 1, "neighbours": 1}, LORA, BOUNDED)
+    found["fedmoe patient"] = tree({"name": "fedmoe", "patience": 1, "neighbors": 1}, LORA, BOUNDED)
     found["fedavg sub-model"] = tree({"name": "fedavg", "experts_per_layer": 6})
     found["hfedmoe"] = tree({"name": "hfedmoe", "budget": 0.25, **PAPER})
     found["hfedmoe lora"] = tree({"name": "hfedmoe", "budget": 0.5, "aggregate": "selective", "absolute_floor": 0.03}, LORA)
@@ -63,7 +63,7 @@ def runs() -> dict[str, dict]:
     for optimizer in ("fedavgm", "fedadam", "fedyogi", "fedadagrad"):
         found[f"fedavg {optimizer}"] = tree({"name": "fedavg"}, federation={"server_optimizer": {"name": optimizer}})
     before = {"score": "before_aggregation", "retained": ["synthetic/sort"], "drift": True}
-    for name in ("fedavg", "fedmoe", "local", "centralised"):
+    for name in ("fedavg", "fedmoe", "local", "centralized"):
         found[f"{name} before"] = tree({"name": name}, devices=BOUNDED if name == "fedmoe" else None, evaluation=before)
     for name in ("flex", "flora", "fedsa_lora", "hetlora"):
         found[f"{name} before"] = tree({"name": name}, ATTENTION, evaluation=before)

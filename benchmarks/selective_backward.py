@@ -1,4 +1,4 @@
-"""What it saves to reach only some experts in backward: time, gradient and optimiser bytes, peak memory, in one process.
+"""What it saves to reach only some experts in backward: time, gradient and optimizer bytes, peak memory, in one process.
 
     python benchmarks/selective_backward.py [--repeats 9]
 
@@ -11,8 +11,8 @@ selective   SelectiveBackward (HFedMoE); its line at 100 % shows what it costs i
 The experts are chosen by (14) and (15) on the batch itself, as many as the budget says, over all layers. Columns, medians:
 
 backward    CPU seconds from the loss to the gradients (mask: and of the masking), over the full way's
-step        forward, selection, backward and optimiser, over the full way's
-update MiB  gradients and optimiser state of the experts, after a step; and their ratio to the full way's
+step        forward, selection, backward and optimizer, over the full way's
+update MiB  gradients and optimizer state of the experts, after a step; and their ratio to the full way's
 peak MiB    the most bytes of tensors alive in a step (MemoryMeter, in a step that is not timed); and its ratio
 selection   CPU seconds of (3) to (15), over the step's own
 pairs       share of the (token, expert) pairs whose expert was chosen
@@ -48,12 +48,12 @@ SHAPES = {"h256 I256 E32": (256, 32), "h256 I256 E64": (256, 64)}
 BATCH = (8, 128)
 BUDGETS = (1.0, 0.5, 0.25)
 MIB = 2**20
-PARTS = ("forward", "selection", "backward", "optimiser")
+PARTS = ("forward", "selection", "backward", "optimizer")
 
 
 @dataclass
 class Way:
-    """One way to train: its own copy of the model, its optimiser, and what was measured."""
+    """One way to train: its own copy of the model, its optimizer, and what was measured."""
 
     model: nn.Module
     kind: str
@@ -149,7 +149,7 @@ def compare(shape: str, repeats: int, table: Table) -> None:
     ways = [Way(prepare(shrink(model, anatomy(model).all_experts), Tuning(), seed="0").train(), *kind) for kind in kinds]
     for way in ways:
         way.step(batch, timed=False)
-        way.step(batch, timed=False)  # the second has the optimiser's state from its start
+        way.step(batch, timed=False)  # the second has the optimizer's state from its start
     for _ in range(repeats):
         for way in ways:
             way.step(batch, timed=True)

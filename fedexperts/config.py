@@ -7,20 +7,25 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from fedexperts.core.devices import UTILISATION, Profile, profiles
+from fedexperts.core.devices import UTILIZATION, Profile, profiles
 from fedexperts.data.settings import DataSettings, Sources
 from fedexperts.errors import BadValue, nearest
 from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, without_none
-from fedexperts.methods import FORMER_NAMES, METHODS, enter_installed
+from fedexperts.methods import FORMER_FIELDS, FORMER_NAMES, METHODS, enter_installed
 from fedexperts.methods.contract import Method
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
 from fedexperts.types import Training
 
 Kind = TypeVar("Kind")
-RENAMED = {"training.balance": "training.router_aux_loss_coef", "training.clip": "training.max_grad_norm"}
+RENAMED = {
+    "training.balance": "training.router_aux_loss_coef",
+    "training.clip": "training.max_grad_norm",
+    "devices.utilisation": "devices.utilization",
+}
 """Former name of a setting → its name now."""
 
 METHOD, OPTIMIZER = "method", "federation.server_optimizer"
+OWN_METHOD = "; a method of your own is found once its package is installed (docs/extending.md)"
 
 
 class Settings(BaseModel):
@@ -79,8 +84,8 @@ class FederationSettings(Settings):
     def enough_clients_per_round(self) -> Self:
         if self.clients_per_round is not None and self.min_clients > self.clients_per_round:
             raise BadValue(
-                f"federation.min_clients = {self.min_clients}, but a round asks federation.clients_per_round = "
-                f"{self.clients_per_round}; lower the one or raise the other"
+                f"federation.min_clients = {self.min_clients} is larger than federation.clients_per_round = "
+                f"{self.clients_per_round}; lower min_clients or raise clients_per_round"
             )
         return self
 
@@ -94,7 +99,7 @@ class DeviceSettings(Settings):
     """
 
     profile: Any = None
-    utilisation: float = Field(UTILISATION, gt=0, le=1)  # share of a preset's peak FLOP/s that training sustains
+    utilization: float = Field(UTILIZATION, gt=0, le=1)  # share of a preset's peak FLOP/s that training sustains
     memory_gb: Any = None
     memory_share: Any = None
     deadline_seconds: float | None = Field(None, gt=0)  # virtual seconds per round; clients that would answer later are left out
@@ -102,7 +107,7 @@ class DeviceSettings(Settings):
 
     def profiles(self, clients: Sequence[str], seed: str) -> dict[str, Profile]:
         """Client → its device; empty without `profile`."""
-        return profiles(self.profile, clients, seed, self.utilisation)
+        return profiles(self.profile, clients, seed, self.utilization)
 
     @model_validator(mode="after")
     def deadline_needs_a_clock(self) -> Self:
@@ -189,7 +194,19 @@ def with_current_names(tree: Tree) -> Tree:
     method = tree.get("method")
     if isinstance(method, dict) and isinstance(name := method.get("name"), str) and name in FORMER_NAMES:
         tree = {**tree, "method": {**method, "name": FORMER_NAMES[name]}}
-    return with_new_names(tree, RENAMED)
+    return with_new_names(tree, renamed_in(tree))
+
+
+def renamed(method: object) -> dict[str, str]:
+    """Former name of a setting → its name now, including those of the hyperparameters of `method`."""
+    fields = FORMER_FIELDS.get(method, {}) if isinstance(method, str) else {}
+    return {**RENAMED, **{f"{METHOD}.{old}": f"{METHOD}.{new}" for old, new in fields.items()}}
+
+
+def renamed_in(tree: Tree) -> dict[str, str]:
+    """`renamed` of the method that `tree` names, or of the default method."""
+    method = tree.get("method", {})
+    return renamed(method.get("name", "fedmoe") if isinstance(method, dict) else None)
 
 
 def built(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -> Kind:
@@ -201,7 +218,8 @@ def built(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -> Kind:
     fields = dict(settings)
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
-        raise BadValue(f"{table}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds)}")
+        hint = OWN_METHOD if table == METHOD else ""
+        raise BadValue(f"{table}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds) or hint}")
     allowed = [field.name for field in dataclasses.fields(kinds[name])]  # type: ignore[arg-type]  # all are dataclasses
     for key in fields:
         if key not in allowed:
@@ -234,4 +252,4 @@ def from_tree(tree: Tree) -> RunConfig:
     Raises:
         BadValue: an unknown key (names the nearest), or a value that is not allowed.
     """
-    return checked(RunConfig, with_new_names(tree, RENAMED, warn=True))
+    return checked(RunConfig, with_new_names(tree, renamed_in(tree), warn=True))

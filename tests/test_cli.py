@@ -67,10 +67,13 @@ def test_the_version_is_printed_after_the_name(fedexperts):
 
 
 def test_the_former_name_of_a_setting_is_noted_in_one_plain_line(fedexperts, run_file):
-    code, shown, notes = fedexperts("plan", run_file, "--json", "--set", "training.balance=0.1")
+    former = ("training.balance=0.1", "devices.utilisation=0.3", "method.name=fedmoe", "method.neighbours=2")
+    code, shown, notes = fedexperts("plan", run_file, "--json", *(part for each in former for part in ("--set", each)))
     assert code == 0 and json.loads(shown)
     assert notes.splitlines() == [
-        "note: training.balance is now called training.router_aux_loss_coef; the former name still works"
+        "note: training.balance is now called training.router_aux_loss_coef; the former name still works",
+        "note: devices.utilisation is now called devices.utilization; the former name still works",
+        "note: method.neighbours is now called method.neighbors; the former name still works",
     ]
 
 

@@ -88,7 +88,7 @@ def test_the_code_that_pages_show_runs(tmp_path, monkeypatch, tiny_tree):
     Path("my-run.toml").write_text(to_toml(tiny_tree))
     space = {}
     shown = blocks(DOCS / "extending.md", "python")
-    assert len(shown) == 4
+    assert len(shown) == 5
     try:
         for number, block in enumerate(shown):
             exec(compile(block, f"extending.md, block {number}", "exec"), space)

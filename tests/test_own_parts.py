@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,18 @@ import fedexperts
 from fedexperts import methods
 from fedexperts.config import RunConfig
 from fedexperts.core import evaluation
-from fedexperts.errors import BadValue
+from fedexperts.errors import BadValue, Undeclared
 from fedexperts.experiment import runner
 from fedexperts.experiment.client_task import ClientTask
 from fedexperts.export import export
 from fedexperts.export.generate import generate
+from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked, to_toml
 from fedexperts.methods import personal
+from fedexperts.methods.contract import Declaration, Extension
 from fedexperts.moe.anatomy import blocks
-from fedexperts.testing import tiny_batch
+from fedexperts.testing import tiny_batch, tiny_context, tiny_model, tiny_server
+from fedexperts.types import Client, Training
 
 SOURCE = (Path(__file__).parents[1] / "examples" / "flame.py").read_text()
 CLIENTS = ("c01", "c02", "c03", "c04")
@@ -102,7 +106,7 @@ def test_the_model_that_is_taken_home_is_the_one_that_was_scored_and_answers_as_
     folder, _, scored, models = after
     kind = export(folder, tmp_path / client, client=client)
     assert kind.needs_code
-    with pytest.raises(BadValue, match="its structure comes from code of its run's method"):
+    with pytest.raises(BadValue, match=r"needs code of its run's method \(rescale\).*--trust-remote-code"):
         fedexperts.load(tmp_path / client)
     ours = fedexperts.load(tmp_path / client, trust_remote_code=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / client, trust_remote_code=True)
@@ -140,9 +144,68 @@ def test_a_change_of_structure_that_the_method_does_not_describe_is_not_exported
         saved = next((folder / "clients" / "c01").glob("*.safetensors"))
         state = {name: tensor for name, tensor in load_file(saved).items() if not name.endswith(".scale")}
         patch.setattr("fedexperts.engines.client_store.load_file", lambda path: state)
-        with pytest.raises(BadValue, match="the folder would hold another model than the one that was trained"):
+        with pytest.raises(BadValue, match="the exported folder would not compute what the trained model computes"):
             export(folder, tmp_path / "c01", client="c01")
     assert not (tmp_path / "c01").exists()
+
+
+def test_a_folder_that_cannot_hold_a_part_of_the_method_is_refused(after, tmp_path):
+    folder, *_ = after
+    flame, rescale = methods.METHODS["flame"], sys.modules["someones_flame"].rescale
+    with pytest.raises(BadValue, match=r"flame adds .*\.scale to the model, which an adapter cannot hold.*--client c02"):
+        export(folder, tmp_path / "out", client="c02", adapter=True)
+
+    def with_scales(self, base, tuning, server, seed):
+        model = super(flame, self).global_model(base, tuning, server, seed)
+        rescale(model, list(blocks(model)), 1)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flame, "global_model", with_scales)
+        patch.setattr("fedexperts.export.models.has_changed", lambda start, weights: True)
+        for adapter in (False, True):
+            with pytest.raises(
+                BadValue, match=r"flame adds .*\.scale to the model, which a folder of the global model or an adapter"
+            ):
+                export(folder, tmp_path / "out", adapter=adapter)
+    assert not (tmp_path / "out").exists()
+
+
+def needs_its_module(model):
+    torch.manual_seed(0)
+
+
+class TrainsALostWeight(fedexperts.Method):
+    def extension(self, job):
+        return Extension(adds_a_weight)
+
+
+def adds_a_weight(model):
+    import torch
+
+    model.added = torch.nn.Parameter(torch.ones(1))
+
+
+def test_an_extension_that_an_export_cannot_carry_is_refused_when_it_is_made():
+    with pytest.raises(BadValue, match="needs_its_module uses torch from outside of itself"):
+        Extension(needs_its_module)
+    with pytest.raises(BadValue, match="which has no source to copy"):
+        Extension(torch.nn.Linear)
+    with pytest.raises(BadValue, match="the extension's settings cannot be written as JSON"):
+        Extension(adds_a_weight, {"top_k": torch.tensor(1)})
+    with pytest.raises(BadValue, match=r"job_extra = 'top_k' of a Declaration is a string; give a tuple: \('top_k',\)"):
+        Declaration(job_extra="top_k")
+
+
+def test_an_added_weight_that_is_neither_sent_nor_kept_is_refused():
+    training = Training(local_steps=1)
+    model, clients = tiny_model("olmoe"), [Client("a", examples=8)]
+    server = replace(tiny_server(model, clients, training), round=1, task="train")
+    (job,) = jobs_for(server, TrainsALostWeight(), clients)
+    with pytest.raises(
+        Undeclared, match=r"TrainsALostWeight\.extension adds the trained weight added, which is neither in the job"
+    ):
+        TrainsALostWeight().train(job, tiny_context(model, clients[0], training))
 
 
 def test_over_flowers_simulation_it_gives_the_same_bits(after, package, tree, tmp_path):

@@ -11,7 +11,7 @@ from fedexperts.errors import BadData, BadValue, nearest
 
 GB = 10**9
 MBIT = 10**6 / 8  # in bytes
-UTILISATION = 0.4
+UTILIZATION = 0.4
 """Default share of a preset's peak FLOP/s that training sustains (our choice): what large runs report for whole clusters
 (38 to 43 %: Llama Team, "The Llama 3 Herd of Models", 2024, table 4); a small model on a small device reaches less."""
 
@@ -60,12 +60,12 @@ KEYS = (*NEEDED, "memory_gb")
 A_DEVICE = "a device has flops (FLOP/s that training sustains), down_mbit and up_mbit (Mbit/s) and memory_gb (10⁹ bytes)"
 
 
-def profiles(profile: object, clients: Sequence[str], seed: str, utilisation: float = UTILISATION) -> dict[str, Profile]:
+def profiles(profile: object, clients: Sequence[str], seed: str, utilization: float = UTILIZATION) -> dict[str, Profile]:
     """Client → its device; empty if `profile` is None.
 
     `profile` is one device for all clients, a list with one per client, `{"mix": {preset: weight}}`, or `{"csv": path}` (see
     `trace`). A mix is drawn per client: client `c01` of a seed gets the same device for any number of clients. A device is the
-    name of a preset, which sustains `utilisation` times its peak FLOP/s, or a table of `KEYS`.
+    name of a preset, which sustains `utilization` times its peak FLOP/s, or a table of `KEYS`.
 
     Raises:
         BadValue: any other value; a list or a file with too few devices.
@@ -76,7 +76,7 @@ def profiles(profile: object, clients: Sequence[str], seed: str, utilisation: fl
         case {"mix": weights, **rest} if not rest:
             mix = validated_mix(weights)
             drawn = {client: Random(f"{seed}/{client}/device").choices(list(mix), list(mix.values()))[0] for client in clients}
-            return {client: preset(name, utilisation) for client, name in drawn.items()}
+            return {client: preset(name, utilization) for client, name in drawn.items()}
         case {"csv": str(path), **rest} if not rest:
             return trace(Path(path), clients)
         case list() | tuple():
@@ -84,11 +84,11 @@ def profiles(profile: object, clients: Sequence[str], seed: str, utilisation: fl
                 raise BadValue(
                     f"devices.profile lists {len(profile)} devices for {len(clients)} clients; give one for each client"
                 )
-            return {client: device(each, utilisation) for client, each in zip(clients, profile, strict=True)}
-    return dict.fromkeys(clients, device(profile, utilisation))
+            return {client: device(each, utilization) for client, each in zip(clients, profile, strict=True)}
+    return dict.fromkeys(clients, device(profile, utilization))
 
 
-def device(value: object, utilisation: float) -> Profile:
+def device(value: object, utilization: float) -> Profile:
     """The device that `value` specifies: the name of a preset, or a table of `KEYS`.
 
     Raises:
@@ -96,7 +96,7 @@ def device(value: object, utilisation: float) -> Profile:
     """
     match value:
         case str():
-            return preset(value, utilisation)
+            return preset(value, utilization)
         case dict():
             return from_table(value, "devices.profile")
     raise BadValue(
@@ -105,11 +105,11 @@ def device(value: object, utilisation: float) -> Profile:
     )
 
 
-def preset(name: str, utilisation: float) -> Profile:
-    """The preset `name`, with `utilisation` times its peak FLOP/s."""
+def preset(name: str, utilization: float) -> Profile:
+    """The preset `name`, with `utilization` times its peak FLOP/s."""
     if name not in PRESETS:
         raise BadValue(f"devices.profile: {name!r} is not one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
-    return replace(PRESETS[name], flops_per_second=utilisation * PRESETS[name].flops_per_second)
+    return replace(PRESETS[name], flops_per_second=utilization * PRESETS[name].flops_per_second)
 
 
 def from_table(table: Mapping[str, object], where: str) -> Profile:
@@ -140,7 +140,7 @@ def validated_mix(weights: object) -> dict[str, float]:
             f"devices.profile.mix = {weights!r} is no table of presets and weights, such as {{ phone = 3, laptop_gpu = 1 }}"
         )
     for name in weights:
-        preset(name, UTILISATION)
+        preset(name, UTILIZATION)
     return {name: positive(weights[name], f"devices.profile.mix has {name}") for name in sorted(weights)}
 
 
@@ -174,12 +174,12 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     except OSError as error:
         raise BadData(f"{path} cannot be read ({error.strerror}); give devices.profile.csv the path of a CSV file") from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise BadData(f"{path} is no CSV file in UTF-8 ({error}); mend it") from None
+        raise BadData(f"{path} is no CSV file in UTF-8 ({error}); correct it") from None
     columns = reader.fieldnames or ()
     if absent := [key for key in KEYS if key not in columns]:
         raise BadData(f"{path} has no column {absent[0]}; its first line names at least {', '.join(KEYS)}")
     if uneven := [where for where, row in rows if None in row or None in row.values()]:
-        raise BadData(f"{uneven[0]} has not the {len(columns)} fields of the first line; mend or remove it")
+        raise BadData(f"{uneven[0]} does not have the {len(columns)} fields of the first line; correct or remove it")
     if not rows:
         raise BadData(f"{path} has no device below its first line; give a row for each client")
     return rows

@@ -26,8 +26,8 @@ from fedexperts.types import Encoder, Example
 METRICS = {
     "accuracy": "share of answers that are the right label; an answer that is no label is wrong",
     "macro_f1": "F1 of each label that occurs, averaged over labels",
-    "exact_match": "share of answers equal to the reference after SQuAD's normalisation; of sums, the number after ####",
-    "token_f1": "F1 of the words shared with the reference after SQuAD's normalisation",
+    "exact_match": "share of answers equal to the reference after SQuAD's normalization; of sums, the number after ####",
+    "token_f1": "F1 of the words shared with the reference after SQuAD's normalization",
     "verbatim": "share of answers equal to the reference, letter by letter",
     "rouge1": "ROUGE-1 F, stemmed",
     "rouge2": "ROUGE-2 F, stemmed",
@@ -35,7 +35,7 @@ METRICS = {
     "likelihood": "share of examples whose right choice is the likeliest per character; nothing is generated",
     "perplexity": "of a token of the reference, given the prompt and the tokens before; less is better",
 }
-LABELLED = ("accuracy", "macro_f1")
+LABELED = ("accuracy", "macro_f1")
 Verdict = tuple[dict[str, float], dict[str, tuple[int, int, int]]]  # metrics of one example, and the labels it touches
 ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
@@ -393,7 +393,7 @@ def judge(given: str, example: Example) -> Verdict:
         "verbatim": float(given.strip() == wanted.strip()),
         **{name: float(rouge[name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")},
     }
-    if not example.choices and example.metric not in LABELLED:
+    if not example.choices and example.metric not in LABELED:
         return sums, {}
     right, labels = judge_label(given, wanted, example.choices)
     return {"accuracy": right, **sums}, labels

@@ -73,8 +73,8 @@ def deployed(config: RunConfig) -> RunConfig:
     method = config.build_method()
     if method.centralized:
         raise BadValue(
-            f"method.name = {config.method['name']!r} trains on all clients' data in one place, and here they stay apart; "
-            "choose another method, or run it with `fedexperts run` where the data may lie together"
+            f"method.name = {config.method['name']!r} trains on all clients' data in one place, but here each client's data "
+            "stays on its machine; choose another method, or use `fedexperts run` on one machine that has all data"
         )
     tree = config.resolved()
     federation, training = {**tree["federation"], "engine": "flower"}, {**tree["training"], "device": "cpu"}

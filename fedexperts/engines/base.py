@@ -165,7 +165,7 @@ def update_error(expected: Expectation, update: Update) -> str | None:
     job = expected.job
     if (update.client, update.round, update.task) != (job.client, job.round, job.task):
         answered = f"{quoted(update.client)} in round {quoted(update.round)}, {quoted(update.task)}"
-        return f"it answered for {answered}, which was not asked"
+        return f"it answered for {answered}, which is not the job it was sent"
     return (
         form_error(update)
         or count_error(expected, update)

@@ -15,7 +15,7 @@ import torch
 
 from fedexperts.config import RunConfig, with_current_names
 from fedexperts.core import evaluation
-from fedexperts.core.devices import UTILISATION
+from fedexperts.core.devices import UTILIZATION
 from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
@@ -45,7 +45,7 @@ MAY_DIFFER = (
 
 BEFORE = {
     "devices.out_of_memory": "train anyway",
-    "devices.utilisation": UTILISATION,
+    "devices.utilization": UTILIZATION,
     "training.device": "cpu",
     "training.dropout": 0.0,
     "training.schedule": "constant",
@@ -198,8 +198,8 @@ def require_answers(server: Server, ledger: Ledger, fewest: int = 1) -> None:
         quorum = f", and federation.min_clients = {fewest} must answer" if fewest > 1 else ""
         raise BadRun(
             f"round {server.round}: {number} clients failed, {client} because {reason}{quorum}; "
-            "what came before is saved: mend the cause and go on (run with --resume, compare by itself), or, if it lies in the "
-            "settings or the data, start anew with another --out"
+            "earlier rounds are saved: correct the cause and continue (`run` with --resume; `compare`: the same command), "
+            "or, if you must change settings or data, start a new run with another --out"
         )
 
 
@@ -344,7 +344,7 @@ def require_same_inputs(prepared: Prepared, out: Path) -> None:
         if changed:
             raise BadRun(
                 f"{out} holds a run that began with other files: {', '.join(changed)}; "
-                "bring back the model and data it had, or start anew with another --out"
+                "restore its model and data, or start a new run with another --out"
             )
 
 

@@ -171,16 +171,14 @@ def validated_counts(greeting: Greeting) -> Counts:
         counts = COUNTS.validate_python(reported)
     except ValidationError as error:
         raise BadValue(
-            f"{client.name} tells of its data what cannot be read ({error.error_count()} mistakes); {REMEDY}"
+            f"{client.name} sent a description of its data that cannot be read ({error.error_count()} mistakes); {REMEDY}"
         ) from None
     sound = counts.train and min([*counts.train.values(), counts.longest_response]) >= 1
     sound = sound and {*counts.metrics.values()} <= {*METRIC_NAMES} and all(map(is_text, (*counts.train, *counts.metrics)))
     if not sound or min(counts.validation, counts.test) < 0 or sum(counts.train.values()) != client.examples:
-        raise BadValue(f"{client.name} tells of data that cannot be: {quoted(counts)}; {REMEDY}")
-    if client.examples + counts.validation + counts.test > MOST_EXAMPLES:
-        raise BadValue(
-            f"{client.name} tells of {client.examples:,} examples, and a client may have {MOST_EXAMPLES:,}; give it fewer"
-        )
+        raise BadValue(f"{client.name} sent a description of its data that is inconsistent: {quoted(counts)}; {REMEDY}")
+    if (total := client.examples + counts.validation + counts.test) > MOST_EXAMPLES:
+        raise BadValue(f"{client.name} has {total:,} examples, but at most {MOST_EXAMPLES:,} are allowed; give it fewer")
     return counts
 
 
@@ -192,7 +190,7 @@ def require_same_metrics(counts: Mapping[str, Counts]) -> None:
             other, theirs = first.setdefault(task, (name, metric))
             if theirs != metric:
                 raise BadValue(
-                    f"task {task!r} is judged by {theirs} at {other} and by {metric} at {name}; set data.sources.metric, or give "
+                    f"task {task!r} is scored by {theirs} at {other} and by {metric} at {name}; set data.sources.metric, or give "
                     "both clients rows of one format"
                 )
 

@@ -51,14 +51,14 @@ class Variant:
         """
         method = dict(config.method) if config.method["name"] == self.method else {"name": self.method}
         tree = config.model_dump(mode="json", exclude_none=True)
-        changes = [with_new_name(change) for change in self.changes]
+        changes = [with_new_name(change, self.method) for change in self.changes]
         return checked(RunConfig, with_settings({**tree, "method": method}, changes))
 
 
-def with_new_name(change: str) -> str:
-    """`a.b=c` with the current name of the setting if a.b is its former name."""
+def with_new_name(change: str, method: str) -> str:
+    """`a.b=c` with the current name of the setting if a.b is its former name, with `method`."""
     key, equals, value = change.partition("=")
-    return f"{configs.RENAMED.get(key.strip(), key)}{equals}{value}"
+    return f"{configs.renamed(method).get(key.strip(), key)}{equals}{value}"
 
 
 @dataclass(frozen=True)

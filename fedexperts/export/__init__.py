@@ -17,8 +17,9 @@ from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
 from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
+from fedexperts.methods.contract import Method
 from fedexperts.models.load import align_parameters, location_of, without_progress_bars
-from fedexperts.moe import lora
+from fedexperts.moe import lora, rows
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.shrink import shrink
 
@@ -59,22 +60,14 @@ def export(
     """
     require_empty(to)
     run = open_run(folder)
-    if kept is not None and client is None:
-        raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
-    if merge and adapter:
-        raise BadValue("--merge puts adapters into the weights, and --adapter writes them alone; leave one out")
-    if merge and client is None:
-        raise BadValue("--merge is for a client's model, and the global one has its adapters merged anyway; leave it out")
-    if (adapter or merge) and run.config.training.train == "full":
-        raise BadValue(
-            f'{folder} has no adapters: it trained whole weights (training.train = "full"); '
-            f"leave out {'--adapter' if adapter else '--merge'}"
-        )
+    require_consistent(run, client, adapter, kept, merge)
     try:
         with locked(folder):
             exported = of_client(run, client, kept) if client is not None else of_server(run)
     except Busy:
         raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
+    if client is None or adapter:
+        require_no_parts_of_the_method(run, exported, client)
     if merge:
         lora.merge(exported.model)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(exported.changes))
@@ -89,24 +82,62 @@ def export(
             plain.save_pretrained(made)
         for file in made.glob("*.safetensors"):
             align_tensors(file)
-        if client is not None and not adapter and not run.config.build_method().is_ours:
-            require_same_model(made, exported.model)
+        if not adapter and not run.config.build_method().is_ours and known_class(exported.model):
+            require_same_model(made, exported.model, client)
         exported.base.tokenizer.save_pretrained(made)
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
         (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge))
     return kind
 
 
+def require_consistent(run: Run, client: str | None, adapter: bool, kept: Path | None, merge: bool) -> None:
+    """Raises BadValue if the options of an export exclude each other or do not fit the run."""
+    if kept is not None and client is None:
+        raise BadValue(f"--kept {kept} is a client's own folder; say which one's with --client")
+    if merge and adapter:
+        raise BadValue("--merge puts adapters into the weights, and --adapter writes them alone; leave one out")
+    if merge and client is None:
+        raise BadValue("--merge is for a client's model, and the global one has its adapters merged anyway; leave it out")
+    if (adapter or merge) and run.config.training.train == "full":
+        raise BadValue(
+            f'{run.folder} has no adapters: it trained whole weights (training.train = "full"); '
+            f"leave out {'--adapter' if adapter else '--merge'}"
+        )
+
+
+def require_no_parts_of_the_method(run: Run, exported: Exported, client: str | None) -> None:
+    """Raises BadValue if the method extends the model, or adds weights that neither the base model nor its adapters have."""
+    if run.config.build_method().is_ours:
+        return
+    known = rows.layout(Method().global_model(exported.base.model, run.config.training.tuning, None, seed=""))
+    strange = [name for name in rows.layout(exported.model) if name not in known]
+    if strange or exported.extension is not None:
+        what = f"adds {strange[0]} to" if strange else "changes the structure of"
+        form = "an adapter" if client is not None else "a folder of the global model or an adapter"
+        raise BadValue(
+            f"method {run.config.method['name']} {what} the model, which {form} cannot hold; export a client's whole model: "
+            f"--client {client or next(iter(run.clients))}, without --adapter"
+        )
+
+
+def known_class(model: nn.Module) -> bool:
+    """Whether transformers has the model's class; it loads its classes lazily, so there is no list to search."""
+    return hasattr(transformers, type(model).__name__)
+
+
 @torch.no_grad()
-def require_same_model(folder: Path, model: nn.Module) -> None:
+def require_same_model(folder: Path, model: nn.Module, client: str | None) -> None:
     """Raises BadValue if the model in `folder` does not compute the logits of `model`, whose method may change its structure."""
     ids = torch.arange(3, 11)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     ours, theirs = (each.eval()(**batch).logits for each in (cast("Any", model), load(folder, trust_remote_code=True)))
     if not torch.equal(ours, theirs):
+        remedy = (
+            "describe the change with the method's extension()" if client is not None else "export a client's model (--client)"
+        )
         raise BadValue(
-            "the folder would hold another model than the one that was trained: the run's method changes its structure in a way "
-            "that an export does not know; let the method describe the change with extension(), or take --adapter"
+            "the exported folder would not compute what the trained model computes, because the method changes the model's "
+            f"structure in a way that the export does not know; {remedy}"
         )
 
 
@@ -117,7 +148,7 @@ def write_changed(exported: Exported, folder: Path) -> None:
         BadValue: the modeling file cannot construct its class.
     """
     model = cast("Any", exported.model)
-    if not hasattr(transformers, type(model).__name__):  # transformers loads its classes lazily, so there is no list to search
+    if not known_class(model):
         raise BadValue(
             f"the base brings its own code ({type(model).__name__}), of which no client's model can be written; "
             "take the global model, or --adapter"
@@ -178,13 +209,27 @@ def load(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedModel
                 f"{folder} is an adapter; put it on its base with peft: PeftModel.from_pretrained(base, {str(folder)!r})"
             )
         raise BadValue(f"{folder} holds no model; give a folder that fedexperts export wrote")
+    if not trust_remote_code and (function := _function_in(folder)) is not None:
+        raise BadValue(
+            f"{folder} needs code of its run's method ({function}), which is copied into its modeling_fedexperts.py; "
+            "read it, then give trust_remote_code=True (--trust-remote-code) to run it"
+        )
     try:
         with without_progress_bars():
             model = _read(folder, trust_remote_code)
     except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise BadValue(f"{folder} cannot be loaded ({first}); export it anew") from error
+        raise BadValue(f"{folder} cannot be loaded ({first}); export it again") from error
     return cast("PreTrainedModel", model.eval())
+
+
+def _function_in(folder: Path) -> str | None:
+    """The function in the folder's modeling file that extends the model; None if the installed code suffices."""
+    try:
+        changes = json.loads((folder / "config.json").read_text()).get("fedexperts", {})
+    except (OSError, ValueError):
+        return None  # which loading reports
+    return str(changes["extension"]["function"]) if "extension" in changes else None
 
 
 def _read(folder: Path, trust_remote_code: bool) -> Any:

@@ -52,7 +52,9 @@ def prompt_form(prompts: Mapping[str, Any], task: str | None) -> Mapping[str, An
         raise BadValue(f"task {task!r} is not one of {', '.join(prompts)}{nearest(task, prompts)}")
     forms = list(prompts.values())
     if any(form["frame"] != forms[0]["frame"] for form in forms):
-        raise BadValue(f"this model was trained on {', '.join(prompts)}, each asked in its own way; say which with --task")
+        raise BadValue(
+            f"this model was trained on {', '.join(prompts)}, whose prompts have different forms; choose one with --task"
+        )
     return cast("Mapping[str, Any]", forms[0]) if forms else {"frame": ["", ""], "choices": []}
 
 

@@ -146,7 +146,7 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     server = checkpoint.restored(run.saved, prepared.server)
     job = next(jobs_for(replace(server, task="evaluate"), prepared.method, [server.clients[name]]), None)
     if job is None:
-        raise BadRun(f"client {name} has no model in {run.folder}: its method gave it no part; take the global one")
+        raise BadRun(f"client {name} has no model in {run.folder}: its method assigned nothing to it; leave out --client")
     client_state = client_store.load(job)
     model = prepared.method.build_model(job, context_of(prepared, server, name, client_state)).eval()
     part = parts(rows.layout(model))
@@ -178,8 +178,8 @@ def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
     stored = [path.stem for path in client_store.versions(name)]
     if stored and accepted not in stored:
         raise BadRun(
-            f"the checkpoint in {run.folder} goes with what {name} kept in {accepted or 'no job'}, and {kept} has that of "
-            f"{', '.join(stored)}; copy the results folder anew"
+            f"the checkpoint in {run.folder} needs the state of {name} after {accepted or 'no job'}, but {kept} has it after "
+            f"{', '.join(stored)}; copy the results folder again"
         )
     return client_store
 
@@ -193,7 +193,7 @@ def parts_of(run: Run) -> Parts | None:
     if not run.config.data.own:
         return None
     if not (run.folder / GREETINGS).exists():
-        raise BadRun(f"{run.folder} has no {GREETINGS}, in which the server noted what its clients told; copy the whole folder")
+        raise BadRun(f"{run.folder} has no {GREETINGS}, the descriptions of the clients' data; copy the whole folder")
     return parts_from_greetings(read_greetings(run.folder / GREETINGS), Parts())
 
 
@@ -206,7 +206,7 @@ def context_of(prepared: Prepared, server: Server, name: str, client_state: dict
 def require_same(run: Run, now: Mapping[str, Any]) -> None:
     """Raises BadRun if the model or the data have changed since the run started."""
     if changed := [INPUTS[key] for key in now if run.versions.get(key, now[key]) != now[key]]:  # older runs recorded fewer
-        raise BadRun(f"{run.folder} was made with other files: {' and '.join(changed)} changed since; bring back what it had")
+        raise BadRun(f"{run.folder} was made with other files: {' and '.join(changed)} changed since; restore them")
 
 
 def cuts(base: nn.Module, model: nn.Module) -> dict[str, Any]:

@@ -55,6 +55,9 @@ METHODS: dict[str, type[Method]] = {
 FORMER_NAMES = {"centralised": "centralized"}
 """Former name of a method → its name now."""
 
+FORMER_FIELDS = {"fedmoe": {"neighbours": "neighbors"}}
+"""Method → former name of a hyperparameter → its name now."""
+
 GROUP = "fedexperts.methods"
 """The entry point group for methods of installed packages: `median = "its_module:Median"`."""
 
@@ -69,13 +72,14 @@ def enter_installed() -> None:
     methods: dict[str, type[Method]] = {}
     for point in entry_points(group=GROUP):
         where = f"the method {point.name!r} of the installed package {point.dist.name if point.dist else point.value}"
-        remedy = "mend that package or uninstall it"
-        if point.name in METHODS or point.name in methods:
-            raise BadValue(f"{where} has the name of another; {remedy}")
+        remedy = "repair that package or uninstall it"
+        taken = {**METHODS, **methods}.get(point.name)
         try:
             loaded = point.load()
         except Exception as error:  # importing it may raise anything
             raise BadValue(f"{where} cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
+        if taken not in (None, loaded):  # a module may also register its own method under the same name
+            raise BadValue(f"{where} has the name of another; {remedy}")
         if not (isinstance(loaded, type) and issubclass(loaded, Method) and is_dataclass(loaded)):
             raise BadValue(f"{where} is no method: a method is a frozen dataclass below fedexperts.Method; {remedy}")
         methods[point.name] = loaded

@@ -4,15 +4,19 @@ No module outside `methods/` knows a method's name or its keys: everything that 
 a method does not declare is refused, never ignored.
 """
 
+import builtins
+import dis
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fedexperts.core.training import fit, load_weights, sub_model
-from fedexperts.errors import Leak, Undeclared, quoted
+from fedexperts.errors import BadValue, Leak, Undeclared, quoted
 from fedexperts.methods.base import all_experts, answer, by_examples, mean_rows
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
@@ -152,6 +156,12 @@ class Declaration:
     local_files: tuple[str, ...] = ()
     wrappers: frozenset[Wrapping] = frozenset({"server_optimizer", "robust_merging", "masking"})
 
+    def __post_init__(self) -> None:
+        """Raises BadValue if a string stands where a tuple of names belongs: `("a")` is a string, `("a",)` a tuple."""
+        for name in ("setup_tasks", "job_extra", "client_state", "local_files"):
+            if isinstance(value := getattr(self, name), str):
+                raise BadValue(f"{name} = {value!r} of a Declaration is a string; give a tuple: ({value!r},)")
+
 
 @dataclass(frozen=True)
 class Extension:
@@ -159,10 +169,36 @@ class Extension:
 
     apply: a top-level function that uses only its arguments and what it imports itself, because its source is copied into
     exported models. Parameters that it adds are trained if they require gradients. settings: JSON values.
+
+    Raises:
+        BadValue: `apply` is not a function or uses other names of its module, or `settings` has a value that JSON cannot hold.
     """
 
     apply: Callable[..., None]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.apply, FunctionType):
+            raise BadValue(f"an extension cannot apply {quoted(self.apply)}, which has no source to copy; give a function")
+        if strange := sorted(names_from_outside(self.apply.__code__)):
+            raise BadValue(
+                f"{self.apply.__name__} uses {strange[0]} from outside of itself, which an exported model would not have; "
+                "import or define it inside the function, or pass it in the extension's settings"
+            )
+        try:
+            json.dumps(dict(self.settings))
+        except TypeError as error:
+            raise BadValue(
+                f"the extension's settings cannot be written as JSON ({error}); give numbers, strings, lists or tables, such as "
+                "tensor.item()"
+            ) from None
+
+
+def names_from_outside(code: CodeType) -> set[str]:
+    """The global names and closure variables that `code`, or a function inside it, reads; without Python's built-in ones."""
+    names = {each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"}
+    inner = [names_from_outside(each) - set(code.co_cellvars) for each in code.co_consts if isinstance(each, CodeType)]
+    return names.union(code.co_freevars, *inner) - set(dir(builtins))
 
 
 class Method:
@@ -209,6 +245,13 @@ class Method:
     def train(self, job: Job, context: ClientContext) -> Update:
         """Trains on the client and returns its update. Default: trains all received weights on the client's examples."""
         model = self.build_model(job, context)
+        added = rows.layout(model).keys() - rows.layout(sub_model(job, context)) if self.extension(job) else set()
+        if lost := added - job.patch.tensors.keys():
+            raise Undeclared(
+                f"{type(self).__name__}.extension adds the trained weight {min(lost)}, which is neither in the job nor kept by "
+                "the client, so it would be lost after each job; let global_model add it too, or train with "
+                "fedexperts.methods.personal.train_and_keep and declare keeps_weights"
+            )
         return answer(job, context, model, fit(model, context, seed=job.seed))
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:

@@ -35,7 +35,7 @@ class FedMoE(Method):
     reserve: share of a client's memory that the initial sub-model may use (derived from the paper's figures).
     experts_per_layer: of initial = "random"; None: as many as fit (ours; the paper starts with 8).
     patience: participations without a better validation score after which a client gets a recommendation (ours: 3).
-    neighbours: K of the recommendation (ours: 3).
+    neighbors: K of the recommendation (ours: 3).
 
     `method_state` has, per client: `p`, its routing; `held`, its experts; `best`, its best score; `stale`, participations since
     then; `former`, its experts before a change on trial; `frozen`, set if its experts no longer change.
@@ -48,7 +48,7 @@ class FedMoE(Method):
     reserve: Share = 0.7
     experts_per_layer: Count | None = None
     patience: Count = 3
-    neighbours: Count = 3
+    neighbors: Count = 3
 
     def declare(self) -> Declaration:
         return Declaration(
@@ -170,7 +170,7 @@ class FedMoE(Method):
                 after[f"frozen/{name}"] = torch.tensor(True)
             else:
                 current = method_state[f"held/{name}"]
-                recommended = recommend(server, client, entries("p", reported), entries("held", reported), self.neighbours)
+                recommended = recommend(server, client, entries("p", reported), entries("held", reported), self.neighbors)
                 if not torch.equal(current, recommended):
                     after |= {f"former/{name}": current, f"held/{name}": recommended}
         return after | {f"best/{name}": torch.tensor(best, dtype=torch.float64), f"stale/{name}": torch.tensor(stale)}

@@ -11,10 +11,10 @@ from fedexperts.moe.anatomy import Experts
 from fedexperts.types import Client, Server
 
 
-def recommend(server: Server, client: Client, p: Mapping[str, Tensor], experts: Mapping[str, Tensor], neighbours: int) -> Tensor:
+def recommend(server: Server, client: Client, p: Mapping[str, Tensor], experts: Mapping[str, Tensor], neighbors: int) -> Tensor:
     """The flat mask of the experts recommended to `client`; its current ones if no other client is similar.
 
-    With S' the K = `neighbours` clients whose p is most similar (cosine), p̂ = Σ sim·p / Σ sim over S', and
+    With S' the K = `neighbors` clients whose p is most similar (cosine), p̂ = Σ sim·p / Σ sim over S', and
     n = round(mean |S_a| over S') − |S_k|: n > 0 adds the n experts outside S_k with the highest p̂, n < 0 removes the |n|
     experts inside with the lowest. Constraints (ours): only experts that fit the client's memory are added; at least top-k
     experts stay in a layer; the group of a grouped router is one unit, with its mean p̂. `p` and `experts`: client → flat
@@ -25,7 +25,7 @@ def recommend(server: Server, client: Client, p: Mapping[str, Tensor], experts: 
         other: float(functional.cosine_similarity(p[client.name].double(), p[other].double(), dim=0))
         for other in p.keys() & experts.keys() - {client.name}
     }
-    closest = sorted(alike, key=lambda other: (-alike[other], other))[:neighbours]
+    closest = sorted(alike, key=lambda other: (-alike[other], other))[:neighbors]
     total = sum(alike[other] for other in closest)
     if total <= 0:
         return own

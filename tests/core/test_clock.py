@@ -163,11 +163,21 @@ def test_memory_may_be_left_to_the_report(tiny_tree, tmp_path, peak):
     assert "it trains there all the same, and the report marks them" in plan(prepare_run(settings))["warnings"][0]
 
 
+def test_a_run_that_began_under_former_names_goes_on(tiny_tree, tmp_path):
+    settings = checked(RunConfig, {**tiny_tree, "method": {"name": "fedmoe"}, "federation": {"rounds": 1}})
+    out = run(settings, tmp_path / "out")
+    text = (out / "resolved.json").read_text()
+    assert '"utilization"' in text and '"neighbors"' in text
+    (out / "resolved.json").write_text(text.replace('"utilization"', '"utilisation"').replace('"neighbors"', '"neighbours"'))
+    assert run(settings, out, resume=True) == out
+    assert len(read(out).rounds) >= 1
+
+
 def test_a_run_from_before_out_of_memory_was_a_setting_goes_on_only_as_it_began(tiny_tree, tmp_path):
     anyway, fails = (config(tiny_tree, rounds=1, out_of_memory=what) for what in ("train anyway", "fail"))
     out = run(anyway, tmp_path / "out")
     resolved = json.loads((out / "resolved.json").read_text())
-    for setting in ("out_of_memory", "utilisation"):
+    for setting in ("out_of_memory", "utilization"):
         del resolved["devices"][setting]
     (out / "resolved.json").write_text(json.dumps(resolved))
     with pytest.raises(BadRun, match=r"other settings: devices\.out_of_memory changed"):

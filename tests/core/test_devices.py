@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedexperts.core.devices import GB, PRESETS, UTILISATION, Profile, memories, profiles, trace_hash
+from fedexperts.core.devices import GB, PRESETS, UTILIZATION, Profile, memories, profiles, trace_hash
 from fedexperts.errors import BadValue
 
 CLIENTS = [f"c{number:02}" for number in range(1, 6)]
@@ -90,8 +90,8 @@ def test_a_table_describes_the_device_of_all_in_the_units_of_vendors():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sustains_a_share_of_its_peak(name):
-    usual, half = (profiles(name, ["a"], "0", *utilisation)["a"] for utilisation in ((), (0.5,)))
-    assert usual.flops_per_second == UTILISATION * PRESETS[name].flops_per_second
+    usual, half = (profiles(name, ["a"], "0", *utilization)["a"] for utilization in ((), (0.5,)))
+    assert usual.flops_per_second == UTILIZATION * PRESETS[name].flops_per_second
     assert half.flops_per_second == 0.5 * PRESETS[name].flops_per_second
     assert 0 < usual.up_bytes_per_second <= usual.down_bytes_per_second
     assert usual.memory_bytes is not None

@@ -78,6 +78,12 @@ def test_an_answer_that_is_no_label_is_wrong_and_is_no_false_positive():
     assert scores["macro_f1"] == pytest.approx(1 / 3)
 
 
+def test_a_label_in_an_answer_is_a_false_positive_however_the_choices_spell_it():
+    pairs = [("Sports", "Sports"), ("world", "Sports"), ("World.", "World")]
+    # sports: 1 right, 1 missed; world: 1 right, 1 wrongly said: F1 2/3 each
+    assert of_answers(pairs, choices=("Sports", "World"))["macro_f1"] == pytest.approx(2 / 3)
+
+
 def test_labels_that_are_articles_or_letters_stay_labels():
     assert of_answers([("A", "A"), ("", "A"), ("B.", "B")], choices=("A", "B"))["accuracy"] == pytest.approx(2 / 3)
 
@@ -175,6 +181,12 @@ def test_scores_are_restored_from_json_unchanged():
     scores = merge([one("x", "y", "accuracy", ("x", "y")), one("y", "y", "accuracy", ("x", "y"))])
     assert Scores.from_json(json.loads(json.dumps(scores.to_json()))).by_task() == scores.by_task()
     assert scores.metric("t") == "accuracy" and scores.main("t") == 0.5
+
+
+def test_scores_that_are_merged_stay_as_they_were():
+    first, second = one("x", "x", "accuracy", ("x", "y")), one("y", "x", "accuracy", ("x", "y"))
+    assert merge([first, second]).tasks["t"].labels == {"x": (1, 0, 1), "y": (0, 1, 0)}
+    assert first.tasks["t"].labels == {"x": (1, 0, 0)} and second.tasks["t"].labels == {"x": (0, 0, 1), "y": (0, 1, 0)}
 
 
 def test_a_task_judged_by_two_metrics_is_an_error():

@@ -119,7 +119,7 @@ def test_a_client_exports_its_own_model_where_its_data_and_its_client_state_are(
     for path in own.versions("north"):
         path.rename(newest.with_name("000009-train.safetensors"))
     with pytest.raises(
-        BadRun, match=r"goes with what north kept in 000002-train, and .* of 000009-train; copy the results folder anew"
+        BadRun, match=r"needs the state of north after 000002-train, but .* after 000009-train; copy the results folder again"
     ):
         export(folder, tmp_path / "no", "north", kept=tmp_path / "north")
     (own.folder / "north" / "000009-train.safetensors").rename(newest)
@@ -143,22 +143,22 @@ def test_a_server_that_is_started_again_knows_their_greetings(tree, files, tmp_p
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"train": {}}, "data that cannot be"),
-        ({"train": {"double": 13}}, "data that cannot be"),  # it says it has 12
-        ({"train": {"double": 13, "sort": -1}}, "data that cannot be"),
-        ({"test": -1}, "data that cannot be"),
-        ({"longest_response": 0}, "data that cannot be"),
-        ({"metrics": {"double": "applause"}}, "data that cannot be"),
-        ({"metrics": {"half a character \ud800": "verbatim"}}, "data that cannot be"),
+        ({"train": {}}, "is inconsistent"),
+        ({"train": {"double": 13}}, "is inconsistent"),  # it says it has 12
+        ({"train": {"double": 13, "sort": -1}}, "is inconsistent"),
+        ({"test": -1}, "is inconsistent"),
+        ({"longest_response": 0}, "is inconsistent"),
+        ({"metrics": {"double": "applause"}}, "is inconsistent"),
+        ({"metrics": {"half a character \ud800": "verbatim"}}, "is inconsistent"),
         ({"train": ["double"]}, "cannot be read"),
         ({"validation": "few"}, "cannot be read"),
-        ({"validation": 10**12}, "a client may have 10,000,000"),
+        ({"validation": 10**12}, "at most 10,000,000 are allowed"),
     ],
 )
 def test_counts_that_cannot_be_are_refused_with_the_clients_name(change, sentence):
     counts = {"train": {"double": 12}, "validation": 2, "test": 2, "longest_response": 3, "metrics": {"double": "verbatim"}}
     assert validated_counts(Greeting(Client("north", 12, "double"), None, {}, counts)) == Counts(**counts)
-    with pytest.raises(BadValue, match=f"^north tells of .*{sentence}"):
+    with pytest.raises(BadValue, match=f"^north .*{sentence}"):
         validated_counts(Greeting(Client("north", 12, "double"), None, {}, {**counts, **change}))
 
 
@@ -167,7 +167,7 @@ def test_clients_that_judge_a_task_by_different_metrics_are_refused_before_the_r
     metrics = {"north": {"double": "verbatim"}, "east": {"sort": "verbatim"}, "south": {"double": "accuracy"}}
     greetings = [Greeting(Client(name, 12), None, {}, {**counts, "metrics": each}) for name, each in metrics.items()]
     assert parts_from_greetings(greetings[:2], Parts()).counts.keys() == {"north", "east"}
-    with pytest.raises(BadValue, match=r"task .double. is judged by verbatim at north and by accuracy at south; set .*metric"):
+    with pytest.raises(BadValue, match=r"task .double. is scored by verbatim at north and by accuracy at south; set .*metric"):
         parts_from_greetings(greetings, Parts())
 
 

@@ -8,6 +8,7 @@ import torch
 
 from fedexperts.core.ledger import Ledger
 from fedexperts.engines.base import expectation, reorder_and_validate, validate_update
+from fedexperts.engines.serialization import pack_answer
 from fedexperts.federation import no_reports
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, ExtraTensor, ExtraTensors, Method, Metric
@@ -160,7 +161,7 @@ def test_costs_are_numbers_that_can_be_added_up(cost):
 
 def test_an_answer_to_another_job_is_none():
     sent = update(JOB.patch.tensors, {"e": IDS})
-    assert reason(replace(sent, round=2)) == "it answered for 'c01' in round 2, 'train', which was not asked"
+    assert reason(replace(sent, round=2)) == "it answered for 'c01' in round 2, 'train', which is not the job it was sent"
 
 
 def test_a_client_may_lower_the_rank_of_its_adapters_where_its_method_says_so():
@@ -202,6 +203,27 @@ def test_an_answer_may_take_about_the_bytes_that_are_expected_and_no_more():
     plain, declares = (expectation(SERVER, method, no_reports, JOB).most_bytes for method in (Plain(), Declares()))
     sent = update(JOB.patch.tensors, {"e": IDS}, extra=P).nbytes
     assert sent < plain < declares < plain + 2000 < 3 * 2**20
+
+
+@dataclass(frozen=True)
+class SendsLarge(Method):
+    """Sends a vector that is larger than its job and all that an answer may take beside tensors."""
+
+    def declare(self):
+        return Declaration(extra={"v": ExtraTensor(lambda server, job: (10**6,))})
+
+
+def test_an_answer_has_room_for_the_extra_tensors_that_its_method_declares():
+    sent = update(JOB.patch.tensors, {"e": IDS}, extra={"v": torch.zeros(10**6)})
+    plain, large = (expectation(SERVER, method, no_reports, JOB).most_bytes for method in (Plain(), SendsLarge()))
+    assert reason(sent, method=SendsLarge()) is None
+    assert plain < len(pack_answer(sent)) <= large < plain + sent.nbytes + 1000
+
+
+def test_the_bytes_of_an_answer_that_does_not_fit_are_counted():
+    sent = update({"e": torch.ones(2, 3), "d": torch.zeros(1, 1000)}, {"e": IDS})
+    refused = validate_update(expectation(SERVER, Plain(), no_reports, JOB), sent)
+    assert isinstance(refused, Failure) and refused.bytes_up == sent.nbytes > 4000
 
 
 def test_the_server_goes_on_without_an_update_that_does_not_fit_whichever_engine_brought_it():

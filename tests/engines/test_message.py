@@ -23,6 +23,12 @@ def test_a_message_that_is_cut_off_anywhere_is_refused():
             from_bytes(data[:length])
 
 
+def test_bytes_after_the_last_part_are_refused():
+    data = to_bytes(MESSAGE)
+    with pytest.raises(BadMessage, match=f"{len(data) + 1} bytes came of {len(data)}"):
+        from_bytes(data + b"\0")
+
+
 def test_another_protocol_is_refused_with_what_to_do():
     data = to_bytes(Message({}, {}))
     manifest = json.dumps({**json.loads(data[8:]), "protocol": 99, "version": "9.9"}).encode()

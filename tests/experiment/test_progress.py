@@ -47,7 +47,7 @@ def test_a_client_that_fails_is_shown_without_a_loss():
 
 @pytest.mark.parametrize("width", [60, 40])
 def test_a_narrow_terminal_cuts_long_texts_but_never_the_rounds(width):
-    label, bar, now = shown_after(2, width, label="four: fedmoe:adjust=false:patience=5:profile_rounds=2:neighbours=3")
+    label, bar, now = shown_after(2, width, label="four: fedmoe:adjust=false:patience=5:profile_rounds=2:neighbors=3")
     assert all(len(line) <= width for line in (label, bar, now))
     assert label.endswith("…") and label.startswith("four: fedmoe")
     assert bar.split()[1:] == ["1/20", "rounds", "-:--:--", "left"]

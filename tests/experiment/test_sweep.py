@@ -89,10 +89,10 @@ def test_no_two_labels_share_a_folder_and_each_is_one_part_of_a_path(labels):
 
 
 def test_a_variant_changes_its_settings_and_preserves_the_run_files_settings_of_its_method(tiny_tree):
-    config = checked(RunConfig, {**tiny_tree, "method": {"name": "fedmoe", "patience": 7, "neighbours": 2}})
+    config = checked(RunConfig, {**tiny_tree, "method": {"name": "fedmoe", "patience": 7, "neighbors": 2}})
     (variant,) = read_variants("fedmoe:patience=1:training.lr=0.5:federation.rounds=9:model.name=other")
     changed = variant.of(config)
-    assert changed.method == {"name": "fedmoe", "patience": 1, "neighbours": 2}
+    assert changed.method == {"name": "fedmoe", "patience": 1, "neighbors": 2}
     assert (changed.training.lr, changed.federation.rounds, changed.model.name) == (0.5, 9, "other")
     assert changed.training.local_steps == config.training.local_steps == 2
     with pytest.raises(BadValue, match=r"training\.rl is not a setting; did you mean training\.lr\?"):
@@ -110,6 +110,10 @@ def test_former_names_of_settings_and_methods_name_the_same_variant(tiny_tree):
     (old,) = read_variants("centralised:training.clip=0")
     assert old.method == "centralized"
     assert old.of(config).training.max_grad_norm == 0
+    for settings in ({}, {"neighbors": 2}, {"neighbours": 2}):
+        config = checked(RunConfig, {**tiny_tree, "method": {"name": "fedmoe", **settings}})
+        (old,) = read_variants("fedmoe:neighbours=4")
+        assert old.of(config).method == {"name": "fedmoe", "neighbors": 4} and old.label == "fedmoe:neighbours=4"
 
 
 def test_run_files_of_one_name_are_refused(tiny_tree, tmp_path):

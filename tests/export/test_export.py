@@ -380,7 +380,7 @@ def test_generate_uses_the_prompt_form_of_the_run(ended, tmp_path):
 
 def test_a_model_of_several_tasks_needs_the_task(ended, tmp_path):
     export(ended("olmoe", "full").folder, tmp_path / "out")
-    with pytest.raises(BadValue, match=r"was trained on .*, each asked in its own way; say which with --task"):
+    with pytest.raises(BadValue, match=r"was trained on .*, whose prompts have different forms; choose one with --task"):
         generate(tmp_path / "out", "abc", tokens=1)
     with pytest.raises(BadValue, match=r"task 'doubble' is not one of .*; did you mean double\?"):
         generate(tmp_path / "out", "abc", tokens=1, task="doubble")

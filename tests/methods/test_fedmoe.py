@@ -328,7 +328,7 @@ def test_the_order_of_the_participants_changes_nothing():
     for order in permutations(names):
         server = start
         for score in (-1.0, -1.1):
-            server = FedMoE(patience=1, neighbours=2).merge(server, [reported(name, p[name], score) for name in order])
+            server = FedMoE(patience=1, neighbors=2).merge(server, [reported(name, p[name], score) for name in order])
         ends.append(server.method_state)
     assert len(ends) == 6
     assert any(not torch.equal(ends[0][f"held/{name}"], masks[name]) for name in names), "somebody changed"

@@ -1,5 +1,6 @@
 """Methods that an installed package brings."""
 
+import importlib
 import sys
 
 import pytest
@@ -54,6 +55,13 @@ def test_the_command_compares_a_method_of_an_installed_package_with_ours(install
     assert mine == ours != []
 
 
+def test_a_module_may_also_register_its_own_method_itself(install, fedexperts, tmp_path, tiny_tree):
+    install(MINE + '\n\nimport fedexperts\nfedexperts.METHODS["mine"] = Mine\n')
+    (tmp_path / "run.toml").write_text(to_toml({**tiny_tree, "method": {"name": "mine"}}))
+    importlib.import_module("someones_methods")
+    assert fedexperts("plan", tmp_path / "run.toml")[0] == 0
+
+
 def test_its_fields_are_validated_like_those_of_built_in_methods(install, fedexperts, tmp_path, tiny_tree):
     install()
     (tmp_path / "run.toml").write_text(to_toml({**tiny_tree, "method": {"name": "mine", "strenth": 2}}))
@@ -83,4 +91,4 @@ def test_a_package_whose_methods_cannot_be_loaded_is_named_each_time(install, fe
         code, _, err = fedexperts("plan", tmp_path / "run.toml")
         assert code == 2
         assert said in " ".join(err.split())
-        assert "mend that package or uninstall it" in " ".join(err.split())
+        assert "repair that package or uninstall it" in " ".join(err.split())

@@ -29,12 +29,12 @@ def bools(*ids, size=4):
     return torch.zeros(size, dtype=torch.bool).scatter(0, torch.tensor(ids), True)
 
 
-def recommended(own, near, next, *, neighbours=2, memory=None, top_k=1, far=(0, 1, 2, 3)):
+def recommended(own, near, next, *, neighbors=2, memory=None, top_k=1, far=(0, 1, 2, 3)):
     """The experts recommended to `me`, on one layer of four experts of one byte each."""
     me = Client("me", 1, memory_bytes=memory)
     server = bare_server([BlockShape(4, top_k)], [me])
     masks = {"me": bools(*own), "near": bools(*near), "next": bools(*next), "far": bools(*far)}
-    return unmask(server.anatomy, recommend(server, me, P, masks, neighbours))["0"]
+    return unmask(server.anatomy, recommend(server, me, P, masks, neighbors))["0"]
 
 
 def test_a_client_with_fewer_experts_than_its_neighbors_gets_their_most_used_ones():
@@ -44,10 +44,10 @@ def test_a_client_with_fewer_experts_than_its_neighbors_gets_their_most_used_one
 
 
 def test_only_the_most_similar_clients_are_used():
-    assert recommended(own=[0], near=[0, 2], next=[0, 1, 2, 3], neighbours=1) == (0, 2)  # p̂ of near puts 2 before 1
-    assert recommended(own=[0], near=[0], next=[0], neighbours=2, far=[0, 1, 2, 3]) == (0,)
+    assert recommended(own=[0], near=[0, 2], next=[0, 1, 2, 3], neighbors=1) == (0, 2)  # p̂ of near puts 2 before 1
+    assert recommended(own=[0], near=[0], next=[0], neighbors=2, far=[0, 1, 2, 3]) == (0,)
     # with all three: mean size 2, and far has no say in p̂ since its cosine is 0
-    assert recommended(own=[0], near=[0], next=[0], neighbours=3, far=[0, 1, 2, 3]) == (0, 1)
+    assert recommended(own=[0], near=[0], next=[0], neighbors=3, far=[0, 1, 2, 3]) == (0, 1)
 
 
 def test_a_client_with_more_experts_than_its_neighbors_loses_its_least_used_ones():
@@ -129,7 +129,7 @@ def test_a_recommendation_is_legal_fits_the_memory_and_changes_at_most_the_requi
     masks = {name: some_held() for name in names}
     own = masks["me"]
     me = Client("me", 1, memory_bytes=int(own.sum()) + data.draw(st.integers(0, 4)))
-    new = recommend(server, me, p, masks, neighbours=2)
+    new = recommend(server, me, p, masks, neighbors=2)
 
     shrink.check(server.anatomy, unmask(server.anatomy, new))
     assert int(new.sum()) <= me.memory_bytes
