@@ -14,6 +14,7 @@ from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_name
 from fedexperts.methods import FORMER_FIELDS, FORMER_NAMES, METHODS, enter_installed
 from fedexperts.methods.contract import Method
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
+from fedexperts.models.load import BUNDLED
 from fedexperts.types import Training
 
 Kind = TypeVar("Kind")
@@ -33,10 +34,26 @@ class Settings(BaseModel):
 
 
 class ModelSettings(Settings):
-    """The base model. `name`: "tiny", "small", a folder, or a name on the hub."""
+    """The base model. `name`: "tiny", "small", a folder, or a name on the hub.
+
+    dtype: of the weights that are not trained; "auto": as stored (the bundled bases: float32). Trained weights are float32.
+    revision: branch, tag or commit on the hub. attention, experts: implementations of transformers, such as "eager" or
+    "flash_attention_2" and "grouped_mm" or "sonicmoe"; None: the best that always runs.
+    """
 
     name: str = "tiny"
     trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+    attention: str | None = None
+    experts: str | None = None
+
+    @model_validator(mode="after")
+    def bundled_dtype(self) -> Self:
+        """Writes down which dtype "auto" is for a bundled base, so that results say it."""
+        if self.name in BUNDLED and self.dtype == "auto":
+            object.__setattr__(self, "dtype", "float32")
+        return self
 
 
 def consistent(training: Training) -> Training:

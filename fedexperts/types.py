@@ -184,7 +184,10 @@ class Training(Tuning):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate over rounds; constant within a round
     final_lr: Annotated[float, Field(gt=0)] = 1e-6  # of the last round, with "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each job, in which the learning rate rises linearly
     batch_size: Annotated[int, Field(ge=1)] = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1  # batches of one optimizer step
+    gradient_checkpointing: bool = False  # computes activations again in backward instead of storing them
     local_steps: Annotated[int, Field(ge=1)] = 20
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -199,6 +202,10 @@ class Training(Tuning):
     def tuning(self) -> Tuning:
         """Which weights are trained, without the optimizer settings."""
         return Tuning(**{each.name: getattr(self, each.name) for each in fields(Tuning)})
+
+    def lr_factor(self, step: int) -> float:
+        """The factor of the learning rate in an optimizer step of a job, counted from 0."""
+        return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
     def lr_in(self, round: int, rounds: int) -> float:
         """The learning rate of a round; with "cosine", `lr` in setup tasks and the first round and `final_lr` in the last."""

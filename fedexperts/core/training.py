@@ -5,20 +5,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedexperts.errors import BadData, Undeclared
+from fedexperts.errors import BadData, BadValue, Undeclared
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.backward import SelectiveBackward
 from fedexperts.moe.flops import flops_estimated
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.precision import compute_dtype
 from fedexperts.moe.routing import Recorder, Routing, balance_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
@@ -55,7 +56,9 @@ def sub_model(
     tuning: which weights are trained; None: as set in the run. seed: of the adapters' initialization; None: the job's.
     adapted: the experts that get adapters, by their index in the sub-model; None: all.
     """
-    return prepare(shrink(context.model, job.experts), tuning or context.training.tuning, seed=seed or job.seed, only=adapted)
+    tuning = tuning or context.training.tuning
+    small = shrink(context.model, job.experts, share_stacks=tuning.train == "lora" or "experts" not in tuning.trained)
+    return prepare(small, tuning, seed=seed or job.seed, only=adapted)
 
 
 def load_weights(model: nn.Module, job: Job, context: ClientContext) -> nn.Module:
@@ -104,55 +107,102 @@ def fit(
     state of the others.
 
     Routers are recorded if there is a load-balance loss, `watch` or `select_experts`; `routed` then counts the tokens per expert.
+
+    With `gradient_accumulation_steps` = n a step sums the gradients of n batches: its cross-entropy is the mean over the response
+    tokens of all of them, as of one large batch; the other terms are means over the batches. Experts are selected per batch.
     """
     # long: a training step in its order; its tensors live in one frame, so that the memory meter sees when they are freed
-    training = context.training
+    training, together = context.training, context.training.gradient_accumulation_steps
     losses, tokens, flops, peak = [], 0, 0.0, 0
     routed: dict[str, Tensor] = {}
     flops_of = flops_estimated(model)
     steps = training.local_steps if steps is None else steps
     looked_at = bool(training.router_aux_loss_coef or watch or select_experts)
     model.train()
+    if training.gradient_checkpointing:
+        checkpoint_activations(model)
 
-    drawn = [context.encoder.batch(chosen) for chosen in batches(context.data.train, training.batch_size, steps, seed)]
-    metered = heaviest(drawn)
+    drawn = [context.encoder.batch(chosen) for chosen in batches(context.data.train, training.batch_size, steps * together, seed)]
+    metered = heaviest(drawn, together)
     with SelectiveBackward(model) if select_experts else nullcontext() as selective:
         trained = selective.parameters if selective else [each for each in model.parameters() if each.requires_grad]
-        optimizer = optimizer_for(trained, training)
-        for step, batch in enumerate(drawn):
+        optimizer, scaler = optimizer_for(trained, training), scaler_for(model)
+        for step in range(steps):
+            step_batches = drawn[step * together : (step + 1) * together]
+            step_losses, idle = [], set(trained)
             meter = MemoryMeter(model, optimizer, beside) if step == metered else None
             with meter or nullcontext():
-                with Recorder(model, keep_logits=True) if looked_at else nullcontext() as recorder:
-                    loss = cross_entropy(model, batch, training.label_smoothing)
-                if recorder is not None and training.router_aux_loss_coef:
-                    loss = loss + training.router_aux_loss_coef * balance_loss(recorder)
-                if penalty is not None:
-                    loss = loss + penalty(model)
-                if recorder is not None and watch is not None and (added := watch(recorder)) is not None:
-                    loss = loss + added
-                reached = None
-                if recorder is not None and selective is not None and select_experts is not None:
-                    chosen = select_experts(recorder)
-                    selective.choose(chosen)
-                    forget(optimizer, selective.left_out())
-                    reached = share_of(recorder.routing(), chosen)
-                loss.backward()
+                for batch, share in zip(step_batches, target_shares(step_batches), strict=True):
+                    with Recorder(model, keep_logits=True) if looked_at else nullcontext() as recorder:
+                        loss = cross_entropy(model, batch, training.label_smoothing) * share
+                    if recorder is not None and training.router_aux_loss_coef:
+                        loss = loss + training.router_aux_loss_coef * balance_loss(recorder) / together
+                    if penalty is not None:
+                        loss = loss + penalty(model) / together
+                    if recorder is not None and watch is not None and (added := watch(recorder)) is not None:
+                        loss = loss + added / together
+                    reached = None
+                    if recorder is not None and selective is not None and select_experts is not None:
+                        chosen = select_experts(recorder)
+                        selective.choose(chosen)
+                        idle &= set(selective.left_out())
+                        if batch is step_batches[-1]:
+                            forget(optimizer, idle)
+                        reached = share_of(recorder.routing(), chosen)
+                    scaler.scale(loss).backward()
+                    step_losses.append(loss.detach())
+                    flops += flops_of(batch, reached)
+                    if recorder is not None:
+                        counted = recorder.routing().counts.items()
+                        routed = {block: routed.get(block, 0) + counts for block, counts in counted}
+                scaler.unscale_(optimizer)
                 if after_backward is not None:
                     after_backward(model)
                 if training.max_grad_norm:
                     nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
-                optimizer.step()
+                for group in optimizer.param_groups:
+                    group["lr"] = training.lr * training.lr_factor(step)
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=True)
-            if recorder is not None:
-                routed = {block: routed.get(block, 0) + counts for block, counts in recorder.routing().counts.items()}
-            losses.append(float(loss.detach()))
-            tokens += seen(model, batch)
-            flops += flops_of(batch, reached)
+            losses.append(float(sum(step_losses)))
+            tokens += sum(seen(model, batch) for batch in step_batches)
             peak = max(peak, meter.peak_bytes) if meter else peak
 
     model.eval()
     cost = Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops)
     return Fitted(sum(losses) / len(losses), cost, {block: counts.tolist() for block, counts in routed.items()})
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Lets training store the inputs of each layer of `model` alone, and compute the rest again in backward.
+
+    Raises:
+        BadValue: the model cannot.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise BadValue(
+            f"training.gradient_checkpointing = true, but {type(model).__name__} does not support it; set it to false and lower "
+            "training.batch_size with more training.gradient_accumulation_steps"
+        )
+    former = "gradient_checkpointing_enable"  # its name in transformers before 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, former)
+    cast("Any", enable)({"use_reentrant": False})
+
+
+def scaler_for(model: nn.Module) -> torch.amp.GradScaler:
+    """Scales losses if `model` computes in float16, whose small gradients would become 0; else it does nothing.
+
+    A step whose gradients overflow is left out, and the scale is halved.
+    """
+    device = next(model.parameters()).device.type
+    return torch.amp.GradScaler(device, enabled=compute_dtype(model) == torch.float16)
+
+
+def target_shares(step_batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    """The share of each batch in the response tokens of all of them."""
+    counts = [int((batch["labels"] != IGNORED).sum()) for batch in step_batches]
+    return [count / max(sum(counts), 1) for count in counts] if len(counts) > 1 else [1.0]
 
 
 def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -169,10 +219,13 @@ def share_of(routing: Routing, experts: Experts) -> dict[str, float]:
     }
 
 
-def heaviest(drawn: Sequence[Mapping[str, Tensor]]) -> int:
-    """The step with the most tokens, including padding, except the first, in which the optimizer's state is created."""
-    later = range(min(1, len(drawn) - 1), len(drawn))
-    return max(later, key=lambda step: drawn[step]["input_ids"].numel() + drawn[step]["labels"].numel())
+def heaviest(drawn: Sequence[Mapping[str, Tensor]], together: int = 1) -> int:
+    """The step with the largest batch, including padding, except the first, in which the optimizer's state is created.
+
+    together: number of batches in a step.
+    """
+    later = range(min(together, len(drawn) - together), len(drawn))
+    return max(later, key=lambda index: drawn[index]["input_ids"].numel() + drawn[index]["labels"].numel()) // together
 
 
 def validate(model: nn.Module, context: ClientContext, chosen: Sequence[Example] | None = None) -> Validation:

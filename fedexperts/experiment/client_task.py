@@ -121,7 +121,7 @@ class ClientTask:
                 comparison["retained"] = evaluation.by_example(model, self.retained, context.encoder, *size)
             if settings.drift:
                 texts = self.retained or self.scored_examples(context.data)
-                base = shrink(context.model, job.experts)
+                base = shrink(context.model, job.experts, share_stacks=True)
                 comparison["drift"] = router_drift(base, model, batches(texts, context, settings.batch_size))
             self.known[key] = comparison
         return self.known[key]

@@ -44,6 +44,11 @@ MAY_DIFFER = (
 """Settings that a resumed run may change, because they do not affect clients' answers."""
 
 BEFORE = {
+    "model.dtype": "float32",
+    "training.precision": "auto",
+    "training.gradient_accumulation_steps": 1,
+    "training.gradient_checkpointing": False,
+    "training.warmup_steps": 0,
     "devices.out_of_memory": "train anyway",
     "devices.utilization": UTILIZATION,
     "training.device": "cpu",

@@ -52,7 +52,7 @@ class Parts:
     footprints: Cache[Footprint] = field(default_factory=dict)
 
     def base(self, model: ModelSettings) -> Base:
-        return cached(self.bases, 1, model, lambda: load(model.name, model.trust_remote_code))
+        return cached(self.bases, 1, model, lambda: load_base(model))
 
     def clients(self, config: RunConfig) -> Clients:
         """The run's clients with their data.
@@ -104,6 +104,18 @@ class Parts:
         devices, names = config.devices, list(self.clients(config))
         options = {"gb": devices.memory_gb, "share": devices.memory_share, "profiles": self.profiles(config)}
         return memories(names, full_bytes, str(config.seed), **options)
+
+
+def load_base(model: ModelSettings) -> Base:
+    """The base model of a run."""
+    return load(
+        model.name,
+        model.trust_remote_code,
+        dtype=model.dtype,
+        revision=model.revision,
+        attention=model.attention,
+        experts=model.experts,
+    )
 
 
 @dataclass(frozen=True)

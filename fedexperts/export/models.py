@@ -15,17 +15,17 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.setup import INPUTS, Parts, Prepared, parts_from_greetings, prepare_run, versions
+from fedexperts.experiment.setup import INPUTS, Parts, Prepared, load_base, parts_from_greetings, prepare_run, versions
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
 from fedexperts.methods.contract import Extension
 from fedexperts.methods.personal import parts
-from fedexperts.models.load import Base, load
+from fedexperts.models.load import Base
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import Footprint
-from fedexperts.moe.shrink import shrink
+from fedexperts.moe.shrink import own_stacks, shrink
 from fedexperts.types import ClientContext, Server, Tensors
 
 PERSONAL_EXPERTS = "personal experts and their gates"
@@ -100,7 +100,7 @@ def of_server(run: Run) -> Exported:
         BadRun: the base model has changed, or no update has been merged into the server's weights.
     """
     config = run.config
-    base, method = load(config.model.name, config.model.trust_remote_code), config.build_method()
+    base, method = load_base(config.model), config.build_method()
     require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash})
     shape, seed, tuning = anatomy(base.model), f"{config.seed}/start", config.training.tuning
     start = method.global_model(base.model, tuning, None, seed)
@@ -148,7 +148,7 @@ def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
     if job is None:
         raise BadRun(f"client {name} has no model in {run.folder}: its method assigned nothing to it; leave out --client")
     client_state = client_store.load(job)
-    model = prepared.method.build_model(job, context_of(prepared, server, name, client_state)).eval()
+    model = own_stacks(prepared.method.build_model(job, context_of(prepared, server, name, client_state))).eval()
     part = parts(rows.layout(model))
     personal = {each: PERSONAL_EXPERTS if graft.is_personal(each) else part[each] for each in client_state if each in part}
     added = base_changed(shrink(prepared.base.model, job.experts), model)

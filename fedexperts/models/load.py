@@ -1,7 +1,13 @@
-"""A base model by name: a bundled one, a folder, or one from the hub."""
+"""A base model by name: a bundled one, a folder, or one from the hub.
 
+Weights are read tensor by tensor from their safetensors files into where they stay, in the dtype in which they stay.
+"""
+
+import ctypes
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -9,18 +15,30 @@ from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from fedexperts.errors import BadValue, nearest, shortened
 from fedexperts.moe.anatomy import blocks
+from fedexperts.moe.disk import lazy_tensors
 from fedexperts.moe.kernel import choose_kernel
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
 """`tiny` ships with the package; `small`, the base of the reported runs, is only in a checkout of the repository."""
-WEIGHTS = ("*.safetensors", "*.bin")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""The files that name the weight files of a model with several; the first that exists counts."""
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+"""The weight file of a model with one; the first that exists counts."""
 SETTINGS = (
     "config.json",
     "tokenizer.json",
@@ -32,13 +50,20 @@ SETTINGS = (
     "special_tokens_map.json",
 )
 """Files that, besides the weights, decide the output of a model: its configuration (such as top-k) and its tokenizer."""
+FETCHED = (*SETTINGS, "generation_config.json", "chat_template.jinja", "*.py")
+"""Files that are fetched from the hub besides the weights; code in them runs only if it is trusted."""
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's mallopt."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A pretrained model in fp32, in eval mode, and its tokenizer."""
+    """A pretrained model in eval mode, and its tokenizer."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -53,28 +78,93 @@ class Base:
         return f"{self.hash}{self.config_hash}"
 
 
-def load(name: str, trust_remote_code: bool = False) -> Base:
+def load(
+    name: str,
+    trust_remote_code: bool = False,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attention: str | None = None,
+    experts: str | None = None,
+) -> Base:
     """The base called `name`: "tiny" (ships with the package), "small" (in a checkout), a local folder, or an id on the hub.
 
+    dtype: of the weights: "float32", "bfloat16", "float16", or "auto": as stored; the bundled bases are float32 then.
+    revision: branch, tag or commit on the hub. attention, experts: the implementations that transformers uses for them; None: its
+    own choice of attention, and the grouped product of experts where their shapes allow it.
+
     Raises:
-        BadValue: there is no such model, it has no tokenizer, or it needs its own code, which is not trusted.
+        BadValue: there is no such model, it has no tokenizer or one with more tokens than the model has embeddings, it lacks
+            weights, it needs its own code, which is not trusted, or it has no such implementation.
         NoExperts: it has no MoE layers.
     """
     where = location_of(name)
-    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
     config = load_or_explain(name, lambda: AutoConfig.from_pretrained(where, **code))
+    chosen = {"attn_implementation": attention} if attention else {}
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        blocks(load_or_explain(name, lambda: kind.from_config(config, **code)))  # raises before anything large is fetched
+        skeleton = load_or_explain(name, lambda: kind.from_config(config, trust_remote_code=trust_remote_code, **chosen))
+        blocks(skeleton)  # raises before anything large is fetched
     tokenizer = load_or_explain(name, lambda: AutoTokenizer.from_pretrained(where, **code))
+    require_tokenizer(name, tokenizer, skeleton)
+    folder = load_or_explain(name, lambda: local_folder(where, revision))
+    files = load_or_explain(name, lambda: weight_files(folder))
+    wanted = DTYPES.get(dtype, torch.float32 if name in BUNDLED else None)
+    with ThreadPoolExecutor(1) as beside, without_progress_bars(), freed_at_once():
+        hashed = beside.submit(files_hash, files)  # at the same time, so that each file is read from the disk once
+        model = load_or_explain(name, lambda: read_weights(folder, files, config, skeleton, wanted, chosen)).eval()
+    load_or_explain(name, lambda: choose_kernel(model, experts))
+    align_parameters(model)
+    config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
+    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed.result(), config_hash)
+
+
+def require_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, skeleton: nn.Module) -> None:
+    """Raises BadValue if `tokenizer` reads no text, or knows tokens that the model has no embedding for."""
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # so transformers reads a folder without one
         raise BadValue(f"model.name = {name!r} has no tokenizer that reads text; put the model's tokenizer files into its folder")
-    with without_progress_bars():
-        model = load_or_explain(name, lambda: kind.from_pretrained(where, dtype=torch.float32, **code)).eval()
-    choose_kernel(model)
-    align_parameters(model)
-    hashes = files_hash(where, WEIGHTS), files_hash(where, SETTINGS)
-    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, *hashes)
+    rows = cast("Any", skeleton).get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BadValue(
+            f"model.name = {name!r} has a tokenizer with {len(tokenizer):,} tokens, but the model has embeddings for {rows:,}; "
+            "take the tokenizer that belongs to the model, or resize the model's embeddings and save both"
+        )
+
+
+def read_weights(
+    folder: Path, files: Sequence[Path], config: Any, skeleton: nn.Module, dtype: torch.dtype | None, chosen: dict[str, Any]
+) -> nn.Module:
+    """The model of `config` with the weights in `files`, each read into the memory where it stays.
+
+    skeleton: the model on the meta device. dtype: None: as stored. chosen: further options of transformers' from_pretrained.
+
+    Raises:
+        BadValue: weights are missing, or have another shape.
+    """
+    kept_dtype = dtype or stored_dtype(config, files)
+    options = {"config": config, "dtype": kept_dtype, "output_loading_info": True, **chosen}
+    if files[0].suffix == ".safetensors":
+        tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
+        model, report = type(cast("Any", skeleton)).from_pretrained(None, state_dict=tensors, **options)
+    else:
+        model, report = type(cast("Any", skeleton)).from_pretrained(folder, weights_only=True, **options)
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise BadValue(f"{folder} lacks the weight {missing[0]}, or has it in another shape ({len(missing)} such)")
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return cast("nn.Module", model)
+
+
+def stored_dtype(config: Any, files: Sequence[Path]) -> torch.dtype:
+    """The dtype in which weights are stored: that of the configuration, or else of the first floating-point tensor."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    if files[0].suffix == ".safetensors":
+        with safe_open(files[0], framework="pt") as file:
+            names = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  (safetensors' object is no dict)
+        return torch.bfloat16 if "BF16" in names else torch.float16 if "F16" in names else torch.float32
+    return torch.float32
 
 
 def align_parameters(model: nn.Module) -> None:
@@ -152,11 +242,78 @@ def without_progress_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def files_hash(where: str, patterns: Sequence[str]) -> str:
-    """sha256 of the names and bytes of all files at `where` that match `patterns`."""
-    folder = Path(where) if Path(where).is_dir() else Path(snapshot_download(where, local_files_only=True))
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within the block memory of 1 MiB and more goes back to the system when it is freed (glibc; elsewhere nothing changes).
+
+    Otherwise the parts of which stacks are put together leave gaps behind that no later tensor fills: 17 % of an OLMoE-1B-7B.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_THRESHOLD, 2**20)
+        try:
+            yield
+        finally:
+            mallopt(MMAP_THRESHOLD, 2**25)  # the largest that glibc comes to by itself, and its threshold for trimming then
+            mallopt(TRIM_THRESHOLD, 2**26)
+        return
+    yield
+
+
+def local_folder(where: str, revision: str | None = None) -> Path:
+    """The folder with the files of the model at `where`, which are fetched from the hub if they are not here yet."""
+    if Path(where).is_dir():
+        return Path(where)
+    settings = Path(snapshot_download(where, revision=revision, allow_patterns=[*FETCHED, *INDEXES]))
+    index = next((name for name in INDEXES if (settings / name).exists()), None)
+    wanted = weight_names(settings / index) if index else list(SINGLE)
+    if index is None or not any((settings / name).exists() for name in wanted):
+        snapshot_download(where, revision=revision, allow_patterns=wanted)
+    return settings
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of the model in `folder`: those that its index names, or its only one.
+
+    Other files with weights, which some folders have besides, are neither read nor hashed.
+
+    Raises:
+        BadValue: there are none, or one that the index names is missing.
+    """
+    index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
+    single = next((folder / name for name in SINGLE if (folder / name).exists()), None)
+    if index is not None and (single is None or single.suffix == ".bin" or index.name == INDEXES[0]):
+        files = [folder / name for name in weight_names(index)]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise BadValue(
+                f"{index.name} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are missing)"
+            )
+        return files
+    if single is None:
+        raise BadValue(f"{folder} has no weights: neither {SINGLE[0]} nor {INDEXES[0]}")
+    return [single]
+
+
+def weight_names(index: Path) -> list[str]:
+    """The names of the files in `index`, sorted.
+
+    Raises:
+        BadValue: it is no index, or names files in other folders.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        plain = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadValue(f"{index} is no index of weight files") from None
+    if not names or not plain:
+        raise BadValue(f"{index} names no weight files, or files outside its folder")
+    return names
+
+
+def files_hash(files: Sequence[Path]) -> str:
+    """sha256 of the names and bytes of `files`."""
     digest = sha256()
-    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+    for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(file_digest(stream, "sha256").digest())

@@ -17,7 +17,17 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from fedexperts.errors import BadValue, listed
 from fedexperts.moe.anatomy import Block, Experts, blocks
 from fedexperts.moe.device import device_of, generator_states, kept_generators, set_generator_states
-from fedexperts.moe.lora import ExpertLoRA, activated, ends_of, first_matrix, grouped, grouped_outer, normed, projected
+from fedexperts.moe.lora import (
+    ExpertLoRA,
+    activated,
+    ends_in_stack,
+    ends_of,
+    first_matrix,
+    grouped,
+    grouped_outer,
+    normed,
+    projected,
+)
 
 IMPLEMENTATION = "fedexperts_selective"  # the name of our experts function in transformers' registry
 
@@ -228,7 +238,8 @@ class _Precomputed(torch.autograd.Function):
             )
         weight = getattr(part.experts, name)
         transposed = weight.transpose(1, 2) if part.experts.is_transposed else weight
-        grad_rows = grouped(grad_output, transposed, ends_of(expert, part.number)) if ctx.needs_input_grad[4] else None
+        ends = ends_in_stack(part.experts, ends_of(expert, part.number), len(weight))
+        grad_rows = grouped(grad_output, transposed, ends) if ctx.needs_input_grad[4] else None
         return None, None, None, None, grad_rows, None
 
 

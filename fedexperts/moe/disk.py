@@ -35,20 +35,17 @@ class LazyTensor:
         return torch.cat([self.disk[(*before, slice(first, last + 1))] for first, last in _runs(self.ids)], dim=self.axis)
 
 
-def lazy_tensors(folder: Path, model: PreTrainedModel, experts: Experts) -> dict[str, LazyTensor]:
-    """The tensors of the checkpoint in `folder` that a model with only `experts` needs, under their names on disk.
+def lazy_tensors(files: Iterable[Path], model: PreTrainedModel, experts: Experts) -> dict[str, LazyTensor]:
+    """The tensors in `files` that a model with only `experts` needs, under their names on disk.
 
     Args:
-        folder: has one or several safetensors files, with experts stacked or each by itself.
+        files: the safetensors files of the checkpoint, with experts stacked or each by itself.
         model: of the whole checkpoint, on the meta device.
         experts: MoE block → ids of experts in the checkpoint; a block that is absent keeps all.
 
     Raises:
-        BadValue: no safetensors, or experts stored in a form of which no part can be read.
+        BadValue: experts stored in a form of which no part can be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BadValue(f"{folder} has no safetensors files; give a model folder as transformers' save_pretrained writes it")
     selection = _Selection(model, experts)
     tensors = {}
     for file in files:

@@ -384,7 +384,14 @@ def products(model: nn.Module) -> Iterator[Product]:
         recomputed = isinstance(module, ExpertLoRA) or (block is not None and model_blocks[block].is_switch)
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2 and "bias" not in key and not isinstance(module, nn.Embedding):
-                yield Product(name, block, parameter.numel() * share, parameter.requires_grad, recomputed)
+                used = share_of_stack(module, parameter) * share
+                yield Product(name, block, parameter.numel() * used, parameter.requires_grad, recomputed)
+
+
+def share_of_stack(module: nn.Module, parameter: nn.Parameter) -> float:
+    """The share of a stack that belongs to the experts of `module`, which may share it with a larger model."""
+    ids = module._buffers.get("stack_ids")
+    return 1.0 if ids is None else len(ids) / len(parameter)
 
 
 def score_widths(model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedexperts.errors import BadValue, listed
 from fedexperts.moe import lora
 from fedexperts.moe.anatomy import Block, BlockShape, Experts, blocks
-from fedexperts.moe.tuning import Tuning
+from fedexperts.moe.tuning import Tuning, replace_parameters
 
 CHILD = "grafted"
 """The name of the personal experts in a block. Every weight with it in its path is personal to one client."""
@@ -58,7 +58,10 @@ def attach(model: nn.Module, ids: Experts, tuning: Tuning, seed: str) -> None:
         block = model_blocks[name]
         require_experts(name, block.shape, block_ids)
         personal = Grafted(block, block_ids)
-        personal.requires_grad_(tuning.train == "full")
+        if tuning.train == "full":
+            replace_parameters(personal, {path for path, _ in personal.named_parameters()})
+        else:
+            personal.requires_grad_(False)
         setattr(block.module, CHILD, personal)
         block.module.register_forward_hook(add_personal_output, with_kwargs=True)
     if tuning.train == "lora":
@@ -107,10 +110,12 @@ def copied_experts(block: Block, ids: Sequence[int]) -> nn.Module:
     if isinstance(block.experts, nn.ModuleDict):
         return nn.ModuleDict({f"expert_{new}": copy.deepcopy(block.experts[f"expert_{old}"]) for new, old in enumerate(ids)})
     stacks: dict[int, Any] = {id(stack): stack for stack in block.experts.parameters(recurse=False)}
+    rows = lora.rows_in_stack(block.experts, torch.tensor(list(ids))).tolist()
     copies = copy.deepcopy(block.experts, memo=stacks)  # all but the stacks, of which only `ids` are copied
+    copies._buffers.pop("stack_ids", None)
     for name, stack in list(copies._parameters.items()):
         if stack is not None:
-            copies._parameters[name] = nn.Parameter(stack.detach()[list(ids)])
+            copies._parameters[name] = nn.Parameter(stack.detach()[rows])
     cast("Any", copies).num_experts = len(ids)
     return copies
 

@@ -7,21 +7,24 @@ from torch._subclasses.fake_tensor import is_fake
 
 from fedexperts.moe.anatomy import blocks
 
+IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function (moe/lora.py) in transformers' registry
 ROW_BYTES = 16  # torch's grouped product takes only rows of a multiple of this many bytes
 
 
-def choose_kernel(model: nn.Module) -> None:
-    """Sets `model` to grouped_mm, the fastest implementation of experts, or to eager if their shapes do not allow it.
+def choose_kernel(model: nn.Module, wanted: str | None = None) -> None:
+    """Sets the implementation of the experts of `model`: `wanted`, one of transformers', or else the fastest that always runs.
 
-    Experts that are modules (Switch) have a single implementation, so nothing is set.
+    That is grouped_mm, or eager if the shapes of the experts do not allow it. Experts that are modules (Switch) have a single
+    implementation, so nothing is set.
 
     Raises:
         NoExperts: the model has no experts.
+        ValueError: transformers has no implementation `wanted`, or not for this model.
     """
     stacks = [block.experts for block in blocks(model).values() if not block.is_switch]
     if stacks:
         all_fit = all(fits(weight) for experts in stacks for weight in experts.parameters() if weight.ndim == 3)
-        cast("Any", model).set_experts_implementation("grouped_mm" if all_fit else "eager")
+        cast("Any", model).set_experts_implementation(wanted or ("grouped_mm" if all_fit else "eager"))
 
 
 def fits(weight: Tensor) -> bool:

@@ -21,10 +21,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, Experts, blocks
-from fedexperts.moe.kernel import ROW_BYTES, choose_kernel, fits
-from fedexperts.moe.shrink import kept_experts
+from fedexperts.moe.kernel import IMPLEMENTATION, ROW_BYTES, choose_kernel, fits
+from fedexperts.moe.precision import HALF, compute_dtype, for_product, trained_dtype
+from fedexperts.moe.shrink import kept_experts, own_stacks
 
-IMPLEMENTATION = "fedexperts_lora"  # the name of our experts function in transformers' registry
 LINEAR = (nn.Linear, LinearLoRA)  # a linear layer, without or with an adapter
 
 
@@ -72,6 +72,7 @@ def grouped(
     rows: Float[Tensor, "rows fan_in"], weight: Float[Tensor, "experts fan_in fan_out"], ends: Int[Tensor, " experts"]
 ) -> Float[Tensor, "rows fan_out"]:
     """Each row times the matrix of its expert; one product per expert if torch has no grouped product for this width."""
+    rows, weight = for_product(rows, weight)
     if fits(weight):
         return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -82,6 +83,7 @@ def grouped_outer(
     rows: Float[Tensor, "rows fan_in"], gradient: Float[Tensor, "rows fan_out"], ends: Int[Tensor, " experts"]
 ) -> Float[Tensor, "experts fan_in fan_out"]:
     """The gradient of the matrices in `grouped`."""
+    gradient, rows = for_product(gradient, rows)
     if fits(rows.unsqueeze(0)) and fits(gradient.unsqueeze(0)):
         return torch.nn.functional.grouped_mm(rows.t(), gradient, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
@@ -111,6 +113,12 @@ def ends_of(expert: Int[Tensor, " rows"], num_experts: int) -> Int[Tensor, " exp
     return torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True).to(torch.int32)
 
 
+def require_casts(model: nn.Module) -> None:
+    """Gives trained stacks, which are float32, to the experts function that casts them, if `model` computes in another dtype."""
+    if compute_dtype(model) in HALF and any(not block.is_switch for block in blocks(model).values()):
+        cast("Any", model).set_experts_implementation(IMPLEMENTATION)
+
+
 def first_matrix(self: Any) -> str:
     """The name of the stacked matrix that reads the inputs of the experts."""
     return "gate_up_proj" if self.has_gate else "up_proj"
@@ -119,10 +127,23 @@ def first_matrix(self: Any) -> str:
 def projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
     """Sorted rows times the stacked matrix `name`, plus its adapter and its biases."""
     weight = getattr(self, name)
-    out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends)
+    out = grouped(rows, weight if self.is_transposed else weight.transpose(1, 2), ends_in_stack(self, ends, len(weight)))
     adapters = self.lora if "lora" in self._modules else {}
     out = adapters[name].add(out, rows, expert, ends) if name in adapters else out
-    return out.add_(getattr(self, f"{name}_bias")[expert]) if self.has_bias else out
+    return out.add_(getattr(self, f"{name}_bias")[rows_in_stack(self, expert)]) if self.has_bias else out
+
+
+def ends_in_stack(self: Any, ends: Int[Tensor, " experts"], stacked: int) -> Int[Tensor, " {stacked}"]:
+    """`ends` for a stack of `stacked` matrices of which the experts use the rows `stack_ids`: the others get no rows."""
+    if "stack_ids" not in self._buffers:
+        return ends
+    before = torch.searchsorted(self.stack_ids, torch.arange(stacked, device=ends.device), right=True)
+    return torch.cat([ends.new_zeros(1), ends])[before]
+
+
+def rows_in_stack(self: Any, expert: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The row of each of the experts `expert` in their stacks, which they may share with a larger model."""
+    return self.stack_ids[expert] if "stack_ids" in self._buffers else expert
 
 
 def activated(self: Any, first: Tensor) -> Tensor:
@@ -191,7 +212,7 @@ def expert_lora(
     transposed = bool(cast("Any", block.experts).is_transposed)
     fan_in, fan_out = (weight.shape[1], weight.shape[2]) if transposed else (weight.shape[2], weight.shape[1])
     a = torch.stack([uniform((rank, fan_in), f"{seed}/{matrix}", weight) for seed in seeds])
-    b = weight.new_zeros(len(ids), fan_out, rank)
+    b = weight.new_zeros(len(ids), fan_out, rank, dtype=trained_dtype(weight.dtype))
     return ExpertLoRA(a, b, alpha / rank, ids, block.shape.num_experts, dropout)
 
 
@@ -209,23 +230,27 @@ def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha:
         layer = cast("Any", model.get_submodule(path))
         weight = layer.get_base_layer().weight
         layer.lora_A["default"].weight = nn.Parameter(uniform((rank, layer.in_features), f"{seed}/{name}", weight))
-        layer.lora_B["default"].weight = nn.Parameter(weight.new_zeros(layer.out_features, rank))
+        layer.lora_B["default"].weight = nn.Parameter(
+            weight.new_zeros(layer.out_features, rank, dtype=trained_dtype(weight.dtype))
+        )
     for parameter in trained:  # peft has frozen them
         parameter.requires_grad_(True)
 
 
 def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:
     """An initial A from U(-1/sqrt(in), 1/sqrt(in)), as in peft, drawn from `seed`; empty on the meta device."""
+    dtype = trained_dtype(like.dtype)
     if like.is_meta:
-        return like.new_empty(shape)
+        return like.new_empty(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(Random(seed).getrandbits(63))
     bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(like.device, like.dtype)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(like.device, dtype)
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """`model`, whose adapters are merged into its weights and removed, in place; weights that it shares are not written."""
+    own_stacks(model)
     stacks = [module for module in model.modules() if isinstance(module._modules.get("lora"), nn.ModuleDict)]
     for experts in stacks:
         merge_stack(experts)
@@ -233,7 +258,8 @@ def merge(model: nn.Module) -> nn.Module:
         choose_kernel(model)
     for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]:
         base: Any = layer.get_base_layer()
-        base.weight = nn.Parameter(base.weight + layer.get_delta_weight("default"), requires_grad=False)
+        merged = (base.weight + layer.get_delta_weight("default")).to(base.weight.dtype)
+        base.weight = nn.Parameter(merged, requires_grad=False)
         model.set_submodule(path, base)
     if hasattr(model, "peft_config"):  # peft's injection left it
         del model.peft_config
@@ -251,7 +277,8 @@ def merge_stack(experts: nn.Module) -> None:
 def add_to_stack(experts: nn.Module, name: str, ids: Tensor, delta: Float[Tensor, "adapted out in"]) -> None:
     """Replaces the stacked matrix `name` by a new parameter: its values, plus `delta` for the experts `ids`."""
     weight = getattr(experts, name)
-    added = weight.index_add(0, ids, delta.transpose(1, 2) if experts.is_transposed else delta)
+    added, ids = weight.detach().clone(), rows_in_stack(experts, ids)
+    added[ids] = (weight[ids] + (delta.transpose(1, 2) if experts.is_transposed else delta)).to(weight.dtype)
     setattr(experts, name, nn.Parameter(added, requires_grad=False))
 
 
@@ -266,7 +293,8 @@ def add_to_base_weights(model: nn.Module, products: Iterable[tuple[nn.Parameter,
     for layer in [module for module in model.modules() if isinstance(module, LinearLoRA)]:
         if (product := product_of.get(id(layer.lora_A["default"].weight))) is not None:
             base: Any = layer.get_base_layer()
-            base.weight = nn.Parameter(base.weight + layer.scaling["default"] * product, requires_grad=False)
+            added = (base.weight + layer.scaling["default"] * product).to(base.weight.dtype)
+            base.weight = nn.Parameter(added, requires_grad=False)
     for experts in [block.experts for block in blocks(model).values() if "lora" in block.experts._modules]:
         for name, adapter in cast("nn.ModuleDict", experts.lora).items():
             assert isinstance(adapter, ExpertLoRA)

@@ -39,8 +39,9 @@ class MemoryMeter(TorchDispatchMode):
         if self.card is not None:
             torch.cuda.reset_peak_memory_stats(self.card)
             self.allocated = torch.cuda.memory_allocated(self.card)
+        shared = {key: number for owner in self.owners if isinstance(owner, nn.Module) for key, number in used_bytes(owner)}
         for tensor in before:
-            self.see(tensor)
+            self.see(tensor, shared.get(tensor.untyped_storage()._cdata))
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
@@ -61,10 +62,10 @@ class MemoryMeter(TorchDispatchMode):
                     self.see(leaf)
         return out
 
-    def see(self, tensor: Tensor) -> None:
-        """Counts the storage of `tensor`, if it is new, until it is freed."""
+    def see(self, tensor: Tensor, size: int | None = None) -> None:
+        """Counts the storage of `tensor`, if it is new, until it is freed. size: bytes to count; None: all of them."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes() if size is None else size
         if key not in self.storages:
             self.storages[key] = ref(storage, partial(self.forget, key, size))
             self.bytes += size
@@ -74,6 +75,17 @@ class MemoryMeter(TorchDispatchMode):
         """No longer counts a storage, which was freed."""
         if self.storages.pop(key, None) is not None:
             self.bytes -= size
+
+
+def used_bytes(model: nn.Module) -> Iterable[tuple[int, int]]:
+    """The storage of each stack that a sub-model shares with a larger model (moe/shrink.py), and the bytes of its own rows.
+
+    A client has a stack of these rows alone.
+    """
+    for module in model.modules():
+        if (ids := module._buffers.get("stack_ids")) is not None:
+            for stack in module.parameters(recurse=False):
+                yield stack.untyped_storage()._cdata, stack.nbytes // len(stack) * len(ids)
 
 
 def tensors_of(owner: Owner) -> Iterable[Tensor]:

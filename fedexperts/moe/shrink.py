@@ -8,11 +8,16 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from fedexperts.errors import BadValue, listed, nearest
 from fedexperts.moe.anatomy import Anatomy, Block, BlockShape, Experts, anatomy, blocks
 from fedexperts.moe.disk import lazy_tensors
+from fedexperts.moe.kernel import IMPLEMENTATION
+
+STACK_IDS = "stack_ids"
+"""Buffer of experts whose stacks are shared with a larger model: the rows that belong to them, int64 [experts], ascending."""
 
 
 def check(anatomy: Anatomy, experts: Experts) -> None:
@@ -26,12 +31,15 @@ def check(anatomy: Anatomy, experts: Experts) -> None:
         _check_block(name, anatomy.blocks[name], ids)
 
 
-def shrink(model: nn.Module, experts: Experts) -> nn.Module:
+def shrink(model: nn.Module, experts: Experts, share_stacks: bool = False) -> nn.Module:
     """A sub-model of `model` with only `experts` in each MoE block that they name; the router picks among these.
 
     All other parameters and buffers are shared with `model`, not copied, so a sub-model costs only the memory of its experts.
     Blocks that are absent from `experts`, or keep all their experts, are shared too. `kept_experts` in the config of the
     sub-model has the ids of its experts in the original model, also after shrinking several times.
+
+    share_stacks: the sub-model also shares the stacked weights of experts, and `stack_ids` says which of their rows it uses, so
+    that a process which has the whole model needs no memory for it. For experts that are not trained; the outputs are the same.
 
     Raises:
         BadValue: the sub-model cannot run (see `check`).
@@ -39,8 +47,18 @@ def shrink(model: nn.Module, experts: Experts) -> nn.Module:
     check(anatomy(model), experts)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     small = copy.deepcopy(model, memo=shared)
-    _cut_all(small, experts)
+    _cut_all(small, experts, share_stacks)
     return small
+
+
+def own_stacks(model: nn.Module) -> nn.Module:
+    """`model` with copies of the rows that it uses in place of shared stacks, in place: as `shrink` makes it by default."""
+    for block in blocks(model).values():
+        ids = block.experts._buffers.pop(STACK_IDS, None)
+        if ids is not None:
+            for path, _ in list(block.experts.named_parameters(recurse=False)):
+                _replace(block.experts, path, 0, ids.tolist())
+    return model
 
 
 def kept_experts(model: nn.Module) -> Experts:
@@ -68,6 +86,9 @@ def load_part(folder: Path | str, experts: Experts) -> nn.Module:
     folder = Path(folder)
     config, model_class = _description(folder)
     saved_experts = {name: tuple(ids) for name, ids in vars(config).pop("kept_experts", {}).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BadValue(f"{folder} has no safetensors files; give a model folder as transformers' save_pretrained writes it")
     with torch.device("meta"):
         skeleton = model_class(copy.deepcopy(config))
     _cut_all(skeleton, saved_experts)
@@ -77,7 +98,7 @@ def load_part(folder: Path | str, experts: Experts) -> nn.Module:
     model, report = _shrunk_class(model_class, original_ids).from_pretrained(
         None,
         config=config,
-        state_dict=lazy_tensors(folder, skeleton, experts),
+        state_dict=lazy_tensors(files, skeleton, experts),
         dtype=config.dtype or torch.float32,
         output_loading_info=True,
     )
@@ -139,12 +160,14 @@ def _check_block(name: str, shape: BlockShape, ids: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def _cut_all(model: nn.Module, experts: Experts) -> None:
-    """Cuts `model` in place; every cut tensor is replaced by a copy of the part that is kept."""
+def _cut_all(model: nn.Module, experts: Experts, share_stacks: bool = False) -> None:
+    """Cuts `model` in place; every cut tensor is replaced by a copy of the part that is kept, or stays shared."""
     original_ids = kept_experts(model)
     for name, block in blocks(model).items():
         if name in experts and len(experts[name]) < block.shape.num_experts:
-            _cut(block, experts[name])
+            _cut(block, experts[name], share_stacks and _can_share(block))
+    if any(STACK_IDS in block.experts._buffers for block in blocks(model).values()):
+        cast("Any", model).set_experts_implementation(IMPLEMENTATION)  # transformers' own know no stack_ids
     cast("Any", model.config).kept_experts = {name: list(ids) for name, ids in _original_ids(original_ids, experts).items()}
 
 
@@ -153,11 +176,21 @@ def _original_ids(all_ids: Experts, experts: Experts) -> Experts:
     return {name: tuple(ids[expert] for expert in experts.get(name, range(len(ids)))) for name, ids in all_ids.items()}
 
 
-def _cut(block: Block, ids: Sequence[int]) -> None:
+def _can_share(block: Block) -> bool:
+    """Whether the experts of `block` are stacks that a sub-model can share: whole tensors, not computed from quantized ones."""
+    return block.shape.stacked and not is_parametrized(block.experts)
+
+
+def _cut(block: Block, ids: Sequence[int], share_stacks: bool) -> None:
     """Cuts the router and the experts of `block` to the experts `ids`."""
     shape = block.shape
+    if share_stacks and STACK_IDS not in block.experts._buffers:
+        device = next(block.experts.parameters()).device
+        block.experts.register_buffer(STACK_IDS, torch.arange(shape.num_experts, device=device), persistent=False)
+    shared = {f"experts.{path}" for path, _ in block.experts.named_parameters(recurse=False)} if share_stacks else set()
     for path, axis in block.expert_axes().items():
-        _replace(block.module, path, axis, ids)
+        if path not in shared:
+            _replace(block.module, path, axis, ids)
     if isinstance(block.experts, nn.ModuleDict):
         kept_modules = [block.experts[f"expert_{expert}"] for expert in ids]
         block.experts.clear()

@@ -10,6 +10,7 @@ from torch import nn
 from fedexperts.errors import BadValue, listed, nearest
 from fedexperts.moe import lora
 from fedexperts.moe.anatomy import Experts, blocks
+from fedexperts.moe.precision import Precision, mixed_precision, trained_dtype
 from fedexperts.moe.shrink import kept_experts
 
 Part = Literal["attention", "experts", "router", "dense"]
@@ -42,6 +43,7 @@ class Tuning:
     alpha: Annotated[float, Field(gt=0)] = 16.0
     attention_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # that get an adapter
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what adapters read in training, from torch's global generator
+    precision: Precision = "auto"  # dtype of the products; auto: that of the model's weights. Trained weights are float32
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -80,10 +82,10 @@ class Tuning:
 def prepare(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None = None) -> nn.Module:
     """`model`, prepared in place to be trained as `tuning` says.
 
-    Trained parameters become copies; all others stay shared and frozen. Parameter objects of the base are replaced in `model`
-    and not changed, so their values and `requires_grad` stay as they are. Tied weights stay tied. Adapters start from `seed`:
-    B at zero, and A the same for an expert in the full model and in every shrunk one. If `only` is given, of the experts only
-    these, by their ids in `model`, get adapters.
+    Trained parameters become copies, in float32 if the model is in float16 or bfloat16; all others stay shared and frozen.
+    Parameter objects of the base are replaced in `model` and not changed, so their values and `requires_grad` stay as they are.
+    Tied weights stay tied. Adapters start from `seed`: B at zero, and A the same for an expert in the full model and in every
+    shrunk one. If `only` is given, of the experts only these, by their ids in `model`, get adapters.
 
     Raises:
         BadValue: a part, rank or projection with which this model cannot be trained.
@@ -92,9 +94,12 @@ def prepare(model: nn.Module, tuning: Tuning, seed: str, only: Experts | None = 
     part_of = parts(model)
     whole_parts = set(tuning.trained) if tuning.train == "full" else set(tuning.trained) & {"router"}
     whole = {path for path, part in part_of.items() if part in whole_parts and not path.endswith(UNTRAINED)}
+    mixed_precision(model, tuning.precision)
     replace_parameters(model, whole)
     if tuning.train == "lora":
         attach_adapters(model, tuning, seed, only)
+    elif "experts" in whole_parts:
+        lora.require_casts(model)
     return model
 
 
@@ -157,7 +162,7 @@ def replace_parameters(model: nn.Module, trained: set[str]) -> None:
                 continue
             if id(old) not in replacements:
                 is_trained = id(old) in trained_ids
-                values = old.detach().clone() if is_trained else old.detach()
+                values = old.detach().to(trained_dtype(old.dtype), copy=True) if is_trained else old.detach()
                 replacements[id(old)] = nn.Parameter(values, requires_grad=is_trained)
             module._parameters[name] = replacements[id(old)]
 

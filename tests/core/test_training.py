@@ -20,7 +20,7 @@ from fedexperts.methods.contract import Method
 from fedexperts.moe import rows
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_batch, tiny_model
-from fedexperts.types import Assignment, ClientContext, Example, Job, Training
+from fedexperts.types import Assignment, ClientContext, Example, Job, Patch, Training
 
 ROUTER = "model.layers.0.mlp.gate.weight"
 EXPERTS = {"model.layers.0.mlp": (0, 5), "model.layers.1.mlp": (1, 2, 3), "model.layers.2.mlp": tuple(range(8))}
@@ -333,3 +333,90 @@ def test_watch_is_called_with_each_batch_and_its_result_is_added_to_the_loss(pre
     plain = fit(other, context, seed="s", watch=lambda recorder: None)
     assert fitted.loss == pytest.approx(plain.loss + 100.0, rel=1e-4)
     assert equal(rows.read(model), rows.read(other))
+
+
+def trained_weights(prepared, context, **settings):
+    context = replace(context, training=replace(context.training, router_aux_loss_coef=0.0, **settings))
+    model = Method().build_model(whole_job(prepared), context)
+    fitted = fit(model, context, seed="s", steps=3)
+    return rows.read(model), fitted
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(prepared, context):
+    large, of_large = trained_weights(prepared, context, batch_size=8)
+    small, of_small = trained_weights(prepared, context, batch_size=2, gradient_accumulation_steps=4)
+    assert max(float((large[name] - small[name]).abs().max()) for name in large) < 1e-5
+    assert of_small.loss == pytest.approx(of_large.loss, abs=1e-5) and of_small.cost.tokens == of_large.cost.tokens
+    assert of_small.cost.peak_bytes < of_large.cost.peak_bytes
+
+
+def test_terms_beside_the_cross_entropy_are_means_over_the_batches_of_a_step(prepared, context):
+    context = replace(context, training=replace(context.training, router_aux_loss_coef=0.0, gradient_accumulation_steps=3))
+    losses = []
+    for penalty in (0.0, 5.0):
+        model = Method().build_model(whole_job(prepared), context)
+        losses.append(fit(model, context, seed="s", steps=1, penalty=lambda model, value=penalty: torch.tensor(value)).loss)
+    assert losses[1] - losses[0] == pytest.approx(5.0, abs=1e-5)
+
+
+def test_with_accumulation_only_experts_that_no_batch_of_a_step_selects_start_afresh(prepared, context):
+    context = replace(context, training=replace(context.training, gradient_accumulation_steps=2, local_steps=2))
+    turns = iter([(0, 1), (2, 3), (4, 5), (0, 1)])  # (0, 1) are reached in both steps, so their moments stay
+
+    def select(recorder):
+        ids = next(turns)
+        return dict.fromkeys(recorder.blocks, ids)
+
+    model = Method().build_model(whole_job(prepared), context)
+    before = rows.read(model)
+    fit(model, context, seed="s", select_experts=select)
+    after = rows.read(model)
+    moved = {
+        row
+        for name, tensor in after.items()
+        if ".experts." in name
+        for row in range(len(tensor))
+        if not torch.equal(tensor[row], before[name][row])
+    }
+    assert {0, 1} <= moved <= {0, 1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("selects", [False, True], ids=["all experts", "selected experts"])
+def test_checkpointed_activations_change_no_weight_and_count_each_token_once(prepared, context, tuning, selects):
+    results = []
+    for checkpointing in (False, True):
+        settings = {**vars(context.training), **vars(tuning), "gradient_checkpointing": checkpointing}
+        each = replace(context, training=Training(**settings))
+        model = Method().build_model(Job("c01", 1, "train", "s", {}, Patch({})), each)
+        results.append((fit(model, each, seed="s", steps=2, select_experts=few if selects else None), rows.read(model)))
+    (plain, weights), (checkpointed, same) = results
+    assert max(float((weights[name] - same[name]).abs().max()) for name in weights) < 1e-6
+    assert checkpointed.routed == plain.routed and checkpointed.loss == pytest.approx(plain.loss, abs=1e-6)
+    assert checkpointed.cost.peak_bytes < plain.cost.peak_bytes
+
+
+def test_the_learning_rate_rises_over_the_warmup_steps_of_each_job(prepared, context):
+    training = Training(lr=0.4, warmup_steps=4)
+    assert [training.lr * training.lr_factor(step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    start = rows.read(Method().build_model(whole_job(prepared), context))
+    settings = {"optimizer": "sgd", "max_grad_norm": 0.0, "lr": 0.1}
+    moves = []
+    for warmup in (0, 10):
+        each = replace(context, training=replace(context.training, warmup_steps=warmup, **settings))
+        model = Method().build_model(whole_job(prepared), each)
+        fit(model, each, seed="s", steps=1)
+        moves.append({name: tensor - start[name] for name, tensor in rows.read(model).items()})
+    assert all(torch.allclose(moves[0][name] / 10, moves[1][name], atol=1e-6) for name in start)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_training_in_half_precision_lowers_the_loss_as_in_float32(prepared, context, precision):
+    losses = {}
+    for each in ("float32", precision):
+        now = replace(context, training=replace(context.training, precision=each, local_steps=12, lr=3e-3))
+        model = Method().build_model(whole_job(prepared), now)
+        fitted = fit(model, now, seed="s")
+        losses[each] = validate(model, now).loss
+        assert fitted.loss == fitted.loss and {tensor.dtype for tensor in rows.read(model).values()} == {torch.float32}
+    assert losses[precision] == pytest.approx(losses["float32"], rel=0.05)

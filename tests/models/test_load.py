@@ -14,7 +14,12 @@ from fedexperts.models import summary
 from fedexperts.models.load import BUNDLED, align_parameters, load, load_or_explain
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.anatomy import anatomy
-from fedexperts.testing import tiny_model
+from fedexperts.testing import tiny_model as model_without_tokenizer
+
+
+def tiny_model(family: str, **options: object) -> object:
+    """A tiny model with an embedding for each token of the tokenizer that `saved` gives it."""
+    return model_without_tokenizer(family, **{"vocab_size": 320, **options})
 
 
 def saved(folder: Path, model: object) -> str:

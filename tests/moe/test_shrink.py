@@ -228,3 +228,20 @@ def test_a_router_that_is_a_linear_layer_knows_its_new_size(family):
     router = next(iter(blocks(small).values())).router
     linear = router.classifier if family == "switch_transformers" else router
     assert (linear.out_features, len(linear.weight)) == (3, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sub_model_that_shares_stacks_has_the_outputs_of_one_that_copies_them(family):
+    model, batch = tiny_model(family), tiny_batch(family)
+    kept = dict.fromkeys(blocks(model), (1, 2, 5, 7))
+    sharing = shrink.shrink(model, kept, share_stacks=True)
+    stacks = {id(parameter) for parameter in model.parameters() if parameter.ndim == 3}
+    assert stacks <= {id(parameter) for parameter in sharing.parameters()}
+    again = shrink.shrink(sharing, dict.fromkeys(blocks(model), (0, 2, 3)), share_stacks=True)
+    with torch.no_grad():
+        assert torch.equal(sharing(**batch).logits, shrink.shrink(model, kept)(**batch).logits)
+        copying = shrink.shrink(model, dict.fromkeys(blocks(model), (1, 5, 7)))
+        assert torch.equal(again(**batch).logits, copying(**batch).logits)
+        assert shrink.kept_experts(again) == shrink.kept_experts(copying)
+        assert shrink.own_stacks(again) is again and torch.equal(again(**batch).logits, copying(**batch).logits)
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in copying.named_parameters()}
