@@ -1,6 +1,6 @@
 """A client's training on a model of real size, against plain transformers and peft: one process, the two alternating.
 
-    python benchmarks/real_model.py [CONFIG.json | FOLDER] [--repeats 5] [--dtype bfloat16] [--threads 1] [--device cpu]
+    python benchmarks/real_model.py [CONFIG.json | FOLDER] [--repeats 3] [--steps 20] [--batch 1] [--tokens 64] [--wall]
 
 The model of a config has random weights. The run's side is all of a client's job in a run of FedIT: build the model, load the
 weights, train `--steps` steps with their bookkeeping, read the weights. The plain side is a loop over the same batches, loss,
@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -47,9 +48,7 @@ def random_model(config: Path, folder: Path, dtype: str) -> str:
     settings = json.loads(config.read_text())
     torch.manual_seed(0)
     kept = {key: value for key, value in settings.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(settings["model_type"], **kept), dtype=getattr(torch, dtype)
-    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings["model_type"], **kept), dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "assets" / "small").save_pretrained(folder)
     return str(folder)
@@ -73,8 +72,6 @@ def plain_model(context: ClientContext) -> nn.Module:
         target_modules=sorted(projections(base, training.attention_modules)),
         target_parameters=experts if "experts" in training.trained else None,
     )
-    from copy import deepcopy
-
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     return peft.get_peft_model(deepcopy(base, memo), config)
 
@@ -100,9 +97,9 @@ def plain_steps(model: nn.Module, drawn: list[Mapping[str, Tensor]], training: T
     return peak
 
 
-def timed(work: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, Any]:
+def timed(clock: Callable[[], float], work: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[float, Any]:
     started = clock()
-    result = work()
+    result = work(*arguments, **named)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return clock() - started, result
@@ -127,10 +124,10 @@ def compare(folder: str, parts: str, options: argparse.Namespace) -> None:
     jobs, steps, bare = [], [], []
     for repeat in range(options.repeats + 1):
         drawn = [context.encoder.batch(each) for each in batches(context.data.train, options.batch, options.steps, "s")]
-        of_plain, _ = timed(lambda: plain_steps(plain, drawn, training), clock)
-        building, model = timed(lambda: method.build_model(job, context), clock)
-        of_steps, fitted = timed(lambda: fit(model, context, seed="s"), clock)
-        reading, _ = timed(lambda: answer(job, context, model, fitted), clock)
+        of_plain, _ = timed(clock, plain_steps, plain, drawn, training)
+        building, model = timed(clock, method.build_model, job, context)
+        of_steps, fitted = timed(clock, fit, model, context, seed="s")
+        reading, _ = timed(clock, answer, job, context, model, fitted)
         if repeat:  # the first warms up
             bare.append(of_plain)
             steps.append(of_steps)
@@ -147,12 +144,12 @@ def compare(folder: str, parts: str, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(GRANITE))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--wall", action="store_true", help="wall time in place of CPU time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -22,7 +22,7 @@ from fedexperts.io.toml import checked
 from fedexperts.methods.contract import Extension
 from fedexperts.methods.personal import parts
 from fedexperts.models.load import Base
-from fedexperts.moe import factors, graft, lora, rows
+from fedexperts.moe import factors, graft, kernel, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.shrink import own_stacks, shrink
@@ -252,4 +252,4 @@ def way_through_experts(model: nn.Module) -> str | None:
     if all(block.is_switch for block in blocks(model).values()):
         return None
     used = str(cast("Any", model).config._experts_implementation)
-    return modeling_fedexperts.IMPLEMENTATION if used == lora.IMPLEMENTATION else used
+    return modeling_fedexperts.IMPLEMENTATION if used == kernel.IMPLEMENTATION else used

@@ -387,7 +387,9 @@ def per_step(model: nn.Module) -> FlopsOfLengths:
 def checkpointed_layers(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the modules that run forward again in backward."""
     modules = model.named_modules()
-    return tuple(f"{name}." for name, each in modules if isinstance(each, GradientCheckpointingLayer) and each.gradient_checkpointing)
+    return tuple(
+        f"{name}." for name, each in modules if isinstance(each, GradientCheckpointingLayer) and each.gradient_checkpointing
+    )
 
 
 class Product(NamedTuple):
