@@ -11,6 +11,7 @@ Everything is imported when it is first asked for, so `import fedexperts` itself
 """
 
 import logging
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from fedexperts.export import load
     from fedexperts.methods import METHODS
     from fedexperts.methods.contract import Method
+
+# oneDNN, which multiplies in bfloat16 on a CPU, compiles a kernel for each shape and keeps 1,024 of them. The number of tokens
+# of an expert changes with every batch, so a step of an MoE needs several thousand, and would compile them again in each step.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 __all__ = ["METHODS", "Method", "__version__", "compare", "load", "partition", "run"]
 __version__ = version("fedexperts")

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, fields
 from math import cos, pi
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from fedexperts.moe.anatomy import Anatomy, Experts
+from fedexperts.moe.device import Devices, validated_devices
 from fedexperts.moe.flops import Footprint
 from fedexperts.moe.tuning import Tuning
 
@@ -195,6 +196,7 @@ class Training(Tuning):
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.01  # weight of the load-balance loss, c_lb of FedMoE
     validation_examples: Annotated[int, Field(ge=1)] = 64  # at most, in each round
     threads: Annotated[int, Field(ge=1)] = 1  # of each worker process; the bits of a result depend on it
+    device: Annotated[Devices, BeforeValidator(validated_devices)] = "auto"  # that models compute on, or a list for the workers
 
     @property
     def tuning(self) -> Tuning:
@@ -217,7 +219,7 @@ class ClientContext:
     """A client's model, data and state; only its update leaves the client."""
 
     client: Client
-    model: nn.Module  # the base model, shared by all clients of a process and never modified
+    model: nn.Module  # the base model on the process's device, shared by all its clients and never modified
     data: Split
     encoder: Encoder
     training: Training

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from fedexperts.errors import BadData, BadValue, nearest, quoted
+from fedexperts.moe.device import device_of, to_device
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.types import Encoder, Example
 
@@ -338,7 +339,7 @@ def answer(model: nn.Module, prompts: Mapping[str, Tensor], encoder: Encoder, ge
         bos_token_id=known.bos_token_id,
         decoder_start_token_id=known.decoder_start_token_id,
     )
-    ids = lm.generate(**prompts, generation_config=greedy)
+    ids = lm.generate(**to_device(prompts, device_of(model)), generation_config=greedy)
     start = 0 if is_encoder_decoder(model) else prompts["input_ids"].shape[1]
     return encoder.decode(ids[:, start:])
 
@@ -357,7 +358,7 @@ def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[
         tokens = torch.cat([chunk["labels"].amax(1) for chunk in chunks]).tolist()
         logits, targets = predictions(model, own_labels(encoder, [replace(each, response=each.choices[0]) for each in batch]))
         at = (targets != IGNORED).int().argmax(1)
-        likely = functional.log_softmax(logits[torch.arange(len(at)), at].float(), dim=-1)
+        likely = functional.log_softmax(logits[torch.arange(len(at), device=at.device), at].float(), dim=-1)
         rows = [row for row, example in enumerate(batch) for _ in example.choices]
         scores = likely[rows, tokens].tolist()
     else:
@@ -379,7 +380,7 @@ def reference_losses(
     """Negative log-likelihood of each example's response in nats, and its number of tokens."""
     logits, targets = predictions(model, batch)
     losses = functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return losses.double().sum(1), (targets != IGNORED).sum(1)
+    return losses.cpu().double().sum(1), (targets != IGNORED).sum(1).cpu()
 
 
 def judge(given: str, example: Example) -> Verdict:

@@ -37,6 +37,7 @@ from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import OwnDataParts, Parts, prepare_run
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked, different
+from fedexperts.moe.device import find_devices
 from fedexperts.types import Failure, job_key
 
 LOCK_SECONDS = 30.0
@@ -48,11 +49,11 @@ class ClientWorker:
     """A client: what is its own, whatever run the server has under way.
 
     config: of its own run file. Its settings of files and devices count, not the server's: the model, where data are, whether
-        code of a model's repository may run.
+        code of a model's repository may run, what it computes on.
     data: its own files; none where it takes its part of the run's partition.
 
     Raises:
-        BadValue: the run has no such client, or takes its data from elsewhere.
+        BadValue: the run has no such client, takes its data from elsewhere, or names a device that this machine does not have.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ClientWorker:
                 "--data was given, but the run file divides its own sources among the clients; "
                 "set data.own = true, with data.names"
             )
+        find_devices(self.config.training.device)  # reports a device that is missing before the first message
         if self.data:
             self.parts.clients(self.config)  # reports mistakes in the data before the first message
 
@@ -138,6 +140,7 @@ class ClientWorker:
         settings = {
             **server_settings,
             "model": {name: value for name, value in own["model"].items() if name != "adapter"},  # the server sends its weights
+            "training": {**server_settings["training"], "device": own["training"]["device"]},
             "data": own["data"],
             "devices": {**own["devices"], **self.devices},
             "evaluation": {**server_settings["evaluation"], "retained": own["evaluation"].get("retained", [])},

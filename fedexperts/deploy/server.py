@@ -65,7 +65,7 @@ def engine_options(federation: Federation, in_flight: int) -> dict[str, Any]:
 
 
 def deployed(config: RunConfig) -> RunConfig:
-    """`config` with the engine that a deployment has.
+    """`config` with the engine that a deployment has; the server itself computes on the CPU, clients where their run files say.
 
     Raises:
         BadValue: its method is centralized.
@@ -77,7 +77,8 @@ def deployed(config: RunConfig) -> RunConfig:
             "stays on its machine; choose another method, or use `fedexperts run` on one machine that has all data"
         )
     tree = config.resolved()
-    return checked(RunConfig, {**tree, "federation": {**tree["federation"], "engine": "flower"}})
+    federation, training = {**tree["federation"], "engine": "flower"}, {**tree["training"], "device": "cpu"}
+    return checked(RunConfig, {**tree, "federation": federation, "training": training})
 
 
 def greetings_of(

@@ -1,11 +1,11 @@
 """Clients on this machine: sequentially in this process, or in parallel in worker processes."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
-from itertools import islice
+from itertools import cycle, islice
 from math import inf
 from multiprocessing.connection import Connection, wait
 from time import perf_counter
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from fedexperts.core.devices import Profile
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
-from fedexperts.errors import BadMessage, Undeclared
+from fedexperts.errors import BadMessage, BadValue, Undeclared
 from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
+from fedexperts.moe.device import kept_generators, on_device, out_of_memory, release, working_on
 from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Tensors, Training, Update
+
+CPU = torch.device("cpu")
 
 
 class ClientTask(Protocol):
@@ -42,7 +45,10 @@ class ClientTask(Protocol):
 
 @dataclass(frozen=True)
 class ClientRuntime:
-    """What the clients of one process share: the base model, all clients' data, the method and the client state store."""
+    """What the clients of one process share: the base model, all clients' data, the method and the client state store.
+
+    device: that the process computes on. The model is copied there for the first job, if it is on another.
+    """
 
     model: nn.Module
     encoder: Encoder
@@ -53,6 +59,12 @@ class ClientRuntime:
     client_store: ClientStateStore
     profiles: Mapping[str, Profile] = field(default_factory=dict)  # client → its device, if the run has a clock
     limits: Mapping[str, int] = field(default_factory=dict)  # client → bytes of memory; a job with a higher peak fails
+    device: str = "cpu"
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """`model` on `device`."""
+        return on_device(self.model, self.device)
 
     def answer(self, job: Job) -> Update | Failure:
         """Executes `job`: the client's update with its wall-clock seconds, or a failure with the reason of any exception.
@@ -60,11 +72,11 @@ class ClientRuntime:
         Raises:
             Undeclared: the method sends, reports or keeps something that it does not declare, which is an error of its code.
         """
-        started, client_state = perf_counter(), {}
+        started, client_state, device = perf_counter(), {}, torch.device(self.device)
         try:
             client_state = self.client_store.load(job)
             context = self.context(job.client, client_state)
-            with seeded_torch(job.seed):
+            with seeded_torch(job.seed, device), working_on(device):
                 if job.task == "evaluate":
                     update = self.task.evaluate(job, context)
                 else:
@@ -77,14 +89,15 @@ class ClientRuntime:
         except Undeclared:
             raise
         except Exception as error:  # a client may fail in any way, and the round continues without it
-            reason = " ".join(str(error).split())
-            named = reason if isinstance(error, Impossible) else f"{type(error).__name__}: {reason}"
-            return Failure(job.client, job.round, job.task, named)
-        return replace(update, cost=replace(update.cost, seconds=perf_counter() - started))
+            failure = Failure(job.client, job.round, job.task, reason_of(error, device))
+        else:
+            return replace(update, cost=replace(update.cost, seconds=perf_counter() - started))
+        release(device)  # here, where the error and all that it refers to is gone
+        return failure
 
     def context(self, client: str, client_state: MutableMapping[str, Tensor]) -> ClientContext:
         """The context of `client`."""
-        return ClientContext(self.clients[client], self.model, self.data[client], self.encoder, self.training, client_state)
+        return ClientContext(self.clients[client], self.base, self.data[client], self.encoder, self.training, client_state)
 
     def require_possible(self, job: Job, update: Update, client_state: Tensors) -> None:
         """Raises Impossible if the job exceeded the client's memory, or if its new client state is not finite."""
@@ -99,22 +112,32 @@ class Impossible(Exception):
     """Why the result of a client's job is discarded, as a sentence."""
 
 
-class LocalEngine:
-    """`workers` processes of `training.threads` threads each; with one worker, this process.
+def reason_of(error: Exception, device: torch.device) -> str:
+    """Why a job on `device` failed."""
+    said = " ".join(str(error).split())
+    if isinstance(error, Impossible):
+        return said
+    return out_of_memory(error, device) or f"{type(error).__name__}: {said}"
 
-    The base model is in shared memory, so that workers do not copy it. If a worker dies, the job of its client fails, and the
-    worker is replaced.
+
+class LocalEngine:
+    """`workers` processes of `training.threads` threads each, on `devices` in turn; with one worker, this process.
+
+    The base model is in shared memory, and once on each graphics card, so that workers do not copy it. (On mps, where processes
+    cannot share it, each has a copy.) If a worker dies, the job of its client fails, and the worker is replaced.
 
     Raises:
         Undeclared: from `run`, if the method keeps, sends or reports something that it does not declare.
     """
 
-    def __init__(self, runtime: ClientRuntime, workers: int = 1) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: ClientRuntime, workers: int = 1, devices: Sequence[str] = ()) -> None:
+        chosen = [*islice(cycle(devices or [runtime.device]), workers)]
+        place = shared if workers > 1 else placed
+        self.runtimes = {device: place(runtime, device) for device in dict.fromkeys(chosen)}
+        self.runtime = self.runtimes[chosen[0]]
         self.workers: list[WorkerProcess] = []
         if workers > 1:
-            runtime.model.share_memory()
-            self.workers = [WorkerProcess(partial(answer_packed, runtime), daemon=True) for _ in range(workers)]
+            self.workers = [WorkerProcess(partial(answer_packed, self.runtimes[each]), daemon=True) for each in chosen]
 
     def __enter__(self) -> Self:
         return self
@@ -154,6 +177,31 @@ class LocalEngine:
             answers = [answer_of(worker, job) for _, job, worker in done]
 
 
+def placed(runtime: ClientRuntime, device: str) -> ClientRuntime:
+    """`runtime` on `device`, with the base model there alone.
+
+    Raises:
+        BadValue: it does not fit there.
+    """
+    try:
+        return replace(runtime, device=device, model=on_device(runtime.model, device))
+    except torch.OutOfMemoryError:
+        raise BadValue(
+            f"the base model does not fit the memory of {device}; choose another training.device, or a smaller model"
+        ) from None
+
+
+def shared(runtime: ClientRuntime, device: str) -> ClientRuntime:
+    """`runtime` for worker processes on `device`, which get its base model as torch hands it over: in memory that they share.
+
+    A model on a card stays there as long as this process has it.
+    """
+    if torch.device(device).type == "cuda":
+        return placed(runtime, device)
+    runtime.model.share_memory()
+    return replace(runtime, device=device)
+
+
 UNDECLARED = b"undeclared "
 """Prefix of a worker's answer that reports an Undeclared error, which ends the run."""
 
@@ -186,8 +234,8 @@ def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
 
 
 @contextmanager
-def seeded_torch(seed: str) -> Iterator[None]:
-    """Seeds torch's global generator for one job and restores it: dropout and PhiMoE's router draw from it."""
-    with torch.random.fork_rng():
+def seeded_torch(seed: str, device: torch.device = CPU) -> Iterator[None]:
+    """Seeds torch's global generators for one job and restores them: dropout and PhiMoE's router draw from that of `device`."""
+    with kept_generators(device):
         torch.manual_seed(int.from_bytes(sha256(seed.encode()).digest()[:8], "big"))
         yield

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
@@ -18,7 +18,7 @@ from fedexperts.engines.flower.simulation import Simulation
 from fedexperts.engines.local import ClientRuntime
 from fedexperts.engines.message import Message
 from fedexperts.errors import BadMessage
-from fedexperts.experiment.runtime import everyone, runtime_for
+from fedexperts.experiment.runtime import devices_of, everyone, runtime_for
 from fedexperts.experiment.setup import Parts, Prepared, prepare_run
 from fedexperts.io.files import run_id
 from fedexperts.io.toml import checked
@@ -62,7 +62,7 @@ def connection(prepared: Prepared, out: Path, **options: Any) -> "Connection":
     """What an engine over a grid needs of a run."""
     federation = prepared.config.federation
     return Connection(
-        run=about(prepared.config, prepared.base.identity, out),
+        run=about(seen_by_workers(prepared.config), prepared.base.identity, out),
         clients=everyone(prepared),
         fewest=federation.min_clients,
         options={
@@ -107,6 +107,13 @@ def about(config: RunConfig, model_hash: str, out: Path) -> str:
     """The description of the run in `out` for clients, as JSON; `id`: of the run, `model_hash`: identity of its base model."""
     run_info = {"settings": config.resolved(), "folder": str(out.resolve()), "id": run_id(out), "model_hash": model_hash}
     return json.dumps(run_info)
+
+
+def seen_by_workers(config: RunConfig) -> RunConfig:
+    """`config` for processes that may see cards which they should not take: "auto" is the CPU where the run's devices are."""
+    if devices_of(config) != ("cpu",):
+        return config
+    return config.model_copy(update={"training": replace(config.training, device="cpu")})
 
 
 def play(message: Message, node_config: Mapping[str, Any]) -> Message:

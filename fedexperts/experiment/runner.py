@@ -24,12 +24,13 @@ from fedexperts.experiment import checkpoint, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.progress import Progress, Quiet
-from fedexperts.experiment.runtime import clock_for, encoder_for, runtime_for, task_for
+from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, runtime_for, task_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.federation import answers, federate, steps
 from fedexperts.io.files import locked, write_text
 from fedexperts.io.toml import different, flattened, to_toml
 from fedexperts.methods.contract import Method
+from fedexperts.moe.device import kind_of, on_device
 from fedexperts.types import Engine, Server
 
 MAY_DIFFER = (
@@ -38,6 +39,7 @@ MAY_DIFFER = (
     "federation.min_clients",
     "federation.round_seconds",
     "track.to",
+    "training.device",  # as far as it is of the same kind: see `require_same_kind`
 )
 """Settings that a resumed run may change, because they do not affect clients' answers."""
 
@@ -49,6 +51,7 @@ BEFORE = {
     "training.warmup_steps": 0,
     "devices.out_of_memory": "train anyway",
     "devices.utilization": UTILIZATION,
+    "training.device": "cpu",
     "training.dropout": 0.0,
     "training.schedule": "constant",
     "training.final_lr": 1e-6,
@@ -89,14 +92,16 @@ def run(
     """
     torch.set_num_threads(config.training.threads)
     require_flower(config)
+    kind = kind_of(devices_of(config))
     trackers.require(config.track.to)
     claim(config, out, resume)
     prepared = prepare_run(config, label, setting, parts)
     require_same_inputs(prepared, out)
+    require_same_kind(kind, out)
     total = len(steps(prepared.method, config.federation.rounds))
     with locked(out), progress or Quiet() as shown:
         ledger = Ledger(clock_for(prepared), shown.answered)
-        write_start(prepared, out)
+        write_start(prepared, out, kind)
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
@@ -224,7 +229,8 @@ def assess_base(prepared: Prepared, out: Path) -> None:
     """Scores the base model on the retained examples and appends a line to evals.jsonl."""
     settings, examples = prepared.config.evaluation, prepared.retained.examples
     size = (settings.generate_tokens, settings.batch_size)
-    retained = evaluation.by_example(prepared.base.model, examples, encoder_for(prepared), *size)
+    model = on_device(prepared.base.model, devices_of(prepared.config)[0])
+    retained = evaluation.by_example(model, examples, encoder_for(prepared), *size)
     append(out / "evals.jsonl", [against_base(0, None, {"retained": retained})])
 
 
@@ -299,7 +305,7 @@ def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
         from fedexperts.experiment.flower import simulated  # an extra
 
         return simulated(prepared, out)
-    return LocalEngine(runtime_for(prepared, out), prepared.config.federation.workers)
+    return LocalEngine(runtime_for(prepared, out), prepared.config.federation.workers, devices_of(prepared.config))
 
 
 def require_flower(config: RunConfig) -> None:
@@ -347,13 +353,24 @@ def require_same_inputs(prepared: Prepared, out: Path) -> None:
             )
 
 
-def write_start(prepared: Prepared, out: Path) -> None:
-    """Writes the files of `out` that do not change during the run."""
+def require_same_kind(kind: str, out: Path) -> None:
+    """Raises BadRun if the run in `out` began on another kind of device, which gives other bits."""
+    if (out / "versions.json").exists():
+        begun = json.loads((out / "versions.json").read_text()).get("device", BEFORE["training.device"])
+        if begun != kind:
+            raise BadRun(
+                f"{out} holds a run that began on {begun}, and would go on on {kind}, which gives other bits; resume it where "
+                "there is the former, with training.device set to it, or start anew with another --out"
+            )
+
+
+def write_start(prepared: Prepared, out: Path, kind: str) -> None:
+    """Writes the files of `out` that do not change during the run; `kind`: of the devices."""
     resolved = prepared.config.resolved()
     write_text(out / "resolved.json", json.dumps(resolved))  # written first: from here on the run can be resumed
     write_text(out / "run.toml", to_toml(resolved))
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
-        write_text(out / "versions.json", json.dumps(versions(prepared)))
+        write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind}))
     prepared.clients.save(out / "partition.json")
     write_text(out / "plan.json", json.dumps(plan(prepared)))  # written last: reports read a folder that has it
 

@@ -3,17 +3,24 @@
 from math import inf
 from pathlib import Path
 
+from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Clock
 from fedexperts.data.encode import Encoder
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.local import ClientRuntime
+from fedexperts.errors import BadValue
 from fedexperts.experiment.client_task import ClientTask
 from fedexperts.experiment.setup import Prepared
+from fedexperts.moe.device import find_devices
 from fedexperts.types import Client
 
 
 def runtime_for(prepared: Prepared, out: Path) -> ClientRuntime:
-    """The runtime of all clients of the run; client states are stored in `out`/clients."""
+    """The runtime of all clients of the run, on the first device that it names; client states are stored in `out`/clients.
+
+    Raises:
+        BadValue: this machine does not have the devices that the run names.
+    """
     return ClientRuntime(
         model=prepared.base.model,
         encoder=encoder_for(prepared),
@@ -24,7 +31,30 @@ def runtime_for(prepared: Prepared, out: Path) -> ClientRuntime:
         client_store=ClientStateStore(out / "clients"),
         profiles=clock_for(prepared).profiles,
         limits=limits(prepared),
+        device=find_devices(prepared.config.training.device)[0],
     )
+
+
+def devices_of(config: RunConfig) -> tuple[str, ...]:
+    """The devices that the run's clients on this machine compute on. Those of Flower's simulation see reserved cards alone.
+
+    Raises:
+        BadValue: this machine does not have them, or Flower's simulation would not show them.
+    """
+    device, simulated = config.training.device, config.federation.engine == "flower"
+    if simulated and (not isinstance(device, str) or ":" in device):
+        raise BadValue(
+            f'training.device = {device!r} names cards, but with federation.engine = "flower" Ray assigns them; set "cuda" and '
+            "federation.gpus_per_worker"
+        )
+    if simulated and not config.federation.gpus_per_worker and device in ("auto", "cuda"):
+        if device == "cuda":
+            raise BadValue(
+                'training.device = "cuda", but with federation.engine = "flower" workers see only the cards that Ray reserves '
+                "for them; set federation.gpus_per_worker above 0, or leave the device out"
+            )
+        return ("cpu",)
+    return find_devices(device)
 
 
 def everyone(prepared: Prepared) -> dict[str, Client]:

@@ -91,7 +91,7 @@ class Parts:
         training, base = config.training, self.base(config.model)
         size = (training.batch_size, config.data.max_tokens)
         places = target_places(self.longest_response(config), size, base.encoder_decoder)
-        options = {
+        options: dict[str, Any] = {
             "optimizer": training.optimizer,
             "target_positions": places,
             "grafts": grafts,

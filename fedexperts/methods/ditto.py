@@ -7,14 +7,13 @@ https://arxiv.org/abs/2012.04221, Algorithm 1. What it leaves open is marked (ou
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
 from fedexperts.core.training import Fitted
 from fedexperts.methods.base import Positive, all_experts, by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.fedprox import fit_with_proximal_term
 from fedexperts.methods.personal import sum_of_costs
 from fedexperts.moe import rows
+from fedexperts.moe.device import device_of, kept_generators
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
 
@@ -39,7 +38,7 @@ class Ditto(Method):
 
         The update is the same as without v_k, including the draws of dropout.
         """
-        with torch.random.fork_rng():
+        with kept_generators(device_of(context.model)):
             personal = self.personalized(job, context)
         update = super().train(job, replace(context, client_state={}))
         return replace(update, cost=sum_of_costs(personal.cost, update.cost))

@@ -15,6 +15,7 @@ from fedexperts.methods.base import Count, add_gradient, answer, by_examples, en
 from fedexperts.methods.contract import Declaration, ExtraTensors, Method
 from fedexperts.methods.submodel import same_for_all
 from fedexperts.moe import rows
+from fedexperts.moe.device import device_of, to_device
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update
 
 
@@ -48,8 +49,9 @@ class Scaffold(Method):
         model = self.build_model(job, context)
         zeros = {name: torch.zeros_like(tensor) for name, tensor in job.patch.tensors.items()}
         shared, own = zeros | entries("control", job.extra), zeros | entries("control", context.client_state)  # c, c_k
-        correction = {name: shared[name] - own[name] for name in zeros}
-        total = {name: tensor.clone() for name, tensor in zeros.items()}
+        there = device_of(model)
+        correction = to_device({name: shared[name] - own[name] for name in zeros}, there)
+        total = {name: torch.zeros_like(tensor, device=there) for name, tensor in zeros.items()}
         summing, correcting = rows.paired(model, total), rows.paired(model, correction)
 
         def correct(model: nn.Module) -> None:
@@ -60,7 +62,7 @@ class Scaffold(Method):
 
         fitted = fit(model, context, seed=job.seed, after_backward=correct, beside=[*total.values(), *correction.values()])
 
-        moved = {name: total[name] / context.training.local_steps - own[name] for name in zeros}  # Δc_k
+        moved = {name: total[name].cpu() / context.training.local_steps - own[name] for name in zeros}  # Δc_k
         context.client_state.update(controls({name: own[name] + moved[name] for name in zeros}))  # bitwise as the server adds it
         return answer(job, context, model, fitted, extra=controls(moved))
 

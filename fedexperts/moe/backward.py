@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedexperts.errors import BadValue, listed
 from fedexperts.moe.anatomy import Block, Experts, blocks
+from fedexperts.moe.device import device_of, generator_states, kept_generators, set_generator_states
 from fedexperts.moe.lora import (
     ExpertLoRA,
     activated,
@@ -42,6 +43,7 @@ class SelectiveBackward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.device = device_of(model)
         self._parts = {
             name: (_ModuleExperts if block.is_switch else _StackedExperts)(block) for name, block in blocks(model).items()
         }
@@ -83,7 +85,7 @@ class SelectiveBackward:
             if list(ids) != sorted(set(ids)) or not all(0 <= expert < number for expert in ids):
                 raise BadValue(f"{name} was given experts {listed(ids)}; give ids from 0 to {number - 1}, ascending, each once")
         for name, part in self._parts.items():
-            part.choose(torch.tensor(experts.get(name, ()), dtype=torch.int64))
+            part.choose(torch.tensor(experts.get(name, ()), dtype=torch.int64, device=self.device))
 
     def left_out(self) -> Iterator[nn.Parameter]:
         """The trained parameters of all experts that are not chosen, whose optimizer state can be dropped."""
@@ -104,7 +106,7 @@ class _StackedExperts:
         self.anchor = torch.zeros((), requires_grad=True)
         self.expert = torch.empty(0, dtype=torch.int64)  # of each pair (token, expert) of the last forward
         self.first_outputs: Tensor | None = None  # of the first matrices for these pairs; after `choose`, of the chosen experts
-        self.rng_state = torch.empty(0)  # of torch's generator before the adapters' dropout drew from it
+        self.rng_states: tuple[Tensor, ...] = ()  # of torch's generators before the adapters' dropout drew from them
         self.stacks = dict(self._stacks())  # path of each trained stack below the experts → the stack, and the expert of each row
         self.parameters = {  # path → expert → its row as a separate parameter
             path: {int(expert): nn.Parameter(row) for expert, row in zip(ids, stack.detach(), strict=True)}
@@ -146,7 +148,7 @@ class _StackedExperts:
         """The outputs of the experts for their rows, before their norm; the outputs of the first matrices are stored."""
         ends = ends_of(expert, self.number)
         self.expert = expert
-        self.rng_state = torch.get_rng_state()
+        self.rng_states = generator_states(rows.device)
         self.first_outputs = projected(self.experts, first_matrix(self.experts), rows, expert, ends)
         return projected(self.experts, "down_proj", activated(self.experts, self.first_outputs), expert, ends)
 
@@ -175,8 +177,8 @@ class _StackedExperts:
         """The adapters of the experts `present`, with separate gradients and with the dropout of the forward pass."""
         adapters, reached = dict(self.adapters()), torch.isin(self.expert, present)
         copies = {name: _select_experts(adapter, present) for name, adapter in adapters.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(self.rng_state)
+        with kept_generators(self.expert.device):
+            set_generator_states(self.rng_states, self.expert.device)
             for name in (first_matrix(self.experts), "down_proj"):  # in the order of `outputs`
                 if name in adapters and adapters[name].dropout.p:
                     a = adapters[name].a
@@ -268,7 +270,7 @@ class _ModuleExperts:
         self.number = block.shape.num_experts
         self.chosen: Tensor | None = None
         self.anchor = torch.zeros((), requires_grad=True)
-        self.rng_states: dict[int, Tensor] = {}  # expert → state of torch's generator before it drew
+        self.rng_states: dict[int, tuple[Tensor, ...]] = {}  # expert → states of torch's generators before it drew
 
     def enter(self) -> None:
         cast("Any", self.experts).forward = partial(_one_hot_forward, self)
@@ -289,7 +291,7 @@ class _ModuleExperts:
         """The outputs of the experts for their rows."""
         out = torch.empty_like(rows)
         for each in expert.unique().tolist():
-            self.rng_states[each] = torch.get_rng_state()
+            self.rng_states[each] = generator_states(rows.device)
             out[expert == each] = self.experts[f"expert_{each}"](rows[expert == each])
         return out
 
@@ -300,8 +302,8 @@ class _ModuleExperts:
     def backward(self, rows: Tensor, _: Tensor, expert: Tensor, gradient: Tensor) -> None:
         """Computes the outputs of chosen experts again, and backward through them into `rows` and their parameters."""
         for each in expert.unique().tolist():
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                torch.set_rng_state(self.rng_states[each])
+            with kept_generators(rows.device), torch.enable_grad():
+                set_generator_states(self.rng_states[each], rows.device)
                 out = self.experts[f"expert_{each}"](rows[expert == each])
             if out.requires_grad:
                 torch.autograd.backward(out, gradient[expert == each])

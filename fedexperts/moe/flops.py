@@ -1,6 +1,5 @@
 """The memory, parameters and FLOPs of a model, counted on its modules."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fedexperts.errors import BadValue
 from fedexperts.moe import graft
 from fedexperts.moe.anatomy import BlockShape, Experts, anatomy, blocks
+from fedexperts.moe.device import with_tensors
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
 from fedexperts.moe.lora import ExpertLoRA, activated, first_matrix, normed
 from fedexperts.moe.memory import MemoryMeter
@@ -236,14 +236,6 @@ def expert_sides(model: nn.Module) -> int:
 def on_meta(model: nn.Module) -> nn.Module:
     """A twin of `model` on the meta device: shapes without data."""
     return with_tensors(model, lambda tensor: tensor.detach().to("meta"))
-
-
-def with_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A twin of `model` with `make(tensor)` of each of its parameters and buffers; tied parameters stay tied."""
-    memo: dict[int, Any] = {id(buffer): make(buffer) for buffer in model.buffers()}
-    for old in model.parameters():
-        memo[id(old)] = nn.Parameter(make(old.detach()), requires_grad=old.requires_grad)
-    return copy.deepcopy(model, memo)
 
 
 def as_shapes(twin: nn.Module) -> None:

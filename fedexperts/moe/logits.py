@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from fedexperts.moe.device import device_of, to_device
+
 IGNORED = -100
 """A label that does not count in a loss."""
 
@@ -26,11 +28,12 @@ def keeps_logits(model: nn.Module) -> bool:
 def predictions(
     model: nn.Module, batch: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, "examples positions vocabulary"], Int[Tensor, "examples positions"]]:
-    """Logits, and the token that each should predict (-100: no prediction counts).
+    """Logits, and the token that each should predict (-100: no prediction counts); `batch` is moved to the model's device.
 
     Decoder-only models predict the next token, so there the last logits and the first label are left out. Logits at
     positions where no example has a target are not computed, since prompts are long and vocabularies large.
     """
+    batch = to_device(batch, device_of(model))
     if is_encoder_decoder(model):
         return model(**batch, use_cache=False).logits, batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}

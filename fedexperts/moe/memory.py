@@ -22,8 +22,8 @@ class MemoryMeter(TorchDispatchMode):
     """Within its `with` block, `peak_bytes` is the largest sum of the bytes of all tensors alive at the same time.
 
     It counts the tensors that `owners` have at the start (weights, gradients, optimizer state; whole storages, each once) and
-    every tensor made since, but not scratch space inside a kernel. If a tensor of `owners` is on cuda, the peak is that of the
-    allocator there.
+    every tensor made since, but not scratch space inside a kernel. If a tensor of `owners` is on a graphics card, what is made
+    since is measured by the allocator of that card, scratch space included.
     """
 
     def __init__(self, *owners: Owner):
@@ -32,13 +32,15 @@ class MemoryMeter(TorchDispatchMode):
         self.bytes = 0  # alive now
         self.peak_bytes = 0
         self.storages: dict[int, ref[torch.UntypedStorage]] = {}
-        self.on_cuda = False
+        self.card: torch.device | None = None  # of the owners
+        self.allocated = 0  # there at the start
 
     def __enter__(self) -> "MemoryMeter":
         before = [part for owner in self.owners for tensor in tensors_of(owner) for part in stored(tensor)]
-        self.on_cuda = any(tensor.is_cuda for tensor in before)
-        if self.on_cuda:
-            torch.cuda.reset_peak_memory_stats()
+        self.card = next((tensor.device for tensor in before if tensor.is_cuda), None)
+        if self.card is not None:
+            torch.cuda.reset_peak_memory_stats(self.card)
+            self.allocated = torch.cuda.memory_allocated(self.card)
         shared = {key: number for owner in self.owners if isinstance(owner, nn.Module) for key, number in used_bytes(owner)}
         for tensor in before:
             self.see(tensor, shared.get(tensor.untyped_storage()._cdata))
@@ -47,8 +49,8 @@ class MemoryMeter(TorchDispatchMode):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # torch's
-        if self.on_cuda:
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
+        if self.card is not None:  # a base that another process shares is the owners', and not of this allocator
+            self.peak_bytes += torch.cuda.max_memory_allocated(self.card) - self.allocated
         self.storages.clear()
         self.owners = ()
 
@@ -58,7 +60,7 @@ class MemoryMeter(TorchDispatchMode):
         if has_packed(types):  # it unpacks its values first, which count too
             return NotImplemented
         out = func(*args, **(kwargs or {}))
-        if not self.on_cuda:
+        if self.card is None:
             for leaf in tree_iter(out):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)

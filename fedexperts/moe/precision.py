@@ -49,7 +49,7 @@ def mixed_precision(model: nn.Module, precision: Precision) -> None:
     if dtype not in HALF:
         return
     for part in entrances(model):
-        part.compute_dtype = dtype
+        cast("Any", part).compute_dtype = dtype
         part.register_forward_pre_hook(enter_autocast, with_kwargs=True)
         part.register_forward_hook(leave_autocast, always_call=True)
     for block in blocks(model).values():

@@ -93,7 +93,7 @@ def losses_of(
             approximated = (
                 torch.einsum("te,eth->th", gates, torch.cat([old, new.unsqueeze(0)]).float()) if selected else new.float()
             )
-            losses[expert] = float((targets.float() - approximated).norm(dim=-1).double().sum())
+            losses[expert] = float((targets.float() - approximated).norm(dim=-1).cpu().double().sum())
     return losses
 
 

@@ -148,7 +148,7 @@ def divergence(
 
     Both are over all experts, before top-k, as in `log_gates`. Never negative, and 0 if they are equal.
     """
-    log_base, log_tuned = log_gates(base, sigmoid).double(), log_gates(tuned, sigmoid).double()
+    log_base, log_tuned = (log_gates(logits, sigmoid).cpu().double() for logits in (base, tuned))  # mps has no float64
     return (log_base.exp() * (log_base - log_tuned)).sum(-1).clamp(min=0)
 
 

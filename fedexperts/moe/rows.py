@@ -38,23 +38,26 @@ class _Source:
     axis: int | None  # of the rows in the one parameter; None: one for each row
 
     def read(self) -> Tensor:
-        """The rows, copied."""
+        """The rows, copied, on the CPU."""
         rows = self.take()
-        return rows if self.axis is None else rows.clone(memory_format=torch.contiguous_format)
+        own = self.axis is None or rows.device != self.parameters[0].device
+        return rows.contiguous() if own else rows.clone(memory_format=torch.contiguous_format)
 
     def take(self) -> Tensor:
-        """The rows: a view of one parameter, a copy of several."""
+        """The rows, on the CPU: a view of one parameter there, a copy of several."""
         if self.axis is None:
-            return torch.stack([parameter.detach() for parameter in self.parameters])
-        return self.parameters[0].detach().movedim(self.axis, 0)
+            return torch.stack([parameter.detach() for parameter in self.parameters]).cpu()
+        return self.parameters[0].detach().movedim(self.axis, 0).cpu()
 
     def write(self, rows: Tensor, ids: list[int]) -> None:
-        """Copies `rows` into the rows `ids`."""
+        """Copies `rows` into the rows `ids`; they are moved to the device of the parameters at once."""
+        rows = rows.to(self.parameters[0].device)
         for row, index in zip(rows, ids, strict=True):
             self._row(index).copy_(row)
 
     def split(self, rows: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with the view of `rows`, which are all rows, that belongs to it."""
+        """Each parameter with the view of `rows`, which are all rows, that belongs to it; of a copy on its device."""
+        rows = rows.to(self.parameters[0].device)
         if self.axis is None:
             yield from zip(self.parameters, rows, strict=True)
         else:
@@ -78,12 +81,12 @@ def layout(model: nn.Module) -> dict[str, str | None]:
 
 
 def read(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trainable parameters of `model`, row-first; a tied parameter is there once."""
+    """Copies of the trainable parameters of `model` on the CPU, row-first; a tied parameter is there once."""
     return {name: source.read() for name, source in _sources(model).items()}
 
 
 def take(model: nn.Module) -> dict[str, Tensor]:
-    """As `read`, but parameters that are row-first already are not copied: for a model that is not used afterwards."""
+    """As `read`, but parameters that are row-first on the CPU are not copied: for a model that is not used afterwards."""
     return {name: source.take().contiguous() for name, source in _sources(model).items()}
 
 
@@ -106,7 +109,10 @@ def write(model: nn.Module, tensors: Tensors, rows: Mapping[str, Tensor] | None 
 
 
 def paired(model: nn.Module, tensors: Tensors) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each trainable parameter of `model` that `tensors`, which have all rows, names; with the view of a tensor that is its."""
+    """Each trainable parameter of `model` that `tensors`, which have all rows, names; with the view of a tensor that is its.
+
+    Tensors on another device than the model are copied there, so that the views are not theirs.
+    """
     return [pair for name, source in _sources(model).items() if name in tensors for pair in source.split(tensors[name])]
 
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from fedexperts.config import EvaluationSettings, RunConfig
 from fedexperts.core.ledger import Ledger
+from fedexperts.engines import local
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.local import ClientRuntime, LocalEngine
-from fedexperts.errors import Undeclared
+from fedexperts.errors import BadValue, Undeclared
 from fedexperts.experiment.client_task import ClientTask
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
@@ -27,6 +28,9 @@ from fedexperts.testing import tiny_batch, tiny_model
 from fedexperts.types import Client, Example, Failure, Job, Patch, Split, Training, Update
 
 SOME = "model.layers.0.mlp.gate.weight"
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which 2.00 GiB is free."
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Obeys(Method):
             return answer(job, extra={"much": torch.zeros(200_000_000, dtype=torch.uint8)})
         if job.task == "raise":
             raise RuntimeError("two\nlines of trouble")
+        if job.task == "run out of memory":
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         if job.task == "send its own":
             return replace(answer(job), patch=Patch({"own": torch.ones(1)}))
         if job.task == "keep nonsense":
@@ -181,6 +187,51 @@ def test_an_error_is_the_clients_failure_in_one_line(one, two):
     for running in (one, two):
         (found,) = running.run(jobs("raise", ["c02"]))
         assert found == Failure("c02", 1, "raise", "RuntimeError: two lines of trouble")
+
+
+def test_running_out_of_a_cards_memory_is_the_clients_failure_and_the_next_client_goes_on(one, two, monkeypatch):
+    for running in (one, two):
+        short, *rest = running.run([*jobs("run out of memory", ["c01"]), *jobs("look", ["c02"])])
+        assert isinstance(short, Failure) and isinstance(rest[0], Update)
+        assert short.reason.startswith("out of memory on cpu: it needed 3.00 GiB beyond what it had, and cpu has 8.00 GiB, ")
+        assert all(name in short.reason for name in ("training.batch_size", "data.max_tokens", "federation.workers"))
+
+    freed = []
+    monkeypatch.setattr(local, "release", freed.append)
+    list(one.run([*jobs("look", ["c02"]), *jobs("run out of memory", ["c01"])]))
+    assert freed == [torch.device("cpu")]
+
+
+def test_a_base_that_does_not_fit_a_card_is_a_sentence(one, monkeypatch):
+    def short(model, device):
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(local, "on_device", short)
+    with pytest.raises(BadValue, match=r"^the base model does not fit the memory of cuda:0; "):
+        LocalEngine(one.runtime, devices=["cuda:0"])
+
+
+def test_workers_are_spread_over_the_devices_and_those_of_one_card_share_its_base(one, monkeypatch):
+    moved, started = [], []
+
+    class Started:
+        def __init__(self, handle, daemon):
+            started.append(handle.args[0])
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(local, "on_device", lambda model, device: moved.append(device) or tiny_model("olmoe"))
+    monkeypatch.setattr(local, "WorkerProcess", Started)
+    with LocalEngine(one.runtime, 5, ["cuda:0", "cuda:1"]):
+        pass
+    assert [runtime.device for runtime in started] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert moved == ["cuda:0", "cuda:1"] and len({id(runtime.model) for runtime in started}) == 2
+    started.clear()
+    with LocalEngine(one.runtime, 2, ["mps"]):
+        pass
+    assert [(runtime.device, runtime.model is one.runtime.model) for runtime in started] == [("mps", True)] * 2
+    assert len(moved) == 2, "each process moves it for itself"
 
 
 @pytest.mark.parametrize(
