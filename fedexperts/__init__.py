@@ -10,6 +10,7 @@
 Everything is imported when it is first asked for, so `import fedexperts` itself is quick.
 """
 
+import logging
 import os
 from importlib import import_module
 from importlib.metadata import version
@@ -28,6 +29,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 __all__ = ["METHODS", "Method", "__version__", "compare", "load", "partition", "run"]
 __version__ = version("fedexperts")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns that kernels are missing that we do not use
 
 _WHERE = {
     "METHODS": "fedexperts.methods",

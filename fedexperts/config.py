@@ -38,7 +38,8 @@ class ModelSettings(Settings):
 
     dtype: of the weights that are not trained; "auto": as stored (the bundled bases: float32). Trained weights are float32.
     revision: branch, tag or commit on the hub. attention, experts: implementations of transformers, such as "eager" or
-    "flash_attention_2" and "grouped_mm" or "sonicmoe"; None: the best that always runs.
+    "flash_attention_2" and "grouped_mm" or "sonicmoe"; None: the best that always runs. quantize: "nf4": experts and dense linear
+    layers are stored in 4 bits. adapter: a folder with an adapter of peft, from which the run's adapters start.
     """
 
     name: str = "tiny"
@@ -47,6 +48,8 @@ class ModelSettings(Settings):
     revision: str | None = None
     attention: str | None = None
     experts: str | None = None
+    quantize: Literal["nf4"] | None = None
+    adapter: str | None = None
 
     @model_validator(mode="after")
     def bundled_dtype(self) -> Self:
@@ -180,6 +183,16 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def method_can_be_built(self) -> Self:
         self.build_method()
+        return self
+
+    @model_validator(mode="after")
+    def quantized_weights_stay_frozen(self) -> Self:
+        whole = [part for part in self.training.trained if part != "router" and self.training.train == "full"]
+        if self.model.quantize and whole:
+            raise BadValue(
+                f'model.quantize = "{self.model.quantize}" keeps weights in 4 bits, but training.train = "full" trains '
+                f'{whole[0]} whole; set training.train = "lora" (or training.parts = ["router"]), or leave quantize out'
+            )
         return self
 
     def build_method(self) -> Method:

@@ -92,6 +92,10 @@ def test_only_the_lora_imports_peft_only_the_flower_engine_flwr_and_of_that_only
     assert importers("ray") == {"fedexperts.engines.flower.simulation"}
 
 
+def test_only_the_models_import_bitsandbytes():
+    assert importers("bitsandbytes") == {"fedexperts.models.nf4"}
+
+
 @pytest.mark.parametrize("unsafe", ["pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"])
 def test_nothing_is_pickled(unsafe):
     assert importers(unsafe) == set()

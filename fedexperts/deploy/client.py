@@ -139,7 +139,7 @@ class ClientWorker:
             raise BadMessage(f"its run file has another data.{names[0]} than the server's; give both sides the same run file")
         settings = {
             **server_settings,
-            "model": own["model"],
+            "model": {name: value for name, value in own["model"].items() if name != "adapter"},  # the server sends its weights
             "training": {**server_settings["training"], "device": own["training"]["device"]},
             "data": own["data"],
             "devices": {**own["devices"], **self.devices},

@@ -12,6 +12,7 @@ from fedexperts.config import EvaluationSettings
 from fedexperts.core import evaluation
 from fedexperts.engines.base import Check
 from fedexperts.methods.contract import Method
+from fedexperts.moe.packed import stored
 from fedexperts.moe.routing import router_drift
 from fedexperts.moe.shrink import shrink
 from fedexperts.types import ClientContext, Example, Job, Patch, Split, Update
@@ -155,5 +156,6 @@ def bits(model: nn.Module) -> str:
     digest = sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        for part in stored(tensor):
+            digest.update(part.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

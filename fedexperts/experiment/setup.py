@@ -11,6 +11,7 @@ from shutil import which
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedexperts.config import ModelSettings, RunConfig
@@ -21,10 +22,11 @@ from fedexperts.data.own import Counts, own_clients, placeholder_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue, quoted
-from fedexperts.federation import steps
+from fedexperts.federation import jobs_for, steps
 from fedexperts.methods.contract import Method
-from fedexperts.models.load import Base, load
-from fedexperts.moe import rows
+from fedexperts.models.load import Base, files_hash, load
+from fedexperts.moe import factors, rows
+from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, footprint, on_meta
 from fedexperts.types import METRIC_NAMES, Client, Example, Server, Split, Training
@@ -119,6 +121,7 @@ def load_base(model: ModelSettings) -> Base:
         revision=model.revision,
         attention=model.attention,
         experts=model.experts,
+        quantize=model.quantize,
     )
 
 
@@ -269,6 +272,7 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     full = cost.of(anatomy(base.model).all_experts)
     memory = parts.memories(config, full)
     server = first_server(config, method, base, clients, cost, memory)
+    require_sent(config, method, server)
     for client in server.clients.values():  # a client that cannot take part raises now, not in round 10
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training
@@ -310,9 +314,49 @@ def first_server(
     """The server before the first round: with the base model's trained weights, or with fresh adapters."""
     seed = str(config.seed)
     shape = anatomy(base.model)
-    model = method.global_model(base.model, config.training.tuning, None, seed=f"{seed}/start")
+    model = initial_model(config, method, base)
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
     return Server(weights=rows.take(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
+
+
+def initial_model(config: RunConfig, method: Method, base: Base) -> nn.Module:
+    """The global model before the first round: with fresh adapters, or with those of `model.adapter`.
+
+    Raises:
+        BadValue: `model.adapter` is no adapter, or does not fit those of the run.
+    """
+    tuning = config.training.tuning
+    model = method.global_model(base.model, tuning, None, seed=f"{config.seed}/start")
+    if config.model.adapter is not None:
+        start_from(model, read_adapter(Path(config.model.adapter)), tuning)
+    return model
+
+
+def require_sent(config: RunConfig, method: Method, server: Server) -> None:
+    """Raises BadValue if clients would not receive the adapters that the run starts from."""
+    first = replace(server, round=1, task="train")
+    if config.model.adapter is None or method.setup_tasks:  # methods with setup tasks assign experts, and send all they have
+        return
+    for job in jobs_for(first, method, server.clients.values()):
+        for name in factors.rank_axes(server.weights):
+            block, ids = server.layout[name], job.patch.rows.get(name)
+            whole = block is None or ids is None or ids.tolist() == list(job.experts[block])
+            if name not in job.patch.tensors or not whole:
+                raise BadValue(
+                    f"model.adapter: the clients of {config.method['name']} start from adapters of their own, since it does not "
+                    f"send them {name}; take another method, such as fedit, or leave model.adapter out"
+                )
+
+
+def adapter_hash(config: RunConfig) -> str | None:
+    """sha256 of the adapter that the run starts from; None without one.
+
+    Raises:
+        BadValue: it is missing.
+    """
+    if config.model.adapter is None:
+        return None
+    return files_hash([read_adapter(Path(config.model.adapter)).folder / name for name in (CONFIG, WEIGHTS)])
 
 
 def without_weights(prepared: Prepared) -> Prepared:
@@ -324,6 +368,7 @@ def without_weights(prepared: Prepared) -> Prepared:
 INPUTS = {
     "model_hash": "the model's weights",
     "config_hash": "the model's configuration or tokenizer",
+    "adapter_hash": "the adapter that the run started from",
     "data_hashes": "the data",
     "text_hash": "a file that the method names",
 }
@@ -339,6 +384,7 @@ def versions(prepared: Prepared) -> dict[str, Any]:
         "git_commit": git_commit(),
         "model_hash": prepared.base.hash,
         "config_hash": prepared.base.config_hash,
+        "adapter_hash": adapter_hash(config),
         "data_hashes": {
             **prepared.clients.hashes,
             **prepared.retained.hashes,

@@ -1,7 +1,7 @@
 """Exports the global model of a run, or a client's, to a folder, and loads it again."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import getsource
 from pathlib import Path
 from textwrap import dedent
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fedexperts.errors import BadValue, Busy
@@ -21,6 +21,8 @@ from fedexperts.methods.contract import Method
 from fedexperts.models.load import align_parameters, location_of, without_progress_bars
 from fedexperts.moe import lora, rows
 from fedexperts.moe.kernel import choose_kernel
+from fedexperts.moe.packed import unpack_weights
+from fedexperts.moe.precision import undo_mixed_precision
 from fedexperts.moe.shrink import shrink
 
 ABOUT = "fedexperts.json"
@@ -68,8 +70,7 @@ def export(
         raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
     if client is None or adapter:
         require_no_parts_of_the_method(run, exported, client)
-    if merge:
-        lora.merge(exported.model)
+    exported, difference = (exported, None) if adapter else as_written(exported, merge=client is None or merge)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(exported.changes))
     with atomic_folder(to) as made, without_progress_bars():
         if adapter:
@@ -77,17 +78,56 @@ def export(
         elif kind.needs_code:
             write_changed(exported, made)
         else:
-            plain = cast("Any", lora.merge(exported.model))
-            del plain.config.kept_experts
-            plain.save_pretrained(made)
+            whole = cast("Any", exported.model)
+            del whole.config.kept_experts
+            whole.save_pretrained(made)
         for file in made.glob("*.safetensors"):
             align_tensors(file)
-        if not adapter and not run.config.build_method().is_ours and known_class(exported.model):
+        exact = not adapter and difference is None
+        if exact and not run.config.build_method().is_ours and known_class(exported.model):
             require_same_model(made, exported.model, client)
         exported.base.tokenizer.save_pretrained(made)
         (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
-        (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge))
+        (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge, difference))
     return kind
+
+
+def as_written(exported: Exported, *, merge: bool) -> tuple[Exported, card.Difference | None]:
+    """The model with the weights that are written, in place; and how far its logits then are from the scored model's, if at all.
+
+    merge: its adapters are merged into the weights, which then have the base's dtypes.
+    """
+    before = logits_on(probe(exported), exported.model) if merge and exported.rounded else None
+    if merge:
+        exported = replace(exported, model=lora.merge(exported.model), merged=True)
+    unpack_weights(exported.model)
+    if before is None:
+        return exported, None
+    if not exported.changes:
+        in_stored_dtypes(exported)
+    return exported, card.difference(before, logits_on(probe(exported), exported.model))
+
+
+def probe(exported: Exported) -> dict[str, Tensor]:
+    """Four sequences of 32 random tokens, on which a model and what is exported of it are compared."""
+    rows = cast("Any", exported.model).get_input_embeddings().weight.shape[0]
+    ids = torch.randint(rows, (4, 32), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@torch.no_grad()
+def logits_on(batch: dict[str, Tensor], model: nn.Module) -> Tensor:
+    """The logits of `model` on `batch`, in float32."""
+    return cast("Tensor", model.eval()(**batch).logits.float())
+
+
+def in_stored_dtypes(exported: Exported) -> None:
+    """Gives weights that were trained in float32 the dtypes of the base's, in which a plain folder has them."""
+    stored = {name: weight.dtype for name, weight in exported.base.model.named_parameters()}
+    for name, weight in exported.model.named_parameters():
+        weight.data = weight.data.to(stored[name])
+    undo_mixed_precision(exported.model)
+    choose_kernel(exported.model)
 
 
 def require_consistent(run: Run, client: str | None, adapter: bool, kept: Path | None, merge: bool) -> None:

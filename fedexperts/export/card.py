@@ -3,22 +3,54 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import try_to_load_from_cache
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
 
 from fedexperts.core.evaluation import METRICS
 from fedexperts.export.models import PERSONAL_EXPERTS, Exported, Run
 from fedexperts.models.load import BUNDLED, location_of
 from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe.packed import Packed
 from fedexperts.moe.shrink import kept_experts
 
 AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForSeq2SeqLM"}
 
 
-def text(run: Run, exported: Exported, client: str | None, adapter: bool, needs_code: bool, merged: bool = False) -> str:
-    """The text of the card. `merged`: whether adapters were merged into the weights of a client's model."""
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of an exported model are from those of the model that was scored."""
+
+    largest: float  # absolute difference
+    divergence: float  # mean Kullback-Leibler divergence of the next token's distribution, in nats
+
+
+def difference(scored: Float[Tensor, "..."], exported: Float[Tensor, "..."]) -> Difference:
+    """The difference between the logits of two models on the same batch."""
+    ours, theirs = (logits.flatten(0, -2).log_softmax(-1) for logits in (scored, exported))
+    divergence = functional.kl_div(theirs, ours, reduction="batchmean", log_target=True)
+    return Difference(float((scored - exported).abs().max()), float(divergence))
+
+
+def text(
+    run: Run,
+    exported: Exported,
+    client: str | None,
+    adapter: bool,
+    needs_code: bool,
+    merged: bool = False,
+    measured: Difference | None = None,
+) -> str:
+    """The text of the card.
+
+    merged: whether adapters were merged into the weights of a client's model. measured: from the scored model, if the exported
+    one does not compute the same.
+    """
     what = f"The model of client {client}" if client is not None else "The global model"
     license = license_of(run.config.model.name)
     head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", "tags: [mixture-of-experts, federated-learning]"]
@@ -30,6 +62,7 @@ def text(run: Run, exported: Exported, client: str | None, adapter: bool, needs_
         f"{', its adapters alone' if adapter else ', its adapters merged into its weights' if merged else ''}; "
         "written by `fedexperts export`.",
         personal(run, exported, client),
+        *computed(exported, adapter, measured),
         "## Use",
         usage(run, exported, adapter, needs_code),
         "## Where it comes from",
@@ -45,6 +78,29 @@ def text(run: Run, exported: Exported, client: str | None, adapter: bool, needs_
         ),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def computed(exported: Exported, adapter: bool, measured: Difference | None) -> Iterator[str]:
+    """How the base's weights were stored in the run, and whether the exported model computes what the scored one does."""
+    base = exported.base
+    dtype = str(cast("Any", base.model).dtype).removeprefix("torch.")
+    if base.stored_as:
+        yield (
+            f"The base is stored in {base.stored_as}. The run read it as the {dtype} values that it stands for"
+            f"{'' if adapter else ', and these are the weights here'}."
+        )
+    if any(isinstance(weight, Packed) for weight in base.model.parameters()):
+        yield (
+            "In the run the weights of experts and dense linear layers that were not trained were stored in 4 bits (nf4), and "
+            f"computed with as the {dtype} values that these stand for"
+            f"{': on the base itself the adapters compute other logits' if adapter else ', which are the weights here'}."
+        )
+    if measured is not None:
+        yield (
+            "The run computed with adapters and weights in float32 that are rounded here. On 128 random tokens the logits differ "
+            f"by at most {measured.largest:.3g} from those of the model that was scored, and the mean KL divergence is "
+            f"{measured.divergence:.3g} nats. `--client` without `--merge` exports a client's model exactly."
+        )
 
 
 def personal(run: Run, exported: Exported, client: str | None) -> str:
@@ -79,11 +135,12 @@ def usage(run: Run, exported: Exported, adapter: bool, needs_code: bool) -> str:
     auto_class = AUTO[exported.base.encoder_decoder]
     base = shown(run.config.model.name)
     eager = ', experts_implementation="eager"' if exported.changes.get("experts") == "eager" else ""
+    dtype = str(cast("Any", exported.base.model).dtype).removeprefix("torch.")
     if adapter:
         code = [
             "from peft import PeftModel",
             f"from transformers import {auto_class}",
-            f'base = {auto_class}.from_pretrained("{base}"{eager})  # the base of the run, in float32',
+            f'base = {auto_class}.from_pretrained("{base}"{eager})  # the base of the run, in {dtype}',
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
         return fenced(code)

@@ -9,6 +9,8 @@ model without executing code from the folder. The differences from the base mode
     linears   path of a linear layer → the rank and scale of its adapter
     stacks    path of stacked experts → matrix → the rank and scale of its adapters, and the ids of the adapted experts
     experts   transformers' implementation of stacked experts with which the model was scored
+    precision the dtype of products if it is not float32: of the weights, the weights that are float32 nevertheless, and the
+              modules under autocast (entrances) and without it (routers)
     extension the method's own change of the model: a function, whose source is at the end of this file, and its settings
 
 The arithmetic is that of the run, operation by operation, so that logits are bitwise equal on the same number of threads.
@@ -27,7 +29,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FORMAT = 2  # 1 without an extension
+FORMAT = 3  # 2 without precision, 1 without an extension either
 MODEL_TYPE = "fedexperts"
 IMPLEMENTATION = "fedexperts_exported"  # name of stacked experts with adapters in transformers' registry
 ROW_BYTES = 16  # torch's grouped product needs rows whose size is a multiple of this
@@ -88,8 +90,10 @@ def finish(folder: Any, config: Any, changes: dict[str, Any]) -> None:
         "base_model_type": config.model_type,
         "model_type": MODEL_TYPE,  # unknown to transformers, which would otherwise load the base class and drop the rest
         "auto_map": {"AutoConfig": "modeling_fedexperts.ClientConfig", auto: "modeling_fedexperts.ClientModel"},
-        "fedexperts": {**changes, "format": FORMAT if "extension" in changes else 1},
+        "fedexperts": {**changes, "format": FORMAT if "precision" in changes else 2 if "extension" in changes else 1},
     }
+    if "precision" in changes:
+        config_json["dtype"] = changes["precision"]["weights"]
     path.write_text(json.dumps(config_json, indent=2) + "\n")
     shutil.copyfile(__file__, Path(folder) / "modeling_fedexperts.py")
 
@@ -107,6 +111,8 @@ def change(model: nn.Module, changes: dict[str, Any]) -> None:
     for path, adapters in changes["stacks"].items():
         experts: Any = model.get_submodule(path)
         experts.lora = nn.ModuleDict({name: AdaptedStack(experts, name, **adapter) for name, adapter in adapters.items()})
+    if precision := changes.get("precision"):
+        _compute_in(model, **precision)
     if extension := changes.get("extension"):
         function: Any = globals().get(extension["function"])
         if function is None:
@@ -115,6 +121,44 @@ def change(model: nn.Module, changes: dict[str, Any]) -> None:
                 "give trust_remote_code=True (--trust-remote-code) to run the copy in modeling_fedexperts.py there"
             )
         function(model, **extension["settings"])
+
+
+def _compute_in(
+    model: nn.Module, compute: str, weights: str, float32: list[str], entrances: list[str], routers: list[str]
+) -> None:
+    """Lets `model` compute its products in `compute`, with the weights `float32` in that dtype and all others in `weights`."""
+    for name in float32:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.float()
+    for path in entrances:
+        module: Any = model.get_submodule(path)
+        module.compute_dtype = getattr(torch, compute)
+        module.register_forward_pre_hook(_enter_autocast, with_kwargs=True)
+        module.register_forward_hook(_leave_autocast, always_call=True)
+    for path in routers:
+        model.get_submodule(path).register_forward_pre_hook(_enter_own_dtype)
+        model.get_submodule(path).register_forward_hook(_leave_autocast, always_call=True)
+
+
+def _enter_autocast(module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    device = next(each.device.type for each in (*args, *named.values()) if isinstance(each, Tensor))
+    _push(module, torch.autocast(device, module.compute_dtype))
+
+
+def _enter_own_dtype(router: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Routers compute in the dtype of their weights: tokens that are routed by rounded scores go to other experts."""
+    hidden, *others = args
+    _push(router, torch.autocast(hidden.device.type, enabled=False))
+    return hidden.to(next(router.parameters()).dtype), *others
+
+
+def _push(module: nn.Module, context: torch.autocast) -> None:
+    context.__enter__()
+    vars(module).setdefault("autocasts", []).append(context)
+
+
+def _leave_autocast(module: Any, args: Any, output: Any) -> None:
+    module.autocasts.pop().__exit__(None, None, None)
 
 
 def _cut(block: Any, num_experts: int, router: str, axes: dict[str, int], router_groups: dict[str, int]) -> None:
@@ -247,6 +291,9 @@ def _projected(self: Any, name: str, rows: Tensor, expert: Tensor, ends: Tensor)
 
 def grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each row times the matrix of its expert; one product per expert if torch's grouped product does not support the width."""
+    kind = rows.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    rows, weight = rows.to(dtype), weight.to(dtype)
     if all(size * weight.element_size() % ROW_BYTES == 0 for size in weight.shape[1:]):
         return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()

@@ -15,7 +15,17 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
-from fedexperts.experiment.setup import INPUTS, Parts, Prepared, load_base, parts_from_greetings, prepare_run, versions
+from fedexperts.experiment.setup import (
+    INPUTS,
+    Parts,
+    Prepared,
+    adapter_hash,
+    initial_model,
+    load_base,
+    parts_from_greetings,
+    prepare_run,
+    versions,
+)
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
 from fedexperts.io.toml import checked
@@ -25,6 +35,7 @@ from fedexperts.models.load import Base
 from fedexperts.moe import factors, graft, kernel, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.flops import Footprint
+from fedexperts.moe.precision import HALF, compute_dtype, entrances
 from fedexperts.moe.shrink import own_stacks, shrink
 from fedexperts.types import ClientContext, Server, Tensors
 
@@ -57,6 +68,12 @@ class Exported:
     personal: Mapping[str, str] = field(default_factory=dict)  # weight in the client state → the part of the model it belongs to
     added: bool = False  # whether frozen base weights under adapters have changed
     extension: Extension | None = None  # the method's own change of the model's structure
+    merged: bool = False  # whether adapters are merged into the weights, which then are those of the model only up to rounding
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the model computes in float16 or bfloat16."""
+        return compute_dtype(self.model) in HALF
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -69,6 +86,8 @@ class Exported:
         }
         if self.extension is not None:
             changes["extension"] = {"function": self.extension.apply.__name__, "settings": dict(self.extension.settings)}
+        if self.rounded and (any(changes.values()) or not self.merged):
+            changes["precision"] = precision(self.model, self.base.model)
         return {**changes, "experts": way_through_experts(self.model)} if any(changes.values()) else {}
 
 
@@ -101,9 +120,9 @@ def of_server(run: Run) -> Exported:
     """
     config = run.config
     base, method = load_base(config.model), config.build_method()
-    require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash})
+    require_same(run, {"model_hash": base.hash, "config_hash": base.config_hash, "adapter_hash": adapter_hash(config)})
     shape, seed, tuning = anatomy(base.model), f"{config.seed}/start", config.training.tuning
-    start = method.global_model(base.model, tuning, None, seed)
+    start = initial_model(config, method, base)
     weights, method_state = checkpoint.tensors(run.saved)
     server = Server(weights, rows.layout(start), shape, Footprint(0, {}, 0), {}, str(config.seed), method_state)
     model = method.global_model(base.model, tuning, server, seed)
@@ -122,10 +141,9 @@ def base_changed(base: nn.Module, model: nn.Module) -> bool:
 
 
 def has_changed(start: Tensors, weights: Tensors) -> bool:
-    """Whether trained weights differ from `start`; an adapter differs if its B is not zero, so that its product is not zero."""
-    adapters = factors.rank_axes(weights)
-    whole = any(not torch.equal(start[name], tensor) for name, tensor in weights.items() if name not in adapters)
-    return whole or any(bool(weights[b].any()) for b in factors.pairs(weights).values())
+    """Whether trained weights differ from `start`; of an adapter whose B is zero, as at the start, A does not count."""
+    changed = {name for name, tensor in weights.items() if not torch.equal(start[name], tensor)}
+    return bool(changed - {a for a, b in factors.pairs(weights).items() if not weights[b].any()})
 
 
 def of_client(run: Run, name: str, kept: Path | None = None) -> Exported:
@@ -244,6 +262,20 @@ def stacks(model: nn.Module) -> dict[str, Any]:
         }
         for path, module in model.named_modules()
         if isinstance(module._modules.get("lora"), nn.ModuleDict)
+    }
+
+
+def precision(model: nn.Module, base: nn.Module) -> dict[str, Any]:
+    """How a model whose products are rounded computes: dtypes, the weights in float32, and the modules that change autocast."""
+    stored = cast("Any", base).dtype
+    whole = [name for name, weight in model.named_parameters() if weight.dtype == torch.float32 != stored]
+    inside = {id(module) for module in entrances(model)}
+    return {
+        "compute": str(compute_dtype(model)).removeprefix("torch."),
+        "weights": str(stored).removeprefix("torch."),
+        "float32": whole,
+        "entrances": [path for path, module in model.named_modules() if id(module) in inside],
+        "routers": [f"{name}.{lora.router_name(block)}" for name, block in blocks(model).items()],
     }
 
 

@@ -5,10 +5,12 @@ Weights are read tensor by tensor from their safetensors files into where they s
 
 import ctypes
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,9 +31,11 @@ from transformers import (
 from transformers.utils import logging
 
 from fedexperts.errors import BadValue, nearest, shortened
+from fedexperts.models.nf4 import packed_on_arrival, require_bitsandbytes
 from fedexperts.moe.anatomy import blocks
-from fedexperts.moe.disk import lazy_tensors
+from fedexperts.moe.disk import LazyTensor, lazy_tensors
 from fedexperts.moe.kernel import choose_kernel
+from fedexperts.moe.packed import Packed
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
 """`tiny` ships with the package; `small`, the base of the reported runs, is only in a checkout of the repository."""
@@ -58,6 +62,9 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+UNPACKED = ("fp8", "mxfp8", "mxfp4")
+"""Formats of quantized checkpoints that are read as the values that they stand for."""
+
 T = TypeVar("T")
 
 
@@ -71,6 +78,7 @@ class Base:
     name: str
     hash: str  # of its weight files
     config_hash: str = ""  # of its configuration and tokenizer
+    stored_as: str | None = None  # the format of a quantized checkpoint, such as "fp8", of which this model has the values
 
     @property
     def identity(self) -> str:
@@ -86,21 +94,27 @@ def load(
     revision: str | None = None,
     attention: str | None = None,
     experts: str | None = None,
+    quantize: str | None = None,
 ) -> Base:
     """The base called `name`: "tiny" (ships with the package), "small" (in a checkout), a local folder, or an id on the hub.
 
     dtype: of the weights: "float32", "bfloat16", "float16", or "auto": as stored; the bundled bases are float32 then.
     revision: branch, tag or commit on the hub. attention, experts: the implementations that transformers uses for them; None: its
-    own choice of attention, and the grouped product of experts where their shapes allow it.
+    own choice of attention, and the grouped product of experts where their shapes allow it. quantize: "nf4": keeps experts and
+    dense linear layers in 4 bits. A checkpoint in one of the formats UNPACKED is read as the values that it stands for.
 
     Raises:
         BadValue: there is no such model, it has no tokenizer or one with more tokens than the model has embeddings, it lacks
-            weights, it needs its own code, which is not trusted, or it has no such implementation.
+            weights, it needs its own code, which is not trusted, it has no such implementation, it is quantized in a format that
+            cannot be read, or bitsandbytes is missing.
         NoExperts: it has no MoE layers.
     """
     where = location_of(name)
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
+    if quantize:
+        require_bitsandbytes()
     config = load_or_explain(name, lambda: AutoConfig.from_pretrained(where, **code))
+    stored_as = load_or_explain(name, lambda: read_as_values(config))
     chosen = {"attn_implementation": attention} if attention else {}
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
@@ -113,11 +127,34 @@ def load(
     wanted = DTYPES.get(dtype, torch.float32 if name in BUNDLED else None)
     with ThreadPoolExecutor(1) as beside, without_progress_bars(), freed_at_once():
         hashed = beside.submit(files_hash, files)  # at the same time, so that each file is read from the disk once
-        model = load_or_explain(name, lambda: read_weights(folder, files, config, skeleton, wanted, chosen)).eval()
+        read = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize)
+        model = load_or_explain(name, read).eval()
+    cast("Any", model).name_or_path = where  # which peft writes into an adapter's configuration
     load_or_explain(name, lambda: choose_kernel(model, experts))
     align_parameters(model)
+    cast_routers(model)
     config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
-    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed.result(), config_hash)
+    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed.result(), config_hash, stored_as)
+
+
+def read_as_values(config: Any) -> str | None:
+    """Lets transformers read a quantized checkpoint as the values that it stands for; returns its format, None if it has none.
+
+    Raises:
+        BadValue: a format of which it cannot.
+    """
+    settings = vars(config).get("quantization_config")
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(settings.get("quant_method"))
+    if method not in UNPACKED:
+        raise BadValue(
+            f"its weights are quantized ({method}), and of quantized checkpoints only {', '.join(UNPACKED)} can be read; give "
+            "one of these, or one in bfloat16, float16 or float32"
+        )
+    config.quantization_config = {**settings, "dequantize": True}
+    return method
 
 
 def require_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, skeleton: nn.Module) -> None:
@@ -133,28 +170,66 @@ def require_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, skeleton: n
 
 
 def read_weights(
-    folder: Path, files: Sequence[Path], config: Any, skeleton: nn.Module, dtype: torch.dtype | None, chosen: dict[str, Any]
+    folder: Path,
+    files: Sequence[Path],
+    config: Any,
+    skeleton: nn.Module,
+    dtype: torch.dtype | None,
+    chosen: dict[str, Any],
+    quantize: str | None = None,
 ) -> nn.Module:
     """The model of `config` with the weights in `files`, each read into the memory where it stays.
 
     skeleton: the model on the meta device. dtype: None: as stored. chosen: further options of transformers' from_pretrained.
+    quantize: each weight is packed as it is read.
 
     Raises:
         BadValue: weights are missing, or have another shape.
     """
     kept_dtype = dtype or stored_dtype(config, files)
     options = {"config": config, "dtype": kept_dtype, "output_loading_info": True, **chosen}
-    if files[0].suffix == ".safetensors":
-        tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
-        model, report = type(cast("Any", skeleton)).from_pretrained(None, state_dict=tensors, **options)
-    else:
-        model, report = type(cast("Any", skeleton)).from_pretrained(folder, weights_only=True, **options)
-    model.name_or_path = str(folder)  # peft compares it with the base that an adapter names
+    kind: Any = type(skeleton)
+    as_values = vars(config).get("quantization_config") is not None
+    in_turn = one_at_a_time() if quantize or as_values else nullcontext()
+    with packed_on_arrival(kind) if quantize else nullcontext(kind) as loaded, in_turn:
+        if files[0].suffix == ".safetensors":
+            tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
+            tensors = with_dtype(tensors, kept_dtype) if as_values else tensors
+            model, report = loaded.from_pretrained(None, state_dict=tensors, **options)
+        else:
+            model, report = loaded.from_pretrained(folder, weights_only=True, **options)
+    model.__class__ = kind
+    if as_values:
+        model._weight_conversions = None  # else transformers would quantize again what it saves
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise BadValue(f"{folder} lacks the weight {missing[0]}, or has it in another shape ({len(missing)} such)")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return cast("nn.Module", model)
+
+
+def with_dtype(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """`tensors` of a quantized checkpoint; those without a scale, which transformers would not cast, are read in `dtype`."""
+    halves = {name for name, each in tensors.items() if each.get_dtype() in ("BF16", "F16")}
+    return {
+        name: replace(each, dtype=dtype) if name in halves and f"{name}_scale_inv" not in tensors else each
+        for name, each in tensors.items()
+    }
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Within the block transformers reads a tensor when it sets it; else its threads read ahead, up to the whole model."""
+    variable = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def stored_dtype(config: Any, files: Sequence[Path]) -> torch.dtype:
@@ -168,13 +243,20 @@ def stored_dtype(config: Any, files: Sequence[Path]) -> torch.dtype:
     return torch.float32
 
 
+def cast_routers(model: nn.Module) -> None:
+    """Casts the routers of Switch to the dtype to which they would cast themselves in their first forward pass."""
+    for block in blocks(model).values():
+        if block.is_switch:
+            cast("Any", block.router).classifier.to(cast("Any", block.router).dtype)
+
+
 def align_parameters(model: nn.Module) -> None:
     """Copies each parameter that does not start at a multiple of 64 bytes to memory that does, as torch allocates it.
 
     In a file that is mapped into memory tensors start anywhere, and matrix products then differ in their last bits.
     """
     for parameter in model.parameters():
-        if parameter.data_ptr() % 64:
+        if not isinstance(parameter, Packed) and parameter.data_ptr() % 64:
             parameter.data = parameter.data.clone()
 
 

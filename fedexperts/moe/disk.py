@@ -26,8 +26,18 @@ class LazyTensor:
     disk: Any  # safetensors' slice
     axis: int = 0
     ids: tuple[int, ...] | None = None  # of the rows on that axis; None: all
+    dtype: torch.dtype | None = None  # in which it is read; None: as stored
+
+    def get_dtype(self) -> str:
+        """safetensors' name of the dtype, which transformers asks for when it converts a quantized checkpoint."""
+        name: str = self.disk.get_dtype()
+        return name
 
     def __getitem__(self, index: EllipsisType) -> Tensor:
+        tensor = self._read()
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def _read(self) -> Tensor:
         if self.ids is None:
             tensor: Tensor = self.disk[:] if self.disk.get_shape() else self.disk[...]
             return tensor

@@ -18,6 +18,7 @@ from fedexperts.moe.device import with_tensors
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits, predictions
 from fedexperts.moe.lora import ExpertLoRA, activated, first_matrix, normed
 from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.packed import unpacks_stack
 from fedexperts.moe.tuning import PROJECTIONS, Tuning, attentions, prepare
 
 Batch = Mapping[str, Tensor]
@@ -313,7 +314,7 @@ class ShapeMeter(MemoryMeter):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._grouped_mm.default:  # torch knows its shapes for bf16 only
+        if func is torch.ops.aten._grouped_mm.default and not unpacks_stack(args[1]):  # torch knows its shapes for bf16 only
             out = grouped_shape(*args[:3])
             self.see(out)
             return out

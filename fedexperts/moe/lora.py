@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, Experts, blocks
 from fedexperts.moe.kernel import IMPLEMENTATION, ROW_BYTES, choose_kernel, fits
+from fedexperts.moe.packed import plain
 from fedexperts.moe.precision import HALF, compute_dtype, for_product, trained_dtype
 from fedexperts.moe.shrink import kept_experts, own_stacks
 
@@ -276,7 +277,7 @@ def merge_stack(experts: nn.Module) -> None:
 
 def add_to_stack(experts: nn.Module, name: str, ids: Tensor, delta: Float[Tensor, "adapted out in"]) -> None:
     """Replaces the stacked matrix `name` by a new parameter: its values, plus `delta` for the experts `ids`."""
-    weight = getattr(experts, name)
+    weight = plain(getattr(experts, name))
     added, ids = weight.detach().clone(), rows_in_stack(experts, ids)
     added[ids] = (weight[ids] + (delta.transpose(1, 2) if experts.is_transposed else delta)).to(weight.dtype)
     setattr(experts, name, nn.Parameter(added, requires_grad=False))
@@ -361,14 +362,14 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
     theirs = dict(wrapped.get_base_model().named_modules())
     with torch.no_grad():
         for path, layer in ours.items():
-            theirs[path].lora_A["default"].weight.copy_(layer.lora_A["default"].weight)
-            theirs[path].lora_B["default"].weight.copy_(layer.lora_B["default"].weight)
+            theirs[path].lora_A["default"].weight = layer.lora_A["default"].weight  # as it is: peft's may be rounded to bfloat16
+            theirs[path].lora_B["default"].weight = layer.lora_B["default"].weight
         for path, matrix, adapter in stacked:
             wrapper = next(wrapper for wrapper in nested_wrappers(theirs[path]) if wrapper.parameter_name == matrix)
-            wrapper.lora_A["default"].weight.copy_(a_to_peft(expand_to_all_experts(adapter.a, adapter)))
-            wrapper.lora_B["default"].weight.copy_(b_to_peft(expand_to_all_experts(adapter.b, adapter)))
+            wrapper.lora_A["default"].weight = nn.Parameter(a_to_peft(expand_to_all_experts(adapter.a, adapter)))
+            wrapper.lora_B["default"].weight = nn.Parameter(b_to_peft(expand_to_all_experts(adapter.b, adapter)))
         for path, router in routers.items():
-            theirs[path].modules_to_save["default"].load_state_dict(router.state_dict())
+            theirs[path].modules_to_save["default"].load_state_dict(router.state_dict(), assign=True)
     wrapped.save_pretrained(folder, save_embedding_layers=False)
 
 

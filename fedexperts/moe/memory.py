@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fedexperts.moe.packed import Packed, has_packed, stored
+
 Owner = nn.Module | Optimizer | Iterable[Tensor]
 """Has tensors that exist before the measurement."""
 
@@ -34,7 +36,7 @@ class MemoryMeter(TorchDispatchMode):
         self.allocated = 0  # there at the start
 
     def __enter__(self) -> "MemoryMeter":
-        before = [tensor for owner in self.owners for tensor in tensors_of(owner)]
+        before = [part for owner in self.owners for tensor in tensors_of(owner) for part in stored(tensor)]
         self.card = next((tensor.device for tensor in before if tensor.is_cuda), None)
         if self.card is not None:
             torch.cuda.reset_peak_memory_stats(self.card)
@@ -55,6 +57,8 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if has_packed(types):  # it unpacks its values first, which count too
+            return NotImplemented
         out = func(*args, **(kwargs or {}))
         if self.card is None:
             for leaf in tree_iter(out):
@@ -64,6 +68,10 @@ class MemoryMeter(TorchDispatchMode):
 
     def see(self, tensor: Tensor, size: int | None = None) -> None:
         """Counts the storage of `tensor`, if it is new, until it is freed. size: bytes to count; None: all of them."""
+        if isinstance(tensor, Packed):
+            self.see(tensor.codes)
+            self.see(tensor.scales)
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if size is None else size
         if key not in self.storages:
@@ -84,7 +92,7 @@ def used_bytes(model: nn.Module) -> Iterable[tuple[int, int]]:
     """
     for module in model.modules():
         if (ids := module._buffers.get("stack_ids")) is not None:
-            for stack in module.parameters(recurse=False):
+            for stack in (part for parameter in module.parameters(recurse=False) for part in stored(parameter)):
                 yield stack.untyped_storage()._cdata, stack.nbytes // len(stack) * len(ids)
 
 

@@ -57,6 +57,15 @@ def mixed_precision(model: nn.Module, precision: Precision) -> None:
         block.router.register_forward_hook(leave_autocast, always_call=True)
 
 
+def undo_mixed_precision(model: nn.Module) -> None:
+    """Lets `model` compute in the dtype of its weights again, in place: as transformers runs a model that it has loaded."""
+    for module in (*entrances(model), *(block.router for block in blocks(model).values())):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (enter_autocast, enter_own_dtype, leave_autocast)]:
+                del hooks[key]
+        vars(module).pop("compute_dtype", None)
+
+
 def entrances(model: nn.Module) -> Iterator[nn.Module]:
     """The modules whose forward is called from outside: the model, and an encoder, which generation runs by itself."""
     yield model

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from fedexperts.errors import BadValue, listed, nearest
@@ -165,7 +164,7 @@ def _cut_all(model: nn.Module, experts: Experts, share_stacks: bool = False) -> 
     original_ids = kept_experts(model)
     for name, block in blocks(model).items():
         if name in experts and len(experts[name]) < block.shape.num_experts:
-            _cut(block, experts[name], share_stacks and _can_share(block))
+            _cut(block, experts[name], share_stacks and block.shape.stacked)
     if any(STACK_IDS in block.experts._buffers for block in blocks(model).values()):
         cast("Any", model).set_experts_implementation(IMPLEMENTATION)  # transformers' own know no stack_ids
     cast("Any", model.config).kept_experts = {name: list(ids) for name, ids in _original_ids(original_ids, experts).items()}
@@ -174,11 +173,6 @@ def _cut_all(model: nn.Module, experts: Experts, share_stacks: bool = False) -> 
 def _original_ids(all_ids: Experts, experts: Experts) -> Experts:
     """The original ids of `experts`, of a model whose experts have the original ids `all_ids`; an absent block keeps all."""
     return {name: tuple(ids[expert] for expert in experts.get(name, range(len(ids)))) for name, ids in all_ids.items()}
-
-
-def _can_share(block: Block) -> bool:
-    """Whether the experts of `block` are stacks that a sub-model can share: whole tensors, not computed from quantized ones."""
-    return block.shape.stacked and not is_parametrized(block.experts)
 
 
 def _cut(block: Block, ids: Sequence[int], share_stacks: bool) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from fedexperts.errors import BadValue, listed, nearest
 from fedexperts.moe import lora
 from fedexperts.moe.anatomy import Experts, blocks
+from fedexperts.moe.packed import plain
 from fedexperts.moe.precision import Precision, mixed_precision, trained_dtype
 from fedexperts.moe.shrink import kept_experts
 
@@ -162,7 +163,7 @@ def replace_parameters(model: nn.Module, trained: set[str]) -> None:
                 continue
             if id(old) not in replacements:
                 is_trained = id(old) in trained_ids
-                values = old.detach().to(trained_dtype(old.dtype), copy=True) if is_trained else old.detach()
+                values = plain(old.detach()).to(trained_dtype(old.dtype), copy=True) if is_trained else old.detach()
                 replacements[id(old)] = nn.Parameter(values, requires_grad=is_trained)
             module._parameters[name] = replacements[id(old)]
 

@@ -10,10 +10,12 @@ from fedexperts.core import evaluation
 from fedexperts.data.encode import Encoder
 from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
 from fedexperts.errors import BadValue, NoExperts
+from fedexperts.experiment.client_task import bits
 from fedexperts.models import summary
 from fedexperts.models.load import BUNDLED, align_parameters, load, load_or_explain
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.anatomy import anatomy
+from fedexperts.testing import FAMILIES, tiny_batch
 from fedexperts.testing import tiny_model as model_without_tokenizer
 
 
@@ -167,3 +169,13 @@ def test_error_sentences_about_a_model_stay_short(tmp_path, monkeypatch):
     with pytest.raises(BadValue) as refused:
         load_or_explain("someone/model", fail)
     assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)
+
+
+def test_no_forward_pass_changes_the_weights_of_a_base(tmp_path):
+    for family in FAMILIES:
+        base = load(saved(tmp_path / family, tiny_model(family)), dtype="bfloat16").model
+        before = bits(base)
+        for _ in range(2):
+            with torch.no_grad():
+                base(**tiny_batch(family))
+            assert bits(base) == before
