@@ -1,7 +1,6 @@
 """The bytes of tensors that are alive while code runs, and their peak."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -53,25 +52,44 @@ class MemoryMeter(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.on_cuda:
+        if self.on_cuda:
+            return out
+        if isinstance(out, Tensor):  # of most operations, and a step has thousands
+            self.see(out)
+        else:
             for leaf in tree_iter(out):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)
         return out
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch's guard against compilation costs as much as the rest of `__torch_dispatch__`, and nothing compiles it."""
+        return False
+
     def see(self, tensor: Tensor) -> None:
         """Counts the storage of `tensor`, if it is new, until it is freed."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key not in self.storages:
-            self.storages[key] = ref(storage, partial(self.forget, key, size))
-            self.bytes += size
+            self.storages[key] = alive = _Alive(storage, self.forget)
+            alive.key, alive.size = key, storage.nbytes()
+            self.bytes += alive.size
             self.peak_bytes = max(self.peak_bytes, self.bytes)
 
-    def forget(self, key: int, size: int, _: object) -> None:
+    def forget(self, freed: ref[torch.UntypedStorage]) -> None:
         """No longer counts a storage, which was freed."""
-        if self.storages.pop(key, None) is not None:
-            self.bytes -= size
+        assert isinstance(freed, _Alive)
+        if self.storages.pop(freed.key, None) is not None:
+            self.bytes -= freed.size
+
+
+class _Alive(ref[torch.UntypedStorage]):
+    """A storage that is alive, and what is known of it when it is freed."""
+
+    __slots__ = ("key", "size")
+    key: int
+    size: int
 
 
 def tensors_of(owner: Owner) -> Iterable[Tensor]:
