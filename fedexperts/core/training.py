@@ -64,15 +64,13 @@ def load_weights(model: nn.Module, job: Job, context: ClientContext) -> nn.Modul
     Raises:
         Undeclared: a name in the client state has no "/" and is not a trained weight of `model`.
     """
-    names = rows.layout(model)
     own = {name: tensor for name, tensor in context.client_state.items() if "/" not in name}
-    if unknown := [name for name in own if name not in names]:
+    if own and (unknown := sorted(own.keys() - rows.layout(model).keys())):
         raise Undeclared(
             f"client {context.client.name} keeps {unknown[0]}, which is no trained weight of its model; keep what is no weight "
             'under a name with a "/" that the method declares in client_state'
         )
-    rows.write(model, job.patch.tensors)
-    rows.write(model, own)
+    rows.write(model, {**job.patch.tensors, **own})
     return model
 
 

@@ -50,6 +50,9 @@ class _Source:
 
     def write(self, rows: Tensor, ids: list[int]) -> None:
         """Copies `rows` into the rows `ids`."""
+        if self.axis is not None and ids == list(range(self.shape[0])):
+            self.take().copy_(rows)
+            return
         for row, index in zip(rows, ids, strict=True):
             self._row(index).copy_(row)
 
@@ -161,7 +164,7 @@ class RowMean:
         sums = self._sum.view(len(self._weight), self._width)
         flat = rows.to("cpu").reshape(len(ids), self._width)
         for part in _columns(flat):
-            sums[:, part].index_add_(0, ids, flat[:, part].double() * weights[:, None])
+            sums[:, part].index_add_(0, ids, flat[:, part] * weights[:, None])  # in float64, as `weights`
         self._weight.index_add_(0, ids, weights)
         self._release()
 
