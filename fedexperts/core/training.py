@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedexperts.errors import BadData, Undeclared
 from fedexperts.moe import rows
-from fedexperts.moe.anatomy import Experts
+from fedexperts.moe.anatomy import Experts, blocks
 from fedexperts.moe.backward import SelectiveBackward
 from fedexperts.moe.flops import flops_estimated
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
@@ -110,6 +110,7 @@ def fit(
     flops_of = flops_estimated(model)
     steps = training.local_steps if steps is None else steps
     looked_at = bool(training.router_aux_loss_coef or watch or select_experts)
+    found = blocks(model) if looked_at else None
     model.train()
 
     drawn = [context.encoder.batch(chosen) for chosen in batches(context.data.train, training.batch_size, steps, seed)]
@@ -120,7 +121,7 @@ def fit(
         for step, batch in enumerate(drawn):
             meter = MemoryMeter(model, optimizer, beside) if step == metered else None
             with meter or nullcontext():
-                with Recorder(model, keep_logits=True) if looked_at else nullcontext() as recorder:
+                with Recorder(model, keep_logits=True, found=found) if looked_at else nullcontext() as recorder:
                     loss = cross_entropy(model, batch, training.label_smoothing)
                 if recorder is not None and training.router_aux_loss_coef:
                     loss = loss + training.router_aux_loss_coef * balance_loss(recorder)
