@@ -4,10 +4,10 @@
 
 1. Tokens a second inside a whole run (cutting, sending, installing, training, validating, merging, checkpoints, logs; no
    evaluation) over those of a bare loop (encode, forward, the same loss, backward, clip, AdamW) on the same model, batches
-   and number of steps, alternating in one process, one thread: with LoRA (FedAvg), and with FedMoE's sub-models. The bare
-   loop trains each client's sub-model as its run did, so the ratio shows what federation costs, not what a small model saves.
-   The lines "without balance" train both with cross-entropy alone. Seconds are of the processor, since others may use it too;
-   those on the wall, which also have the waits for the disk (two fsyncs a round), are the second line of each.
+   and number of steps, alternating job by job in one process, one thread: with LoRA (FedAvg), and with FedMoE's sub-models.
+   The bare loop trains each client's sub-model as its run did, so the ratio shows what federation costs, not what a small
+   model saves. The lines "without balance" train both with cross-entropy alone. Seconds are of the processor, since others may
+   use it too; those on the wall, which also have the waits for the disk (two fsyncs a round), are the second line of each.
 2. Seconds of the rounds with one worker over those with two.
 3. Peak memory (VmHWM) of a whole process that runs 10 clients and of one that runs 100, each of the same size, 4 a round.
 """
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
@@ -30,15 +31,16 @@ from fedexperts.config import RunConfig
 from fedexperts.core.evaluation import Scores
 from fedexperts.core.training import batches, cross_entropy, optimizer_for
 from fedexperts.data.encode import Encoder
+from fedexperts.engines.local import LocalEngine
 from fedexperts.experiment import runner
 from fedexperts.experiment.progress import Quiet
-from fedexperts.experiment.setup import prepare_run
+from fedexperts.experiment.runtime import runtime_for
+from fedexperts.experiment.setup import Prepared
 from fedexperts.io.toml import checked
 from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
-from fedexperts.report.read import read
-from fedexperts.types import Server
+from fedexperts.types import Failure, Job, Server, Training, Update
 
 LORA = {"train": "lora", "parts": ["attention", "experts"], "rank": 8}
 
@@ -99,35 +101,34 @@ class Clock(Quiet):
         self.seconds.start()
 
 
-def federated(settings: RunConfig, out: Path) -> tuple[Seconds, int]:
-    """Seconds of the training rounds (with checkpoints and logs, without evaluation), and their tokens."""
-    clock = Clock()
-    runner.run(settings, out, progress=clock)
-    return clock.seconds, sum(row.tokens for row in read(out).ledger if row.task == "train")
+class Alternating(LocalEngine):
+    """After each training job, a plain training loop over the same sub-model and batches, while the clock of the run stands."""
+
+    def __init__(self, clock: Clock, prepared: Prepared, out: Path) -> None:
+        super().__init__(runtime_for(prepared, out))
+        self.clock, self.plain = clock, Seconds()
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
+        for job in jobs:
+            answer = self.runtime.answer(job)
+            if job.task == "train":
+                self.clock.seconds.stop()
+                self.bare(job)
+                self.clock.seconds.start()
+            yield answer
+
+    def bare(self, job: Job) -> None:
+        training = self.runtime.training
+        model = prepare(shrink(self.runtime.model, job.experts), training.tuning, job.seed)
+        chosen = list(batches(self.runtime.data[job.client].train, training.batch_size, training.local_steps, job.seed))
+        self.plain.start()
+        plain_loop(model, self.runtime.encoder, chosen, training)
+        self.plain.stop()
 
 
-def bare(settings: RunConfig, out: Path) -> tuple[Seconds, int]:
-    """Seconds and tokens of plain training loops over the sub-models and batches of the run in `out`."""
-    prepared = prepare_run(settings)
-    training = settings.training
-    encoder = Encoder(prepared.base.tokenizer, settings.data.max_tokens)
-    seconds, tokens = Seconds(), 0
-    for row in read(out).rounds:
-        if row.task != "train":
-            continue
-        for client, held in row.holds.items():
-            model = prepare(shrink(prepared.base.model, {name: tuple(ids) for name, ids in held.items()}), training.tuning, "0")
-            chosen = list(batches(prepared.clients[client].train, training.batch_size, training.local_steps, "0"))
-            seconds.start()
-            tokens += plain_loop(model, encoder, chosen, training)
-            seconds.stop()
-    return seconds, tokens
-
-
-def plain_loop(model: nn.Module, encoder: Encoder, chosen: list, training: object) -> int:
+def plain_loop(model: nn.Module, encoder: Encoder, chosen: list, training: Training) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_for(trained, training)
-    tokens = 0
     model.train()
     for examples in chosen:
         batch = encoder.batch(examples)
@@ -140,20 +141,22 @@ def plain_loop(model: nn.Module, encoder: Encoder, chosen: list, training: objec
         nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens += int(batch["attention_mask"].sum())
-    return tokens
 
 
 def overhead(method: dict, training: dict, repeat: int) -> tuple[list[float], list[float]]:
     """Tokens a second of the run over those of the bare loop, `repeat` times: on the processor, and on the wall."""
     cpu, wall = [], []
     for _ in range(repeat):
+        clock, engines = Clock(), []
+
+        def engine(prepared: Prepared, out: Path, clock: Clock = clock, engines: list = engines) -> Alternating:
+            engines.append(Alternating(clock, prepared, out))
+            return engines[0]
+
         with tempfile.TemporaryDirectory() as folder:
-            settings = config(method, training)
-            run, tokens = federated(settings, Path(folder) / "run")
-            plain, plain_tokens = bare(settings, Path(folder) / "run")
-            cpu.append(tokens / run.cpu / (plain_tokens / plain.cpu))
-            wall.append(tokens / run.wall / (plain_tokens / plain.wall))
+            runner.run(config(method, training), Path(folder) / "run", progress=clock, engine=engine)
+        cpu.append(engines[0].plain.cpu / clock.seconds.cpu)
+        wall.append(engines[0].plain.wall / clock.seconds.wall)
     return cpu, wall
 
 
@@ -161,9 +164,13 @@ def speedup(repeat: int) -> list[float]:
     """Seconds of the rounds with one worker over those with two, `repeat` times."""
     ratios = []
     for _ in range(repeat):
-        with tempfile.TemporaryDirectory() as folder:
-            one, two = (federated(config({"name": "fedavg"}, {}, rounds=4, workers=n), Path(folder) / str(n))[0] for n in (1, 2))
-            ratios.append(one.wall / two.wall)
+        seconds = []
+        for workers in (1, 2):
+            clock = Clock()
+            with tempfile.TemporaryDirectory() as folder:
+                runner.run(config({"name": "fedavg"}, {}, rounds=4, workers=workers), Path(folder) / "run", progress=clock)
+            seconds.append(clock.seconds.wall)
+        ratios.append(seconds[0] / seconds[1])
     return ratios
 
 
