@@ -71,7 +71,7 @@ class MemoryMeter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False: torch's guard against compilation costs as much as the rest of `__torch_dispatch__`, and nothing compiles it."""
+        """False: torch's guard against compilation takes time at each of thousands of operations, and nothing compiles this."""
         return False
 
     def see(self, tensor: Tensor, size: int | None = None) -> None:

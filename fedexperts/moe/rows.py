@@ -170,7 +170,7 @@ class RowMean:
         sums = self._sum.view(len(self._weight), self._width)
         flat = rows.to("cpu").reshape(len(ids), self._width)
         for part in _columns(flat):
-            sums[:, part].index_add_(0, ids, flat[:, part] * weights[:, None])  # in float64, as `weights`
+            sums[:, part].index_add_(0, ids, flat[:, part].double() * weights[:, None])
         self._weight.index_add_(0, ids, weights)
         self._release()
 
