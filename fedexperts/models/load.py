@@ -154,15 +154,10 @@ def load(
     wanted = DTYPES.get(dtype, torch.float32 if name in BUNDLED else None)
     config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
 
+    weights = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize)
+
     def read(only: Experts) -> nn.Module:
-        with without_progress_bars(), freed_at_once():
-            weights = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize, only)
-            model = load_or_explain(name, weights).eval()
-        cast("Any", model).name_or_path = where  # which peft writes into an adapter's configuration
-        load_or_explain(name, lambda: choose_kernel(model, experts))
-        align_parameters(model)
-        cast_routers(model)
-        return model
+        return ready(name, where, partial(weights, only), experts)
 
     if on_demand and quantize is None and stored_as is None and files[0].suffix == ".safetensors":
         skeleton.to(wanted or stored_dtype(config, files)).eval()
@@ -174,6 +169,21 @@ def load(
         model = read({})
         hashed = in_turn.result()
     return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed, config_hash, stored_as)
+
+
+def ready(name: str, where: str, weights: Callable[[], nn.Module], experts: str | None) -> nn.Module:
+    """The model that `weights` reads, in eval mode, as clients use it. experts: their implementation, see `load`.
+
+    Raises:
+        BadValue: it cannot be read, or has no such implementation.
+    """
+    with without_progress_bars(), freed_at_once():
+        model = load_or_explain(name, weights).eval()
+    cast("Any", model).name_or_path = where  # which peft writes into an adapter's configuration
+    load_or_explain(name, lambda: choose_kernel(model, experts))
+    align_parameters(model)
+    cast_routers(model)
+    return model
 
 
 def read_as_values(config: Any) -> str | None:
