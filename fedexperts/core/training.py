@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedexperts.errors import BadData, Undeclared
 from fedexperts.moe import rows
-from fedexperts.moe.anatomy import Experts
+from fedexperts.moe.anatomy import Experts, blocks
 from fedexperts.moe.backward import SelectiveBackward
 from fedexperts.moe.flops import checkpoint_activations, flops_estimated
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
@@ -67,15 +67,13 @@ def load_weights(model: nn.Module, job: Job, context: ClientContext) -> nn.Modul
     Raises:
         Undeclared: a name in the client state has no "/" and is not a trained weight of `model`.
     """
-    names = rows.layout(model)
     own = {name: tensor for name, tensor in context.client_state.items() if "/" not in name}
-    if unknown := [name for name in own if name not in names]:
+    if own and (unknown := sorted(own.keys() - rows.layout(model).keys())):
         raise Undeclared(
             f"client {context.client.name} keeps {unknown[0]}, which is no trained weight of its model; keep what is no weight "
             'under a name with a "/" that the method declares in client_state'
         )
-    rows.write(model, job.patch.tensors)
-    rows.write(model, own)
+    rows.write(model, {**job.patch.tensors, **own})
     return model
 
 
@@ -117,6 +115,7 @@ def fit(
     routed: dict[str, Tensor] = {}
     steps = training.local_steps if steps is None else steps
     looked_at = bool(training.router_aux_loss_coef or watch or select_experts)
+    found = blocks(model) if looked_at else None
     model.train()
     if training.gradient_checkpointing:
         checkpoint_activations(model)
@@ -133,7 +132,7 @@ def fit(
             meter = MemoryMeter(model, optimizer, beside) if step == metered else None
             with meter or nullcontext():
                 for batch, share in zip(step_batches, target_shares(step_batches), strict=True):
-                    with Recorder(model, keep_logits=True) if looked_at else nullcontext() as recorder:
+                    with Recorder(model, keep_logits=True, found=found) if looked_at else nullcontext() as recorder:
                         loss = cross_entropy(model, batch, training.label_smoothing) * share
                     if recorder is not None and training.router_aux_loss_coef:
                         loss = loss + training.router_aux_loss_coef * balance_loss(recorder) / together

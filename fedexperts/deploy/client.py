@@ -156,7 +156,7 @@ class ClientWorker:
 
 @lru_cache(maxsize=1)
 def parts_of(name: str, data: tuple[str, ...]) -> Parts:
-    return OwnDataParts(name=name, files=data) if data else Parts()
+    return OwnDataParts(name=name, files=data, on_demand=True) if data else Parts(on_demand=True)
 
 
 def answered_jobs(record: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Clients on this machine: sequentially in this process, or in parallel in worker processes."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -20,6 +20,7 @@ from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answe
 from fedexperts.errors import BadMessage, BadValue, Undeclared
 from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
+from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.device import kept_generators, on_device, out_of_memory, release, working_on
 from fedexperts.types import Client, ClientContext, Encoder, Failure, Job, Split, Tensors, Training, Update
 
@@ -48,6 +49,7 @@ class ClientRuntime:
     """What the clients of one process share: the base model, all clients' data, the method and the client state store.
 
     device: that the process computes on. The model is copied there for the first job, if it is on another.
+    reader: gives the model with the experts of a job, if `model` has shapes alone.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class ClientRuntime:
     profiles: Mapping[str, Profile] = field(default_factory=dict)  # client → its device, if the run has a clock
     limits: Mapping[str, int] = field(default_factory=dict)  # client → bytes of memory; a job with a higher peak fails
     device: str = "cpu"
+    reader: Callable[[Experts], nn.Module] | None = None
 
     @cached_property
     def base(self) -> nn.Module:
@@ -75,7 +78,7 @@ class ClientRuntime:
         started, client_state, device = perf_counter(), {}, torch.device(self.device)
         try:
             client_state = self.client_store.load(job)
-            context = self.context(job.client, client_state)
+            context = self.context(job, client_state)
             with seeded_torch(job.seed, device), working_on(device):
                 if job.task == "evaluate":
                     update = self.task.evaluate(job, context)
@@ -95,9 +98,11 @@ class ClientRuntime:
         release(device)  # here, where the error and all that it refers to is gone
         return failure
 
-    def context(self, client: str, client_state: MutableMapping[str, Tensor]) -> ClientContext:
-        """The context of `client`."""
-        return ClientContext(self.clients[client], self.base, self.data[client], self.encoder, self.training, client_state)
+    def context(self, job: Job, client_state: MutableMapping[str, Tensor]) -> ClientContext:
+        """The context of the client of `job`."""
+        base = self.base if self.reader is None else on_device(self.reader(job.experts), self.device)
+        client = job.client
+        return ClientContext(self.clients[client], base, self.data[client], self.encoder, self.training, client_state)
 
     def require_possible(self, job: Job, update: Update, client_state: Tensors) -> None:
         """Raises Impossible if the job exceeded the client's memory, or if its new client state is not finite."""

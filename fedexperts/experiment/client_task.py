@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,5 +157,5 @@ def bits(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         for part in stored(tensor):
-            digest.update(part.cpu().reshape(-1).view(torch.uint8).numpy())
+            digest.update(cast("Any", part.cpu().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -32,6 +32,7 @@ def runtime_for(prepared: Prepared, out: Path) -> ClientRuntime:
         profiles=clock_for(prepared).profiles,
         limits=limits(prepared),
         device=find_devices(prepared.config.training.device)[0],
+        reader=prepared.base.reader,
     )
 
 

@@ -52,9 +52,10 @@ class Parts:
     divided: Cache[Clients] = field(default_factory=dict)
     responses: Cache[int] = field(default_factory=dict)
     footprints: Cache[Footprint] = field(default_factory=dict)
+    on_demand: bool = False  # base models are read when jobs need them, and only the experts of these
 
     def base(self, model: ModelSettings) -> Base:
-        return cached(self.bases, 1, model, lambda: load_base(model))
+        return cached(self.bases, 1, model, lambda: load_base(model, self.on_demand))
 
     def clients(self, config: RunConfig) -> Clients:
         """The run's clients with their data.
@@ -112,8 +113,8 @@ class Parts:
         return memories(names, full_bytes, str(config.seed), **options)
 
 
-def load_base(model: ModelSettings) -> Base:
-    """The base model of a run."""
+def load_base(model: ModelSettings, on_demand: bool = False) -> Base:
+    """The base model of a run. on_demand: its weights are read when a job needs them."""
     return load(
         model.name,
         model.trust_remote_code,
@@ -122,6 +123,7 @@ def load_base(model: ModelSettings) -> Base:
         attention=model.attention,
         experts=model.experts,
         quantize=model.quantize,
+        on_demand=on_demand,
     )
 
 

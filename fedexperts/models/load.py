@@ -32,10 +32,11 @@ from transformers.utils import logging
 
 from fedexperts.errors import BadValue, nearest, shortened
 from fedexperts.models.nf4 import packed_on_arrival, require_bitsandbytes
-from fedexperts.moe.anatomy import blocks
+from fedexperts.moe.anatomy import Experts, anatomy, blocks
 from fedexperts.moe.disk import LazyTensor, lazy_tensors
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.packed import Packed
+from fedexperts.moe.shrink import shrunk_class
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
 """`tiny` ships with the package; `small`, the base of the reported runs, is only in a checkout of the repository."""
@@ -79,11 +80,35 @@ class Base:
     hash: str  # of its weight files
     config_hash: str = ""  # of its configuration and tokenizer
     stored_as: str | None = None  # the format of a quantized checkpoint, such as "fp8", of which this model has the values
+    reader: "PartReader | None" = None  # reads what a job needs; `model` has shapes alone then
 
     @property
     def identity(self) -> str:
         """Equal on two machines exactly if they have the same base."""
         return f"{self.hash}{self.config_hash}"
+
+
+@dataclass(eq=False)
+class PartReader:
+    """Reads from the files of a base model what a job needs: only its experts, and all other weights.
+
+    The last part stays, since a client has mostly the same experts again; it is freed before another is read.
+    """
+
+    read: Callable[[Experts], nn.Module]
+    whole: Experts
+    part: tuple[Experts, nn.Module] | None = None
+
+    def __call__(self, experts: Experts) -> nn.Module:
+        """The model with `experts`; of these `moe.shrink.shrink` can make sub-models, by their ids in the whole model."""
+        experts = {name: tuple(experts.get(name, ids)) for name, ids in self.whole.items()}
+        if self.part is None or self.part[0] != experts:
+            self.part = None
+            model = self.read(experts)
+            if experts != self.whole:
+                cast("Any", model).read_experts = experts
+            self.part = experts, model
+        return self.part[1]
 
 
 def load(
@@ -95,6 +120,7 @@ def load(
     attention: str | None = None,
     experts: str | None = None,
     quantize: str | None = None,
+    on_demand: bool = False,
 ) -> Base:
     """The base called `name`: "tiny" (ships with the package), "small" (in a checkout), a local folder, or an id on the hub.
 
@@ -102,6 +128,7 @@ def load(
     revision: branch, tag or commit on the hub. attention, experts: the implementations that transformers uses for them; None: its
     own choice of attention, and the grouped product of experts where their shapes allow it. quantize: "nf4": keeps experts and
     dense linear layers in 4 bits. A checkpoint in one of the formats UNPACKED is read as the values that it stands for.
+    on_demand: no weights are read now, but by the `reader` of the base, if the checkpoint allows it.
 
     Raises:
         BadValue: there is no such model, it has no tokenizer or one with more tokens than the model has embeddings, it lacks
@@ -125,16 +152,38 @@ def load(
     folder = load_or_explain(name, lambda: local_folder(where, revision))
     files = load_or_explain(name, lambda: weight_files(folder))
     wanted = DTYPES.get(dtype, torch.float32 if name in BUNDLED else None)
-    with ThreadPoolExecutor(1) as beside, without_progress_bars(), freed_at_once():
-        hashed = beside.submit(files_hash, files)  # at the same time, so that each file is read from the disk once
-        read = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize)
-        model = load_or_explain(name, read).eval()
+    config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
+
+    weights = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize)
+
+    def read(only: Experts) -> nn.Module:
+        return ready(name, where, partial(weights, only), experts)
+
+    if on_demand and quantize is None and stored_as is None and files[0].suffix == ".safetensors":
+        skeleton.to(wanted or stored_dtype(config, files)).eval()
+        choose_kernel(skeleton, experts)
+        reader, hashed = PartReader(read, anatomy(skeleton).all_experts), files_hash(files)
+        return Base(skeleton, tokenizer, bool(config.is_encoder_decoder), name, hashed, config_hash, reader=reader)
+    with ThreadPoolExecutor(1) as beside:
+        in_turn = beside.submit(files_hash, files)  # at the same time, so that each file is read from the disk once
+        model = read({})
+        hashed = in_turn.result()
+    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed, config_hash, stored_as)
+
+
+def ready(name: str, where: str, weights: Callable[[], nn.Module], experts: str | None) -> nn.Module:
+    """The model that `weights` reads, in eval mode, as clients use it. experts: their implementation, see `load`.
+
+    Raises:
+        BadValue: it cannot be read, or has no such implementation.
+    """
+    with without_progress_bars(), freed_at_once():
+        model = load_or_explain(name, weights).eval()
     cast("Any", model).name_or_path = where  # which peft writes into an adapter's configuration
     load_or_explain(name, lambda: choose_kernel(model, experts))
     align_parameters(model)
     cast_routers(model)
-    config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
-    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed.result(), config_hash, stored_as)
+    return model
 
 
 def read_as_values(config: Any) -> str | None:
@@ -177,28 +226,29 @@ def read_weights(
     dtype: torch.dtype | None,
     chosen: dict[str, Any],
     quantize: str | None = None,
+    experts: Experts | None = None,
 ) -> nn.Module:
     """The model of `config` with the weights in `files`, each read into the memory where it stays.
 
     skeleton: the model on the meta device. dtype: None: as stored. chosen: further options of transformers' from_pretrained.
-    quantize: each weight is packed as it is read.
+    quantize: each weight is packed as it is read. experts: of the MoE blocks that it names only these are read.
 
     Raises:
         BadValue: weights are missing, or have another shape.
     """
     kept_dtype = dtype or stored_dtype(config, files)
     options = {"config": config, "dtype": kept_dtype, "output_loading_info": True, **chosen}
-    kind: Any = type(skeleton)
+    kind: Any = shrunk_class(type(skeleton), experts) if experts else type(skeleton)
     as_values = vars(config).get("quantization_config") is not None
     in_turn = one_at_a_time() if quantize or as_values else nullcontext()
     with packed_on_arrival(kind) if quantize else nullcontext(kind) as loaded, in_turn:
         if files[0].suffix == ".safetensors":
-            tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), {})
+            tensors = lazy_tensors(files, cast("PreTrainedModel", skeleton), experts or {})
             tensors = with_dtype(tensors, kept_dtype) if as_values else tensors
             model, report = loaded.from_pretrained(None, state_dict=tensors, **options)
         else:
             model, report = loaded.from_pretrained(folder, weights_only=True, **options)
-    model.__class__ = kind
+    model.__class__ = type(skeleton)
     if as_values:
         model._weight_conversions = None  # else transformers would quantize again what it saves
     if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):

@@ -129,7 +129,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def _block(name: str, module: nn.Module) -> Block | None:
-    children = dict(module.named_children())
+    children = module._modules
     experts, router = children.get("experts"), children.get("gate", children.get("router"))
     if experts is None or router is None:
         return None

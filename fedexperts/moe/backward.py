@@ -4,10 +4,10 @@ Masking gradients after backward saves nothing. Here no weight gradient is compu
 inner activations is stored for backward, and each expert is a separate parameter of the optimizer, which has no state for it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fedexperts.errors import BadValue, listed
 from fedexperts.moe.anatomy import Block, Experts, blocks
-from fedexperts.moe.device import device_of, generator_states, kept_generators, set_generator_states
+from fedexperts.moe.device import generator_states, kept_generators, set_generator_states
 from fedexperts.moe.lora import (
     ExpertLoRA,
     activated,
@@ -28,6 +28,7 @@ from fedexperts.moe.lora import (
     normed,
     projected,
 )
+from fedexperts.moe.precision import current_autocast
 
 IMPLEMENTATION = "fedexperts_selective"  # the name of our experts function in transformers' registry
 
@@ -43,7 +44,6 @@ class SelectiveBackward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.device = device_of(model)
         self._parts = {
             name: (_ModuleExperts if block.is_switch else _StackedExperts)(block) for name, block in blocks(model).items()
         }
@@ -85,7 +85,7 @@ class SelectiveBackward:
             if list(ids) != sorted(set(ids)) or not all(0 <= expert < number for expert in ids):
                 raise BadValue(f"{name} was given experts {listed(ids)}; give ids from 0 to {number - 1}, ascending, each once")
         for name, part in self._parts.items():
-            part.choose(torch.tensor(experts.get(name, ()), dtype=torch.int64, device=self.device))
+            part.choose(torch.tensor(experts.get(name, ()), dtype=torch.int64, device=part.device))
 
     def left_out(self) -> Iterator[nn.Parameter]:
         """The trained parameters of all experts that are not chosen, whose optimizer state can be dropped."""
@@ -102,8 +102,9 @@ class _StackedExperts:
     def __init__(self, block: Block) -> None:
         self.experts = block.experts
         self.number = block.shape.num_experts
+        self.device = next(block.experts.parameters()).device
         self.chosen: Tensor | None = None
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device=self.device)
         self.expert = torch.empty(0, dtype=torch.int64)  # of each pair (token, expert) of the last forward
         self.first_outputs: Tensor | None = None  # of the first matrices for these pairs; after `choose`, of the chosen experts
         self.rng_states: tuple[Tensor, ...] = ()  # of torch's generators before the adapters' dropout drew from them
@@ -142,7 +143,11 @@ class _StackedExperts:
     def choose(self, chosen: Tensor) -> None:
         self.chosen = chosen
         if self.first_outputs is not None:
-            self.first_outputs = self.first_outputs[torch.isin(self.expert, chosen)]
+            self.keep_first_outputs_of(chosen)
+
+    def keep_first_outputs_of(self, experts: Tensor) -> None:
+        assert self.first_outputs is not None
+        self.first_outputs = self.first_outputs.index_select(0, torch.isin(self.expert, experts).nonzero().flatten())
 
     def outputs(self, rows: Tensor, expert: Tensor) -> Tensor:
         """The outputs of the experts for their rows, before their norm; the outputs of the first matrices are stored."""
@@ -156,26 +161,55 @@ class _StackedExperts:
         """`outputs` after the norm of the experts, if they have one."""
         return normed(self.experts, out)
 
-    def backward(self, rows: Tensor, out: Tensor, expert: Tensor, gradient: Tensor) -> None:
-        """Backward from `gradient` through the `outputs` of chosen experts into `rows` and their parameters."""
+    def backward(self, rows: Tensor, expert: Tensor, gradient: Tensor, out: Tensor, reached: Tensor) -> Tensor:
+        """Backward from `gradient` through the `outputs` of chosen experts into their parameters; the gradient of `rows`.
+
+        out: the outputs for all pairs, of which those at `reached` belong to `rows`.
+        """
         assert self.first_outputs is not None
-        present = expert.unique()
+        sorted_rows = _SortedRows(expert, expert.unique_consecutive(), ends_of(expert, self.number))
         if len(self.first_outputs) > len(rows):  # gradient checkpointing ran forward again after experts were chosen
-            self.first_outputs = self.first_outputs[torch.isin(self.expert, present)]
-        adapters = self.copies(present)
+            self.keep_first_outputs_of(sorted_rows.present)
+        adapters = self.copies(sorted_rows.present)
+        if self.experts.has_post_expert_norm:
+            gradient = _through(self.normed, out.index_select(0, reached), gradient)
         with torch.enable_grad():
-            first = self.precomputed(first_matrix(self.experts), rows, expert, self.first_outputs, adapters)
-            out = normed(self.experts, self.precomputed("down_proj", activated(self.experts, first), expert, out, adapters))
-        torch.autograd.backward(out, gradient)
-        for name, adapter in adapters.items():
-            for path, each in adapter.named_parameters():
-                if each.grad is not None:
-                    self.add_gradients(f"lora.{name}.{path}", present[adapter.ids], each.grad)
+            first = self.first_outputs.requires_grad_()
+            inner = activated(self.experts, first)
         self.first_outputs = None
+        gradient = self.through_matrix("down_proj", inner.detach(), gradient, sorted_rows, adapters)
+        (gradient,) = torch.autograd.grad(inner, first, gradient)
+        return self.through_matrix(first_matrix(self.experts), rows, gradient, sorted_rows, adapters)
+
+    def through_matrix(
+        self, name: str, inputs: Tensor, gradient: Tensor, rows: "_SortedRows", adapters: Mapping[str, ExpertLoRA]
+    ) -> Tensor:
+        """Backward through `projected` into the trained parameters of the experts of `rows`; the gradient of `inputs`."""
+        gradient, present, ends = gradient.contiguous(), rows.present, rows.ends[rows.present]
+        if name in self.parameters:
+            left, right = (inputs, gradient) if self.experts.is_transposed else (gradient, inputs)
+            self.add_gradients(name, present, grouped_outer(left, right, ends))
+        if f"{name}_bias" in self.parameters:
+            sums = gradient.new_zeros(self.number, gradient.shape[1]).index_add_(0, rows.expert, gradient)
+            self.add_gradients(f"{name}_bias", present, sums[present])
+        weight = getattr(self.experts, name).detach()
+        in_stack = ends_in_stack(self.experts, rows.ends, len(weight))
+        grad_inputs = grouped(gradient, weight.transpose(1, 2) if self.experts.is_transposed else weight, in_stack)
+        if name not in adapters or not len(adapters[name].ids):
+            return grad_inputs
+        adapter, local = adapters[name], torch.searchsorted(present, rows.expert)
+        grad_inputs += _through(partial(adapter.add, torch.zeros_like(gradient), expert=local, ends=ends), inputs, gradient)
+        for path, each in adapter.named_parameters():
+            if each.grad is not None:
+                self.add_gradients(f"lora.{name}.{path}", present[adapter.ids], each.grad)
+        return grad_inputs
 
     def copies(self, present: Tensor) -> dict[str, ExpertLoRA]:
         """The adapters of the experts `present`, with separate gradients and with the dropout of the forward pass."""
-        adapters, reached = dict(self.adapters()), torch.isin(self.expert, present)
+        adapters = dict(self.adapters())
+        if not adapters:
+            return {}
+        reached = torch.isin(self.expert, present)
         copies = {name: _select_experts(adapter, present) for name, adapter in adapters.items()}
         with kept_generators(self.expert.device):
             set_generator_states(self.rng_states, self.expert.device)
@@ -187,15 +221,6 @@ class _StackedExperts:
                     )
         return copies
 
-    def precomputed(self, name: str, rows: Tensor, expert: Tensor, value: Tensor, adapters: Mapping[str, ExpertLoRA]) -> Tensor:
-        """`projected` with the known result `value`, differentiable in `rows` and in the trained parameters of these experts."""
-        out = cast("Tensor", _Precomputed.apply(self, name, self.anchor, value, rows, expert))  # type: ignore[no-untyped-call]  # torch's
-        if name not in adapters or not len(adapters[name].ids):
-            return out
-        present, local = expert.unique(return_inverse=True)
-        share = adapters[name].add(torch.zeros_like(value), rows, local, ends_of(local, len(present)))
-        return out + (share - share.detach())  # adds only the gradient: `value` has the outputs of the adapters already
-
     def adapters(self) -> Iterator[tuple[str, ExpertLoRA]]:
         """The name of each adapted matrix and its adapter."""
         if "lora" in self.experts._modules:
@@ -205,42 +230,25 @@ class _StackedExperts:
         """Adds a gradient to the row of each of `experts` in the stack `path`."""
         for expert, gradient in zip(experts.tolist(), gradients, strict=True):
             row = self.parameters[path][expert]
-            row.grad = gradient if row.grad is None else row.grad + gradient
+            own = gradient.to(row.dtype)
+            row.grad = own if row.grad is None else row.grad + own
 
 
-class _Precomputed(torch.autograd.Function):
-    """`projected` without adapters, with a known result, so that nothing is computed in forward.
+class _SortedRows(NamedTuple):
+    """The experts of rows that are sorted by them."""
 
-    Backward computes the gradients of the weights only for experts that are present, and adds them to their row parameters.
-    """
+    expert: Tensor  # of each row
+    present: Tensor  # each of them once
+    ends: Tensor  # of the rows of each expert of the block
 
-    @staticmethod
-    def forward(
-        ctx: Any, part: _StackedExperts, name: str, anchor: Tensor, value: Tensor, rows: Tensor, expert: Tensor
-    ) -> Tensor:
-        ctx.part, ctx.name = part, name
-        ctx.save_for_backward(rows, expert)
-        return value.view_as(value)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (rows, expert), grad_output = ctx.saved_tensors, gradients[0].contiguous()
-        part, name = ctx.part, ctx.name
-        present, local = expert.unique(return_inverse=True)
-        if name in part.parameters:
-            left, right = (rows, grad_output) if part.experts.is_transposed else (grad_output, rows)
-            part.add_gradients(name, present, grouped_outer(left, right, ends_of(local, len(present))))
-        if f"{name}_bias" in part.parameters:
-            part.add_gradients(
-                f"{name}_bias",
-                present,
-                grad_output.new_zeros(len(present), grad_output.shape[1]).index_add_(0, local, grad_output),
-            )
-        weight = getattr(part.experts, name)
-        transposed = weight.transpose(1, 2) if part.experts.is_transposed else weight
-        ends = ends_in_stack(part.experts, ends_of(expert, part.number), len(weight))
-        grad_rows = grouped(grad_output, transposed, ends) if ctx.needs_input_grad[4] else None
-        return None, None, None, None, grad_rows, None
+def _through(function: Callable[[Tensor], Tensor], inputs: Tensor, gradient: Tensor) -> Tensor:
+    """Backward through `function` into its parameters; the gradient of `inputs`."""
+    with torch.enable_grad():
+        leaf = inputs.detach().requires_grad_()
+        out = function(leaf)
+    torch.autograd.backward(out, gradient.to(out.dtype))
+    return cast("Tensor", leaf.grad)
 
 
 class _FixedDropout(nn.Dropout):
@@ -268,8 +276,9 @@ class _ModuleExperts:
     def __init__(self, block: Block) -> None:
         self.experts = cast("nn.ModuleDict", block.experts)
         self.number = block.shape.num_experts
+        self.device = next(block.experts.parameters()).device
         self.chosen: Tensor | None = None
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device=self.device)
         self.rng_states: dict[int, tuple[Tensor, ...]] = {}  # expert → states of torch's generators before it drew
 
     def enter(self) -> None:
@@ -292,21 +301,22 @@ class _ModuleExperts:
         out = torch.empty_like(rows)
         for each in expert.unique().tolist():
             self.rng_states[each] = generator_states(rows.device)
-            out[expert == each] = self.experts[f"expert_{each}"](rows[expert == each])
+            out[expert == each] = self.experts[f"expert_{each}"](rows[expert == each]).to(out.dtype)
         return out
 
     def normed(self, out: Tensor) -> Tensor:
         """These experts have no norm."""
         return out
 
-    def backward(self, rows: Tensor, _: Tensor, expert: Tensor, gradient: Tensor) -> None:
-        """Computes the outputs of chosen experts again, and backward through them into `rows` and their parameters."""
+    def backward(self, rows: Tensor, expert: Tensor, gradient: Tensor, *_: Tensor) -> Tensor:
+        """Computes chosen experts again, then backward through them into their parameters; the gradient of `rows`."""
+        grad_rows = torch.zeros_like(rows)
         for each in expert.unique().tolist():
-            with kept_generators(rows.device), torch.enable_grad():
-                set_generator_states(self.rng_states[each], rows.device)
-                out = self.experts[f"expert_{each}"](rows[expert == each])
-            if out.requires_grad:
-                torch.autograd.backward(out, gradient[expert == each])
+            own = expert == each
+            with kept_generators(self.device):
+                set_generator_states(self.rng_states[each], self.device)
+                grad_rows[own] = _through(self.experts[f"expert_{each}"], rows[own], gradient[own])
+        return grad_rows
 
 
 class _Selective(torch.autograd.Function):
@@ -326,31 +336,32 @@ class _Selective(torch.autograd.Function):
         pair: Int[Tensor, " pairs"],
     ) -> Float[Tensor, "tokens hidden"]:
         tokens, top_k = weights.shape
-        out = part.outputs(hidden[pair // top_k], expert)
-        ctx.part = part
-        ctx.save_for_backward(hidden, weights, expert, pair, out)
+        token = pair // top_k
+        out = part.outputs(hidden.index_select(0, token), expert)
+        ctx.part, ctx.precision = part, current_autocast(hidden.device)
+        ctx.save_for_backward(hidden, weights, expert, pair, token, out)
         weighted = hidden.new_zeros(tokens * top_k, out.shape[-1], dtype=torch.promote_types(out.dtype, weights.dtype))
-        weighted[pair] = part.normed(out) * weights.reshape(-1)[pair].unsqueeze(1)
+        weighted.index_copy_(0, pair, part.normed(out) * weights.reshape(-1)[pair].unsqueeze(1))
         return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weights, expert, pair, out = ctx.saved_tensors
+        hidden, weights, expert, pair, token, out = ctx.saved_tensors
         chosen = ctx.part.chosen
         assert chosen is not None, "choose experts between forward and backward"
-        token = pair // weights.shape[1]
-        grad_output = gradients[0]
+        # index_select copies rows several times as fast as an index, and what is changed in place stays in the cache
+        grad_pairs = gradients[0].index_select(0, token).to(torch.promote_types(out.dtype, weights.dtype))
+        reached = torch.isin(expert, chosen).nonzero().flatten()
+        grad_out = grad_pairs.index_select(0, reached).mul_(weights.reshape(-1)[pair[reached]].unsqueeze(1)).to(out.dtype)
 
         grad_weights = torch.zeros_like(weights)
-        grad_weights.view(-1)[pair] = (grad_output[token] * ctx.part.normed(out)).sum(-1).to(weights.dtype)
+        grad_weights.view(-1)[pair] = grad_pairs.mul_(ctx.part.normed(out)).sum(-1).to(weights.dtype)
+        del grad_pairs
 
-        reached = torch.isin(expert, chosen).nonzero().flatten()
-        rows = hidden[token[reached]].requires_grad_(ctx.needs_input_grad[2])
-        grad_rows = grad_output[token[reached]] * weights.reshape(-1)[pair[reached]].unsqueeze(1)
-        ctx.part.backward(rows, out[reached], expert[reached], grad_rows.to(out.dtype))
-        grad_hidden = torch.zeros_like(hidden)
-        if rows.grad is not None:
-            grad_hidden.index_add_(0, token[reached], rows.grad)
+        token = token[reached]
+        with ctx.precision:
+            grad_rows = ctx.part.backward(hidden.index_select(0, token), expert[reached], grad_out, out, reached)
+        grad_hidden = torch.zeros_like(hidden).index_add_(0, token, grad_rows.to(hidden.dtype))
         return None, None, grad_hidden, grad_weights, None, None
 
 

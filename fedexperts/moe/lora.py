@@ -219,23 +219,17 @@ def expert_lora(
 
 def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha: float, seed: str, dropout: float = 0.0) -> None:
     """Puts peft's adapter on linear layers; B starts at zero, and A is drawn from `seed` and a name: `names` is path → name."""
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=cast("int", alpha), target_modules=sorted(names), lora_dropout=dropout, bias="none"
-    )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if hasattr(model, "peft_config"):  # of earlier adapters, which stay
-        del model.peft_config
-    # On meta, so that peft draws nothing from torch's global generator.
-    peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    config = peft.LoraConfig(r=rank, lora_alpha=cast("int", alpha), lora_dropout=dropout, init_lora_weights=False)
     for path, name in names.items():
-        layer = cast("Any", model.get_submodule(path))
-        weight = layer.get_base_layer().weight
+        base = model.get_submodule(path)
+        with torch.device("meta"):  # so that peft draws nothing from torch's global generator
+            layer: Any = LinearLoRA(base, "default", config=config, r=rank, lora_alpha=cast("int", alpha))
+        weight = cast("Tensor", base.weight)
         layer.lora_A["default"].weight = nn.Parameter(uniform((rank, layer.in_features), f"{seed}/{name}", weight))
         layer.lora_B["default"].weight = nn.Parameter(
             weight.new_zeros(layer.out_features, rank, dtype=trained_dtype(weight.dtype))
         )
-    for parameter in trained:  # peft has frozen them
-        parameter.requires_grad_(True)
+        model.set_submodule(path, layer)
 
 
 def uniform(shape: tuple[int, int], seed: str, like: Tensor) -> Tensor:

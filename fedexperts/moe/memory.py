@@ -1,7 +1,6 @@
 """The bytes of tensors that are alive while code runs, and their peak."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -60,11 +59,20 @@ class MemoryMeter(TorchDispatchMode):
         if has_packed(types):  # it unpacks its values first, which count too
             return NotImplemented
         out = func(*args, **(kwargs or {}))
-        if self.card is None:
+        if self.card is not None:
+            return out
+        if isinstance(out, Tensor):  # of most operations, and a step has thousands
+            self.see(out)
+        else:
             for leaf in tree_iter(out):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch's guard against compilation takes time at each of thousands of operations, and nothing compiles this."""
+        return False
 
     def see(self, tensor: Tensor, size: int | None = None) -> None:
         """Counts the storage of `tensor`, if it is new, until it is freed. size: bytes to count; None: all of them."""
@@ -73,16 +81,26 @@ class MemoryMeter(TorchDispatchMode):
             self.see(tensor.scales)
             return
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if size is None else size
+        key = storage._cdata
         if key not in self.storages:
-            self.storages[key] = ref(storage, partial(self.forget, key, size))
-            self.bytes += size
+            self.storages[key] = alive = _Alive(storage, self.forget)
+            alive.key, alive.size = key, storage.nbytes() if size is None else size
+            self.bytes += alive.size
             self.peak_bytes = max(self.peak_bytes, self.bytes)
 
-    def forget(self, key: int, size: int, _: object) -> None:
+    def forget(self, freed: ref[torch.UntypedStorage]) -> None:
         """No longer counts a storage, which was freed."""
-        if self.storages.pop(key, None) is not None:
-            self.bytes -= size
+        assert isinstance(freed, _Alive)
+        if self.storages.pop(freed.key, None) is not None:
+            self.bytes -= freed.size
+
+
+class _Alive(ref[torch.UntypedStorage]):
+    """A storage that is alive, and what is known of it when it is freed."""
+
+    __slots__ = ("key", "size")
+    key: int
+    size: int
 
 
 def used_bytes(model: nn.Module) -> Iterable[tuple[int, int]]:

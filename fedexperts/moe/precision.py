@@ -5,6 +5,7 @@ of several clients', is often smaller than the distance between two numbers in b
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -95,6 +96,12 @@ def push(module: nn.Module, context: torch.autocast) -> None:
 def leave_autocast(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook: leaves what the pre-hook entered, also if forward failed."""
     cast("Any", module).autocasts.pop().__exit__(None, None, None)
+
+
+def current_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast as it is now on `device`, to be entered again in backward; nothing without it."""
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, torch.get_autocast_dtype(device.type)) if enabled else nullcontext()
 
 
 def for_product(rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

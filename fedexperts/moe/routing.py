@@ -36,10 +36,11 @@ class Recorder:
     (-100). Passes that gradient checkpointing repeats during backward are not counted again.
 
     With `keep_logits`, `logits` has the router's logits of each forward pass for the tokens that count, with their graph.
+    `found` has the model's MoE blocks where they are known: to look for them at every step takes time.
     """
 
-    def __init__(self, model: nn.Module, keep_logits: bool = False) -> None:
-        self.blocks = blocks(model)
+    def __init__(self, model: nn.Module, keep_logits: bool = False, found: Mapping[str, Block] | None = None) -> None:
+        self.blocks = blocks(model) if found is None else found
         self._keep_logits = keep_logits
         self._logits: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.blocks}
         self._scopes = _scopes(model)

@@ -51,6 +51,9 @@ class _Source:
 
     def write(self, rows: Tensor, ids: list[int]) -> None:
         """Copies `rows` into the rows `ids`; they are moved to the device of the parameters at once."""
+        if self.axis is not None and ids == list(range(self.shape[0])):
+            self.parameters[0].detach().movedim(self.axis, 0).copy_(rows)
+            return
         rows = rows.to(self.parameters[0].device)
         for row, index in zip(rows, ids, strict=True):
             self._row(index).copy_(row)

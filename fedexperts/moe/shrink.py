@@ -43,11 +43,28 @@ def shrink(model: nn.Module, experts: Experts, share_stacks: bool = False) -> nn
     Raises:
         BadValue: the sub-model cannot run (see `check`).
     """
+    experts = _of_those_read(model, experts)
     check(anatomy(model), experts)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     small = copy.deepcopy(model, memo=shared)
+    vars(small).pop("read_experts", None)  # its ids are its own
     _cut_all(small, experts, share_stacks)
     return small
+
+
+def _of_those_read(model: nn.Module, experts: Experts) -> Experts:
+    """`experts` of a model of which only some experts were read (`read_experts`), as ids among these.
+
+    Raises:
+        BadValue: an expert that was not read.
+    """
+    read = getattr(model, "read_experts", None)
+    if read is None:
+        return experts
+    for name, ids in experts.items():
+        if missing := sorted(set(ids) - set(read.get(name, ids))):
+            raise BadValue(f"{name} needs expert {missing[0]}, and only {listed(read[name])} were read; read the model anew")
+    return {name: tuple(read[name].index(expert) for expert in ids) if name in read else ids for name, ids in experts.items()}
 
 
 def own_stacks(model: nn.Module) -> nn.Module:
@@ -94,7 +111,7 @@ def load_part(folder: Path | str, experts: Experts) -> nn.Module:
     check(anatomy(skeleton), experts)
 
     original_ids = _original_ids(kept_experts(skeleton), experts)
-    model, report = _shrunk_class(model_class, original_ids).from_pretrained(
+    model, report = shrunk_class(model_class, original_ids).from_pretrained(
         None,
         config=config,
         state_dict=lazy_tensors(files, skeleton, experts),
@@ -123,7 +140,7 @@ def _description(folder: Path) -> tuple[Any, Any]:
     return config, getattr(transformers, name)
 
 
-def _shrunk_class(model_class: Any, experts: Experts) -> Any:
+def shrunk_class(model_class: Any, experts: Experts) -> Any:
     """A subclass whose models are created with only `experts`, so that transformers sees no tensor of another shape."""
 
     def init(self: Any, config: Any, *args: Any, **options: Any) -> None:

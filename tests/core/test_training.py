@@ -18,7 +18,10 @@ from fedexperts.io.toml import checked
 from fedexperts.methods.base import patch_for
 from fedexperts.methods.contract import Method
 from fedexperts.moe import rows
-from fedexperts.moe.tuning import Tuning
+from fedexperts.moe.anatomy import anatomy, blocks
+from fedexperts.moe.backward import SelectiveBackward
+from fedexperts.moe.shrink import shrink
+from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.testing import tiny_batch, tiny_model
 from fedexperts.types import Assignment, ClientContext, Example, Job, Patch, Training
 
@@ -420,3 +423,22 @@ def test_training_in_half_precision_lowers_the_loss_as_in_float32(prepared, cont
         losses[each] = validate(model, now).loss
         assert fitted.loss == fitted.loss and {tensor.dtype for tensor in rows.read(model).values()} == {torch.float32}
     assert losses[precision] == pytest.approx(losses["float32"], rel=0.05)
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
+def test_backward_that_reaches_selected_experts_works_in_half_precision(tuning, family):
+    gradients = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        base = tiny_model(family).to(dtype)
+        model = prepare(shrink(base, anatomy(base).all_experts), tuning, seed="0").train()
+        with SelectiveBackward(model) as selective:
+            loss = cross_entropy(model, tiny_batch(family))
+            selective.choose(dict.fromkeys(blocks(model), (0, 1, 2, 3)))
+            loss.backward()
+            gradients[dtype] = [each.grad for each in selective.parameters]
+    whole, half = (gradients[dtype] for dtype in (torch.float32, torch.bfloat16))
+    assert {each.dtype for each in half if each is not None} == {torch.float32}
+    assert [each is None for each in whole] == [each is None for each in half]
+    norm = sum(float((a - b).square().sum()) for a, b in zip(whole, half, strict=True) if a is not None and b is not None) ** 0.5
+    assert norm < 0.5 * sum(float(each.square().sum()) for each in whole if each is not None) ** 0.5

@@ -14,7 +14,8 @@ from fedexperts.experiment.client_task import bits
 from fedexperts.models import summary
 from fedexperts.models.load import BUNDLED, align_parameters, load, load_or_explain
 from fedexperts.models.tokenizer import make_tokenizer
-from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe.anatomy import anatomy, blocks
+from fedexperts.moe.shrink import kept_experts, shrink
 from fedexperts.testing import FAMILIES, tiny_batch
 from fedexperts.testing import tiny_model as model_without_tokenizer
 
@@ -179,3 +180,25 @@ def test_no_forward_pass_changes_the_weights_of_a_base(tmp_path):
             with torch.no_grad():
                 base(**tiny_batch(family))
             assert bits(base) == before
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss", "switch_transformers"])
+def test_a_base_that_is_read_on_demand_has_the_experts_of_a_job_and_computes_the_same(tmp_path, family):
+    folder = saved(tmp_path / family, tiny_model(family))
+    whole, base = load(folder), load(folder, on_demand=True)
+    assert (base.hash, base.config_hash) == (whole.hash, whole.config_hash)
+    assert all(parameter.is_meta for parameter in base.model.parameters()) and anatomy(base.model) == anatomy(whole.model)
+    experts = dict.fromkeys(list(blocks(whole.model))[1:], (1, 2, 6))
+    part = base.reader(experts)
+    assert [block.shape.num_experts for block in blocks(part).values()][1:] == [3] * len(experts)
+    assert base.reader(experts) is part  # read once
+    cut, same = shrink(whole.model, experts), shrink(part, experts)
+    batch = tiny_batch(family)
+    with torch.no_grad():
+        assert torch.equal(cut(**batch).logits, same(**batch).logits)
+        fewer = dict.fromkeys(experts, (2, 6))
+        assert torch.equal(shrink(whole.model, fewer)(**batch).logits, shrink(part, fewer)(**batch).logits)
+        assert torch.equal(shrink(base.reader({}), {})(**batch).logits, whole.model(**batch).logits)
+    assert kept_experts(same) == kept_experts(cut)
+    with pytest.raises(BadValue, match="needs expert 5, and only 1, 2, 6 were read"):
+        shrink(part, {next(iter(experts)): (1, 5)})
