@@ -38,7 +38,8 @@ from fedexperts.data.encode import Encoder
 from fedexperts.data.settings import DataSettings, SourceSettings
 from fedexperts.errors import BadRun, FedExpertsError
 from fedexperts.io.files import write_text
-from fedexperts.models.load import Base, load, location_of
+from fedexperts.models.files import location_of
+from fedexperts.models.load import Base, load
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.moe.shrink import shrink

@@ -25,7 +25,7 @@ from fedexperts.engines.message import Message
 from fedexperts.experiment import flower
 from fedexperts.experiment.setup import Prepared
 from fedexperts.io.toml import checked, to_toml
-from fedexperts.models.load import location_of
+from fedexperts.models.files import location_of
 from fedexperts.types import Engine
 
 ADAPTERS = {"train": "lora", "parts": ["attention"], "attention_modules": ["q_proj", "k_proj", "v_proj"], "rank": 32, "alpha": 64}

@@ -57,7 +57,7 @@ from fedexperts.engines import local
 from fedexperts.experiment.runtime import clock_for
 from fedexperts.experiment.setup import Prepared, prepare_run
 from fedexperts.federation import federate
-from fedexperts.models.load import location_of
+from fedexperts.models.files import location_of
 from fedexperts.types import Engine, Job
 
 IDLE_SECONDS = 20

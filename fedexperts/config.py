@@ -14,7 +14,7 @@ from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_name
 from fedexperts.methods import FORMER_FIELDS, FORMER_NAMES, METHODS, enter_installed
 from fedexperts.methods.contract import Method
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
-from fedexperts.models.load import BUNDLED
+from fedexperts.models.files import BUNDLED
 from fedexperts.types import Training
 
 Kind = TypeVar("Kind")

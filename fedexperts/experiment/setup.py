@@ -24,7 +24,8 @@ from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue, quoted
 from fedexperts.federation import jobs_for, steps
 from fedexperts.methods.contract import Method
-from fedexperts.models.load import Base, files_hash, load
+from fedexperts.models.files import files_hash
+from fedexperts.models.load import Base, load
 from fedexperts.moe import factors, rows
 from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy

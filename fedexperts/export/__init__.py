@@ -18,7 +18,8 @@ from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
 from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
 from fedexperts.methods.contract import Method
-from fedexperts.models.load import align_parameters, location_of, without_progress_bars
+from fedexperts.models.files import location_of
+from fedexperts.models.load import align_parameters, without_progress_bars
 from fedexperts.moe import lora, rows
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.packed import unpack_weights

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedexperts.core.evaluation import METRICS
 from fedexperts.export.models import PERSONAL_EXPERTS, Exported, Run
-from fedexperts.models.load import BUNDLED, location_of
+from fedexperts.models.files import BUNDLED, location_of
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.packed import Packed
 from fedexperts.moe.shrink import kept_experts

@@ -4,19 +4,16 @@ Weights are read tensor by tensor from their safetensors files into where they s
 """
 
 import ctypes
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -31,32 +28,13 @@ from transformers import (
 from transformers.utils import logging
 
 from fedexperts.errors import BadValue, nearest, shortened
+from fedexperts.models.files import BUNDLED, SETTINGS, files_hash, local_folder, location_of, weight_files
 from fedexperts.models.nf4 import packed_on_arrival, require_bitsandbytes
 from fedexperts.moe.anatomy import Experts, anatomy, blocks
 from fedexperts.moe.disk import LazyTensor, lazy_tensors
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.packed import Packed
 from fedexperts.moe.shrink import shrunk_class
-
-BUNDLED = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
-"""`tiny` ships with the package; `small`, the base of the reported runs, is only in a checkout of the repository."""
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""The files that name the weight files of a model with several; the first that exists counts."""
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-"""The weight file of a model with one; the first that exists counts."""
-SETTINGS = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
-"""Files that, besides the weights, decide the output of a model: its configuration (such as top-k) and its tokenizer."""
-FETCHED = (*SETTINGS, "generation_config.json", "chat_template.jinja", "*.py")
-"""Files that are fetched from the hub besides the weights; code in them runs only if it is trusted."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's mallopt."""
@@ -310,40 +288,6 @@ def align_parameters(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def location_of(name: str) -> str:
-    """The location that transformers loads `name` from: an existing folder, or else `name` as an id on the hub.
-
-    Raises:
-        BadValue: `name` is a path to a folder that does not exist.
-    """
-    if name in BUNDLED:
-        return str(bundled_folder(name))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "/", "~")):
-        raise BadValue(
-            f"model.name = {name!r} is a folder that does not exist; give an existing folder, tiny, small, or a hub id"
-            f"{nearest(name, BUNDLED)}"
-        )
-    return name
-
-
-def bundled_folder(name: str) -> Path:
-    """The folder of the bundled base `name`.
-
-    Raises:
-        BadValue: it does not exist.
-    """
-    folder = BUNDLED[name]
-    if not folder.is_dir():
-        raise BadValue(
-            f"the base {name!r} is not part of the package, and {folder} does not exist; make it in a checkout of the repository "
-            f"with fedexperts pretrain runs/pretrain-{name}.toml, or give the path of its folder"
-        )
-    return folder
-
-
 def load_or_explain(name: str, read: Callable[[], T]) -> T:
     """`read()`.
 
@@ -391,63 +335,3 @@ def freed_at_once() -> Iterator[None]:
             mallopt(TRIM_THRESHOLD, 2**26)
         return
     yield
-
-
-def local_folder(where: str, revision: str | None = None) -> Path:
-    """The folder with the files of the model at `where`, which are fetched from the hub if they are not here yet."""
-    if Path(where).is_dir():
-        return Path(where)
-    settings = Path(snapshot_download(where, revision=revision, allow_patterns=[*FETCHED, *INDEXES]))
-    index = next((name for name in INDEXES if (settings / name).exists()), None)
-    wanted = weight_names(settings / index) if index else list(SINGLE)
-    if index is None or not any((settings / name).exists() for name in wanted):
-        snapshot_download(where, revision=revision, allow_patterns=wanted)
-    return settings
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of the model in `folder`: those that its index names, or its only one.
-
-    Other files with weights, which some folders have besides, are neither read nor hashed.
-
-    Raises:
-        BadValue: there are none, or one that the index names is missing.
-    """
-    index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
-    single = next((folder / name for name in SINGLE if (folder / name).exists()), None)
-    if index is not None and (single is None or single.suffix == ".bin" or index.name == INDEXES[0]):
-        files = [folder / name for name in weight_names(index)]
-        if missing := [file.name for file in files if not file.exists()]:
-            raise BadValue(
-                f"{index.name} names {missing[0]}, which is not there ({len(missing)} of {len(files)} files are missing)"
-            )
-        return files
-    if single is None:
-        raise BadValue(f"{folder} has no weights: neither {SINGLE[0]} nor {INDEXES[0]}")
-    return [single]
-
-
-def weight_names(index: Path) -> list[str]:
-    """The names of the files in `index`, sorted.
-
-    Raises:
-        BadValue: it is no index, or names files in other folders.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        plain = all(Path(name).name == name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadValue(f"{index} is no index of weight files") from None
-    if not names or not plain:
-        raise BadValue(f"{index} names no weight files, or files outside its folder")
-    return names
-
-
-def files_hash(files: Sequence[Path]) -> str:
-    """sha256 of the names and bytes of `files`."""
-    digest = sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            digest.update(file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

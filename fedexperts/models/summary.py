@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fedexperts.errors import BadValue, nearest, shortened
-from fedexperts.models.load import BUNDLED, bundled_folder
+from fedexperts.models.files import BUNDLED, bundled_folder
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy, blocks
 from fedexperts.moe.flops import COPIES, on_meta, parameters
 from fedexperts.moe.lora import ExpertLoRA

@@ -12,7 +12,8 @@ from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
 from fedexperts.errors import BadValue, NoExperts
 from fedexperts.experiment.client_task import bits
 from fedexperts.models import summary
-from fedexperts.models.load import BUNDLED, align_parameters, load, load_or_explain
+from fedexperts.models.files import BUNDLED
+from fedexperts.models.load import align_parameters, load, load_or_explain
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.anatomy import anatomy, blocks
 from fedexperts.moe.shrink import kept_experts, shrink
