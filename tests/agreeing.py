@@ -32,7 +32,7 @@ load = setup.load
 def play(message: Message, node: Mapping[str, Any]) -> Message:
     """What `flower.play` does, with a note of who plays and who loads."""
     out = Path(json.loads(message.head["run"])["folder"]).parents[1]
-    setup.load = lambda *given: [load(*given), note(out / "loads")][0]
+    setup.load = lambda *given, **named: [load(*given, **named), note(out / "loads")][0]
     note(out / "played")
     if is_for(out / "kill", message):
         os.kill(os.getpid(), signal.SIGKILL)
