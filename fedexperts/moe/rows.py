@@ -46,8 +46,8 @@ class _Source:
     def take(self) -> Tensor:
         """The rows, on the CPU: a view of one parameter there, a copy of several."""
         if self.axis is None:
-            return torch.stack([parameter.detach() for parameter in self.parameters]).cpu()
-        return self.parameters[0].detach().movedim(self.axis, 0).cpu()
+            return _on_cpu(torch.stack([parameter.detach() for parameter in self.parameters]))
+        return _on_cpu(self.parameters[0].detach().movedim(self.axis, 0))
 
     def write(self, rows: Tensor, ids: list[int]) -> None:
         """Copies `rows` into the rows `ids`; they are moved to the device of the parameters at once."""
@@ -76,6 +76,11 @@ class _Source:
         if self.axis is None:
             return (len(self.parameters), *self.parameters[0].shape)
         return tuple(self.parameters[0].movedim(self.axis, 0).shape)
+
+
+def _on_cpu(rows: Tensor) -> Tensor:
+    """`rows` on the CPU; on the meta device they stay there."""
+    return rows if rows.is_meta else rows.cpu()
 
 
 def layout(model: nn.Module) -> dict[str, str | None]:
