@@ -36,14 +36,9 @@ transformers.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest first, in that order: else one worker is at one of them when the other is done.
-
-    Those of a second device last: torch then knows it for good.
-    """
+    """The files that take longest first, in that order: else one worker is at one of them when the other is done."""
     places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(
-        key=lambda item: len(LONGEST) + 1 if item.path.parent.name == "device" else places.get(item.path.name, len(LONGEST))
-    )
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture

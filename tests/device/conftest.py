@@ -15,6 +15,8 @@ WANTED = os.environ.get("FEDEXPERTS_TEST_DEVICE", "twin")
 NEAR = 1e-6 if WANTED == "twin" else 1e-4
 """How far numbers may be from the CPU's: twin has its kernels, a card has others."""
 
+ALONE = "torch must know the device before the first backward pass of a process: run `pytest tests/device` by itself, as `make test` does"
+
 
 @pytest.fixture(scope="session")
 def device():
@@ -25,7 +27,10 @@ def device():
         return "cuda:0"
     if why := second_device.missing():
         pytest.skip(why)
-    return second_device.load()
+    twin = second_device.load()
+    if not second_device.has_backward(twin):
+        pytest.fail(ALONE)
+    return twin
 
 
 @pytest.fixture(scope="session")
