@@ -15,7 +15,7 @@ WANTED = os.environ.get("FEDEXPERTS_TEST_DEVICE", "twin")
 NEAR = 1e-6 if WANTED == "twin" else 1e-4
 """How far numbers may be from the CPU's: twin has its kernels, a card has others."""
 
-ALONE = "torch must know the device before the first backward pass of a process: run `pytest tests/device` by itself, as `make test` does"
+ALONE = "torch has to know the device before the first backward pass: run `pytest tests/device` by itself, as `make test` does"
 
 
 @pytest.fixture(scope="session")
