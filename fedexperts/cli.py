@@ -118,9 +118,10 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
     from fedexperts import config
     from fedexperts.experiment.plan import plan
     from fedexperts.experiment.plan_tables import plan_tables
-    from fedexperts.experiment.setup import prepare_run
+    from fedexperts.experiment.setup import Parts, prepare_run
+    from fedexperts.models.shapes import load_shapes
 
-    planned = plan(prepare_run(config.read(run_file, set or [])))
+    planned = plan(prepare_run(config.read(run_file, set or []), parts=Parts(load=load_shapes)))
     if json:
         typer.echo(dumps(planned))
     else:

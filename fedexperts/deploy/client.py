@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import Any
@@ -37,6 +37,7 @@ from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import OwnDataParts, Parts, prepare_run
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked, different
+from fedexperts.models.load import load
 from fedexperts.moe.device import find_devices
 from fedexperts.types import Failure, job_key
 
@@ -156,7 +157,8 @@ class ClientWorker:
 
 @lru_cache(maxsize=1)
 def parts_of(name: str, data: tuple[str, ...]) -> Parts:
-    return OwnDataParts(name=name, files=data, on_demand=True) if data else Parts(on_demand=True)
+    read = partial(load, on_demand=True)
+    return OwnDataParts(name=name, files=data, load=read) if data else Parts(load=read)
 
 
 def answered_jobs(record: Path) -> list[str]:

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from fedexperts.core.devices import PRESETS
 from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
+from fedexperts.models.files import is_config_file
 from fedexperts.moe.flops import as_trained, per_step
 from fedexperts.types import Client, Example, Server
 
@@ -47,10 +49,18 @@ def plan(prepared: Prepared) -> dict[str, Any]:
             "dense_bytes": server.footprint.dense_bytes,
             "expert_bytes": dict(server.footprint.expert_bytes),
             "activation_bytes": server.footprint.activation_bytes,
+            "parts": prepared.memory.of(server.anatomy.all_experts),
         },
+        "held_by": held_by(full + prepared.personal_bytes),
         "round_flops_estimated": round_flops(prepared),
         "warnings": warnings(prepared, clients),
     }
+
+
+def held_by(needed: int) -> list[str]:
+    """The presets of devices with at least `needed` bytes of memory, the smallest first."""
+    memory = {name: profile.memory_bytes or 0 for name, profile in PRESETS.items()}
+    return sorted((name for name in memory if memory[name] >= needed), key=memory.__getitem__)
 
 
 def round_flops(prepared: Prepared) -> float:
@@ -81,7 +91,16 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[s
         f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
         + WHAT_THEN[prepared.config.devices.out_of_memory]
     )
-    return [*([memory_warning] if over else []), *too_long_labels(prepared)]
+    tokenizer_warning = (
+        f"model.name = {prepared.base.name!r} is a configuration without a tokenizer: tokens are counted with that of tiny, "
+        "which makes more of a text than most"
+    )
+    configuration_only = is_config_file(prepared.base.name)
+    return [
+        *([memory_warning] if over else []),
+        *([tokenizer_warning] if configuration_only else []),
+        *too_long_labels(prepared),
+    ]
 
 
 def too_long_labels(prepared: Prepared) -> Iterator[str]:
@@ -124,6 +143,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
         "first_task": first.task,
         "first_experts": sum(len(ids) for ids in assigned_experts.values()),
         "budget": budget,
+        "first_memory": prepared.memory.of(assigned_experts, budget) if assigned_experts else {},
         "first_bytes_down": job_for(first, client, assignment).nbytes if assignment else 0,
         "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
     }

@@ -9,9 +9,9 @@ MB = 1e6
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Table]:
-    """The plan as two tables: the model and its costs, and the clients."""
+    """The plan as three tables: the model and its costs, the memory by what it holds, and the clients."""
     with_budgets = any(client["budget"] is not None for client in planned["clients"])
-    return [costs_table(planned, with_budgets), clients_table(planned, with_budgets)]
+    return [costs_table(planned, with_budgets), memory_table(planned), clients_table(planned, with_budgets)]
 
 
 def costs_table(planned: dict[str, Any], with_budgets: bool) -> Table:
@@ -22,6 +22,7 @@ def costs_table(planned: dict[str, Any], with_budgets: bool) -> Table:
     table.add_row("MoE layers", f"{len(blocks)}")
     table.add_row("experts", f"{sum(block['num_experts'] for block in blocks)}")
     table.add_row("memory to train the whole model (estimated)", f"{planned['full_bytes'] / MB:.1f} MB")
+    table.add_row("presets of devices that hold it", ", ".join(planned["held_by"]) or "none")
     if planned["personal_bytes"]:
         table.add_row("more for personal experts (estimated)", f"{planned['personal_bytes'] / MB:.1f} MB")
     if with_budgets:
@@ -31,6 +32,22 @@ def costs_table(planned: dict[str, Any], with_budgets: bool) -> Table:
     table.add_row(
         "a client's round on the whole model, at most (estimated)", f"{planned['round_flops_estimated'] / 1e9:,.0f} GFLOP"
     )
+    return table
+
+
+def memory_table(planned: dict[str, Any]) -> Table:
+    """Estimated megabytes by what they hold: to train the whole model, and in the largest first job of a client."""
+    columns = {"whole model": planned["memory"]["parts"]}
+    first = [client["first_memory"] for client in planned["clients"] if client["first_memory"]]
+    if first:
+        columns["largest first job"] = max(first, key=lambda parts: sum(parts.values()))
+    table = Table(title="Memory to train, estimated, in MB (10⁶)")
+    table.add_column("of")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for part in planned["memory"]["parts"]:
+        table.add_row(part.replace("_", " "), *(f"{parts[part] / MB:,.1f}" for parts in columns.values()))
+    table.add_row("total", *(f"{sum(parts.values()) / MB:,.1f}" for parts in columns.values()))
     return table
 
 

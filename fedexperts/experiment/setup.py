@@ -30,6 +30,7 @@ from fedexperts.moe import factors, rows
 from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.flops import Footprint, footprint, on_meta
+from fedexperts.moe.memory_by_part import MemoryByPart, memory_by_part
 from fedexperts.types import METRIC_NAMES, Client, Example, Server, Split, Training
 
 T = TypeVar("T")
@@ -53,10 +54,10 @@ class Parts:
     divided: Cache[Clients] = field(default_factory=dict)
     responses: Cache[int] = field(default_factory=dict)
     footprints: Cache[Footprint] = field(default_factory=dict)
-    on_demand: bool = False  # base models are read when jobs need them, and only the experts of these
+    load: Callable[..., Base] = load  # models.load.load, or a function with its options
 
     def base(self, model: ModelSettings) -> Base:
-        return cached(self.bases, 1, model, lambda: load_base(model, self.on_demand))
+        return cached(self.bases, 1, model, lambda: load_base(model, self.load))
 
     def clients(self, config: RunConfig) -> Clients:
         """The run's clients with their data.
@@ -114,8 +115,8 @@ class Parts:
         return memories(names, full_bytes, str(config.seed), **options)
 
 
-def load_base(model: ModelSettings, on_demand: bool = False) -> Base:
-    """The base model of a run. on_demand: its weights are read when a job needs them."""
+def load_base(model: ModelSettings, load: Callable[..., Base] = load) -> Base:
+    """The base model of a run, as `load` loads it."""
     return load(
         model.name,
         model.trust_remote_code,
@@ -124,7 +125,6 @@ def load_base(model: ModelSettings, on_demand: bool = False) -> Base:
         attention=model.attention,
         experts=model.experts,
         quantize=model.quantize,
-        on_demand=on_demand,
     )
 
 
@@ -259,6 +259,7 @@ class Prepared:
     setting: str = ""  # name of the run file in a comparison
     retained: Retained = Retained()
     personal_bytes: int = 0  # memory of a client's personal experts, in addition to the footprint of its job
+    memory: MemoryByPart = MemoryByPart({}, {})  # of training the model, by what it holds
 
 
 def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", parts: Parts | None = None) -> Prepared:
@@ -273,15 +274,18 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     base, clients = parts.base(config.model), parts.clients(config)
     profiles, cost = parts.profiles(config), parts.footprint(config)
     full = cost.of(anatomy(base.model).all_experts)
-    memory = parts.memories(config, full)
-    server = first_server(config, method, base, clients, cost, memory)
+    server = first_server(config, method, base, clients, cost, parts.memories(config, full))
     require_sent(config, method, server)
     for client in server.clients.values():  # a client that cannot take part raises now, not in round 10
         method.assign(replace(server, task=steps(method, 1)[0][1]), client)
     label, training = label or str(config.method["name"]), config.training
     known, retained = server.clients, parts.retained(config)
-    own = parts.footprint(config, grafts=method.declare().personal_experts).of(anatomy(base.model).all_experts) - full
-    prepared = Prepared(config, method, label, base, clients, server, profiles, training, known, clients, setting, retained, own)
+    grafts = method.declare().personal_experts
+    largest = parts.footprint(config, grafts=grafts)
+    own = largest.of(anatomy(base.model).all_experts) - full
+    memory = memory_by_part(base.model, training.tuning, training.optimizer, largest.activation_bytes, grafts)
+    given = (config, method, label, base, clients, server, profiles, training, known, clients, setting, retained, own, memory)
+    prepared = Prepared(*given)
     return centralized(prepared) if method.centralized else prepared
 
 

@@ -1,16 +1,20 @@
 """Where the files of a base model lie, and which of them are its weights."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+from transformers import CONFIG_MAPPING
 
-from fedexperts.errors import BadValue, nearest
+from fedexperts.errors import BadValue, nearest, shortened
 
 BUNDLED = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
 """`tiny` ships with the package; `small`, the base of the reported runs, is only in a checkout of the repository."""
+CONFIGS = Path(__file__).parent / "configs"
+"""The folder with configurations of published models, which ship with the package: what they cost can be known without them."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """The files that name the weight files of a model with several; the first that exists counts."""
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -62,6 +66,32 @@ def bundled_folder(name: str) -> Path:
             f"with fedexperts pretrain runs/pretrain-{name}.toml, or give the path of its folder"
         )
     return folder
+
+
+def config_names() -> list[str]:
+    """The names of the configurations that ship with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def is_config_file(name: str) -> bool:
+    """Whether `name` is the path of a config.json, or the name of one in CONFIGS: it describes a model without weights."""
+    return Path(name).suffix == ".json" or name in config_names()
+
+
+def config_file(name: str) -> Mapping[str, Any]:
+    """The content of a config.json, or of the one called `name` in CONFIGS.
+
+    Raises:
+        BadValue: it cannot be read, or is none.
+    """
+    path = CONFIGS / f"{name}.json" if name in config_names() else Path(name)
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadValue(f"{path} could not be read as JSON ({shortened(str(error))}); give the config.json of a model") from error
+    if not isinstance(content, dict) or content.get("model_type") not in CONFIG_MAPPING:
+        raise BadValue(f"{path} names no model_type that transformers knows; give the config.json of a model")
+    return content
 
 
 def local_folder(where: str, revision: str | None = None) -> Path:

@@ -28,7 +28,16 @@ from transformers import (
 from transformers.utils import logging
 
 from fedexperts.errors import BadValue, nearest, shortened
-from fedexperts.models.files import BUNDLED, SETTINGS, files_hash, local_folder, location_of, weight_files
+from fedexperts.models.files import (
+    BUNDLED,
+    SETTINGS,
+    config_file,
+    files_hash,
+    is_config_file,
+    local_folder,
+    location_of,
+    weight_files,
+)
 from fedexperts.models.nf4 import packed_on_arrival, require_bitsandbytes
 from fedexperts.moe.anatomy import Experts, anatomy, blocks
 from fedexperts.moe.disk import LazyTensor, lazy_tensors
@@ -114,30 +123,27 @@ def load(
             cannot be read, or bitsandbytes is missing.
         NoExperts: it has no MoE layers.
     """
+    if is_config_file(name):
+        raise BadValue(
+            f"model.name = {name!r} is a configuration without weights, which only fedexperts plan and inspect take; to run it, "
+            "give the folder of the model, or its id on the hub"
+        )
     where = location_of(name)
-    code: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
     if quantize:
         require_bitsandbytes()
-    config = load_or_explain(name, lambda: AutoConfig.from_pretrained(where, **code))
-    stored_as = load_or_explain(name, lambda: read_as_values(config))
-    chosen = {"attn_implementation": attention} if attention else {}
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        skeleton = load_or_explain(name, lambda: kind.from_config(config, trust_remote_code=trust_remote_code, **chosen))
-        blocks(skeleton)  # raises before anything large is fetched
-    tokenizer = load_or_explain(name, lambda: AutoTokenizer.from_pretrained(where, **code))
-    require_tokenizer(name, tokenizer, skeleton)
+    described = describe(name, trust_remote_code, revision, attention)
+    config, skeleton, tokenizer = described.config, described.model, described.tokenizer
     folder = load_or_explain(name, lambda: local_folder(where, revision))
     files = load_or_explain(name, lambda: weight_files(folder))
     wanted = DTYPES.get(dtype, torch.float32 if name in BUNDLED else None)
     config_hash = files_hash(sorted(file for pattern in SETTINGS for file in folder.glob(pattern)))
 
-    weights = partial(read_weights, folder, files, config, skeleton, wanted, chosen, quantize)
+    weights = partial(read_weights, folder, files, config, skeleton, wanted, described.options, quantize)
 
     def read(only: Experts) -> nn.Module:
         return ready(name, where, partial(weights, only), experts)
 
-    if on_demand and quantize is None and stored_as is None and files[0].suffix == ".safetensors":
+    if on_demand and quantize is None and described.stored_as is None and files[0].suffix == ".safetensors":
         skeleton.to(wanted or stored_dtype(config, files)).eval()
         choose_kernel(skeleton, experts)
         reader, hashed = PartReader(read, anatomy(skeleton).all_experts), files_hash(files)
@@ -146,7 +152,40 @@ def load(
         in_turn = beside.submit(files_hash, files)  # at the same time, so that each file is read from the disk once
         model = read({})
         hashed = in_turn.result()
-    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed, config_hash, stored_as)
+    return Base(model, tokenizer, bool(config.is_encoder_decoder), name, hashed, config_hash, described.stored_as)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model as its configuration describes it."""
+
+    config: Any
+    model: nn.Module  # on the meta device
+    tokenizer: PreTrainedTokenizerBase
+    stored_as: str | None  # the format of a quantized checkpoint
+    options: dict[str, Any]  # of transformers, with which it was built
+
+
+def describe(name: str, trust_remote_code: bool = False, revision: str | None = None, attention: str | None = None) -> Described:
+    """The model called `name`, or of a config.json, from its configuration and tokenizer; see `load`, which says what is raised.
+
+    Of the hub nothing else is fetched. A config.json has no tokenizer, and gets that of `tiny`.
+    """
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
+    options = {"attn_implementation": attention} if attention else {}
+    if is_config_file(name):
+        config, words = AutoConfig.for_model(**config_file(name)), str(BUNDLED["tiny"])
+    else:
+        words = location_of(name)
+        config = load_or_explain(name, lambda: AutoConfig.from_pretrained(words, **code))
+    stored_as = load_or_explain(name, lambda: read_as_values(config))
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        skeleton = load_or_explain(name, lambda: kind.from_config(config, trust_remote_code=trust_remote_code, **options))
+        blocks(skeleton)  # raises before anything large is fetched
+    tokenizer = load_or_explain(name, lambda: AutoTokenizer.from_pretrained(words, **code))
+    require_tokenizer(name, tokenizer, skeleton)
+    return Described(config, skeleton, tokenizer, stored_as, options)
 
 
 def ready(name: str, where: str, weights: Callable[[], nn.Module], experts: str | None) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fedexperts.errors import BadValue
@@ -35,6 +36,8 @@ class NF4:
 
     def unpack(self, codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The tensor of `shape`, [*rows, *unit]; a unit fills whole blocks, the last of them with zeros."""
+        if codes.is_meta or isinstance(codes, FakeTensor):  # shapes without data
+            return codes.new_empty(shape, dtype=dtype)
         require_bitsandbytes()
         padded, row = codes.shape[-1] * 2, prod(shape[codes.ndim - 1 :])
         # With AVX512 bitsandbytes 0.50.2 gives wrong values if the last axis is no multiple of the block; here it always is.
@@ -51,6 +54,16 @@ def pack(weight: Tensor, rows: int) -> Packed:
     flat = nn.functional.pad(units, (0, padding)) if padding else units
     packed = [packed_blocks(part) for part in flat.reshape(-1).split(AT_ONCE)]
     codes, scales = (torch.cat(parts).view(*weight.shape[:rows], -1) for parts in zip(*packed, strict=True))
+    return Packed(codes, scales, NF4(), tuple(weight.shape[rows:]), weight.dtype)
+
+
+def packed_shape(weight: Tensor, rows: int) -> Packed:
+    """What `pack` makes of `weight`, which is on the meta device, where it stays."""
+    blocks_per_unit = -(-prod(weight.shape[rows:]) // BLOCK)
+    codes, scales = (
+        torch.empty((*weight.shape[:rows], size), dtype=dtype, device="meta")
+        for size, dtype in ((blocks_per_unit * BLOCK // 2, torch.uint8), (blocks_per_unit, torch.float32))
+    )
     return Packed(codes, scales, NF4(), tuple(weight.shape[rows:]), weight.dtype)
 
 

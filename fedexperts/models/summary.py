@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +11,10 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fedexperts.errors import BadValue, nearest, shortened
-from fedexperts.models.files import BUNDLED, bundled_folder
+from fedexperts.models.files import BUNDLED, bundled_folder, config_file, is_config_file
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy, blocks
 from fedexperts.moe.flops import COPIES, on_meta, parameters
 from fedexperts.moe.lora import ExpertLoRA
@@ -145,8 +144,8 @@ def read_config(model: str) -> Any:
         BadValue: there is none.
     """
     path = Path(model)
-    if path.suffix == ".json":
-        return AutoConfig.for_model(**config_file(path))
+    if is_config_file(model):
+        return AutoConfig.for_model(**config_file(model))
     folder = bundled_folder(model) if model in BUNDLED else path
     try:
         return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
@@ -156,17 +155,6 @@ def read_config(model: str) -> Any:
             f"no model config could be read from {model!r} ({reason}); "
             f"give {', '.join(BUNDLED)}, a config file, a folder or a hub id{nearest(model, BUNDLED)}"
         ) from error
-
-
-def config_file(path: Path) -> Mapping[str, Any]:
-    """The content of a config.json."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadValue(f"{path} could not be read as JSON ({shortened(str(error))}); give the config.json of a model") from error
-    if not isinstance(content, dict) or content.get("model_type") not in CONFIG_MAPPING:
-        raise BadValue(f"{path} names no model_type that transformers knows; give the config.json of a model")
-    return content
 
 
 def skeleton(config: Any) -> nn.Module:
