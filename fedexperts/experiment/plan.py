@@ -9,7 +9,8 @@ from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.models.files import is_config_file
-from fedexperts.moe.flops import as_trained, per_step
+from fedexperts.moe.flops import per_step
+from fedexperts.moe.footprint import as_trained
 from fedexperts.types import Client, Example, Server
 
 WHAT_THEN = {

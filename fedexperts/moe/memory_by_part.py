@@ -7,7 +7,8 @@ from torch import nn
 
 from fedexperts.moe import factors, graft
 from fedexperts.moe.anatomy import Experts, anatomy
-from fedexperts.moe.flops import COPIES, Optimizer, as_trained, classified_parameters
+from fedexperts.moe.footprint import COPIES, Optimizer, as_trained
+from fedexperts.moe.parameters import classified_parameters
 from fedexperts.moe.tuning import Tuning
 
 PARTS = ("weights", "adapters", "personal_experts", "gradients", "optimizer", "activations")
