@@ -132,7 +132,11 @@ def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option(
 @app.command("inspect")
 def inspect_command(
     model: Annotated[
-        str, typer.Argument(help="tiny, small, a config.json, a model folder, or a model id on the hub.", show_default=False)
+        str,
+        typer.Argument(
+            help="tiny, small, a config.json or the name of a shipped one (olmoe-1b-7b), a model folder, or a hub id.",
+            show_default=False,
+        ),
     ],
     keep: Annotated[int | None, typer.Option(help="Also show a sub-model with this many experts in each layer.")] = None,
     keep_total: Annotated[int | None, typer.Option(help="Also show a sub-model with this many experts over all layers.")] = None,
@@ -141,16 +145,29 @@ def inspect_command(
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
     lora_modules: Annotated[str, typer.Option(help="The attention projections that get an adapter.")] = "q,k,v,o",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show instead the memory to train it, and the presets of devices that hold it.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --memory: examples of a batch.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=2, help="With --memory: tokens of an example.")] = 512,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the layers, experts, parameters and bytes of a model and of a sub-model, from its configuration alone."""
-    from fedexperts.models.summary import inspect, lora_option, render
+    from fedexperts.models import requirements, summary
+    from fedexperts.moe.tuning import Tuning
 
-    inspection = inspect(model, keep, keep_total, lora_option(lora, rank, lora_modules) if lora else None)
-    if json:
-        typer.echo(inspection.to_json())
+    adapters = summary.lora_option(lora, rank, lora_modules) if lora else None
+    if memory:
+        tuning, batch = adapters or Tuning(), (batch_size, max_tokens)
+        rows = list(requirements.requirements(model, tuning, batch, keep, keep_total))
+        shown, as_json = requirements.render(rows, tuning, batch), requirements.to_json(rows)
     else:
-        console.print(render(inspection))
+        inspection = summary.inspect(model, keep, keep_total, adapters)
+        shown, as_json = summary.render(inspection), inspection.to_json()
+    if json:
+        typer.echo(as_json)
+    else:
+        console.print(shown)
 
 
 @app.command()

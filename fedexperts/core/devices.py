@@ -48,6 +48,8 @@ PRESETS: Mapping[str, Profile] = {
     "phone": Profile(2.0e12, **MOBILE, memory_bytes=12 * GB),
     # GeForce RTX 4060 Laptop: 3072 CUDA cores · 2 · 1.89 GHz = 11.6 TFLOP/s (cputronic.com/gpu/nvidia-geforce-rtx-4060-mobile)
     "laptop_gpu": Profile(11.6e12, **FIXED, memory_bytes=8 * GB),
+    # GeForce RTX 4090: 82.6 TFLOP/s: Nvidia, "Ada GPU Architecture" (white paper), 2022, appendix A; 24 GB
+    "desktop_gpu": Profile(82.6e12, **FIXED, memory_bytes=24 * GB),
     # A100 80 GB SXM: 19.5 TFLOP/s: Nvidia, "A100 Tensor Core GPU" data sheet, 2021
     "server_gpu": Profile(19.5e12, **DATA_CENTER, memory_bytes=80 * GB),
 }
@@ -110,6 +112,12 @@ def preset(name: str, utilization: float) -> Profile:
     if name not in PRESETS:
         raise BadValue(f"devices.profile: {name!r} is not one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
     return replace(PRESETS[name], flops_per_second=utilization * PRESETS[name].flops_per_second)
+
+
+def held_by(needed: int) -> list[str]:
+    """The presets of devices with at least `needed` bytes of memory, the smallest first."""
+    memory = {name: profile.memory_bytes or 0 for name, profile in PRESETS.items()}
+    return sorted((name for name in memory if memory[name] >= needed), key=memory.__getitem__)
 
 
 def from_table(table: Mapping[str, object], where: str) -> Profile:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from fedexperts.core.devices import PRESETS
+from fedexperts.core.devices import held_by
 from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
@@ -56,12 +56,6 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "round_flops_estimated": round_flops(prepared),
         "warnings": warnings(prepared, clients),
     }
-
-
-def held_by(needed: int) -> list[str]:
-    """The presets of devices with at least `needed` bytes of memory, the smallest first."""
-    memory = {name: profile.memory_bytes or 0 for name, profile in PRESETS.items()}
-    return sorted((name for name in memory if memory[name] >= needed), key=memory.__getitem__)
 
 
 def round_flops(prepared: Prepared) -> float:

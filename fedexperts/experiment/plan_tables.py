@@ -46,7 +46,8 @@ def memory_table(planned: dict[str, Any]) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
     for part in planned["memory"]["parts"]:
-        table.add_row(part.replace("_", " "), *(f"{parts[part] / MB:,.1f}" for parts in columns.values()))
+        if any(parts[part] for parts in columns.values()):
+            table.add_row(part.replace("_", " "), *(f"{parts[part] / MB:,.1f}" for parts in columns.values()))
     table.add_row("total", *(f"{sum(parts.values()) / MB:,.1f}" for parts in columns.values()))
     return table
 

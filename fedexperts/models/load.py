@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging
 
 from fedexperts.errors import BadValue, nearest, shortened
@@ -144,7 +145,7 @@ def load(
         return ready(name, where, partial(weights, only), experts)
 
     if on_demand and quantize is None and described.stored_as is None and files[0].suffix == ".safetensors":
-        skeleton.to(wanted or stored_dtype(config, files)).eval()
+        cast_parameters(skeleton, wanted or stored_dtype(config, files)).eval()
         choose_kernel(skeleton, experts)
         reader, hashed = PartReader(read, anatomy(skeleton).all_experts), files_hash(files)
         return Base(skeleton, tokenizer, bool(config.is_encoder_decoder), name, hashed, config_hash, reader=reader)
@@ -184,7 +185,8 @@ def describe(name: str, trust_remote_code: bool = False, revision: str | None = 
         skeleton = load_or_explain(name, lambda: kind.from_config(config, trust_remote_code=trust_remote_code, **options))
         blocks(skeleton)  # raises before anything large is fetched
     tokenizer = load_or_explain(name, lambda: AutoTokenizer.from_pretrained(words, **code))
-    require_tokenizer(name, tokenizer, skeleton)
+    if not is_config_file(name):
+        require_tokenizer(name, tokenizer, skeleton)
     return Described(config, skeleton, tokenizer, stored_as, options)
 
 
@@ -308,6 +310,18 @@ def stored_dtype(config: Any, files: Sequence[Path]) -> torch.dtype:
             names = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  (safetensors' object is no dict)
         return torch.bfloat16 if "BF16" in names else torch.float16 if "F16" in names else torch.float32
     return torch.float32
+
+
+def cast_parameters(skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`skeleton` with its parameters in the dtype in which they are loaded, in place: some that transformers names stay float32.
+
+    Buffers, such as the frequencies of positions, stay as they are.
+    """
+    kept = cast("Any", skeleton)._get_dtype_plan(dtype)
+    keeps = build_glob_alternation(list(kept))[0].search if kept else lambda name: None
+    for name, parameter in skeleton.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if keeps(name) else dtype)
+    return skeleton
 
 
 def cast_routers(model: nn.Module) -> None:

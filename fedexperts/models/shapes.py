@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedexperts.models.files import BUNDLED, weight_files
-from fedexperts.models.load import DTYPES, Base, cast_routers, describe, load_or_explain, stored_dtype
+from fedexperts.models.load import DTYPES, Base, cast_parameters, cast_routers, describe, load_or_explain, stored_dtype
 from fedexperts.models.nf4 import packed_shape, packed_weights
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.packed import as_parameter
@@ -25,19 +25,26 @@ def load_shapes(
 ) -> Base:
     """The base called `name`, with its weights on the meta device: shapes, dtypes and bytes as `load` gives them; no hashes.
 
-    name: as for `load`, or the path of a config.json, which gets the tokenizer of `tiny`. Of a model on the hub only its
-    configuration and its tokenizer are fetched.
+    name: as for `load`, or a configuration, which gets the tokenizer of `tiny`: the path of a config.json, or the name of one of
+    those that ship with the package. Of a model on the hub only its configuration and its tokenizer are fetched.
 
     Raises:
         BadValue, NoExperts: as `load`.
     """
     described = describe(name, trust_remote_code, revision, attention)
-    model = described.model.to(DTYPES.get(dtype) or dtype_on_disk(name, described.config)).eval()
+    model = stored_as(described.model, DTYPES.get(dtype) or dtype_on_disk(name, described.config), quantize)
     load_or_explain(name, lambda: choose_kernel(model, experts))
-    cast_routers(model)
-    if quantize:
-        pack_shapes(model)
     return Base(model, described.tokenizer, bool(described.config.is_encoder_decoder), name, "", stored_as=described.stored_as)
+
+
+def stored_as(skeleton: nn.Module, dtype: torch.dtype, quantize: str | None) -> nn.Module:
+    """`skeleton`, which is on the meta device, with its weights in `dtype`, or packed; in eval mode. Changed in place."""
+    cast_routers(cast_parameters(skeleton, dtype).eval())
+    for path, rows in packed_weights(skeleton).items() if quantize else ():
+        parent, _, name = path.rpartition(".")
+        module = skeleton.get_submodule(parent)
+        module._parameters[name] = as_parameter(packed_shape(cast("nn.Parameter", module._parameters[name]), rows))
+    return skeleton
 
 
 def dtype_on_disk(name: str, config: Any) -> torch.dtype:
@@ -48,11 +55,3 @@ def dtype_on_disk(name: str, config: Any) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype) or not folder.is_dir():
         return config.dtype or torch.float32
     return load_or_explain(name, lambda: stored_dtype(config, weight_files(folder)))
-
-
-def pack_shapes(model: nn.Module) -> None:
-    """Replaces the weights of `model` that nf4 packs by what they are packed to, without data."""
-    for path, rows in packed_weights(model).items():
-        parent, _, name = path.rpartition(".")
-        module = model.get_submodule(parent)
-        module._parameters[name] = as_parameter(packed_shape(cast("nn.Parameter", module._parameters[name]), rows))

@@ -8,9 +8,10 @@ from rich.console import Console
 from fedexperts.config import RunConfig
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.plan_tables import plan_tables
-from fedexperts.experiment.setup import prepare_run
+from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.io.toml import checked
 from fedexperts.methods.hfedmoe import HFedMoE
+from fedexperts.models.shapes import load_shapes
 
 
 def prepared_with(tiny_tree, **devices):
@@ -96,3 +97,22 @@ def test_the_memory_of_personal_experts_is_added_to_that_of_the_job(tiny_tree):
     assert without["full_bytes"] == shared and without["personal_bytes"] == 0
     assert without["round_flops_estimated"] < planned["round_flops_estimated"]
     assert "personal" not in printed(without)
+
+
+def test_a_plan_without_weights_is_that_of_the_run(method_trees):
+    with_weights, without = Parts(), Parts(load=load_shapes)
+    for name, tree in method_trees.items():
+        planned = [plan(prepare_run(checked(RunConfig, tree), parts=parts)) for parts in (with_weights, without)]
+        assert planned[0] == planned[1], name
+        for client in planned[0]["clients"]:
+            assert not client["first_experts"] or client["first_memory"]["weights"] > 0
+    assert all(tensor.is_meta for base in without.bases.values() for tensor in base.model.parameters())
+
+
+def test_a_plan_of_a_configuration_says_whose_tokenizer_counts(tiny_tree):
+    tree = {**tiny_tree, "model": {"name": "granite-3.0-1b-a400m"}}
+    planned = plan(prepare_run(checked(RunConfig, tree), parts=Parts(load=load_shapes)))
+    assert planned["model"]["parameters"] == 1_334_628_352
+    assert planned["held_by"][-1] == "server_gpu"
+    assert any("with that of tiny" in warning for warning in planned["warnings"])
+    assert "largest first job" in printed(planned)
