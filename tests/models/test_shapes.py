@@ -86,7 +86,7 @@ def test_the_parts_of_the_memory_add_up_to_the_footprint(family, tuning, optimiz
     for grafts in (0, 2):
         cost = footprint(model, tuning, (2, 16), optimizer, grafts=grafts)
         parted = memory_by_part(model, tuning, optimizer, cost.activation_bytes, grafts)
-        few = {name: (0, 1, 2) for name in anatomy(model).blocks}
+        few = dict.fromkeys(anatomy(model).blocks, (0, 1, 2))
         for experts in (anatomy(model).all_experts, few):
             assert sum(parted.of(experts).values()) == cost.of(experts)
         for budget in (0, 3, 10**6):
