@@ -5,7 +5,8 @@
 
 Two clients, batches of 1 x 64 tokens, LoRA. Each method runs in a process of its own. The lines have the peak of its memory
 (VmHWM) as it is and over the bytes of the model's weights on disk, and seconds: loading the model (with the hash of its files), a
-client's optimizer step, the merge of the updates (with receiving them), a checkpoint, an evaluation of a client.
+client's optimizer step (in FLEx's first round with the selection of personal experts), the merge of the updates (with receiving
+them), a checkpoint, an evaluation of a client. The memory that a client's step holds is compared with what `plan` said of it.
 
 --resume: also runs two rounds, kills a second run once its first checkpoint is there, resumes it, and compares the weights.
 """
@@ -78,7 +79,8 @@ def measured_run(run_file: Path, out: Path, settings: Sequence[str]) -> None:
     failed = [row.failed for row in results.ledger if row.failed]
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     held = max(row.peak_bytes for row in last)
-    print(json.dumps({"peak": peak, "held": held, "seconds": seconds, "failed": failed}))
+    planned = max(sum(each["first_memory"].values()) for each in json.loads((out / "plan.json").read_text())["clients"])
+    print(json.dumps({"peak": peak, "held": held, "planned": planned, "seconds": seconds, "failed": failed}))
 
 
 def child(run_file: Path, out: Path, settings: Sequence[str]) -> subprocess.Popen[str]:
@@ -131,9 +133,10 @@ def main() -> None:
             printed, _ = child(run_file, folder / method, [*settings, "federation.rounds=1"]).communicate()
             figures = json.loads(printed.splitlines()[-1])
             parts = "  ".join(f"{name} {value:.1f} s" for name, value in figures["seconds"].items())
+            peak, held, planned = (figures[name] / 1e9 for name in ("peak", "held", "planned"))
             print(
-                f"{method:8} peak {figures['peak'] / 1e9:.2f} GB = {figures['peak'] / size:.3f} of the weights; a client's step "
-                f"holds {figures['held'] / 1e9:.2f} GB; failed {len(figures['failed'])}; {parts}",
+                f"{method:8} peak {peak:.2f} GB = {figures['peak'] / size:.3f} of the weights; a client's step holds {held:.2f} GB"
+                f" (planned {planned:.2f}); failed {len(figures['failed'])}; {parts}",
                 flush=True,
             )
             if options.resume:

@@ -20,6 +20,8 @@ from fedexperts.errors import BadValue, FedExpertsError
 from fedexperts.io.toml import RenamedSetting
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from fedexperts.experiment.progress import Progress
 
 app = typer.Typer(
@@ -46,6 +48,17 @@ def options(show_version: Annotated[bool, typer.Option("--version", help="Show t
     if show_version:
         typer.echo(f"fedexperts {version('fedexperts')}")
         raise typer.Exit
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="The run file to write.")] = Path("quickstart.toml")) -> None:
+    """Write a run file to begin with: four generated tasks, eight clients, the base tiny; no download, no data of your own."""
+    from fedexperts.io.files import write_text
+
+    if path.exists():
+        raise BadValue(f"{path} exists already; give another name, or remove it")
+    write_text(path, (Path(__file__).parent / "experiment" / "quickstart.toml").read_text())
+    say(f"written: {path}; next: fedexperts compare {path} --methods fedmoe,random_moe,fedavg,local")
 
 
 @app.command("run")
@@ -160,14 +173,18 @@ def inspect_command(
     if memory:
         tuning, batch = adapters or Tuning(), (batch_size, max_tokens)
         rows = list(requirements.requirements(model, tuning, batch, keep, keep_total))
-        shown, as_json = requirements.render(rows, tuning, batch), requirements.to_json(rows)
+        show(requirements.render(rows, tuning, batch), requirements.to_json(rows) if json else None)
     else:
         inspection = summary.inspect(model, keep, keep_total, adapters)
-        shown, as_json = summary.render(inspection), inspection.to_json()
-    if json:
-        typer.echo(as_json)
+        show(summary.render(inspection), inspection.to_json() if json else None)
+
+
+def show(tables: "RenderableType", json: str | None) -> None:
+    """Prints `json` if it is wanted, or else the tables."""
+    if json is None:
+        console.print(tables)
     else:
-        console.print(shown)
+        typer.echo(json)
 
 
 @app.command()

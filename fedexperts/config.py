@@ -273,7 +273,7 @@ def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
     Raises:
         BadValue: no such file, no TOML, an unknown key (names the nearest), or a value that is not allowed.
     """
-    return from_tree(read_tree(path, "runs/quickstart.toml", settings))
+    return from_tree(read_tree(path, "the one that fedexperts init writes", settings))
 
 
 def from_tree(tree: Tree) -> RunConfig:

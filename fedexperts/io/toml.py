@@ -26,7 +26,7 @@ def read_tree(path: Path, example: str, settings: Sequence[str] = ()) -> Tree:
     """The content of the file, with each `a.b=c` of `settings` applied to it.
 
     Raises:
-        BadValue: the file cannot be read (the sentence names `example`, the path of a valid one), or is not TOML.
+        BadValue: the file cannot be read (the sentence names `example`, a valid one), or is not TOML.
     """
     try:
         tree = tomllib.loads(path.read_text())
