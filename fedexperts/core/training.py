@@ -34,11 +34,13 @@ class Fitted:
     loss: float  # mean over the steps, including regularizers
     cost: Cost
     routed: Mapping[str, Sequence[int]] = field(default_factory=dict)  # MoE block → tokens routed to each of its experts
+    skipped_steps: int | None = None  # left out since their gradients overflowed; None: the model does not compute in float16
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Metrics that the client reports: the mean loss, and the tokens per expert if routers were recorded."""
-        return {"loss": self.loss, **({"routed": dict(self.routed)} if self.routed else {})}
+        """Metrics that the client reports: the loss, the tokens per expert if routers were recorded, in float16 skipped steps."""
+        optional = {"routed": dict(self.routed) or None, "skipped_steps": self.skipped_steps}
+        return {"loss": self.loss, **{name: each for name, each in optional.items() if each is not None}}
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def fit(
     """
     # long: a training step in its order; its tensors live in one frame, so that the memory meter sees when they are freed
     training, together = context.training, context.training.gradient_accumulation_steps
-    losses, tokens, flops, peak = [], 0, 0.0, 0
+    losses, tokens, flops, peak, skipped = [], 0, 0.0, 0, 0
     routed: dict[str, Tensor] = {}
     steps = training.local_steps if steps is None else steps
     looked_at = bool(training.router_aux_loss_coef or watch or select_experts)
@@ -162,8 +164,10 @@ def fit(
                     nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = training.lr * training.lr_factor(step)
+                scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
+                skipped += scaler.get_scale() < scale
                 optimizer.zero_grad(set_to_none=True)
             losses.append(float(sum(step_losses)))
             tokens += sum(seen(model, batch) for batch in step_batches)
@@ -171,7 +175,8 @@ def fit(
 
     model.eval()
     cost = Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops)
-    return Fitted(sum(losses) / len(losses), cost, {block: counts.tolist() for block, counts in routed.items()})
+    by_block = {block: counts.tolist() for block, counts in routed.items()}
+    return Fitted(sum(losses) / len(losses), cost, by_block, skipped if scaler.is_enabled() else None)
 
 
 def scaler_for(model: nn.Module) -> torch.amp.GradScaler:

@@ -31,6 +31,7 @@ LARGEST_NORM = 100.0
 already, with once that norm more than it had: so no client makes it grow by a factor in every round."""
 
 LOSS = Metric(low=-1e9, high=1e9)
+STEPS = Metric(low=0, high=1e9, whole=True)
 MOST_TOKENS = 10**15
 COSTS = {
     "seconds": Metric(low=0, high=1e9),
@@ -70,7 +71,12 @@ def expectation(server: Server, method: Method, reports: Reports, job: Job) -> E
     declaration, client = method.declare(), server.clients.get(job.client)
     training = job.task != "evaluate"
     fields = {name: each for name, each in declaration.extra.items() if job.task in each.tasks}
-    checks: dict[str, Check] = {"loss": LOSS.number_error, "routed": counts_of_tokens(job), "reached": numbers_of_experts(job)}
+    checks: dict[str, Check] = {
+        "loss": LOSS.number_error,
+        "routed": counts_of_tokens(job),
+        "reached": numbers_of_experts(job),
+        "skipped_steps": STEPS.number_error,
+    }
     checks |= {
         name: lambda value, each=each: each.error(value, server, job)  # type: ignore[misc]
         for name, each in declaration.metrics.items()

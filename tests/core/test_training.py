@@ -425,6 +425,20 @@ def test_training_in_half_precision_lowers_the_loss_as_in_float32(prepared, cont
     assert losses[precision] == pytest.approx(losses["float32"], rel=0.05)
 
 
+def test_steps_whose_gradients_overflow_in_float16_are_counted_and_change_nothing(prepared, context):
+    half = replace(context, training=replace(context.training, precision="float16", optimizer="sgd"))
+    model = Method().build_model(whole_job(prepared), half)
+    start = rows.read(model)
+
+    fitted = fit(model, half, seed="s", steps=3, penalty=lambda model: 1e38 * sum(p.float().sum() for p in model.parameters()))
+    assert fitted.metrics["skipped_steps"] == 3
+    assert all(torch.equal(tensor, start[name]) for name, tensor in rows.read(model).items())
+    kept = fit(model, half, seed="s", steps=3)
+    assert kept.metrics["skipped_steps"] < 3
+    plain = Method().build_model(whole_job(prepared), context)
+    assert "skipped_steps" not in fit(plain, context, seed="s", steps=1).metrics
+
+
 @pytest.mark.parametrize("tuning", [Tuning(), Tuning("lora", rank=8)], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["olmoe", "switch_transformers"])
 def test_backward_that_reaches_selected_experts_works_in_half_precision(tuning, family):
