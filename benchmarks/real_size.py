@@ -135,8 +135,8 @@ def main() -> None:
             parts = "  ".join(f"{name} {value:.1f} s" for name, value in figures["seconds"].items())
             peak, held, planned = (figures[name] / 1e9 for name in ("peak", "held", "planned"))
             print(
-                f"{method:8} peak {peak:.2f} GB = {figures['peak'] / size:.3f} of the weights; a client's step holds {held:.2f} GB"
-                f" (planned {planned:.2f}); failed {len(figures['failed'])}; {parts}",
+                f"{method:8} peak {peak:.2f} GB = {figures['peak'] / size:.3f} of the weights; a step holds {held:.2f} GB "
+                f"(planned {planned:.2f}); failed {len(figures['failed'])}; {parts}",
                 flush=True,
             )
             if options.resume:

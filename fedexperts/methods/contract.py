@@ -28,8 +28,8 @@ Wrapping = Literal["server_optimizer", "robust_merging", "masking"]
 """Wrappers of methods whose merge is a mean of the weights that clients send."""
 
 CORE_METRICS = ("loss", "routed", "reached", "skipped_steps")
-"""Metrics that any method may report: the mean loss; the tokens per expert, by MoE block; the mean number of experts that backward
-reached in a step, per block; and, in float16, the number of steps that were left out since their gradients overflowed."""
+"""Metrics that any method may report: the mean loss; the tokens per expert, by MoE block; the mean number of experts that
+backward reached in a step, per block; in float16, the number of steps that were left out since their gradients overflowed."""
 
 LARGEST = 1e6
 """Default bound of the magnitude of numbers in extra tensors and metrics."""
