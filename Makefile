@@ -40,6 +40,9 @@ format: install ## mend the format
 docs: install ## the documentation as a site, in build/docs (to search it: python -m http.server -d build/docs); a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+wheel: install ## the package as a wheel, in dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 bench: install ## what federation, sub-models, a selective backward, personal experts, messages and the engines cost
 	for name in overhead submodel selective_backward graft wire; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python -m benchmarks.engines
@@ -64,5 +67,5 @@ flex: install ## FLEx's experiment in full: Super-NI and three divisions of Doll
 clean: ## remove what was made, except .venv
 	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install quickstart test check lint types format docs bench ceilings fedmoe fedmoe-short hfedmoe flex clean
+.PHONY: help install quickstart test check lint types format docs wheel bench ceilings fedmoe fedmoe-short hfedmoe flex clean
 .DEFAULT_GOAL := help
