@@ -29,7 +29,7 @@ from fedexperts.methods.flex import FLEx
 from fedexperts.models.load import load
 from fedexperts.moe import graft
 from fedexperts.moe.anatomy import anatomy, blocks
-from fedexperts.moe.flops import next_token_loss
+from fedexperts.moe.footprint import next_token_loss
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.reconstruction import by_reconstruction

@@ -42,7 +42,7 @@ from fedexperts.core.training import forget, optimizer_for, share_of
 from fedexperts.models.load import load
 from fedexperts.moe.anatomy import Experts, anatomy, blocks
 from fedexperts.moe.backward import SelectiveBackward
-from fedexperts.moe.flops import next_token_loss
+from fedexperts.moe.footprint import next_token_loss
 from fedexperts.moe.importance import importance, select
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.routing import Recorder

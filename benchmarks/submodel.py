@@ -29,8 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts, anatomy
-from fedexperts.moe.flops import footprint, next_token_loss, parameters
+from fedexperts.moe.footprint import footprint, next_token_loss
 from fedexperts.moe.memory import MemoryMeter
+from fedexperts.moe.parameters import parameters
 from fedexperts.moe.shrink import load_part, shrink
 from fedexperts.moe.tuning import Tuning, prepare, trainable
 from fedexperts.types import Patch

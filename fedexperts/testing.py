@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fedexperts.data.encode import Encoder
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape, Experts, anatomy, blocks
-from fedexperts.moe.flops import Footprint, footprint
+from fedexperts.moe.footprint import Footprint, footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare
 from fedexperts.types import Client, ClientContext, Example, Server, Split, Training

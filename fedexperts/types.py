@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedexperts.moe.anatomy import Anatomy, Experts
 from fedexperts.moe.device import Devices, validated_devices
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.moe.tuning import Tuning
 
 Tensors = Mapping[str, Tensor]

@@ -26,7 +26,7 @@ LONGEST = (
         "test_chaos.py",
         "test_examples.py",
         "test_browser.py",
-        "test_flops.py",
+        "test_footprint.py",
         "test_cli.py",
     ),
 )

@@ -17,7 +17,7 @@ from fedexperts.federation import choose, done, federate, jobs_for, no_reports, 
 from fedexperts.methods.base import mean_rows
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.types import Assignment, Client, Failure, Job, Patch, Server, Update
 
 ANATOMY = Anatomy({"mlp": BlockShape(num_experts=3, top_k=1)})

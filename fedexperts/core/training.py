@@ -16,7 +16,8 @@ from fedexperts.errors import BadData, Undeclared
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts, blocks
 from fedexperts.moe.backward import SelectiveBackward
-from fedexperts.moe.flops import checkpoint_activations, flops_estimated
+from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.footprint import checkpoint_activations
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.precision import compute_dtype

@@ -7,7 +7,8 @@ from typing import Any
 from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
-from fedexperts.moe.flops import as_trained, per_step
+from fedexperts.moe.flops import per_step
+from fedexperts.moe.footprint import as_trained
 from fedexperts.types import Client, Example, Server
 
 WHAT_THEN = {

@@ -29,7 +29,7 @@ from fedexperts.models.load import Base, load
 from fedexperts.moe import factors, rows
 from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy
-from fedexperts.moe.flops import Footprint, footprint, on_meta
+from fedexperts.moe.footprint import Footprint, footprint, on_meta
 from fedexperts.types import METRIC_NAMES, Client, Example, Server, Split, Training
 
 T = TypeVar("T")

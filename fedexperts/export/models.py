@@ -34,7 +34,7 @@ from fedexperts.methods.personal import parts
 from fedexperts.models.load import Base
 from fedexperts.moe import factors, graft, kernel, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.moe.precision import HALF, compute_dtype, entrances
 from fedexperts.moe.shrink import own_stacks, shrink
 from fedexperts.types import ClientContext, Server, Tensors

@@ -17,8 +17,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoM
 from fedexperts.errors import BadValue, nearest, shortened
 from fedexperts.models.files import BUNDLED, bundled_folder
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy, blocks
-from fedexperts.moe.flops import COPIES, on_meta, parameters
+from fedexperts.moe.footprint import COPIES, on_meta
 from fedexperts.moe.lora import ExpertLoRA
+from fedexperts.moe.parameters import parameters
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare, trainable
 

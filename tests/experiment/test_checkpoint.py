@@ -11,7 +11,7 @@ from fedexperts.experiment import checkpoint
 from fedexperts.io import files
 from fedexperts.methods.fedavg import FedAvg
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.types import Server
 
 LEDGER = [(1, "train", None), (1, "evaluate", None), (2, "train", "late"), (2, "evaluate", None)]

@@ -11,7 +11,7 @@ from fedexperts.experiment.setup import Parts, longest_response, prepare_run, ta
 from fedexperts.io.toml import checked
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.anatomy import anatomy
-from fedexperts.moe.flops import footprint
+from fedexperts.moe.footprint import footprint
 from fedexperts.moe.logits import IGNORED
 from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.testing import tiny_model, tiny_tokenizer

@@ -17,7 +17,7 @@ from fedexperts.methods.base import (
 )
 from fedexperts.methods.contract import Method
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Assignment, Client, Job, Patch, Server, Training, Update
 

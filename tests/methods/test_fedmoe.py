@@ -18,7 +18,7 @@ from fedexperts.methods.fedmoe import FedMoE
 from fedexperts.methods.submodel import mask, unmask
 from fedexperts.moe import rows, shrink
 from fedexperts.moe.anatomy import BlockShape, blocks
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.moe.tuning import prepare
 from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training, Update

@@ -9,7 +9,7 @@ from fedexperts.federation import jobs_for
 from fedexperts.methods.flexlora import FlexLoRA
 from fedexperts.moe import factors
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 

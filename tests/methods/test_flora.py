@@ -12,7 +12,7 @@ from fedexperts.methods.base import entries
 from fedexperts.methods.flora import FLoRA, base_change
 from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
 from fedexperts.testing import tiny_batch, tiny_context, tiny_model, tiny_server

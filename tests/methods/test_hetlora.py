@@ -11,7 +11,7 @@ from fedexperts.methods.fedit import FedIT
 from fedexperts.methods.hetlora import HetLoRA
 from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 

@@ -20,7 +20,7 @@ from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.hfedmoe import HFedMoE
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import BlockShape, blocks
-from fedexperts.moe.flops import Footprint, footprint
+from fedexperts.moe.footprint import Footprint, footprint
 from fedexperts.moe.routing import Recorder
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server

@@ -12,7 +12,7 @@ from fedexperts.methods.pfl_moe import PFLMoE
 from fedexperts.methods.submodel import unmask
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training, Update
 

@@ -11,7 +11,7 @@ from fedexperts.methods.recommend import recommend
 from fedexperts.methods.submodel import mask, unmask
 from fedexperts.moe import shrink
 from fedexperts.moe.anatomy import BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.testing import bare_server
 from fedexperts.types import Client
 

@@ -17,7 +17,7 @@ from fedexperts.methods.fedavg import FedAvg
 from fedexperts.methods.scaffold import Scaffold, controls
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update

@@ -11,7 +11,8 @@ from fedexperts.methods.contract import Method
 from fedexperts.methods.seer_moe import SEERMoE
 from fedexperts.moe import rows, shrink
 from fedexperts.moe.anatomy import BlockShape, blocks
-from fedexperts.moe.flops import Footprint, flops_estimated
+from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.footprint import Footprint
 from fedexperts.moe.routing import Recorder
 from fedexperts.moe.tuning import Tuning
 from fedexperts.testing import bare_server, tiny_context, tiny_model, tiny_server

@@ -21,7 +21,7 @@ from fedexperts.methods.fedmoe import FedMoE
 from fedexperts.methods.local import Local
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, FedAdagrad, FedAdam, FedAvgM, FedYogi, WithServerOptimizer
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update
 

@@ -24,7 +24,7 @@ from fedexperts.methods.submodel import (
 )
 from fedexperts.moe import shrink
 from fedexperts.moe.anatomy import Anatomy, BlockShape
-from fedexperts.moe.flops import Footprint
+from fedexperts.moe.footprint import Footprint
 from fedexperts.testing import bare_server
 from fedexperts.types import Client
 

@@ -20,7 +20,8 @@ from fedexperts.models.load import load
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe import graft, lora, rows
 from fedexperts.moe.anatomy import anatomy, blocks
-from fedexperts.moe.flops import flops_estimated, footprint, on_meta
+from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.footprint import footprint, on_meta
 from fedexperts.moe.kernel import fits
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.packed import Packed, as_parameter, plain, stored

@@ -5,7 +5,7 @@ import torch
 
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import anatomy, blocks
-from fedexperts.moe.flops import next_token_loss
+from fedexperts.moe.footprint import next_token_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import PARTS, Tuning, parts, prepare, trainable
 from fedexperts.testing import FAMILIES, tiny_batch, tiny_experts, tiny_model
