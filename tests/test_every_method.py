@@ -18,6 +18,7 @@ from fedexperts.federation import jobs_for, steps
 from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 from fedexperts.moe import shrink
+from fedexperts.moe.footprint import as_trained
 from fedexperts.testing import flop_counter, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 
@@ -127,6 +128,19 @@ def test_the_flops_of_each_job_setup_tasks_included_are_within_two_percent_of_to
     ratios = [update.cost.flops_estimated / flops for update, flops in zip(played_round.updates, played_round.flops, strict=True)]
     assert len(ratios) >= 3
     assert ratios == pytest.approx([1.0] * len(ratios), rel=0.02)
+
+
+@every_family
+@every_method
+def test_no_job_of_a_round_takes_more_flops_than_the_plan_says(name, family):
+    played_round = played(name, family)
+    training, ids = training_of(name), torch.zeros(TRAINING.batch_size, 16, dtype=torch.int64)  # contexts cut examples there
+    model = as_trained(played_round.model, training.tuning, played_round.method.declare().personal_experts)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    most = played_round.method.round_flops(model, batch, training)
+    in_rounds = [update.cost.flops_estimated for update in played_round.updates if update.task == "train"]
+    assert len(in_rounds) == 3
+    assert 0 < max(in_rounds) <= most
 
 
 @pytest.mark.parametrize("name", MEANS_BY_EXAMPLES)

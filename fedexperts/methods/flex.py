@@ -106,9 +106,8 @@ class FLEx(Method):
 
     def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
         """With the selection of a client's first round."""
-        batches = [batch] * -(-self.calibration_examples // training.batch_size)
-        selection = 0.0 if self.select == "random" else self.selection_flops(model, batches)
-        return super().round_flops(model, batch, training) + selection
+        number = 0 if self.select == "random" else -(-self.calibration_examples // training.batch_size)
+        return super().round_flops(model, batch, training) + self.selection_flops(model, [batch] * number)
 
     def selection_flops(self, model: nn.Module, batches: Sequence[Batch]) -> float:
         """FLOPs of the selection on `batches`."""
@@ -121,22 +120,19 @@ class FLEx(Method):
         Raises:
             BadData: no examples for the selection, or another public text than the server's.
         """
-        blocks = anatomy(context.model).blocks
         if self.select == "random":
-            rng = Random(f"{job.seed}/graft")
-            return {
-                name: tuple(sorted(rng.sample(range(each.num_experts), self.num_grafted))) for name, each in blocks.items()
-            }, 0.0
+            rng, blocks = Random(f"{job.seed}/graft"), anatomy(context.model).blocks
+            ids = {name: rng.sample(range(each.num_experts), self.num_grafted) for name, each in blocks.items()}
+            return {name: tuple(sorted(drawn)) for name, drawn in ids.items()}, 0.0
         if self.public_text is not None and not torch.equal(
             fingerprint(read_public_text(self.public_text)), job.extra["public_text"]
         ):
             raise BadData(f"method.public_text = {self.public_text!r} is another text here than the server's; give all the same")
         batches = self.calibration(context)
         if self.select == "most_used":
-            ids = most_used(context.model, batches, self.num_grafted)
-        else:
-            ids = by_reconstruction(context.model, batches, self.num_grafted, self.calibration_stride)
-        return ids, self.selection_flops(context.model, batches)
+            return most_used(context.model, batches, self.num_grafted), self.selection_flops(context.model, batches)
+        selected = by_reconstruction(context.model, batches, self.num_grafted, self.calibration_stride)
+        return selected, self.selection_flops(context.model, batches)
 
     def calibration(self, context: ClientContext) -> list[Batch]:
         """The examples or windows for the selection, in batches of the run's size.
