@@ -150,9 +150,10 @@ def inspected(model: nn.Module) -> tuple[list[Matrix], list[Scores]]:
         branches: dict[str, bool] = {}
         for matrix in sorted(members, key=lambda matrix: (matrix.joins, "down_proj" in matrix.path)):
             before = reached[matrix.reads] or (matrix.joins and any(branches.values()))
-            passes = branches.setdefault(branch_of(matrix.path.removeprefix(f"{unit}.")), before)
+            branch = branch_of(matrix.path.removeprefix(f"{unit}."))
+            passes = branches.get(branch, before)
             found.append(matrix._replace(passes_gradient=passes))
-            branches[branch_of(matrix.path.removeprefix(f"{unit}."))] = passes or matrix.trained
+            branches[branch] = passes or matrix.trained
         part = "encoder" if matrix.path.startswith("encoder.") else "decoder"
         reached[part] = reached[part] or any(branches.values())
     return found, list(scores(model, found))
@@ -177,6 +178,10 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
     model_blocks, again, attention = blocks(model), checkpointed_layers(model), tuple(f"{path}." for path in attentions(model))
     head = cast("Any", model).get_output_embeddings()
     for name, module in model.named_modules():
+        multiplies = {key: each for key, each in module._parameters.items() if each is not None and is_matrix(key, each, module)}
+        sums = isinstance(module, Grafted) and len(module.own_gate.weight) > 1  # of a single one torch makes no product
+        if not multiplies and not sums:
+            continue
         block = next((each for each in model_blocks.values() if name.startswith(f"{each.name}.experts")), None)
         path_in_attention = next((name.removeprefix(each) for each in attention if name.startswith(each)), "")
         common = Matrix(
@@ -190,13 +195,17 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
         )
         if block is not None:
             common = with_experts(common, module, block)
-        if isinstance(module, Grafted) and len(module.own_gate.weight) > 1:  # their sum is a product; both sides need gradients
-            gates, width = module.own_gate.weight.shape
-            yield common._replace(path=f"{name}.sum", weights=gates * width, trained=True, joins=True)
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and "bias" not in key and not isinstance(module, nn.Embedding):
-                one = parameter.numel() / (len(parameter) if common.block and parameter.ndim == 3 else 1)
-                yield common._replace(path=f"{name}.{key}", weights=one, trained=parameter.requires_grad)
+        if sums:  # of the outputs of personal experts, times their gates: both need a gradient
+            weights = cast("Grafted", module).own_gate.weight.numel()
+            yield common._replace(path=f"{name}.sum", weights=weights, trained=True, joins=True)
+        for key, parameter in multiplies.items():
+            one = parameter.numel() / (len(parameter) if block and parameter.ndim == 3 else 1)
+            yield common._replace(path=f"{name}.{key}", weights=one, trained=parameter.requires_grad)
+
+
+def is_matrix(name: str, parameter: Tensor, module: nn.Module) -> bool:
+    """Whether the parameter `name` of `module` multiplies tokens."""
+    return parameter.ndim >= 2 and "bias" not in name and not isinstance(module, nn.Embedding)
 
 
 def with_experts(matrix: Matrix, module: nn.Module, block: Block) -> Matrix:
