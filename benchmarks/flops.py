@@ -3,8 +3,8 @@
     python benchmarks/flops.py --out flops.json [--former former.json --csv docs/results/flops.csv]
 
 counter     every method for two rounds on the shipped `tiny`: reported / counted FLOPs of all its jobs, setup tasks included
-settings    the methods of the reported runs with a clock, for two rounds of their settings (seed 0): virtual seconds, which are the
-            sum over rounds of their slowest client, and FLOPs of all jobs
+settings    the methods of the reported runs with a clock, for two rounds of their settings (seed 0): virtual seconds, which are
+            the sum over rounds of their slowest client, and FLOPs of all jobs
 
 --former: the file that this script wrote with another version of the library, to compare with. `flop_counter` must be in its
 fedexperts/testing.py.
