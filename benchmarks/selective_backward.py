@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedexperts.core.training import forget, optimizer_for, share_of
+from fedexperts.core.training import forget, optimizer_for
 from fedexperts.models.load import load
 from fedexperts.moe.anatomy import Experts, anatomy, blocks
 from fedexperts.moe.backward import SelectiveBackward
@@ -144,7 +144,7 @@ class Way:
             for part, (start, end) in zip(PARTS, pairwise(marks), strict=True):
                 self.seconds[part].append(end - start)
             self.experts_seconds.append(self.clock.seconds)
-            shares = share_of(recorder.routing(), chosen).values() if chosen else [1.0]
+            shares = [float(n[list(chosen[block])].sum() / n.sum()) for block, n in recorder.picks.items()] if chosen else [1.0]
             self.pairs.append(sum(shares) / len(shares))
 
     def chosen(self, recorder: Recorder) -> Experts:

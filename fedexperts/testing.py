@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from fedexperts.data.encode import Encoder
@@ -190,6 +191,30 @@ def bare_server(shapes: Sequence[BlockShape], clients: Iterable[Client], expert_
     blocks = {str(number): shape for number, shape in enumerate(shapes)}
     cost = Footprint(dense_bytes, dict.fromkeys(blocks, expert_bytes), activation_bytes=0)
     return Server({}, {}, Anatomy(blocks), cost, {client.name: client for client in clients})
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter of floating point operations, with the kernels that it does not know: grouped products, attention on CPUs.
+
+    Fused attention computes queries * keys again in backward, as torch counts it for the kernels of graphics cards.
+    """
+    aten = torch.ops.aten
+
+    def grouped(left: Sequence[int], right: Sequence[int], *_: object, **__: object) -> int:
+        return 2 * left[-2] * left[-1] * right[-1]
+
+    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def attention_backward(gradient: Sequence[int], query: Any, key: Any, value: Any, *_: object, **__: object) -> int:
+        return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+    kernels = {
+        aten._grouped_mm: grouped,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from fedexperts.federation import jobs_for, steps
 from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
 from fedexperts.moe import shrink
-from fedexperts.testing import tiny_context, tiny_model, tiny_server
+from fedexperts.moe.footprint import as_trained
+from fedexperts.testing import flop_counter, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Training
 
 FAMILIES = ("olmoe", "switch_transformers")
@@ -60,17 +61,23 @@ class Round:
         clients = [Client("a", 8, "x"), Client("b", 12, "y"), Client("c", 8, "x", memory_bytes=memory)]
         self.start = self.server = replace(whole, clients={client.name: client for client in clients})
         self.contexts = {client.name: tiny_context(model, client, training) for client in clients}
-        self.jobs, self.updates = [], []
+        self.jobs, self.updates, self.flops = [], [], []
         before = torch.get_rng_state()
         for round_, task in steps(self.method, 1):
             asked = replace(self.server, round=round_, task=task)
             jobs = list(jobs_for(asked, self.method, clients))
-            updates = [self.method.train(job, self.contexts[job.client]) for job in jobs]
+            updates = [self.trained(job) for job in jobs]
             self.server = self.method.merge(asked, iter(updates))
             self.jobs += jobs
             self.updates += updates
         self.drew = not torch.equal(torch.get_rng_state(), before)
         self.model = model
+
+    def trained(self, job):
+        with flop_counter() as counter:
+            update = self.method.train(job, self.contexts[job.client])
+        self.flops.append(counter.get_total_flops())
+        return update
 
 
 played = cache(Round)
@@ -107,6 +114,33 @@ def test_each_update_answers_its_job_and_holds_rows_of_its_experts_only(name, fa
                 assert sent == list(job.experts[block]) or name in CHOOSY
             seen += 1
     assert seen > 30 or name in ("local", "flora")  # flora's adapters are no weights: the server's stay as they are
+
+
+@every_family
+@every_method
+def test_the_flops_of_each_job_setup_tasks_included_are_within_two_percent_of_torchs_counter(name, family):
+    """torch's counter does not know grouped products and attention on CPUs, so `flop_counter` adds their formulas.
+
+    It sees the rest of a job as it runs: several trainings, validation, selection of experts, the backward of our own functions,
+    which computes some products again.
+    """
+    played_round = played(name, family)
+    ratios = [update.cost.flops_estimated / flops for update, flops in zip(played_round.updates, played_round.flops, strict=True)]
+    assert len(ratios) >= 3
+    assert ratios == pytest.approx([1.0] * len(ratios), rel=0.02)
+
+
+@every_family
+@every_method
+def test_no_job_of_a_round_takes_more_flops_than_the_plan_says(name, family):
+    played_round = played(name, family)
+    training, ids = training_of(name), torch.zeros(TRAINING.batch_size, 16, dtype=torch.int64)  # contexts cut examples there
+    model = as_trained(played_round.model, training.tuning, played_round.method.declare().personal_experts)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    most = played_round.method.round_flops(model, batch, training)
+    in_rounds = [update.cost.flops_estimated for update in played_round.updates if update.task == "train"]
+    assert len(in_rounds) == 3
+    assert 0 < max(in_rounds) <= most
 
 
 @pytest.mark.parametrize("name", MEANS_BY_EXAMPLES)

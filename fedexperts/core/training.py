@@ -16,7 +16,7 @@ from fedexperts.errors import BadData, Undeclared
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts, blocks
 from fedexperts.moe.backward import SelectiveBackward
-from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.flops import FlopsEstimate
 from fedexperts.moe.footprint import checkpoint_activations
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.memory import MemoryMeter
@@ -49,6 +49,7 @@ class Validation:
 
     loss: float  # mean cross-entropy per response token, without label smoothing
     routing: Routing
+    flops_estimated: float
 
 
 def sub_model(
@@ -122,7 +123,7 @@ def fit(
     model.train()
     if training.gradient_checkpointing:
         checkpoint_activations(model)
-    flops_of = flops_estimated(model)
+    estimate = FlopsEstimate(model)
 
     drawn = [context.encoder.batch(chosen) for chosen in batches(context.data.train, training.batch_size, steps * together, seed)]
     metered = heaviest(drawn, together)
@@ -143,17 +144,16 @@ def fit(
                         loss = loss + penalty(model) / together
                     if recorder is not None and watch is not None and (added := watch(recorder)) is not None:
                         loss = loss + added / together
-                    reached = None
+                    chosen = None
                     if recorder is not None and selective is not None and select_experts is not None:
                         chosen = select_experts(recorder)
                         selective.choose(chosen)
                         idle &= set(selective.left_out())
                         if batch is step_batches[-1]:
                             forget(optimizer, idle)
-                        reached = share_of(recorder.routing(), chosen)
                     scaler.scale(loss).backward()
                     step_losses.append(loss.detach())
-                    flops += flops_of(batch, reached)
+                    flops += estimate.step(estimate.size(batch), recorder.picks if recorder else None, chosen)
                     if recorder is not None:
                         counted = recorder.routing().counts.items()
                         routed = {block: routed.get(block, 0) + counts for block, counts in counted}
@@ -200,14 +200,6 @@ def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter])
         optimizer.state.pop(parameter, None)
 
 
-def share_of(routing: Routing, experts: Experts) -> dict[str, float]:
-    """MoE block → share of the (token, expert) pairs of `routing` that went to `experts`."""
-    return {
-        block: float(counts[list(experts.get(block, ()))].sum()) / max(int(counts.sum()), 1)
-        for block, counts in routing.counts.items()
-    }
-
-
 def heaviest(drawn: Sequence[Mapping[str, Tensor]], together: int = 1) -> int:
     """The step with the largest batch, including padding, except the first, in which the optimizer's state is created.
 
@@ -220,8 +212,8 @@ def heaviest(drawn: Sequence[Mapping[str, Tensor]], together: int = 1) -> int:
 def validate(model: nn.Module, context: ClientContext, chosen: Sequence[Example] | None = None) -> Validation:
     """Loss and routing on `chosen` (default: `validation_examples` of the validation split, see stratified_first_n)."""
     chosen = stratified_first_n(context.data.validation, context.training.validation_examples) if chosen is None else chosen
-    size = context.training.batch_size
-    total, count = 0.0, 0
+    size, estimate = context.training.batch_size, FlopsEstimate(model)
+    total, count, flops = 0.0, 0, 0.0
     model.eval()
     with torch.no_grad(), Recorder(model) as recorder:
         for start in range(0, len(chosen), size):
@@ -229,7 +221,8 @@ def validate(model: nn.Module, context: ClientContext, chosen: Sequence[Example]
             answered = int((batch["labels"] != IGNORED).sum())
             total += float(cross_entropy(model, batch)) * answered
             count += answered
-    return Validation(total / max(count, 1), recorder.routing())
+            flops += estimate.forward(estimate.size(batch))
+    return Validation(total / max(count, 1), recorder.routing(), flops)
 
 
 def stratified_first_n(candidates: Sequence[Example], number: int) -> list[Example]:

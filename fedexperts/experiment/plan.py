@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from fedexperts.core.devices import held_by
 from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.models.files import is_config_file
-from fedexperts.moe.flops import per_step
-from fedexperts.moe.footprint import as_trained
+from fedexperts.moe.footprint import as_trained, checkpoint_activations
 from fedexperts.types import Client, Example, Server
 
 WHAT_THEN = {
@@ -59,14 +60,17 @@ def plan(prepared: Prepared) -> dict[str, Any]:
 
 
 def round_flops(prepared: Prepared) -> float:
-    """An upper bound of the FLOPs of a participant's local steps: on the whole model and full-length examples.
+    """An upper bound of the FLOPs of a participant's round: on the whole model and full-length examples.
 
-    Other work of a method is not counted, such as FLEx's selection in a client's first round.
+    All that a method computes in a round counts (`Method.round_flops`), but no setup task and no evaluation.
     """
     config, base, training = prepared.config, prepared.base, prepared.training
     model = as_trained(base.model, training.tuning, prepared.method.declare().personal_experts)
-    lengths = [config.data.max_tokens] * training.batch_size
-    return per_step(model)(lengths, lengths) * training.local_steps
+    if training.gradient_checkpointing:
+        checkpoint_activations(model)
+    ids = torch.zeros(training.batch_size, config.data.max_tokens, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return prepared.method.round_flops(model, batch, training)
 
 
 def patch_bytes(server: Server) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fedexperts.core.training import Fitted, examples
 from fedexperts.errors import BadValue
 from fedexperts.moe import rows
-from fedexperts.moe.anatomy import Experts
+from fedexperts.moe.anatomy import Experts, anatomy
+from fedexperts.moe.flops import Batch, FlopsEstimate
 from fedexperts.moe.importance import require_coverage
-from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Cost, Job, Patch, Server, Tensors, Training, Update
 
 Count = Annotated[int, Field(ge=1)]
 """A hyperparameter that is a count, from 1; validated in run files."""
@@ -110,6 +111,13 @@ def budget_for(server: Server, client: Client, budget: Budget | None) -> int:
     return min(number, most)
 
 
+def selective_round_flops(model: nn.Module, batch: Batch, training: Training) -> float:
+    """An upper bound of the FLOPs of the training steps if backward reaches only some experts in each (moe/backward.py)."""
+    estimate = FlopsEstimate(model)
+    step = estimate.step(estimate.size(batch), chosen=anatomy(model).all_experts)
+    return step * training.local_steps * training.gradient_accumulation_steps
+
+
 @torch.no_grad()
 def add_gradient(parameter: nn.Parameter, added: Tensor) -> None:
     """Adds `added` to the gradient of `parameter`; a Switch expert without tokens has none and gets one unless `added` is 0."""
@@ -117,6 +125,11 @@ def add_gradient(parameter: nn.Parameter, added: Tensor) -> None:
         parameter.grad += added
     elif added.any():
         parameter.grad = added.clone()
+
+
+def with_flops(cost: Cost, flops: float) -> Cost:
+    """`cost` with the FLOPs of work beside the training steps."""
+    return replace(cost, flops_estimated=cost.flops_estimated + flops)
 
 
 def by_examples(update: Update) -> float:

@@ -20,9 +20,10 @@ from fedexperts.errors import BadValue, Leak, Undeclared, quoted
 from fedexperts.methods.base import all_experts, answer, by_examples, mean_rows
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe.flops import Batch, FlopsEstimate
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Training, Update
 
 Wrapping = Literal["server_optimizer", "robust_merging", "masking"]
 """Wrappers of methods whose merge is a mean of the weights that clients send."""
@@ -265,6 +266,14 @@ class Method:
             rows.write(model, server.weights)
         return model
 
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        """An upper bound of the FLOPs of a client's job in a round, without setup tasks: its training steps, and all else.
+
+        model: the whole model, prepared for training; it may be on the meta device. batch: the largest batch.
+        """
+        estimate = FlopsEstimate(model)
+        return estimate.step(estimate.size(batch)) * training.local_steps * training.gradient_accumulation_steps
+
     def budget_of(self, assignment: Assignment) -> int | None:
         """Number of experts that backward reaches in a step on a client with `assignment`; None: all."""
         return None
@@ -297,6 +306,9 @@ class Wrapper(Method):
 
     def global_model(self, base: nn.Module, tuning: Tuning, server: Server | None, seed: str) -> nn.Module:
         return self.method.global_model(base, tuning, server, seed)
+
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        return self.method.round_flops(model, batch, training)
 
     def budget_of(self, assignment: Assignment) -> int | None:
         return self.method.budget_of(assignment)

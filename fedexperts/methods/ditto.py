@@ -7,6 +7,8 @@ https://arxiv.org/abs/2012.04221, Algorithm 1. What it leaves open is marked (ou
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from fedexperts.core.training import Fitted
 from fedexperts.methods.base import Positive, all_experts, by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, Method
@@ -14,7 +16,8 @@ from fedexperts.methods.fedprox import fit_with_proximal_term
 from fedexperts.methods.personal import sum_of_costs
 from fedexperts.moe import rows
 from fedexperts.moe.device import device_of, kept_generators
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.moe.flops import Batch
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Training, Update
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Ditto(Method):
         )
         context.client_state.update(rows.read(model))
         return fitted
+
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        """Both trainings."""
+        return 2 * super().round_flops(model, batch, training)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """AGGREGATE of the algorithm is the mean weighted by examples, as in FedAvg."""

@@ -11,17 +11,18 @@ from random import Random
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedexperts.core.training import examples, fit, validate
 from fedexperts.errors import TooSmall
-from fedexperts.methods.base import Count, Share, all_experts, by_examples, entries, mean_rows, tee_without_weights
+from fedexperts.methods.base import Count, Share, all_experts, by_examples, entries, mean_rows, tee_without_weights, with_flops
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric, number_of_experts
 from fedexperts.methods.recommend import recommend
 from fedexperts.methods.submodel import at_random, by_block, mask, predict, require_minimum, search, unmask
 from fedexperts.moe import rows
+from fedexperts.moe.flops import Batch, FlopsEstimate
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Tensors, Training, Update
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,23 @@ class FedMoE(Method):
         score = torch.tensor(-validation.loss, dtype=torch.float64)
         patch = Patch(rows.read(model), job.patch.rows)
         metrics = {**fitted.metrics, "validation_loss": validation.loss}
-        return Update(
-            job.client, job.round, job.task, patch, examples(context), {"p": routing, "score": score}, metrics, fitted.cost
-        )
+        cost = with_flops(fitted.cost, validation.flops_estimated)
+        return Update(job.client, job.round, job.task, patch, examples(context), {"p": routing, "score": score}, metrics, cost)
+
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        """With the validation."""
+        estimate, batches = FlopsEstimate(model), -(-training.validation_examples // training.batch_size)
+        return super().round_flops(model, batch, training) + batches * estimate.forward(estimate.size(batch))
 
     def profile(self, model: torch.nn.Module, job: Job, context: ClientContext) -> Update:
         """Stage 1, step 1: trains LoRA on every expert, then measures p, because routing drifts during fine-tuning."""
         if context.training.tuning.train == "full":
             model = prepare(model, Tuning("lora", ("experts",), rank=self.profile_rank, alpha=2.0 * self.profile_rank), job.seed)
         fitted = fit(model, context, seed=job.seed, steps=self.profile_rounds * context.training.local_steps)
-        routing = torch.cat([p.float() for p in validate(model, context).routing.probabilities().values()])
-        return Update(job.client, job.round, job.task, Patch({}), examples(context), {"p": routing}, fitted.metrics, fitted.cost)
+        validation = validate(model, context)
+        routing = torch.cat([p.float() for p in validation.routing.probabilities().values()])
+        cost = with_flops(fitted.cost, validation.flops_estimated)
+        return Update(job.client, job.round, job.task, Patch({}), examples(context), {"p": routing}, fitted.metrics, cost)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Modular aggregation: dense weights over all participants, an expert and its router row over clients that have it."""

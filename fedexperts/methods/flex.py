@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights, stratified_first_n, sub_model
 from fedexperts.errors import BadData, BadValue
-from fedexperts.methods.base import Count, all_experts, answer, by_examples, entries, mean_rows
+from fedexperts.methods.base import Count, all_experts, answer, by_examples, entries, mean_rows, with_flops
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import update_client_state
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.logits import is_encoder_decoder
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
-from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Tensors, Update
+from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Tensors, Training, Update
 
 GRAFTED = "grafted"
 """`grafted/<block>` in the client state: ids of the experts that the personal experts were copied from, int64 [grafts]."""
@@ -102,8 +102,17 @@ class FLEx(Method):
         model = self.build_model(job, context)
         fitted = fit(model, context, seed=job.seed)
         update_client_state(job, context, model)
-        cost = replace(fitted.cost, flops_estimated=fitted.cost.flops_estimated + flops)
-        return answer(job, context, model, replace(fitted, cost=cost))
+        return answer(job, context, model, replace(fitted, cost=with_flops(fitted.cost, flops)))
+
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        """With the selection of a client's first round."""
+        number = 0 if self.select == "random" else -(-self.calibration_examples // training.batch_size)
+        return super().round_flops(model, batch, training) + self.selection_flops(model, [batch] * number)
+
+    def selection_flops(self, model: nn.Module, batches: Sequence[Batch]) -> float:
+        """FLOPs of the selection on `batches`."""
+        passes = 0 if self.select == "most_used" else self.num_grafted
+        return selection_flops_estimated(model, batches, passes, self.calibration_stride)
 
     def selection(self, job: Job, context: ClientContext) -> tuple[Experts, float]:
         """The experts to copy the personal experts from, and the estimated FLOPs of the selection.
@@ -111,23 +120,19 @@ class FLEx(Method):
         Raises:
             BadData: no examples for the selection, or another public text than the server's.
         """
-        blocks = anatomy(context.model).blocks
         if self.select == "random":
-            rng = Random(f"{job.seed}/graft")
-            return {
-                name: tuple(sorted(rng.sample(range(each.num_experts), self.num_grafted))) for name, each in blocks.items()
-            }, 0.0
+            rng, blocks = Random(f"{job.seed}/graft"), anatomy(context.model).blocks
+            ids = {name: rng.sample(range(each.num_experts), self.num_grafted) for name, each in blocks.items()}
+            return {name: tuple(sorted(drawn)) for name, drawn in ids.items()}, 0.0
         if self.public_text is not None and not torch.equal(
             fingerprint(read_public_text(self.public_text)), job.extra["public_text"]
         ):
             raise BadData(f"method.public_text = {self.public_text!r} is another text here than the server's; give all the same")
         batches = self.calibration(context)
         if self.select == "most_used":
-            return most_used(context.model, batches, self.num_grafted), selection_flops_estimated(
-                context.model, batches, passes=0
-            )
-        ids = by_reconstruction(context.model, batches, self.num_grafted, self.calibration_stride)
-        return ids, selection_flops_estimated(context.model, batches, self.num_grafted, self.calibration_stride)
+            return most_used(context.model, batches, self.num_grafted), self.selection_flops(context.model, batches)
+        selected = by_reconstruction(context.model, batches, self.num_grafted, self.calibration_stride)
+        return selected, self.selection_flops(context.model, batches)
 
     def calibration(self, context: ClientContext) -> list[Batch]:
         """The examples or windows for the selection, in batches of the run's size.

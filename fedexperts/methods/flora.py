@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights
 from fedexperts.methods.adapters import Ranks, model_at_rank, rank_for
-from fedexperts.methods.base import answer, by_examples, entries, mean_rows, tee_without_weights
+from fedexperts.methods.base import answer, by_examples, entries, mean_rows, tee_without_weights, with_flops
 from fedexperts.methods.contract import Declaration, ExtraTensors, Method
 from fedexperts.moe import factors, rows
+from fedexperts.moe.flops import Batch
 from fedexperts.moe.tuning import Tuning
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Update, size
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Training, Update, size
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,20 @@ class FLoRA(Method):
 
     def train(self, job: Job, context: ClientContext) -> Update:
         """Trains new adapters, with A drawn from the job's seed, on the client's updated base; sends A and B."""
-        model = self.build_model(job, context)
         context.client_state.update(base_change(job.extra, context.client_state))
+        model = self.build_model(replace(job, extra={"rank": job.extra["rank"]}), context)
         fitted = fit(model, context, seed=job.seed)
+        fitted = replace(fitted, cost=with_flops(fitted.cost, product_flops(job.extra)))
         trained = rows.read(model)
         return answer(job, context, model, fitted, extra={f"stack/{name}": trained[name] for name in factors.rank_axes(trained)})
+
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        """With the products of the adapters that a client missed, which never take more bytes than their sum."""
+        own, products = dict(model.named_parameters()), 0.0
+        for a, b in factors.pairs(own).items():
+            rank, fan_in, fan_out = own[a].shape[-2], own[a].shape[-1], own[b].shape[-2]
+            products += 2 * own[a].numel() / rank * fan_out * (fan_in * fan_out / (fan_in + fan_out))
+        return super().round_flops(model, batch, training) + products
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """Stacks the adapters of the round and adds their product to the sum. Other weights are the mean by examples (ours)."""
@@ -130,6 +140,12 @@ def base_change(extra: Tensors, client_state: Tensors) -> dict[str, Tensor]:
         name, product = a.replace("stack/", "change/", 1), extra[b] @ extra[a]
         change[name] = change[name] + product if name in change else product
     return change
+
+
+def product_flops(extra: Tensors) -> float:
+    """FLOPs of the products that `base_change` computes: 2 for each weight and rank."""
+    pairs = factors.pairs(name for name in extra if name.startswith("stack/"))
+    return float(sum(2 * extra[b].numel() * extra[a].shape[-1] for a, b in pairs.items()))
 
 
 def sent_factors(server: Server, job: Job) -> dict[str, torch.Tensor]:

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedexperts.core.training import fit
-from fedexperts.methods.base import Budget, Share, Weight, answer, budget_for, by_examples, mean_rows
+from fedexperts.methods.base import Budget, Share, Weight, answer, budget_for, by_examples, mean_rows, selective_round_flops
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric, number_of_experts
 from fedexperts.methods.submodel import by_block, unmask
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy
+from fedexperts.moe.flops import Batch
 from fedexperts.moe.importance import Importance, at_random, importance, select
 from fedexperts.moe.routing import Recorder
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Training, Update
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,10 @@ class HFedMoE(Method):
         """
         relative = torch.tensor([self.usage_floor / number for number in sizes(shape) for _ in range(number)])
         return relative if self.absolute_floor is None else torch.full_like(relative, self.absolute_floor)
+
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        """If backward reaches all experts within a budget, which computes some products again."""
+        return selective_round_flops(model, batch, training)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """(17): an expert is the mean, by examples, over clients that sent it. (21) for routers. Others by examples (ours)."""

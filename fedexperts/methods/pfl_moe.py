@@ -9,14 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from fedexperts.core.training import fit
-from fedexperts.methods.base import Budget, answer, budget_for, by_examples, mean_rows
+from fedexperts.methods.base import Budget, answer, budget_for, by_examples, mean_rows, selective_round_flops
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.submodel import unmask
 from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe.flops import Batch
 from fedexperts.moe.importance import at_random, select
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Training, Update
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class PFLMoE(Method):
         limited = not job.extra["subset"].all()
         fitted = fit(model, context, seed=job.seed, select_experts=(lambda _: subset) if limited else None)
         return answer(job, context, model, fitted, experts=subset)
+
+    def round_flops(self, model: nn.Module, batch: Batch, training: Training) -> float:
+        """If backward reaches all experts within a budget, which computes some products again."""
+        return selective_round_flops(model, batch, training)
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """An expert is the mean, by examples, over the clients that have it in their subset."""

@@ -18,7 +18,7 @@ from fedexperts.errors import TooSmall
 from fedexperts.methods.base import Weight, all_experts, answer, by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method, number_of_experts
 from fedexperts.methods.submodel import by_block, require_minimum, search
-from fedexperts.moe.flops import flops_estimated
+from fedexperts.moe.flops import FlopsEstimate
 from fedexperts.moe.importance import importance
 from fedexperts.moe.memory import MemoryMeter
 from fedexperts.moe.routing import Recorder, gating_entropy
@@ -75,20 +75,18 @@ class SEERMoE(Method):
         return self.entropy * gating_entropy(recorder)
 
     def count(self, model: nn.Module, context: ClientContext) -> tuple[Tensor, Cost]:
-        """Counts the tokens per expert over the client's training examples, in one pass without gradients.
-
-        A forward pass takes a third of the FLOPs of a step that trains the whole base model.
-        """
+        """Counts the tokens per expert over the client's training examples, in one pass without gradients."""
         data, size = context.data.train, context.training.batch_size
         batches = [context.encoder.batch(data[start : start + size]) for start in range(0, len(data), size)]
         largest = max(batches, key=lambda batch: batch["input_ids"].numel() + batch["labels"].numel())
-        flops_of, counts, peak = flops_estimated(context.model), torch.zeros((), dtype=torch.float64), 0
+        estimate, counts, peak = FlopsEstimate(model), torch.zeros((), dtype=torch.float64), 0
         for batch in batches:
             with MemoryMeter(model) if batch is largest else nullcontext() as meter:
                 counts = counts + self.batch_counts(model, batch)
             peak = meter.peak_bytes if meter else peak
         tokens = sum(seen(model, batch) for batch in batches)
-        return counts, Cost(tokens=tokens, peak_bytes=peak, flops_estimated=sum(map(flops_of, batches)) / 3)
+        flops = sum(estimate.forward(estimate.size(batch)) for batch in batches)
+        return counts, Cost(tokens=tokens, peak_bytes=peak, flops_estimated=flops)
 
     @torch.no_grad()
     def batch_counts(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,74 +1,235 @@
-"""The floating point operations of training steps, counted on a model's modules."""
+"""The floating point operations of forward passes and training steps, counted on a model's modules."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedexperts.moe.anatomy import blocks
-from fedexperts.moe.logits import IGNORED, is_encoder_decoder
+from fedexperts.moe.anatomy import Block, Experts, blocks
+from fedexperts.moe.graft import CHILD, Grafted
+from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits
 from fedexperts.moe.lora import ExpertLoRA
 from fedexperts.moe.tuning import PROJECTIONS, attentions
 
 Batch = Mapping[str, Tensor]
+Tokens = Literal["read", "written"]
+
+CROSS_ATTENTION = "EncDecAttention"  # the name, in Switch, of the attention whose keys and values come from the encoder
 
 
-@runtime_checkable
-class FlopsOfBatch(Protocol):
-    """FLOPs of a training step on a batch. `reached`: MoE block → share of the pairs (token, expert) that backward reaches."""
+class Size(NamedTuple):
+    """The size of a batch, padding included: models compute with it too."""
 
-    def __call__(self, batch: Batch, reached: Mapping[str, float] | None = None) -> float: ...
-
-
-@runtime_checkable
-class FlopsOfLengths(Protocol):
-    """FLOPs of a training step on sequences with these numbers of tokens."""
-
-    def __call__(self, read: list[int], written: list[int], reached: Mapping[str, float] | None = None) -> float: ...
+    examples: int
+    read: int  # tokens of each example
+    written: int  # positions of each example with logits; of an encoder-decoder: tokens that its decoder reads
 
 
-def flops_estimated(model: nn.Module) -> FlopsOfBatch:
-    """Estimates the floating point operations of a training step on a batch from shapes, without padding.
+class FlopsEstimate:
+    """Estimates the floating point operations of forward passes and training steps of `model` from shapes.
 
-    Forward: 2 for each weight that multiplies a token (of E stacked experts, those of top_k), plus attention scores,
-    2 * length * (width of all query heads + width of all value heads) for each token and layer (causal masks do not halve it).
-    Backward: as much again for the gradient of the inputs, another 2 for each trained weight for its gradient, and twice the
-    forward of the scores. Embedding look-ups, norms, biases and activations count nothing. In an encoder-decoder, the encoder
-    counts the tokens of the prompt and all else those of the labels.
+    Forward: 2 for each weight that multiplies a token (of E stacked experts, those of top_k; of the output head, tokens with
+    logits, see moe/logits.py), plus attention scores, 2 * keys * (width of all query heads + width of all value heads) for each
+    query and layer (causal masks do not halve it). Backward: 2 for each trained weight for its gradient, 2 for each weight for
+    the gradient of its inputs, unless nothing below it is trained, and twice the forward of the scores; fused attention
+    (anything but "eager") also computes queries * keys again. Look-ups, norms, biases and activations count nothing. Padding
+    counts as any token. In an encoder-decoder, the encoder and the keys and values of cross-attention count the tokens of the
+    prompt, and all else those of the labels.
 
-    If backward reaches only a share of the experts of a block (moe/backward.py), it takes this share for them, and 2 more for
-    each weight of Switch's experts and of adapters, which are computed again. All else is unchanged.
+    If backward reaches only `chosen` experts (moe/backward.py), it takes their part alone, and 2 more for each weight of
+    Switch's experts and of adapters, which are computed again. All else is unchanged.
 
-    Layers under gradient checkpointing (set before this is called) take their forward twice.
+    Layers under gradient checkpointing (set before this is created) take their forward twice in a step.
+
+    `picks` are the tokens that each expert got (`Recorder.picks`). Without them tokens count as evenly spread over experts, which
+    matters only where experts differ: with adapters on some of them, or with `chosen`. Tokens that Switch drops, since they are
+    beyond the capacity of an expert, count without `picks`. Of a checkpointed layer, products at its end count twice, although
+    torch does not repeat those whose result backward does not need.
+
+    The modules are inspected once, here.
     """
-    of_lengths = per_step(model)
 
-    def of_batch(batch: Batch, reached: Mapping[str, float] | None = None) -> float:
-        read, written = batch["attention_mask"].sum(dim=1), (batch["labels"] != IGNORED).sum(dim=1)
-        return of_lengths(read.tolist(), written.tolist(), reached)
+    def __init__(self, model: nn.Module) -> None:
+        self.matrices, self.scores = inspected(model)
+        self.encoder_decoder, self.keeps_logits = is_encoder_decoder(model), keeps_logits(model)
 
-    return of_batch
+    def size(self, batch: Batch) -> Size:
+        """The size of `batch`."""
+        examples, read = batch["input_ids"].shape
+        if self.encoder_decoder:
+            return Size(examples, read, batch["labels"].shape[1])
+        with_target = int((batch["labels"][:, 1:] != IGNORED).any(dim=0).sum())
+        return Size(examples, read, with_target if self.keeps_logits else read)
+
+    def forward(self, size: Size) -> float:
+        """FLOPs of a forward pass."""
+        multiplied = sum(2 * each.rows(size) * each.weights for each in self.matrices)
+        return float(multiplied + sum(each.forward(size) for each in self.scores))
+
+    def step(self, size: Size, picks: Mapping[str, Tensor] | None = None, chosen: Experts | None = None) -> float:
+        """FLOPs of a forward and a backward pass."""
+        counts = {block: number.tolist() for block, number in (picks or {}).items()}
+        multiplied = sum(each.step(size, counts, chosen) for each in self.matrices)
+        return float(multiplied + sum(each.step(size) for each in self.scores))
 
 
-def per_step(model: nn.Module) -> FlopsOfLengths:
-    """`flops_estimated` for sequences of given lengths, read and written; the modules are inspected once, here."""
-    encoder = "encoder." if is_encoder_decoder(model) else ""  # all modules of a decoder-only model count the tokens read
-    matrices, scores, twice = list(products(model)), list(score_widths(model)), checkpointed_layers(model)
+class Matrix(NamedTuple):
+    """A matrix, or a stack with one for each of `experts`, that multiplies tokens."""
 
-    def of_lengths(read: list[int], written: list[int], reached: Mapping[str, float] | None = None) -> float:
-        tokens = {True: sum(read), False: sum(written)}
-        multiplied = sum(
-            tokens[matrix.module.startswith(encoder)]
-            * matrix.weights
-            * (operations(matrix, reached or {}) + 2 * matrix.module.startswith(twice))
-            for matrix in matrices
+    path: str
+    weights: float  # of one matrix
+    trained: bool
+    tokens: Tokens
+    reads: Literal["encoder", "decoder"]  # whose hidden states; "decoder" in a decoder-only model
+    block: str | None = None  # the MoE block to whose experts it belongs
+    experts: tuple[int, ...] = ()  # of the block
+    even_share: float = 1.0  # of the tokens that an expert gets if they are evenly spread
+    computed_again: bool = False  # by a backward that reaches only some experts
+    checkpointed: bool = False
+    joins: bool = False  # reads what several others give, not the input of its unit
+    passes_gradient: bool = True  # whether its inputs need a gradient
+
+    def rows(self, size: Size, counts: Mapping[str, Sequence[int]] | None = None, chosen: Experts | None = None) -> float:
+        """Tokens that it multiplies; those that go to `chosen` experts alone, if given."""
+        tokens = size.examples * getattr(size, self.tokens)
+        if self.block is None:
+            return float(tokens)
+        experts = self.experts if chosen is None else [each for each in self.experts if each in chosen.get(self.block, ())]
+        if counts and self.block in counts:
+            return float(sum(counts[self.block][expert] for expert in experts))
+        return float(tokens * self.even_share * len(experts))
+
+    def step(self, size: Size, counts: Mapping[str, Sequence[int]], chosen: Experts | None) -> float:
+        """FLOPs of forward, and of backward as far as it reaches."""
+        rows = self.rows(size, counts)
+        forward = 2 * rows * (1 + self.checkpointed)
+        if self.block is None or chosen is None:
+            return self.weights * (forward + 2 * rows * (self.passes_gradient + self.trained))
+        return self.weights * (forward + 2 * self.rows(size, counts, chosen) * (1 + self.trained + self.computed_again))
+
+
+class Scores(NamedTuple):
+    """The two products of an attention: queries * keys, and its result * values."""
+
+    queries: Tokens
+    keys: Tokens
+    query_width: int  # of all heads together
+    value_width: int
+    fused: bool  # whether backward computes the first product again
+    checkpointed: bool
+    passes_gradient: bool  # whether backward reaches it
+
+    def forward(self, size: Size) -> float:
+        return 2.0 * self.pairs(size) * (self.query_width + self.value_width)
+
+    def step(self, size: Size) -> float:
+        """FLOPs of forward and backward."""
+        again = 2 * self.pairs(size) * self.query_width * self.fused
+        return self.forward(size) * (1 + self.checkpointed) + self.passes_gradient * (2 * self.forward(size) + again)
+
+    def pairs(self, size: Size) -> int:
+        """Pairs of a query and a key."""
+        return size.examples * int(getattr(size, self.queries)) * int(getattr(size, self.keys))
+
+
+def inspected(model: nn.Module) -> tuple[list[Matrix], list[Scores]]:
+    """The matrices and attention scores of `model`, with whether backward passes their inputs a gradient.
+
+    It does if something trained comes before, in the order of the modules: embeddings, then units one after the other (an
+    attention, an MoE block, another module with matrices). The branches of a unit, such as the projections of queries and of
+    keys, or router and experts, read the same input.
+    """
+    found, unit_of = [], units(model)
+    embeddings = cast("Any", model).get_input_embeddings().weight
+    from_start = embeddings.requires_grad or bool(checkpointed_layers(model))  # there transformers passes them a gradient anyway
+    reached = {"encoder": from_start, "decoder": from_start}  # whether the hidden states so far need a gradient
+    for unit, members in groupby(matrices(model), key=lambda matrix: unit_of(matrix.path)):
+        branches: dict[str, bool] = {}
+        for matrix in sorted(members, key=lambda matrix: (matrix.joins, "down_proj" in matrix.path)):
+            before = reached[matrix.reads] or (matrix.joins and any(branches.values()))
+            branch = branch_of(matrix.path.removeprefix(f"{unit}."))
+            passes = branches.get(branch, before)
+            found.append(matrix._replace(passes_gradient=passes))
+            branches[branch] = passes or matrix.trained
+        part = "encoder" if matrix.path.startswith("encoder.") else "decoder"
+        reached[part] = reached[part] or any(branches.values())
+    return found, list(scores(model, found))
+
+
+def units(model: nn.Module) -> Callable[[str], str]:
+    """The unit of a module, by its path: an attention, an MoE block, or else the module that contains it."""
+    wholes = sorted((*attentions(model), *blocks(model)), key=len, reverse=True)
+    return lambda path: next((whole for whole in wholes if path.startswith(f"{whole}.")), path.rpartition(".")[0])
+
+
+def branch_of(path: str) -> str:
+    """The branch of a module, by its path below its unit: a projection with its adapter, router, experts, a single expert."""
+    if alone := re.match(rf"({CHILD}\.)?\w+\.expert_\d+", path):
+        return alone.group()
+    parts = path.split(".")
+    return ".".join(parts[:2]) if parts[0] == CHILD else parts[0].partition("_")[0] if "_proj" in parts[0] else parts[0]
+
+
+def matrices(model: nn.Module) -> Iterator[Matrix]:
+    """Each matrix of `model` that multiplies tokens, in the order of its modules."""
+    model_blocks, again, attention = blocks(model), checkpointed_layers(model), tuple(f"{path}." for path in attentions(model))
+    head = cast("Any", model).get_output_embeddings()
+    for name, module in model.named_modules():
+        multiplies = {key: each for key, each in module._parameters.items() if each is not None and is_matrix(key, each, module)}
+        sums = isinstance(module, Grafted) and len(module.own_gate.weight) > 1  # of a single one torch makes no product
+        if not multiplies and not sums:
+            continue
+        block = next((each for each in model_blocks.values() if name.startswith(f"{each.name}.experts")), None)
+        path_in_attention = next((name.removeprefix(each) for each in attention if name.startswith(each)), "")
+        common = Matrix(
+            name,
+            0,
+            trained=False,
+            tokens="written" if module is head and keeps_logits(model) else tokens_of(model, name),
+            reads="encoder" if is_encoder_decoder(model) and tokens_of(model, name) == "read" else "decoder",
+            checkpointed=name.startswith(again),
+            joins=path_in_attention.partition(".")[0] in PROJECTIONS["o"],
         )
-        squares = {True: sum(n * n for n in read), False: sum(n * n for n in written)}
-        attention = sum(squares[name.startswith(encoder)] * width * (6 + 2 * name.startswith(twice)) for name, width in scores)
-        return float(multiplied + attention)
+        if block is not None:
+            common = with_experts(common, module, block)
+        if sums:  # of the outputs of personal experts, times their gates: both need a gradient
+            weights = cast("Grafted", module).own_gate.weight.numel()
+            yield common._replace(path=f"{name}.sum", weights=weights, trained=True, joins=True)
+        for key, parameter in multiplies.items():
+            one = parameter.numel() / (len(parameter) if block and parameter.ndim == 3 else 1)
+            yield common._replace(path=f"{name}.{key}", weights=one, trained=parameter.requires_grad)
 
-    return of_lengths
+
+def is_matrix(name: str, parameter: Tensor, module: nn.Module) -> bool:
+    """Whether the parameter `name` of `module` multiplies tokens."""
+    return parameter.ndim >= 2 and "bias" not in name and not isinstance(module, nn.Embedding)
+
+
+def with_experts(matrix: Matrix, module: nn.Module, block: Block) -> Matrix:
+    """`matrix`, with the experts of `block` to which the weights of `module` belong."""
+    if isinstance(module, ExpertLoRA):
+        experts = tuple(range(len(module.ids))) if module.ids.is_meta else tuple(module.ids.tolist())
+    elif expert := re.match(r"\.expert_(\d+)", matrix.path.removeprefix(f"{block.name}.experts")):
+        experts = (int(expert.group(1)),)
+    else:
+        experts = tuple(range(block.shape.num_experts))
+    return matrix._replace(
+        block=block.name,
+        experts=experts,
+        even_share=block.shape.top_k / block.shape.num_experts,
+        computed_again=isinstance(module, ExpertLoRA) or block.is_switch,
+    )
+
+
+def tokens_of(model: nn.Module, path: str) -> Tokens:
+    """The tokens that reach the module `path`."""
+    if not is_encoder_decoder(model) or path.startswith("encoder."):
+        return "read"
+    _, cross, below = path.partition(f".{CROSS_ATTENTION}.")
+    return "read" if cross and below.partition(".")[0] in ("k", "v") else "written"
 
 
 def checkpointed_layers(model: nn.Module) -> tuple[str, ...]:
@@ -79,47 +240,22 @@ def checkpointed_layers(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-class Product(NamedTuple):
-    """A matrix, or a stack of them, that multiplies tokens."""
-
-    module: str
-    block: str | None  # the MoE block to whose experts it belongs
-    weights: float  # used for one token
-    trained: bool
-    recomputed: bool  # whether a backward that reaches only some experts computes it again
-
-
-def operations(product: Product, reached: Mapping[str, float]) -> float:
-    """Operations of a training step per token and weight: of forward, and of backward as far as it reaches."""
-    backward = 4.0 if product.trained else 2.0
-    if product.block is None or product.block not in reached:
-        return 2 + backward
-    return 2 + reached[product.block] * (backward + 2 * product.recomputed)
-
-
-def products(model: nn.Module) -> Iterator[Product]:
-    """Each matrix of `model` that multiplies tokens."""
-    model_blocks = blocks(model)
-    for name, module in model.named_modules():
-        block = next((path for path in model_blocks if name.startswith(f"{path}.experts")), None)
-        share = model_blocks[block].shape.top_k / model_blocks[block].shape.num_experts if block else 1.0
-        recomputed = isinstance(module, ExpertLoRA) or (block is not None and model_blocks[block].is_switch)
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and "bias" not in key and not isinstance(module, nn.Embedding):
-                used = share_of_stack(module, parameter) * share
-                yield Product(name, block, parameter.numel() * used, parameter.requires_grad, recomputed)
-
-
-def share_of_stack(module: nn.Module, parameter: nn.Parameter) -> float:
-    """The share of a stack that belongs to the experts of `module`, which may share it with a larger model."""
-    ids = module._buffers.get("stack_ids")
-    return 1.0 if ids is None else len(ids) / len(parameter)
-
-
-def score_widths(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Each attention module, and the sum of the widths of its query and value heads."""
+def scores(model: nn.Module, found: Sequence[Matrix]) -> Iterator[Scores]:
+    """The attention scores of `model`, whose matrices are `found`."""
+    is_eager = cast("Any", model).config._attn_implementation == "eager"
     for name in attentions(model):
         children = dict(model.get_submodule(name).named_children())
         query = [children[child] for child in PROJECTIONS["q"] if child in children][-1]
+        key = next(child for child in PROJECTIONS["k"] if child in children)
         out = next(children[child] for child in PROJECTIONS["o"] if child in children)
-        yield name, cast("Any", query).out_features + cast("Any", out).in_features
+        joined = next(matrix for matrix in found if matrix.joins and matrix.path.startswith(f"{name}."))
+        query_width, value_width = cast("Any", query).out_features, cast("Any", out).in_features
+        yield Scores(
+            tokens_of(model, f"{name}.query"),
+            tokens_of(model, f"{name}.{key}"),
+            query_width,
+            value_width,
+            not is_eager and query_width == value_width,  # torch has no fused attention on CPUs for heads of two widths
+            joined.checkpointed,
+            joined.passes_gradient,
+        )

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedexperts.moe.anatomy import Block, Experts, blocks
-from fedexperts.moe.flops import flops_estimated
-from fedexperts.moe.graft import run_experts
+from fedexperts.moe.flops import FlopsEstimate
+from fedexperts.moe.graft import router_rows, run_experts
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
 from fedexperts.moe.routing import Recorder, log_gates
 
@@ -117,20 +117,24 @@ def most_used(model: nn.Module, batches: Iterable[Batch], number: int = 1) -> Ex
     return {name: tuple(sorted(count.argsort(descending=True, stable=True)[:number].tolist())) for name, count in counts.items()}
 
 
-def selection_flops_estimated(model: nn.Module, batches: Iterable[Batch], passes: int, stride: int = 1) -> float:
-    """FLOPs of `passes` passes of `by_reconstruction` over `batches` without padding; with 0 passes, of `most_used`.
+def selection_flops_estimated(model: nn.Module, batches: Sequence[Batch], passes: int, stride: int = 1) -> float:
+    """FLOPs of `passes` passes of `by_reconstruction` over `batches`; with 0 passes, of `most_used`.
 
-    Each pass is a forward pass, a third of a step that trains the whole model, and 2 for each weight of each expert and each
-    token on which the expert is run: with an encoder-decoder, those of the prompt in the encoder, of the response in the decoder.
+    Each is a forward pass, and 2 for each weight of each expert and each token on which the expert is run: every `stride`-th
+    without padding, with an encoder-decoder of the prompt in the encoder, of the response in the decoder. From the second pass,
+    adding an expert to those selected before takes 2 for each of them, token and hidden size.
     """
-    flops_of = flops_estimated(model)
-    forward = sum(flops_of(batch) for batch in batches) / 3
-    read = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    written = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-    expert_weights_times_tokens = 0
+    estimate = FlopsEstimate(model)
+    forward = sum(estimate.forward(estimate.size(batch)) for batch in batches)
+    read, written = (
+        sum(-(-int(counted.sum()) // stride) for counted in each)
+        for each in ([batch["attention_mask"] for batch in batches], [batch["labels"] != IGNORED for batch in batches])
+    )
+    experts = 0.0
     for name, block in blocks(model).items():
-        weights = sum(weight.numel() for weight in block.experts.parameters() if weight.ndim > 1)
-        expert_weights_times_tokens += weights * (
-            written if is_encoder_decoder(model) and not name.startswith("encoder.") else read
-        )
-    return max(passes, 1) * forward + passes * 2.0 * expert_weights_times_tokens / stride
+        tokens = written if is_encoder_decoder(model) and not name.startswith("encoder.") else read
+        weights = sum(each.numel() for path, each in block.experts.named_parameters() if each.ndim > 1 and "bias" not in path)
+        width = router_rows(block).shape[1]
+        sums = sum((block.shape.num_experts - before) * (before + 1) * width for before in range(1, passes))
+        experts += 2.0 * tokens * (passes * weights + sums)
+    return max(passes, 1) * forward + experts

@@ -35,6 +35,8 @@ class Recorder:
     Padding is left out by the attention mask; in the decoder of an encoder-decoder by its own mask, or else by the labels
     (-100). Passes that gradient checkpointing repeats during backward are not counted again.
 
+    `picks` counts padding too: MoE block → tokens that each expert computes with, int64 [experts].
+
     With `keep_logits`, `logits` has the router's logits of each forward pass for the tokens that count, with their graph.
     `found` has the model's MoE blocks where they are known: to look for them at every step takes time.
     """
@@ -47,6 +49,7 @@ class Recorder:
         self._scope_of = {name: self._innermost(name) for name in self.blocks}
         self._counts = {name: torch.zeros(b.shape.num_experts, dtype=torch.int64) for name, b in self.blocks.items()}
         self._tokens = {name: torch.zeros((), dtype=torch.int64) for name in self.blocks}
+        self.picks = {name: torch.zeros(b.shape.num_experts, dtype=torch.int64) for name, b in self.blocks.items()}
         self._hooks = ExitStack()
 
     def __enter__(self) -> "Recorder":
@@ -88,6 +91,7 @@ class Recorder:
             counts = scope.counts(len(picked)).to(picked.device)
             self._counts[name] = self._counts[name].to(picked.device) + (picked * counts[:, None]).sum(0)
             self._tokens[name] = self._tokens[name].to(picked.device) + counts.sum()
+            self.picks[name] = self.picks[name].to(picked.device) + picked.sum(0)
             if self._keep_logits:
                 # A tensor computed here would be missing when a checkpointed layer is repeated, so tokens are selected later.
                 self._logits[name].append((logits, counts))

@@ -315,7 +315,7 @@ def test_fewer_selected_experts_take_less_memory_and_fewer_flops(prepared, conte
         costs.append(fit(Method().build_model(whole_job(prepared), context), context, seed="s", select_experts=reach).cost)
     full, whole, one = costs
     assert one.peak_bytes < min(whole.peak_bytes, full.peak_bytes)
-    assert one.flops_estimated < full.flops_estimated == whole.flops_estimated
+    assert one.flops_estimated < full.flops_estimated <= whole.flops_estimated  # which computes gradients that nobody needs
 
 
 def test_watch_is_called_with_each_batch_and_its_result_is_added_to_the_loss(prepared, context):

@@ -116,3 +116,23 @@ def test_a_plan_of_a_configuration_says_whose_tokenizer_counts(tiny_tree):
     assert planned["held_by"][-1] == "server_gpu"
     assert any("with that of tiny" in warning for warning in planned["warnings"])
     assert "largest first job" in printed(planned)
+
+
+def test_the_bound_of_a_rounds_flops_counts_every_batch_of_a_step_and_the_second_forward_of_checkpointing(tiny_tree):
+    def most(**training):
+        return plan(prepared_with({**tiny_tree, "training": {**tiny_tree["training"], **training}}))["round_flops_estimated"]
+
+    plain = most()
+    assert most(gradient_accumulation_steps=3) == 3 * plain
+    assert 1.2 * plain < most(gradient_checkpointing=True) < 1.34 * plain  # of three parts a fourth, without the head
+
+
+def test_the_bound_counts_what_a_method_computes_beside_its_steps(tiny_tree):
+    training, most = {**tiny_tree["training"], "validation_examples": 12}, {}
+    for name in ("fedavg", "ditto", "fedmoe"):
+        tree = {**tiny_tree, "method": {"name": name}, "training": training}
+        most[name] = plan(prepared_with(tree))["round_flops_estimated"]
+    steps, batches = training["local_steps"], -(-12 // training["batch_size"])
+    assert most["ditto"] == 2 * most["fedavg"]
+    forward = (most["fedmoe"] - most["fedavg"]) / batches
+    assert 3.0 < most["fedavg"] / steps / forward < 3.1  # and fused attention's second product

@@ -9,13 +9,13 @@ from fedexperts.experiment import checkpoint
 from fedexperts.experiment.client_task import apply_update
 from fedexperts.federation import jobs_for
 from fedexperts.methods.base import entries
-from fedexperts.methods.flora import FLoRA, base_change
+from fedexperts.methods.flora import FLoRA, base_change, product_flops
 from fedexperts.moe import factors, rows
 from fedexperts.moe.anatomy import Anatomy, BlockShape
 from fedexperts.moe.footprint import Footprint
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import Tuning, prepare
-from fedexperts.testing import tiny_batch, tiny_context, tiny_model, tiny_server
+from fedexperts.testing import flop_counter, tiny_batch, tiny_context, tiny_model, tiny_server
 from fedexperts.types import Client, Patch, Server, Training, Update, size
 
 A, B = "q.lora_A.default.weight", "q.lora_B.default.weight"
@@ -130,6 +130,16 @@ def test_after_a_round_all_have_the_base_and_the_weighted_products_of_different_
     assert not torch.allclose(expected, base, atol=1e-3)
     for logits in played.logits(family):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_the_product_of_the_stacks_that_a_client_is_sent_counts(family):
+    played = Played(family, ["b"])  # of rank 4, so that its stack takes fewer bytes than the product
+    job = next(iter(jobs_for(replace(played.server, round=2, task="train"), FLoRA(RANKS), CLIENTS)))
+    assert product_flops(job.extra) > 0
+    with flop_counter() as counter:
+        update = FLoRA(RANKS).train(job, played.contexts[job.client])
+    assert update.cost.flops_estimated == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
 @every_family

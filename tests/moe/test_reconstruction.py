@@ -15,7 +15,7 @@ from fedexperts.moe.reconstruction import (
     selection_flops_estimated,
 )
 from fedexperts.moe.routing import Recorder
-from fedexperts.testing import FAMILIES, tiny_batch, tiny_model
+from fedexperts.testing import FAMILIES, flop_counter, tiny_batch, tiny_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -176,7 +176,20 @@ def test_a_selection_costs_a_pass_and_each_expert_each_token_that_it_looks_at(fa
     plain = selection_flops_estimated(model, [batch], passes=0)
     assert plain > 0
     assert selection_flops_estimated(model, [batch], passes=1) == plain + 2 * looked
-    assert selection_flops_estimated(model, [batch], passes=3, stride=2) == 3 * plain + 3 * looked
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "switch_transformers"])
+def test_the_flops_of_a_selection_are_those_of_torchs_counter(family):
+    """The second and third expert are added to those before them; an odd number of tokens is looked at in strides of two."""
+    model, batches = tiny_model(family), [tiny_batch(family, 2, 13), tiny_batch(family, 3, 12)]
+    for passes, stride in ((1, 1), (3, 2)):
+        with flop_counter() as counter:
+            by_reconstruction(model, batches, passes, stride)
+        estimated = selection_flops_estimated(model, batches, passes, stride)
+        assert estimated == pytest.approx(counter.get_total_flops(), rel=0.001)
+    with flop_counter() as counter:
+        most_used(model, batches)
+    assert selection_flops_estimated(model, batches, passes=0) == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
 def same_experts(model):
