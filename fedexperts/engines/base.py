@@ -147,13 +147,23 @@ def validate_update(expected: Expectation, answer: object) -> Update | Failure:
     try:
         why = form_error(sent)
         if why is None:
-            answer = replace(sent, patch=decode(sent.patch, expected.job.patch.wire_dtype, expected.start))
+            answer = decoded(expected, sent)
             why = update_error(expected, answer)
     except BadMessage as error:
         why = str(error)
     except Exception as error:  # foreign input may break any assumption of the checks themselves
         why = f"its update cannot be checked ({type(error).__name__})"
     return answer if why is None else failure(expected.job, why, sent_bytes(sent))
+
+
+def decoded(expected: Expectation, update: Update) -> Update:
+    """`update` with the weights that it stands for; `update` itself where these travel as they are.
+
+    Raises:
+        BadMessage: its weights or their scales are not what the job's dtype on the wire asks for.
+    """
+    patch = decode(update.patch, expected.job.patch.wire_dtype, expected.start)
+    return update if patch is update.patch else replace(update, patch=patch)
 
 
 def failure(job: Job, reason: object, bytes_up: int = 0) -> Failure:

@@ -14,6 +14,7 @@ Only float32 weights are encoded. Integers, row ids and the extra tensors of met
 probability or a control variate, which both sides keep, has no such bound.
 """
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -70,7 +71,7 @@ def decode(patch: Patch, wire_dtype: WireDtype, start: Patch | None = None) -> P
     if (scales.dtype, tuple(scales.shape)) != (torch.float32, (number,)):
         raise BadMessage(f"its message has scales as {scales.dtype} {[*scales.shape]}, and its weights have {number:,} blocks")
     if wire_dtype == "float32":
-        return patch
+        return patch if patch.wire_dtype == wire_dtype else replace(patch, wire_dtype=wire_dtype)
     tensors = dict(patch.tensors)
     for name in encoded:
         begun = brought(name, patch, start)
