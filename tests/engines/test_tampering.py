@@ -93,12 +93,13 @@ def test_whatever_one_client_answers_it_fails_with_a_reason_or_does_no_harm(task
 
 CODES = (
     *HARMLESS,
-    r".* is (NaN|infinity|-infinity|1e30|-1e30|all 3e38|all 1e30)",  # of codes: the largest or the smallest
+    r"(model|lm_head)\.\S+ is (NaN|infinity|-infinity|1e30|-1e30|all 3e38|all 1e30)",  # of codes: the largest or the smallest
     r"patch\.scales is None|scales are (None|no rows)",  # where no weight is sent
 )
 """Generated kinds that a run in int8 may take."""
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_whatever_one_client_sends_in_int8_it_fails_with_a_reason_or_does_no_harm(method_trees, tmp_path):
     tree = tree_of(method_trees["fedmoe"])
     coded = played({**tree, "federation": {**tree["federation"], "wire_dtype": "int8"}}, tmp_path)
