@@ -39,7 +39,7 @@ from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.io.toml import checked
 
-ADAPTERS = {"train": "lora", "parts": ["attention"], "rank": 32, "alpha": 64, "lr": 1e-2}
+ADAPTERS = {"train": "lora", "parts": ["attention"], "rank": 32, "alpha": 64, "lr": 3e-3}
 METHODS: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # method, training, devices
     "fedavg": ({"name": "fedavg"}, {"lr": 1e-3}, {}),
     "fedmoe": ({"name": "fedmoe"}, {"lr": 1e-3}, {"memory_share": 0.7, "out_of_memory": "train anyway"}),

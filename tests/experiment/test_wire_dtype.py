@@ -1,4 +1,4 @@
-"""Runs whose weights travel in fewer bits: same bits with any number of workers and after a resume, and the bytes that they say."""
+"""Runs whose weights travel in fewer bits: same bits with any workers and after a resume, and the bytes that they say."""
 
 import json
 from contextlib import nullcontext
