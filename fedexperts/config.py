@@ -15,7 +15,7 @@ from fedexperts.methods import FORMER_FIELDS, FORMER_NAMES, METHODS, enter_insta
 from fedexperts.methods.contract import Method
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
 from fedexperts.models.files import BUNDLED
-from fedexperts.types import Training
+from fedexperts.types import Training, WireDtype
 
 Kind = TypeVar("Kind")
 RENAMED = {
@@ -83,6 +83,7 @@ class FederationSettings(Settings):
     gpus_per_worker: float = Field(0.0, ge=0)  # assigned to each worker of Flower's simulation; 0.25: four workers share a GPU
     min_clients: int = Field(1, ge=0)  # fewer answers stop the run; 0: a round without answers leaves the server unchanged
     round_seconds: float | None = Field(None, gt=0)  # wall-clock limit of a client's answer; engine flower only
+    wire_dtype: WireDtype = "float32"  # that weights travel in (engines.wire)
     server_optimizer: Tree | None = None  # its name and fields; None: the merged weights are used as they are
 
     @field_validator("server_optimizer", mode="before")

@@ -102,13 +102,14 @@ def jobs_for(server: Server, method: Method, clients: Iterable[Client]) -> Itera
 
 def job_for(server: Server, client: Client, assignment: Assignment) -> Job:
     """The job of `assignment`: with its own patch, or the server's weights that it names."""
+    patch = patch_for(server, assignment) if assignment.patch is None else assignment.patch
     return Job(
         client=client.name,
         round=server.round,
         task=server.task,
         seed=f"{server.seed}/{server.round}/{server.task}/{client.name}",
         experts=assignment.experts,
-        patch=patch_for(server, assignment) if assignment.patch is None else assignment.patch,
+        patch=replace(patch, wire_dtype=server.wire_dtype),
         extra=assignment.extra,
         accepted=server.accepted.get(client.name, ""),
     )

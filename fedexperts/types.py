@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
-from math import cos, pi
+from math import cos, pi, prod
 from typing import Annotated, Any, Literal, Protocol
 
+import torch
 from pydantic import BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -28,6 +29,10 @@ METRIC_NAMES: tuple[str, ...] = (
     "perplexity",
 )
 """The keys of core.evaluation.METRICS, for modules that must not import it."""
+WireDtype = Literal["float32", "bfloat16", "int8"]
+"""What weights travel in (engines.wire)."""
+BLOCK = 64
+"""Elements of a row that share a scale in int8."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,15 @@ class Patch:
 
     tensors: Tensors  # name → [rows, ...]
     rows: Mapping[str, Tensor] = field(default_factory=dict)  # name → int64 [rows], ascending
+    wire_dtype: WireDtype = "float32"  # that tensors of float32 travel in
+    scales: Tensor | None = None  # while it travels in int8: float32 [blocks], in the order of `tensors`
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors and row ids; ids shared by several names are counted once."""
-        return size(self.tensors) + sum({id(ids): ids.nbytes for ids in self.rows.values()}.values())
+        """Bytes that travel: all tensors, their scales and row ids; ids shared by several names are counted once."""
+        ids = {id(ids): ids.nbytes for ids in self.rows.values()}
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return sum(wire_bytes(tensor, self.wire_dtype) for tensor in self.tensors.values()) + scales + sum(ids.values())
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Server:
     round: int = 0
     task: str = "start"  # of the current or last round: a setup task of the method, or "train"
     accepted: Mapping[str, str] = field(default_factory=dict)  # client → `job_key` of its last merged job
+    wire_dtype: WireDtype = "float32"  # that weights travel in
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class Cost:
     seconds: float = 0.0  # of the whole job, measured by the engine
     tokens: int = 0  # trained on, without padding
     peak_bytes: int = 0  # largest sum of tensors alive in a training step, weights included
-    flops_estimated: float = 0.0  # of the training steps, or of a setup task's forward pass
+    flops_estimated: float = 0.0  # of all matrix products of the job
 
 
 @dataclass(frozen=True)
@@ -240,3 +250,16 @@ def job_key(round: int, task: str) -> str:
 def size(tensors: Tensors) -> int:
     """Bytes of all `tensors`."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def wire_bytes(tensor: Tensor, wire_dtype: WireDtype) -> int:
+    """Bytes of a weight of a patch as it travels: of float32 those in `wire_dtype`, in int8 with 4 for each block's scale."""
+    if wire_dtype == "float32" or tensor.dtype != torch.float32:
+        return tensor.nbytes
+    return 2 * tensor.numel() if wire_dtype == "bfloat16" else tensor.numel() + 4 * blocks_of(tensor)
+
+
+def blocks_of(tensor: Tensor) -> int:
+    """Blocks of BLOCK elements, or of the rest of a row, that `tensor` has in all its rows."""
+    rows, elements = (len(tensor), prod(tensor.shape[1:])) if tensor.ndim else (1, 1)
+    return rows * -(-elements // BLOCK)

@@ -97,13 +97,22 @@ TENSORS: Mapping[str, Callable[[torch.Tensor], object]] = {
     "-infinity": lambda t: with_one(t, -math.inf),
     "1e30": lambda t: with_one(t, 1e30),
     "-1e30": lambda t: with_one(t, -1e30),
-    "all 3e38": lambda t: torch.full_like(t, 3e38) if t.is_floating_point() else torch.full_like(t, 2**62),
-    "all 1e30": lambda t: torch.full_like(t, 1e30) if t.is_floating_point() else torch.full_like(t, -(2**62)),
+    "all 3e38": lambda t: torch.full_like(t, 3e38 if t.is_floating_point() else whole(t, 1)),
+    "all 1e30": lambda t: torch.full_like(t, 1e30 if t.is_floating_point() else whole(t, -1)),
     "sparse": lambda t: t.to_sparse() if t.ndim else torch.sparse_coo_tensor(size=()),
     "without numbers": lambda t: t.to("meta"),
     "600 MB": lambda t: torch.ones(1, dtype=t.dtype).expand(600_000_000 // t.element_size()),
 }
 """What may come in place of a tensor."""
+
+SCALES: Mapping[str, Callable[[torch.Tensor], object]] = {
+    **{name: TENSORS[name] for name in ("None", "text", "list", "array", "float16", "int32", "bool", "axis more", "scalar")},
+    **{name: TENSORS[name] for name in ("no rows", "row more", "row less", "NaN", "infinity", "-infinity", "1e30", "-1e30")},
+    **{name: TENSORS[name] for name in ("all 3e38", "all 1e30", "sparse", "without numbers", "600 MB")},
+    "float64": lambda scales: scales.double(),
+    "all NaN": lambda scales: torch.full_like(scales, math.nan),
+}
+"""What may come in place of the scales of weights in int8."""
 
 ROWS: Mapping[str, Callable[[torch.Tensor], object]] = {
     "None": lambda ids: None,
@@ -133,10 +142,14 @@ NAMES = ("", "x", "\ud800", "\x1b[31mred\x1b[0m\n", "x" * 100_000, 5, None, ("a"
 def with_one(tensor: torch.Tensor, value: float) -> torch.Tensor:
     """`tensor` with one element changed; of whole numbers the largest or smallest there is."""
     changed = tensor.clone()
-    whole = 2**62 if value > 0 else -(2**62)
     if changed.numel():
-        changed.view(-1)[0] = value if tensor.is_floating_point() else whole
+        changed.view(-1)[0] = value if tensor.is_floating_point() else whole(tensor, 1 if value > 0 else -1)
     return changed
+
+
+def whole(tensor: torch.Tensor, sign: int) -> int:
+    """A whole number of that sign about as large as the dtype of `tensor` allows."""
+    return sign * (127 if tensor.dtype == torch.int8 else 2**62)
 
 
 def typical(tensors: Mapping[str, torch.Tensor], patch: Patch) -> list[str]:
@@ -179,6 +192,7 @@ def generated(answer: Update) -> Iterator[Kind]:
     """Every place of an answer with every value that may do harm there."""
     yield from fields_changed(answer)
     yield from patches_changed(answer)
+    yield from scales_changed(answer)
     yield from extras_changed(answer)
     yield from metrics_changed(answer)
 
@@ -195,7 +209,7 @@ def fields_changed(answer: Update) -> Iterator[Kind]:
 
 def patches_changed(answer: Update) -> Iterator[Kind]:
     patch = answer.patch
-    for part in ("tensors", "rows"):
+    for part in ("tensors", "rows", "scales"):
         for name, value in VALUES.items():
             change = lambda update, part=part, value=value: replace(update, patch=replace(update.patch, **{part: value}))  # noqa: E731
             yield Kind(f"patch.{part} is {name}", change)
@@ -223,6 +237,13 @@ def cut(update: Update, key: str, ids: object) -> object:
     """As many rows of a weight as there are `ids`."""
     number = len(ids) if isinstance(ids, torch.Tensor | list | str) and getattr(ids, "ndim", 1) else 1
     return torch.ones(number, *update.patch.tensors[key].shape[1:])
+
+
+def scales_changed(answer: Update) -> Iterator[Kind]:
+    """The scales of weights in int8; none where weights travel otherwise."""
+    for name, made in SCALES.items() if answer.patch.scales is not None else ():
+        change = lambda update, made=made: replace(update, patch=replace(update.patch, scales=made(update.patch.scales)))  # noqa: E731
+        yield Kind(f"scales are {name}", change)
 
 
 def extras_changed(answer: Update) -> Iterator[Kind]:

@@ -12,6 +12,7 @@ from fedexperts.core.evaluation import Scores, merge
 from fedexperts.core.ledger import Entry, Ledger
 from fedexperts.engines.base import Expectation, expectation, reorder_and_validate
 from fedexperts.engines.local import ClientRuntime
+from fedexperts.engines.wire import decode
 from fedexperts.experiment import runner
 from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Parts, Prepared, prepare_run
@@ -38,7 +39,8 @@ class Changing:
     def run(self, jobs: Iterable[Job]) -> Iterator[Any]:
         for job in jobs:
             answer = self.runtime.answer(job)
-            self.jobs[job.client, job.task], self.answers[job.client, job.task] = job, answer
+            started = replace(job, patch=decode(job.patch, job.patch.wire_dtype))
+            self.jobs[job.client, job.task], self.answers[job.client, job.task] = started, answer
             yield self.change(job, answer)
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.errors import quoted
+from fedexperts.engines.wire import decode, encode
+from fedexperts.errors import BadMessage, quoted
 from fedexperts.methods.contract import Declaration, Expected, ExtraTensor, ExtraTensors, Method, Metric
 from fedexperts.moe import factors
 from fedexperts.types import Cost, Failure, Job, Patch, Server, Tensors, Update
@@ -52,6 +53,7 @@ class Expectation:
 
     job: Job  # its outline: names, dtypes, shapes and row ids, without numbers
     declaration: Declaration
+    start: Patch | None = None  # the weights of the job, where its answer brings their change
     examples: int | None = None  # of the client's training split; None: not known
     norms: Mapping[str, float] = field(default_factory=dict)  # of each weight of the job
     extra: Mapping[str, Expected] = field(default_factory=dict)
@@ -86,6 +88,7 @@ def expectation(server: Server, method: Method, reports: Reports, job: Job) -> E
     return Expectation(
         outline(job),
         declaration,
+        None if job.patch.wire_dtype == "float32" else job.patch,
         client.examples if client else None,
         {name: norm_of(tensor) for name, tensor in job.patch.tensors.items()},
         {} if not training else expected_extra(fields, server, job),
@@ -122,10 +125,11 @@ def reorder_and_validate(
     early: dict[str, Update | Failure] = {}
 
     def note(job: Job) -> Job:
-        ledger.sent(job)
+        encoded = replace(job, patch=encode(job.patch, job.patch.wire_dtype))
+        ledger.sent(encoded)
         waiting.append(job.client)
         sent[job.client] = expect(job)
-        return replace(job, most_bytes_up=sent[job.client].most_bytes)
+        return replace(encoded, most_bytes_up=sent[job.client].most_bytes)
 
     def admit(answer: object) -> None:
         client = answer.client if isinstance(answer, Update | Failure) else None
@@ -142,14 +146,30 @@ def reorder_and_validate(
 
 
 def validate_update(expected: Expectation, answer: object) -> Update | Failure:
-    """`answer`, or the failure of its client, with the reason, where it does not fit."""
+    """`answer` with its weights decoded, or the failure of its client, with the reason, where it does not fit."""
     if not isinstance(answer, Update):
         return failure(expected.job, answer.reason if isinstance(answer, Failure) else f"its answer is {quoted(answer)}")
+    sent = answer
     try:
-        why = update_error(expected, answer)
+        why = form_error(sent)
+        if why is None:
+            answer = decoded(expected, sent)
+            why = update_error(expected, answer)
+    except BadMessage as error:
+        why = str(error)
     except Exception as error:  # foreign input may break any assumption of the checks themselves
         why = f"its update cannot be checked ({type(error).__name__})"
-    return answer if why is None else failure(expected.job, why, sent_bytes(answer))
+    return answer if why is None else failure(expected.job, why, sent_bytes(sent))
+
+
+def decoded(expected: Expectation, update: Update) -> Update:
+    """`update` with the weights that it stands for; `update` itself where these travel as they are.
+
+    Raises:
+        BadMessage: its weights or their scales are not what the job's dtype on the wire asks for.
+    """
+    patch = decode(update.patch, expected.job.patch.wire_dtype, expected.start)
+    return update if patch is update.patch else replace(update, patch=patch)
 
 
 def failure(job: Job, reason: object, bytes_up: int = 0) -> Failure:
@@ -173,8 +193,7 @@ def update_error(expected: Expectation, update: Update) -> str | None:
         answered = f"{quoted(update.client)} in round {quoted(update.round)}, {quoted(update.task)}"
         return f"it answered for {answered}, which is not the job it was sent"
     return (
-        form_error(update)
-        or count_error(expected, update)
+        count_error(expected, update)
         or cost_error(update.cost)
         or names_error(expected, update.patch)
         or weights_error(expected, update.patch)
@@ -189,7 +208,8 @@ def form_error(update: Update) -> str | None:
     for name, form in forms.items():
         if not isinstance(part := getattr(update, name), form):
             return f"its update has {quoted(part)} as its {name}"
-    for tensors in (update.patch.tensors, update.patch.rows, update.extra):
+    scales = {} if update.patch.scales is None else {"scales": update.patch.scales}
+    for tensors in (update.patch.tensors, update.patch.rows, scales, update.extra):
         if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
             return f"its update has {quoted(tensors)} in place of named tensors"
         if strange := [each for each in tensors.values() if not isinstance(each, Tensor) or each.layout != torch.strided]:
@@ -369,7 +389,7 @@ def is_number(value: object) -> bool:
 
 def outline(job: Job) -> Job:
     """`job` without its numbers: names, dtypes, shapes and row ids."""
-    return replace(job, patch=Patch(shapes(job.patch.tensors), job.patch.rows), extra=shapes(job.extra))
+    return replace(job, patch=replace(job.patch, tensors=shapes(job.patch.tensors), scales=None), extra=shapes(job.extra))
 
 
 def shapes(tensors: Tensors) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedexperts.core.devices import Profile
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.engines.wire import decode, encode
 from fedexperts.errors import BadMessage, BadValue, Undeclared
 from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
@@ -77,6 +78,7 @@ class ClientRuntime:
         """
         started, client_state, device = perf_counter(), {}, torch.device(self.device)
         try:
+            job = replace(job, patch=decode(job.patch, job.patch.wire_dtype))
             client_state = self.client_store.load(job)
             context = self.context(job, client_state)
             with seeded_torch(job.seed, device), working_on(device):
@@ -87,6 +89,7 @@ class ClientRuntime:
                     require_declared(self.task.method, job, update, client_state)
                     update = self.task.scored(job, update, context)
             self.require_possible(job, update, client_state)
+            update = replace(update, patch=encode(update.patch, job.patch.wire_dtype, start=job.patch))
             if client_state and job.task != "evaluate":
                 self.client_store.save(job, client_state)
         except Undeclared:

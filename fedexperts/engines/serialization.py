@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from math import isfinite
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedexperts.engines.message import Message, from_bytes, to_bytes
 from fedexperts.errors import BadMessage
 from fedexperts.io.files import safetensors_bytes
-from fedexperts.types import Cost, Failure, Job, Patch, Update
+from fedexperts.types import Cost, Failure, Job, Patch, Update, WireDtype
 
 MAX_PART_BYTES = 2**30
 """Of a tensor in one part: carriers have limits at 2 GB, and a larger tensor travels in several."""
@@ -36,6 +36,7 @@ class JobHead:
     seed: str
     experts: dict[str, tuple[int, ...]]
     accepted: str
+    wire_dtype: WireDtype
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def job_message(job: Job) -> Message:
         "seed": job.seed,
         "experts": dict(job.experts),
         "accepted": job.accepted,
+        "wire_dtype": job.patch.wire_dtype,
     }
     return message_with_tensors({"job": head}, job.patch, job.extra)
 
@@ -84,9 +86,9 @@ def job_message(job: Job) -> Message:
 def read_job(message: Message) -> Job:
     """Raises BadMessage where `message` holds none."""
     with reading("job"):
-        head = JOB.validate_python(message.head["job"])
+        head = vars(JOB.validate_python(message.head["job"]))
         patch, extra = take_tensors(message)
-        return Job(**vars(head), patch=patch, extra=extra)
+        return Job(patch=replace(patch, wire_dtype=head.pop("wire_dtype")), extra=extra, **head)
 
 
 def answer_message(answer: Update | Failure) -> Message:
@@ -129,7 +131,9 @@ def message_with_tensors(head: Mapping[str, Any], patch: Patch, extra: Mapping[s
     """`head` and the tensors, in their order; row ids that several names share travel once."""
     ids = {id(rows): rows for rows in patch.rows.values()}
     numbers = {key: str(i) for i, key in enumerate(ids)}
-    groups = {"patch": patch.tensors, "rows": {numbers[key]: rows for key, rows in ids.items()}, "extra": extra}
+    shared_rows = {numbers[key]: rows for key, rows in ids.items()}
+    scales = {} if patch.scales is None else {TENSOR: patch.scales}
+    groups = {"patch": patch.tensors, "rows": shared_rows, "scales": scales, "extra": extra}
     parts: dict[str, bytes] = {}
     shapes: dict[str, list[int] | None] = {}  # None: in a single part, which has the shape
     for name, tensor in ((f"{group}/{name}", tensor) for group, tensors in groups.items() for name, tensor in tensors.items()):
@@ -155,13 +159,13 @@ def part_name(name: str, number: int) -> str:
 
 def take_tensors(message: Message) -> tuple[Patch, dict[str, Tensor]]:
     """The patch and the extra tensors. Takes each part out of `message`, so only one tensor is in memory twice."""
-    groups: dict[str, dict[str, Tensor]] = {"patch": {}, "rows": {}, "extra": {}}
+    groups: dict[str, dict[str, Tensor]] = {"patch": {}, "rows": {}, "scales": {}, "extra": {}}
     for key, shape in message.head["tensors"].items():
         group, _, name = key.partition("/")
         whole = shape is None
         groups[group][name] = read_tensor(message.parts.pop(key)) if whole else joined(message.parts, key).view(shape)
     rows = {name: groups["rows"][number] for name, number in message.head["rows"].items()}
-    return Patch(groups["patch"], rows), groups["extra"]
+    return Patch(groups["patch"], rows, scales=groups["scales"].get(TENSOR)), groups["extra"]
 
 
 def joined(parts: dict[str, bytes], name: str) -> Tensor:

@@ -12,7 +12,7 @@ from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.models.files import is_config_file
 from fedexperts.moe.footprint import as_trained, checkpoint_activations
-from fedexperts.types import Client, Example, Server
+from fedexperts.types import Client, Example, Patch, Server
 
 WHAT_THEN = {
     "train anyway": "it trains there all the same, and the report marks them",
@@ -45,7 +45,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "fixed_bytes": server.footprint.fixed_bytes,
         "reached_bytes": server.footprint.reached_bytes,
         "personal_bytes": prepared.personal_bytes,
-        "full_patch_bytes": sum(tensor.nbytes for tensor in server.weights.values()),
+        "full_patch_bytes": Patch(server.weights, wire_dtype=server.wire_dtype).nbytes,
         "patch": patch_bytes(server),
         "memory": {
             "dense_bytes": server.footprint.dense_bytes,
@@ -80,7 +80,7 @@ def patch_bytes(server: Server) -> dict[str, Any]:
         if (block := server.layout[name]) is not None:
             experts[block] += tensor[0].nbytes
     dense = sum(tensor.nbytes for name, tensor in server.weights.items() if server.layout[name] is None)
-    return {"dense_bytes": dense, "expert_bytes": experts}
+    return {"dense_bytes": dense, "expert_bytes": experts, "wire_dtype": server.wire_dtype}
 
 
 def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -49,6 +49,7 @@ BEFORE = {
     "training.gradient_accumulation_steps": 1,
     "training.gradient_checkpointing": False,
     "training.warmup_steps": 0,
+    "federation.wire_dtype": "float32",
     "devices.out_of_memory": "train anyway",
     "devices.utilization": UTILIZATION,
     "training.device": "cpu",

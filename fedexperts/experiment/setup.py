@@ -323,7 +323,7 @@ def first_server(
     shape = anatomy(base.model)
     model = initial_model(config, method, base)
     known = {name: replace(clients.client(name), memory_bytes=memory[name]) for name in clients}
-    return Server(weights=rows.take(model), layout=rows.layout(model), anatomy=shape, footprint=cost, clients=known, seed=seed)
+    return Server(rows.take(model), rows.layout(model), shape, cost, known, seed, wire_dtype=config.federation.wire_dtype)
 
 
 def initial_model(config: RunConfig, method: Method, base: Base) -> nn.Module:

@@ -7,6 +7,10 @@ from statistics import fmean
 from fedexperts.report import client_metrics, expert_sets, resources
 from fedexperts.report.read import RunResults
 from fedexperts.report.resources import MB
+from fedexperts.types import BLOCK
+
+LEAST = {"float32": 1.0, "bfloat16": 0.5, "int8": (1 + 4 / BLOCK) / 4}
+"""The dtype that weights travel in → bytes that they take at least, over those in float32."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,11 @@ def floors(run: RunResults) -> list[Floor]:
     if (patch := run.plan.patch) is None or not rows:
         return []
     down, up = ([patch.of(which[row.round, row.client]) for row in rows] for which in (assigned, sent))
-    both = [_floor("down", [row.bytes_down for row in rows], down), _floor("up", [row.bytes_up for row in rows], up)]
+    share = LEAST[patch.wire_dtype]
+    both = [
+        _floor("down", [row.bytes_down for row in rows], [share * each for each in down]),
+        _floor("up", [row.bytes_up for row in rows], [share * each for each in up]),
+    ]
     measured = [row.peak_bytes for row in rows]
     if (memory := run.plan.memory) is None or not all(measured) or client_metrics.reached(run):
         return both
@@ -44,5 +52,5 @@ def floors(run: RunResults) -> list[Floor]:
     return [*both, _floor("peak memory", measured, floor)]
 
 
-def _floor(cost: str, measured: Sequence[int], analytic: Sequence[int]) -> Floor:
+def _floor(cost: str, measured: Sequence[int], analytic: Sequence[float]) -> Floor:
     return Floor(cost, fmean(measured) / MB, fmean(analytic) / MB)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedexperts.errors import BadRun
+from fedexperts.types import WireDtype
 
 Holds = Mapping[str, Sequence[int]]  # MoE block → ids of its experts that a client was assigned, or sent
 
@@ -56,6 +57,7 @@ class Weighed:
     dense_bytes: int
     expert_bytes: Mapping[str, int]
     activation_bytes: int = 0
+    wire_dtype: WireDtype = "float32"  # in which weights travel
 
     def of(self, holds: Holds) -> int:
         """Bytes for the experts in `holds`, without activations."""

@@ -29,6 +29,7 @@ from fedexperts.methods import METHODS
 
 NAMES = ("north", "east", "west")
 DEPLOYED = [name for name, method in METHODS.items() if not method().centralized]  # in a deployment data stay where they are
+ROUNDED = "fedmoe in int8"
 ROUNDS = 2
 MORE = 3  # where something is killed after the first, and comes back
 
@@ -45,7 +46,7 @@ class Deployment:
     def run(self, method, name=None, rounds=ROUNDS):
         """Both results folders."""
         tree = self.trees[method]
-        timed = {"federation": {"rounds": rounds}, "evaluation": {**tree["evaluation"], "every": rounds}}
+        timed = {"federation": {**tree["federation"], "rounds": rounds}, "evaluation": {**tree["evaluation"], "every": rounds}}
         config = checked(RunConfig, {**tree, **timed})
         out, local = self.folder / "out" / (name or method), self.folder / "local" / f"{method}-{rounds}"
         if not local.exists():
@@ -69,6 +70,7 @@ def deployment(method_trees, tiny_tree, tmp_path_factory):
     data = {**{key: value for key, value in tiny_tree["data"].items() if key != "clients"}, "names": NAMES}
     ours = {"federation": {}, "evaluation": {"generate_tokens": 2}, "data": data}
     trees = {name: {**tree, **ours} for name, tree in method_trees.items()}
+    trees[ROUNDED] = {**trees["fedmoe"], "federation": {"wire_dtype": "int8"}}
     (folder / "run.toml").write_text(tomli_w.dumps(trees["fedavg"]))  # a client trains as the server says
     make_keys(folder / "keys", ["localhost"], NAMES)
     with processes(folder) as started:
@@ -106,7 +108,7 @@ def require_same(deployment, out, local, rounds=ROUNDS):
     assert not (out / "clients").exists()
 
 
-@pytest.mark.parametrize("method", DEPLOYED)
+@pytest.mark.parametrize("method", [*DEPLOYED, ROUNDED])
 def test_a_run_ends_with_the_same_bits_and_the_same_ledger_as_on_the_local_engine(deployment, method):
     require_same(deployment, *deployment.run(method))
     assert [deployment.loads(name) for name in NAMES] == [1, 1, 1]  # for the first message, and never again

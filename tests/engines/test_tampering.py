@@ -23,6 +23,7 @@ GENERATED = 500
 """Kinds that are made at least of each answer."""
 
 HARMLESS = (
+    r"patch\.scales is None",  # as it is where weights travel in float32
     r"round is True",  # which equals 1
     r"(extra|metrics|patch\.tensors|patch\.rows) is empty object",  # where no more has to be there
     r"metrics lack (loss|routed|reached|qualified|sent|validation_loss)",
@@ -88,6 +89,28 @@ def test_whatever_one_client_answers_it_fails_with_a_reason_or_does_no_harm(task
             assert reason is not None or allowed, f"{task.task}: {kind.name} is accepted"
             seen.add(kind.name)
         assert len(seen) >= GENERATED
+
+
+CODES = (
+    *HARMLESS,
+    r"(model|lm_head)\.\S+ is (NaN|infinity|-infinity|1e30|-1e30|all 3e38|all 1e30)",  # of codes: the largest or the smallest
+    r"patch\.scales is None|scales are (None|no rows)",  # where no weight is sent
+)
+"""Generated kinds that a run in int8 may take."""
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_whatever_one_client_sends_in_int8_it_fails_with_a_reason_or_does_no_harm(method_trees, tmp_path):
+    tree = tree_of(method_trees["fedmoe"])
+    coded = played({**tree, "federation": {**tree["federation"], "wire_dtype": "int8"}}, tmp_path)
+    seen = set()
+    for task in coded:
+        for kind in generated(task.answer):
+            reason = outcome(task, kind.change(task.answer))
+            allowed = any(re.fullmatch(pattern, kind.name) for pattern in CODES)
+            assert reason is not None or allowed, f"{task.task}: {kind.name} is accepted"
+            seen.add(kind.name)
+    assert len([name for name in seen if name.startswith("scales are")]) > 20
 
 
 def test_the_kinds_that_there_are(tasks_of):

@@ -1,5 +1,6 @@
 """What reports say about clients, their experts and the analytic floor."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,14 @@ def test_the_floor_is_made_of_what_each_client_held_and_sent():
         "up": (7.0, 6.0),
         "peak memory": (40.0, 32.0),  # 40 and 24: activations are 5, gradients of x 10 and of y 6, and so the larger
     }
+
+
+@pytest.mark.parametrize(("wire", "share"), [("bfloat16", 0.5), ("int8", 68 / 256)])
+def test_the_floor_of_messages_is_in_the_dtype_that_weights_travel_in_and_that_of_memory_is_not(wire, share):
+    ledger = [LedgerRow(1, "y", "train", bytes_down=9 * MB, bytes_up=7 * MB, peak_bytes=30 * MB)]
+    results = run([Round(1, holds={"y": HALF})], ledger, patch=replace(PATCH, wire_dtype=wire), memory=MEMORY)
+    floors = {each.cost: each.analytic for each in analytic_floors.floors(results)}
+    assert floors == {"down": 6 * share, "up": 6 * share, "peak memory": 24.0}
 
 
 def test_where_activations_are_larger_than_gradients_the_floor_has_these():
