@@ -9,6 +9,7 @@ from shutil import copyfile
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -115,10 +116,12 @@ def open_gguf(name: str, file: Path) -> Dense:
             f"{name} is a GGUF file, and the package gguf, which reads it, is not installed; install it: pip install gguf"
         )
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    # Releases of transformers that have no GgufConfig always dequantize.
+    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     try:
         with without_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_pretrained(**where, **options, dtype=torch.bfloat16)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise BadValue(f"{name} cannot be read ({shortened(str(error))}); give a GGUF file that transformers reads") from error
     settings = model.config.to_dict()

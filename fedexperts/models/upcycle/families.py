@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from fedexperts.errors import BadValue
-from fedexperts.models.upcycle.parts import FFN, MoE
+from fedexperts.models.upcycle.parts import FFN, MoE, no_ffn
 from fedexperts.models.upcycle.recipes import Recipe
 
 INERT = 32  # neurons of the shared expert, all zero, of a Qwen2-MoE that needs none
@@ -107,8 +107,8 @@ def family_of(name: str, config: Any) -> Family:
     if any(settings.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")):
         raise BadValue(f"{name} ({kind}) is a Mixture of Experts already; give a dense model")
     if kind not in FAMILIES:
-        reason = NO_CLASS.get(kind, "is of a family that we do not know")
-        raise BadValue(f"{name} ({kind}) {reason}, so no MoE class fits it exactly; give a model of one of {', '.join(FAMILIES)}")
+        why = NO_CLASS.get(kind, "is of a family that we do not know")
+        raise BadValue(f"{name} ({kind}) {why}, so no MoE class fits it exactly; give a model of one of {', '.join(FAMILIES)}")
     if reason := misfit(config, settings):
         raise BadValue(f"{name} ({kind}) has {reason}, which no MoE class has; give another model of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
@@ -142,8 +142,9 @@ class Target:
         stored[f"{self.prefix}.gate.weight"] = moe.router
         for number, expert in enumerate(moe.experts):
             stored |= self._ffn(f"{self.prefix}.experts.{number}", expert)
-        if moe.shared is not None:
-            stored |= self._ffn(f"{self.prefix}.shared_expert", moe.shared)
+        shared = no_ffn(INERT, like=moe.experts[0]) if self.inert else moe.shared
+        if shared is not None:
+            stored |= self._ffn(f"{self.prefix}.shared_expert", shared)
             stored[f"{self.prefix}.shared_expert_gate.weight"] = torch.zeros(1, moe.router.shape[1])
         return stored
 

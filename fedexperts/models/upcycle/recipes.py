@@ -103,8 +103,8 @@ class Split:
             fit = range(dense % step, dense, step)
             advice = f", or --shared {min(fit, key=lambda shared: abs(shared - self.shared))}" if fit else ""
             raise BadValue(
-                f"{routed} of {dense} neurons are not shared, and these cannot be divided among {self.num_experts} experts, each with "
-                f"a multiple of {UNIT}; give another number of experts{advice}"
+                f"{routed} of {dense} neurons are not shared, and these cannot be divided among {self.num_experts} experts, "
+                f"each with a multiple of {UNIT}; give another number of experts{advice}"
             )
         return routed // self.num_experts
 
