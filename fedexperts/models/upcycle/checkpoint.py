@@ -117,7 +117,9 @@ def open_gguf(name: str, file: Path) -> Dense:
         )
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     # Releases of transformers that have no GgufConfig always dequantize.
-    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    options: dict[str, Any] = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
     try:
         with without_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(**where)
