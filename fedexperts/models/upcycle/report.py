@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fedexperts.io.files import write_text
@@ -78,9 +79,9 @@ def rows(report: Report) -> list[tuple[str, str]]:
 
 def table(report: Report) -> Table:
     """The table for a terminal."""
-    shown = Table(title=f"{report['model']}, upcycled ({report['how']})", show_header=False)
+    shown = Table(title=escape(f"{report['model']}, upcycled ({report['how']})"), show_header=False)
     for row in rows(report):
-        shown.add_row(*row)
+        shown.add_row(*map(escape, row))
     return shown
 
 
