@@ -25,14 +25,18 @@ def compare(
     hidden: Iterable[tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens hidden"]]],
     windows: Sequence[Window],
     head: Float[Tensor, "vocabulary hidden"],
+    dtype: torch.dtype,
 ) -> Comparison:
-    """From the last hidden states of the dense and of the new model on each of `windows`; both have the same `head`.
+    """From the last hidden states of the dense and of the new model on each of `windows`.
+
+    head: of the dense model, and in `dtype` of the new one.
 
     The divergence counts every token; bits per byte all but the first of a window, over the bytes of their text.
     """
-    weight, kl, nats = head.float(), 0.0, [0.0, 0.0]
+    old_head, kl, nats = head.float(), 0.0, [0.0, 0.0]
+    new_head = old_head if dtype == head.dtype else head.to(dtype).float()
     for states, window in zip(hidden, windows, strict=True):
-        dense, new = ((state @ weight.T).log_softmax(-1) for state in states)
+        dense, new = ((state @ each.T).log_softmax(-1) for state, each in zip(states, (old_head, new_head), strict=True))
         kl += float((dense.exp() * (dense - new)).sum(dtype=torch.float64))
         following = torch.tensor(window.ids[1:])[:, None]
         for model, logprobs in enumerate((dense, new)):

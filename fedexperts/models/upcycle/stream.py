@@ -160,14 +160,12 @@ class Conversion:
 
     def compare(self, before: Hidden, after: Hidden) -> Comparison:
         """The predictions of both models from the hidden states behind their last layers."""
-        weight = self.dense.read(NORM)
-        norms = (
-            self.old.norm(weight),
-            self.new.norm(family_of(self.dense.name, self.dense.config).with_plain_norms({NORM: weight})[NORM]),
-        )
+        norm = {NORM: self.dense.read(NORM)}
+        family = family_of(self.dense.name, self.dense.config)
+        norms = self.old.norm(norm[NORM]), self.new.norm(self.writer.cast(family.with_plain_norms(norm))[NORM])
         held_out = [hidden for hidden, window in zip(before, self.windows, strict=True) if window.held_out]
         pairs = [(norms[0](old), norms[1](new)) for old, new in zip(held_out, after, strict=True)]
-        return compare(pairs, self.held_out, self.head)
+        return compare(pairs, self.held_out, self.head, self.writer.dtype)
 
     def _run_dense(self, number: int, hidden: Hidden) -> tuple[Hidden, States]:
         """The hidden states behind a layer of the dense model, and the inputs of its FFN."""

@@ -1,6 +1,7 @@
 """Each dense family becomes an MoE that transformers and fedexperts load, with the dense model's logits where that is claimed."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedexperts.errors import BadValue
 from fedexperts.models.load import load
+from fedexperts.models.upcycle import texts
 from fedexperts.models.upcycle.families import FAMILIES, NO_CLASS, target_for
 from fedexperts.models.upcycle.recipes import Copy, Split
 from fedexperts.models.upcycle.run import Sources, upcycle
@@ -64,6 +66,26 @@ def test_a_split_with_shared_neurons_and_all_experts_active_is_the_dense_model_a
     assert report["class"] == "Qwen2MoeForCausalLM"
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "moe").eval()
     torch.testing.assert_close(logits(new), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@torch.no_grad()
+def test_the_reported_numbers_are_those_of_the_written_folder(family, saved, text, tmp_path):
+    model, folder = saved(family, **CASES[family])
+    file = text()
+    report = upcycle(Sources(str(folder), texts=[file], tokens=1024, dtype="bfloat16"), Split(4, 2), tmp_path / "moe")
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32).eval()
+    tokenizer = load(str(tmp_path / "moe")).tokenizer
+    windows = [each for each in texts.windows(tokenizer, [file.read_text()], 1024, 128) if each.held_out]
+    kl, nats = 0.0, 0.0
+    for window in windows:
+        ids = torch.tensor([window.ids])
+        dense, moe = (each(input_ids=ids).logits[0].log_softmax(-1) for each in (model, new))
+        kl += float((dense.exp() * (dense - moe)).sum())
+        nats -= float(moe[:-1].gather(1, ids[0, 1:, None]).sum())
+    assert report["tokens"] == sum(len(window.ids) for window in windows) == 256
+    assert report["kl"] == pytest.approx(kl / 256, rel=1e-3)
+    assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(window.bytes for window in windows), rel=1e-4)
 
 
 def test_scaled_rotary_positions_of_phi_are_kept(saved, text, tmp_path, logits):
