@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from fedexperts.errors import BadValue
 from fedexperts.models.load import load
+from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.models.upcycle import checkpoint, texts
 from fedexperts.models.upcycle.recipes import Copy, Merge
 from fedexperts.models.upcycle.run import Sources, upcycle
@@ -101,6 +102,54 @@ def test_a_gguf_file_needs_the_package_gguf(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(BadValue, match="pip install gguf"):
         checkpoint.open_dense(str(tmp_path))
+
+
+def written_gguf(path, layers=2, hidden=32, neurons=64, heads=4):
+    """A random Llama in a GGUF file, in float32, with a tokenizer of bytes."""
+    gguf = pytest.importorskip("gguf")
+    writer, chance = gguf.GGUFWriter(path, "llama"), torch.Generator().manual_seed(0)
+    vocabulary = sorted(
+        json.loads(make_tokenizer(128).backend_tokenizer.to_str())["model"]["vocab"].items(), key=lambda each: each[1]
+    )
+    tokens = [*(token for token, _ in vocabulary), "ab"]
+    writer.add_block_count(layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(neurons)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    layer = {f"attn_{part}": (hidden, hidden) for part in ("q", "k", "v", "output")}
+    layer |= {"ffn_gate": (neurons, hidden), "ffn_up": (neurons, hidden), "ffn_down": (hidden, neurons)}
+    layer |= {"attn_norm": (hidden,), "ffn_norm": (hidden,)}
+    shapes = {f"blk.{number}.{name}": shape for number in range(layers) for name, shape in layer.items()}
+    shapes |= {"token_embd": (len(tokens), hidden), "output": (len(tokens), hidden), "output_norm": (hidden,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", (0.3 * torch.randn(shape, generator=chance)).bfloat16().float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_the_copies_of_the_model_that_transformers_reads_in_it(text, tmp_path):
+    (tmp_path / "gguf").mkdir()
+    written_gguf(tmp_path / "gguf" / "model.gguf")
+    report = upcycle(Sources(str(tmp_path / "gguf"), texts=[text()], tokens=512), Copy(2), tmp_path / "moe")
+    assert report["kl"] < 1e-6
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32).eval()
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32).eval()
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(new(input_ids=ids).logits, dense(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_of_several_gguf_files_one_must_be_named(tmp_path):
