@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fedexperts.errors import BadValue, FedExpertsError
 from fedexperts.io.toml import RenamedSetting
+from fedexperts.models.upcycle.command import upcycle
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -220,6 +221,9 @@ def pretrain(
     from fedexperts.models import pretrain as pretraining
 
     pretraining.run_file(run_file, set or [], out, console)
+
+
+app.command()(upcycle)
 
 
 @app.command()
