@@ -1,9 +1,12 @@
 """Examples as tensors, with any fast tokenizer of transformers.
 
+The text of a special token in an example, such as `</s>`, stays text: special tokens are only those that we add.
+
 Prompt and response are tokenized separately and joined as ids, so a model is trained on exactly the prompt ids that it gets for
 generation. How much of a prompt stays never depends on its response: else the length of a cut prompt would reveal the answer.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -105,8 +108,7 @@ class Encoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             raise BadValue("a batch of no examples cannot be encoded; give at least one")
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return text_ids(self.tokenizer, texts)
 
     def _ended(self, response: list[int], limit: int) -> list[int]:
         return [*response, self.eos][:limit]
@@ -130,6 +132,20 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
         name = type(tokenizer).__name__
         raise BadValue(f"the tokenizer ({name}) has no end token, but responses must end; set its eos_token")
     return tokenizer.eos_token_id
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, without special tokens: text that reads like one is split like any other."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
+    special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = re.compile("|".join(map(re.escape, sorted(special.values(), key=len, reverse=True))) or "(?!)")
+    forbidden = special.keys() - {tokenizer.unk_token_id}
+    # Some vocabularies have special tokens as ordinary words (Unigram, WordLevel), so that splitting gives them again
+    return [
+        [id for id in row if id not in forbidden] if not forbidden.isdisjoint(row) and written.search(text) else row
+        for row, text in zip(ids, texts, strict=True)
+    ]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.core.devices import Profile, memories, trace_hash
 from fedexperts.core.evaluation import is_text
 from fedexperts.data.clients import Clients, make_clients
+from fedexperts.data.encode import text_ids
 from fedexperts.data.own import Counts, own_clients, placeholder_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
 from fedexperts.engines.remote import Greeting
@@ -229,7 +230,7 @@ def cached(store: Cache[T], most: int, key: Hashable, make: Callable[[], T]) -> 
 def longest_response(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> int:
     """Tokens of the longest response among `examples`, including the end token."""
     responses = list({example.response for example in examples})
-    return max(map(len, tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"])) + 1
+    return max(map(len, text_ids(tokenizer, responses))) + 1
 
 
 def target_places(longest: int, batch: tuple[int, int], encoder_decoder: bool) -> int:
