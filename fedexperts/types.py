@@ -1,7 +1,7 @@
 """The values exchanged between server, engine and clients, and the client's context, which never leaves the client."""
 
 import json
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import cos, pi
 from typing import Annotated, Any, Literal, Protocol
@@ -31,6 +31,14 @@ METRIC_NAMES: tuple[str, ...] = (
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A message of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+@dataclass(frozen=True)
 class Example:
     """A prompt, its reference response, and the metric that scores an answer."""
 
@@ -40,6 +48,8 @@ class Example:
     metric: str = "exact_match"  # the task's main metric, one of METRIC_NAMES
     label: int | None = None  # the class, if there is one: used by Dirichlet partitions
     choices: tuple[str, ...] = ()  # the closed set of answers, if there is one
+    turns: tuple[Turn, ...] = ()  # the conversation before the response, which a chat template renders; `prompt` is its text
+    template: str | None = None  # of `turns`, in Jinja; None: the tokenizer's chat template
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,7 @@ class Encoder(Protocol):
     """Examples as tensors (data.encode.Encoder)."""
 
     eos: int  # the id that ends a response
+    ends: Collection[int]  # all ids that do: chat templates may have others
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
     def prompts(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...

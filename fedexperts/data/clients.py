@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fedexperts.data.division import Dealer, Groups, divide_train, group_examples
+from fedexperts.data.fields import Row
 from fedexperts.data.partition import Partition, Partitioner, from_object, shuffled
 from fedexperts.data.pool import Pool, check_metric, deduplicated_pool, duplicate_key, load_pool
 from fedexperts.data.readers import LocatedRow
 from fedexperts.data.settings import DataSettings, SourceSettings
 from fedexperts.data.sources import examples_from
-from fedexperts.data.templates import Row, rows_with_label_names
+from fedexperts.data.templates import rows_with_label_names
 from fedexperts.errors import BadData
 from fedexperts.io.files import write_text
 from fedexperts.types import Client, Example, Split

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
 
+Format = Literal["messages", "conversations", "alpaca", "prompt_response", "text_label", "text"]
 By = Literal["task", "iid", "pathological", "dirichlet", "clusters", "quantity"]
 NUMBER_OF: Mapping[str, str] = {
     "dirichlet": "alpha",
@@ -83,8 +84,8 @@ class SourceSettings(BaseModel):
     """One source of examples: a name alone, or a table that says how its rows are read.
 
     `name` is a set of the data pack ("ag_news", "dolly", "dolly/closed_qa", "superni/task875"), a generated task
-    ("synthetic/sort"), a .jsonl, .csv or .parquet file (.gz or not), or "hub:owner/set" (also "hub:" and a local folder), which
-    `datasets` loads.
+    ("synthetic/sort"), a .json, .jsonl, .csv, .tsv or .parquet file (.gz or not), or "hub:owner/set" (also "hub:" and a local
+    folder), which `datasets` loads.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +95,9 @@ class SourceSettings(BaseModel):
     config: str | None = None  # of a set on the hub
     split: str = "train"  # of a set on the hub
     test_split: str | None = None  # of a set on the hub; by default its test or else its validation split
+    format: Format | None = None  # of the rows; None: told by their fields
+    messages: str | None = None  # the field of the conversation; by default messages or conversations
+    system: str | None = None  # the system message of rows without one of their own
     prompt: str | None = None  # the name of a field, or a text with {field}s in it
     response: str | None = None  # likewise
     label: str | None = None  # the field with the class; without `response`, the name of the class is the response

@@ -18,7 +18,7 @@ from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.core.devices import Profile, memories, trace_hash
 from fedexperts.core.evaluation import is_text
 from fedexperts.data.clients import Clients, make_clients
-from fedexperts.data.encode import text_ids
+from fedexperts.data.encode import Encoder
 from fedexperts.data.own import Counts, own_clients, placeholder_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
 from fedexperts.engines.remote import Greeting
@@ -228,9 +228,9 @@ def cached(store: Cache[T], most: int, key: Hashable, make: Callable[[], T]) -> 
 
 
 def longest_response(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> int:
-    """Tokens of the longest response among `examples`, including the end token."""
-    responses = list({example.response for example in examples})
-    return max(map(len, text_ids(tokenizer, responses))) + 1
+    """Tokens of the longest response among `examples`, including the end token; of a conversation, of all answers together."""
+    different = {(example.turns, example.template, example.response): example for example in examples}
+    return max(Encoder(tokenizer, 4).targets(list(different.values())))
 
 
 def target_places(longest: int, batch: tuple[int, int], encoder_decoder: bool) -> int:

@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from fedexperts.data import encode
-from fedexperts.data.encode import IGNORED, Encoder, text_ids, without_middle
+from fedexperts.data.encode import IGNORED, Encoder, without_middle
 from fedexperts.data.pool import load_pool
 from fedexperts.data.settings import DataSettings
+from fedexperts.data.tokens import text_ids
 from fedexperts.errors import BadValue
 from fedexperts.models.load import load
 from fedexperts.testing import tiny_tokenizer
@@ -240,7 +241,9 @@ def test_special_tokens_are_only_those_that_we_add(tokenizer, prompt, response, 
 def test_a_response_with_the_text_of_an_end_token_is_learned_to_its_end():
     labels = Encoder(PLAIN, 64).batch([Example("Is it?\n", "ok</s> 1", "any")])["labels"][0]
     learned = labels[labels != IGNORED].tolist()
-    assert PLAIN.decode(learned[:-1]) == "ok</s> 1" and learned.count(PLAIN.eos_token_id) == 1 and learned[-1] == PLAIN.eos_token_id
+    assert (
+        PLAIN.decode(learned[:-1]) == "ok</s> 1" and learned.count(PLAIN.eos_token_id) == 1 and learned[-1] == PLAIN.eos_token_id
+    )
 
 
 def test_the_text_of_a_special_token_that_is_a_word_of_the_vocabulary_is_left_out():
