@@ -83,9 +83,7 @@ def _turn(message: Any, number: int) -> Turn | None:
     except BadData as error:
         raise BadData(f"message {number}: {error}") from error
     if role is None:
-        raise BadData(
-            f"the role of its message {number} is {name[:40]!r}, but known are {listed(ROLES)}; correct or remove the row"
-        )
+        raise BadData(f"message {number}: its role is {name[:40]!r}, but known are {listed(ROLES)}; correct or remove the row")
     return Turn(role, text)
 
 

@@ -28,7 +28,7 @@ def own_clients(name: str, files: Sequence[str], settings: DataSettings, seed: i
     Raises:
         BadData: files that cannot be read, or too few examples in them.
     """
-    sources = tuple(settings.sources[0].model_copy(update={"name": file, "test": None}) for file in files)
+    sources = tuple(settings.sources[0].model_copy(update={"name": file, "test": None, "folder": None}) for file in files)
     own = settings.model_copy(update={"sources": sources, "clients": 1, "names": (name,), "partition": IID})
     return make_clients(own, f"{seed}/{name}", without_retained(load_pool(own), retained))
 

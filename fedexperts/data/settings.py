@@ -1,6 +1,7 @@
 """The `data` table of a run file: sources, how they are divided among clients, and how much of them is used."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
@@ -92,6 +93,7 @@ class SourceSettings(BaseModel):
 
     name: str = Field(min_length=1)
     test: str | None = None  # a file with the test rows
+    folder: str | None = None  # where these files are, if there; else in the working directory. A run file sets its own
     config: str | None = None  # of a set on the hub
     split: str = "train"  # of a set on the hub
     test_split: str | None = None  # of a set on the hub; by default its test or else its validation split
@@ -104,6 +106,23 @@ class SourceSettings(BaseModel):
     task: str | None = None  # the name under which results are reported
     metric: str | None = None
     limit: int | None = Field(default=None, ge=1)  # training examples, drawn at random
+
+    def beside(self, run_file: Path) -> Self:
+        """The source with the folder of the run file that names it, if its files are there and not in the working directory."""
+        folder = run_file.parent.resolve()
+        if self.folder is not None or folder == Path.cwd() or not any((folder / name).is_file() for name in self.files):
+            return self
+        return self.model_copy(update={"folder": str(folder)})
+
+    @property
+    def files(self) -> list[str]:
+        """The names that may be those of files."""
+        return [self.name, *([self.test] if self.test else [])]
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` of this source is."""
+        inside = Path(self.folder, name) if self.folder else Path(name)
+        return inside if inside.exists() else Path(name)
 
 
 def _expand_names(sources: object) -> object:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -135,9 +134,9 @@ def _tasks(rows: Iterable[LocatedRow], part: str, name: str) -> list[str]:
 
 
 def _from_file(source: SourceSettings) -> Source:
-    path = Path(source.name)
+    path = source.path(source.name)
     beside = path.with_name(path.name.replace(".train.", ".test."))
-    test_path = Path(source.test) if source.test else beside if beside != path and beside.exists() else None
+    test_path = source.path(source.test) if source.test else beside if beside != path and beside.exists() else None
     rows = read(path)
     train, test = (rows, read(test_path)) if test_path else _split(rows, source.name)
     if test_path:
