@@ -48,8 +48,10 @@ class Example:
     metric: str = "exact_match"  # the task's main metric, one of METRIC_NAMES
     label: int | None = None  # the class, if there is one: used by Dirichlet partitions
     choices: tuple[str, ...] = ()  # the closed set of answers, if there is one
-    turns: tuple[Turn, ...] = ()  # the conversation before the response, which a chat template renders; `prompt` is its text
-    template: str | None = None  # of `turns`, in Jinja; None: the tokenizer's chat template
+    # The conversation before the response, whose text is `prompt`, and the chat template that renders it, in Jinja (None: the
+    # tokenizer's). They are no part of the repr, by which generated examples have always been hashed.
+    turns: tuple[Turn, ...] = field(default=(), repr=False)
+    template: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Prompt and response are tokenized separately and joined as ids, so a model is tr
 generation. How much of a prompt stays never depends on its response: else the length of a cut prompt would reveal the answer.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -68,7 +68,7 @@ class Encoder:
         self.eos = end_token(tokenizer)
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.before, self.after = special_tokens(tokenizer)
-        self.ends = {self.eos}  # all ids that end a response: templates of conversations that were encoded may add theirs
+        self.ends: Collection[int] = {self.eos}  # of responses; chat templates add theirs once they are used
         self._chats: dict[str | None, ChatTemplate] = {}
         self._longest_choice: dict[tuple[str, ...], int] = {}  # choices → tokens, the end token included
         self._prompt_cache: dict[Hashable, CutPrompt] = {}
@@ -149,7 +149,7 @@ class Encoder:
         if template not in self._chats:
             start = self.before if template == PLAIN_CHAT else ()
             self._chats[template] = ChatTemplate(self.tokenizer, template, start)
-            self.ends |= self._chats[template].ends
+            self.ends = {*self.ends, *self._chats[template].ends}
         return self._chats[template]
 
     def _prompt_limits(self, examples: Sequence[Example]) -> list[int]:

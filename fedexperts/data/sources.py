@@ -10,12 +10,13 @@ from fedexperts.data.conversations import FIELDS
 from fedexperts.data.fields import Row
 from fedexperts.data.pack import ALIASES, PACKS, PARTS, Part, data_folder
 from fedexperts.data.readers import KINDS, LocatedRow, at_location, digest_of, format_of, hash_of, read
-from fedexperts.data.settings import DataSettings, SourceSettings
+from fedexperts.data.settings import PLAIN, DataSettings, SourceSettings, with_templates
 from fedexperts.data.templates import (
     FORMATS,
     TEMPLATES,
     Frame,
     Hints,
+    asked,
     class_ids,
     class_of,
     frame,
@@ -50,6 +51,7 @@ def load(source: SourceSettings, settings: DataSettings) -> Source:
         BadData: files that do not exist, are empty or cannot be read, with the line.
     """
     limit = source.limit or settings.limit
+    source = with_templates([source], settings.template)[0]
     if source.name.startswith(GENERATED):
         return _generated(source, limit)
     loaded = _loader(source.name)(source)
@@ -92,8 +94,16 @@ def _generated(source: SourceSettings, limit: int | None) -> Source:
         [replace(example, task=source.task or example.task, metric=source.metric or example.metric) for example in examples]
         for examples in generated
     )
+    hints, hash = _asking(source), digest_of(train + test)
+    separator = synthetic.SEPARATOR if hints.template == PLAIN else ""
+
+    def asks(example: Example) -> Example:
+        return asked(replace(example, prompt=example.prompt.removesuffix(synthetic.SEPARATOR) + separator), hints)
+
+    train, test = (list(map(asks, part)) for part in (train, test))
     before = synthetic.format_prompt(task.capitalize(), "").removesuffix(synthetic.SEPARATOR)
-    return Source(source.name, train, test, digest_of(train + test), {source.task or task: (before, synthetic.SEPARATOR)})
+    before = f"{hints.system}\n\n{before}" if hints.system and hints.template == PLAIN else before
+    return Source(source.name, train, test, hash, {source.task or task: (before, separator)})
 
 
 def _from_pack(source: SourceSettings) -> Source:
@@ -103,8 +113,9 @@ def _from_pack(source: SourceSettings) -> Source:
     test_file = folder / f"{pack.test or pack.train[0]}.test.jsonl.gz"
     train, test = [row for path in train_files for row in read(path)], read(test_file)
     hash = hash_of([*train_files, test_file])
+    asking = _asking(source)
     if not pack.many_tasks:
-        hints = Hints(source.task or source.name, source.metric, pack.question)
+        hints = replace(asking, task=source.task or source.name, metric=source.metric, question=pack.question)
         return _source(source.name, train, test, pack.kind, hints, hash)
 
     frames: dict[str, Frame | None] = {}
@@ -114,7 +125,7 @@ def _from_pack(source: SourceSettings) -> Source:
     for task in tasks:
         template = PARTS.get(f"{head}/{task}", Part(pack.kind))
         name = source.task or (source.name if part and len(tasks) == 1 else f"{head}/{task}")
-        hints = Hints(name, source.metric or template.metric, template.question)
+        hints = replace(asking, task=name, metric=source.metric or template.metric, question=template.question)
         train_rows, test_rows = ([row for row in rows if row.row["task"] == task] for rows in (train, test))
         one_task = _source(source.name, train_rows, test_rows, template.kind, hints, hash)
         all_train += one_task.train
@@ -185,16 +196,21 @@ def _custom(
 ) -> Source:
     """Examples of rows by the fields that the user named, or else by those of the first row."""
     kind = at_location(first, lambda row: _kind(row, source))
-    hints = Hints(
-        source.task or task,
-        source.metric,
+    hints = replace(
+        _asking(source),
+        task=source.task or task,
+        metric=source.metric,
         prompt=source.prompt,
         response=source.response,
         label=source.label,
         messages=source.messages or (source.format if source.format in FIELDS else None),
-        system=source.system,
     )
     return _source(source.name, train, test, kind, hints, hash)
+
+
+def _asking(source: SourceSettings) -> Hints:
+    """The hints of a source about how it is asked."""
+    return Hints("", system=source.system, template=source.template or PLAIN)
 
 
 def _kind(row: Row, source: SourceSettings) -> str:
@@ -218,7 +234,7 @@ def _source(name: str, train: list[LocatedRow], test: list[LocatedRow], kind: st
         ids = class_ids(rows, label)
         train, test = ([_numbered(row, label, ids) for row in part] for part in (train, test))
     template = TEMPLATES[kind]
-    examples = [[at_location(row, lambda row: template(row, hints)) for row in rows] for rows in (train, test)]
+    examples = [[at_location(row, lambda row: asked(template(row, hints), hints)) for row in rows] for rows in (train, test)]
     task_frame = frame([row.row for row in train or test], kind, hints)
     return Source(name, examples[0], examples[1], hash, {hints.task: task_frame})
 

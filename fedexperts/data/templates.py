@@ -10,8 +10,9 @@ from typing import Any
 
 from fedexperts.data.conversations import PLAIN_CHAT, conversation_field, turns_of
 from fedexperts.data.fields import Row, field_text, field_value, fill_template, is_missing, template_fields
+from fedexperts.data.settings import PLAIN
 from fedexperts.errors import BadData, listed
-from fedexperts.types import Example
+from fedexperts.types import Example, Turn
 
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
 ALPACA_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -39,6 +40,12 @@ class Hints:
     label: str | None = None  # the field of the class
     messages: str | None = None  # the field of the conversation
     system: str | None = None  # the system message of rows without one of their own
+    template: str = PLAIN  # of prompts: "plain-1", "chat" or Jinja
+
+    @property
+    def end(self) -> str:
+        """What a plain prompt ends with; a chat template has its own marks."""
+        return "\nAnswer:\n" if self.template == PLAIN else ""
 
 
 Template = Callable[[Row, Hints], Example]
@@ -57,7 +64,7 @@ def classification(row: Row, hints: Hints) -> Example:
     question = f"{hints.question}\n" if hints.question else ""
     text = fill_template(row, hints.prompt or "text")
     return Example(
-        prompt=f"{question}{text}\nAnswer:\n",
+        prompt=f"{question}{text}{hints.end}",
         response=hints.names[label],
         task=hints.task,
         metric=hints.metric or "accuracy",
@@ -87,7 +94,7 @@ def cloze(row: Row, hints: Hints) -> Example:
     """
     choices = tuple(str(choice).strip() for choice in field_value(row, "choices"))
     options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, field_value(row, "choices"), strict=False))
-    prompt = f"{field_text(row, 'input').removesuffix(options)}\nAnswer:\n"
+    prompt = f"{field_text(row, 'input').removesuffix(options)}{hints.end}"
     return Example(prompt, choices[gold_index(row)], hints.task, hints.metric or "likelihood", choices=choices)
 
 
@@ -102,9 +109,10 @@ def summary(row: Row, hints: Hints) -> Example:
 
 
 def instruction(row: Row, hints: Hints) -> Example:
-    """Any instruction, in the format of Alpaca."""
-    template = ALPACA_WITH_INPUT if row.get("input") else ALPACA
-    prompt = template.format(instruction=field_text(row, "instruction"), input=row.get("input", ""))
+    """Any instruction; a plain prompt is in the format of Alpaca."""
+    texts = {"instruction": field_text(row, "instruction"), "input": row.get("input") or ""}
+    template = ALPACA_WITH_INPUT if texts["input"] else ALPACA
+    prompt = template.format(**texts) if hints.template == PLAIN else "\n\n".join(filter(None, map(str, texts.values())))
     return Example(prompt, field_text(row, "output"), hints.task, hints.metric or "rougeL")
 
 
@@ -131,7 +139,20 @@ def conversation(row: Row, hints: Hints) -> Example:
     """The conversation before the last answer, and this answer; what follows it is left out. Its prompt is the text before."""
     *turns, last = turns_of(row, hints.messages or conversation_field(row), hints.system)
     prompt = "\n".join(turn.content for turn in turns)
-    return Example(prompt, last.content, hints.task, hints.metric or "rougeL", turns=tuple(turns), template=PLAIN_CHAT)
+    return Example(prompt, last.content, hints.task, hints.metric or "rougeL", turns=tuple(turns))
+
+
+def asked(example: Example, hints: Hints) -> Example:
+    """`example` as the template of `hints` asks it: as turns, unless it is a plain prompt or a text without one."""
+    jinja = {PLAIN: PLAIN_CHAT, "chat": None}.get(hints.template, hints.template)
+    if example.turns:
+        return replace(example, template=jinja)
+    if not example.prompt:
+        return example
+    if hints.template == PLAIN:
+        return replace(example, prompt=f"{hints.system}\n\n{example.prompt}") if hints.system else example
+    system = [Turn("system", hints.system)] if hints.system else []
+    return replace(example, turns=(*system, Turn("user", example.prompt)), template=jinja)
 
 
 TEMPLATES: Mapping[str, Template] = {
@@ -186,7 +207,7 @@ def frame(rows: Sequence[Row], kind: str, hints: Hints) -> Frame | None:
         marked = {"input": MARK}
     else:
         hints, marked = replace(hints, question=""), {"instruction": MARK, "input": ""}
-    before, _, after = TEMPLATES[kind]({**rows[0], **marked}, hints).prompt.partition(MARK)
+    before, _, after = asked(TEMPLATES[kind]({**rows[0], **marked}, hints), hints).prompt.partition(MARK)
     return ("", "") if MARK in after else (before, after)
 
 
@@ -290,6 +311,6 @@ def gold_index(row: Row) -> int:
 
 
 def instruction_prompt(row: Row, hints: Hints) -> str:
-    """Instruction, input and `Answer:`, each on its own line."""
-    parts = (hints.question or field_text(row, "instruction"), str(row.get("input") or ""), "Answer:\n")
-    return "\n".join(part for part in parts if part)
+    """Instruction, input and, in a plain prompt, `Answer:`, each on its own line."""
+    parts = (hints.question or field_text(row, "instruction"), str(row.get("input") or ""))
+    return "\n".join(part for part in parts if part) + hints.end
