@@ -170,7 +170,8 @@ class ReportedParts(Parts):
     memory: Mapping[str, int | None] = field(default_factory=dict)
 
     def clients(self, config: RunConfig) -> Clients:
-        return placeholder_clients({name: self.counts[name] for name in config.data.names})
+        source = self.with_templates(config).data.sources[0]
+        return placeholder_clients({name: self.counts[name] for name in config.data.names}, source)
 
     def longest_response(self, config: RunConfig) -> int:
         return max(count.longest_response for count in self.counts.values())

@@ -25,7 +25,8 @@ def chat_template(prompts: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
         return None
     if not plain:
         return _text(form["chat"]["template"] or tokenizer.chat_template)
-    return framed(*form["frame"], start=str(tokenizer.decode(special_tokens(tokenizer)[0])))
+    before, after = form["frame"]
+    return framed(before, after, start=str(tokenizer.decode(special_tokens(tokenizer)[0])))
 
 
 def framed(before: str, after: str, start: str = "") -> str:
