@@ -269,12 +269,20 @@ def with_defaults(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -
 
 
 def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
-    """The settings in a run file; each `a.b=c` of `settings` replaces the value in the file.
+    """The settings in a run file; each `a.b=c` of `settings` replaces the value in the file. Files of data are found beside it.
 
     Raises:
         BadValue: no such file, no TOML, an unknown key (names the nearest), or a value that is not allowed.
     """
-    return from_tree(read_tree(path, "the one that fedexperts init writes", settings))
+    config = from_tree(read_tree(path, "the one that fedexperts init writes", settings))
+    data, evaluation = config.data, config.evaluation
+    sources, retained = (tuple(source.beside(path) for source in some) for some in (data.sources, evaluation.retained))
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"sources": sources}),
+            "evaluation": evaluation.model_copy(update={"retained": retained}),
+        }
+    )
 
 
 def from_tree(tree: Tree) -> RunConfig:

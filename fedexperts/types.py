@@ -1,7 +1,7 @@
 """The values exchanged between server, engine and clients, and the client's context, which never leaves the client."""
 
 import json
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import cos, pi, prod
 from typing import Annotated, Any, Literal, Protocol
@@ -36,6 +36,14 @@ BLOCK = 64
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A message of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+@dataclass(frozen=True)
 class Example:
     """A prompt, its reference response, and the metric that scores an answer."""
 
@@ -45,6 +53,10 @@ class Example:
     metric: str = "exact_match"  # the task's main metric, one of METRIC_NAMES
     label: int | None = None  # the class, if there is one: used by Dirichlet partitions
     choices: tuple[str, ...] = ()  # the closed set of answers, if there is one
+    # The conversation before the response, whose text is `prompt`, and the chat template that renders it, in Jinja (None: the
+    # tokenizer's). They are no part of the repr, by which generated examples have always been hashed.
+    turns: tuple[Turn, ...] = field(default=(), repr=False)
+    template: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,7 @@ class Encoder(Protocol):
     """Examples as tensors (data.encode.Encoder)."""
 
     eos: int  # the id that ends a response
+    ends: Collection[int]  # all ids that do: chat templates may have others
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
     def prompts(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...

@@ -49,8 +49,8 @@ def test_a_setting_may_be_a_list_or_a_table(run_file):
         ("training.rounds=1", "training.rounds is not a setting; did you mean federation.rounds?"),
         (
             "data.sources=[{name='a', text='b'}]",
-            "data.sources.0.text is not a setting; settings there are name, test, config, split, "
-            "test_split, prompt, response, label, task, metric, limit",
+            "data.sources.0.text is not a setting; settings there are name, test, folder, config, "
+            "split, test_split, format, messages, system, template, prompt, response, label, task, metric, limit",
         ),
         ("evalution.every=1", "evalution is not a setting; did you mean evaluation?"),
         ("data.client=1", "data.client is not a setting; did you mean data.clients?"),

@@ -330,6 +330,8 @@ def answer(model: nn.Module, prompts: Mapping[str, Tensor], encoder: Encoder, ge
     lm = cast("Any", model)
     known = lm.generation_config
     end = known.eos_token_id
+    if others := sorted({*encoder.ends} - {*(end if isinstance(end, list) else [end])}):
+        end = [*(end if isinstance(end, list) else [end] if end is not None else []), *others]
     first = end[0] if isinstance(end, list) else end
     greedy = cast("Any", GenerationConfig)(
         max_new_tokens=generate_tokens,
@@ -371,7 +373,8 @@ def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[
 def own_labels(encoder: Encoder, examples: Sequence[Example]) -> dict[str, Tensor]:
     """`examples` as a batch whose end tokens are not targets."""
     encoded = encoder.batch(examples)
-    return {**encoded, "labels": encoded["labels"].masked_fill(encoded["labels"] == encoder.eos, IGNORED)}
+    ended = torch.isin(encoded["labels"], torch.tensor(sorted(encoder.ends)))
+    return {**encoded, "labels": encoded["labels"].masked_fill(ended, IGNORED)}
 
 
 def reference_losses(

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fedexperts.data.division import Dealer, Groups, divide_train, group_examples
+from fedexperts.data.fields import Row
 from fedexperts.data.partition import Partition, Partitioner, from_object, shuffled
 from fedexperts.data.pool import Pool, check_metric, deduplicated_pool, duplicate_key, load_pool
 from fedexperts.data.readers import LocatedRow
 from fedexperts.data.settings import DataSettings, SourceSettings
 from fedexperts.data.sources import examples_from
-from fedexperts.data.templates import Row, rows_with_label_names
+from fedexperts.data.templates import rows_with_label_names
 from fedexperts.errors import BadData
 from fedexperts.io.files import write_text
 from fedexperts.types import Client, Example, Split
@@ -95,12 +96,23 @@ class Clients(Mapping[str, Split]):
         }
 
     def prompts(self) -> dict[str, Any]:
-        """Task → what its prompts begin and end with (None: a text is continued) and its first example's choices, as JSON."""
+        """Task → how it is asked, as JSON: what its prompts begin and end with (None: a text is continued), its choices, and,
+        where turns are rendered, their chat template (None: the tokenizer's) and the system message if all have the same.
+        """
         first: dict[str, Example] = {}
+        systems: dict[str, set[str | None]] = {}
         for example in self.pool.train:
             first.setdefault(example.task, example)
+            systems.setdefault(example.task, set()).add(_system(example))
         frames = self.pool.frames
-        return {task: {"frame": frames[task], "choices": example.choices} for task, example in first.items() if task in frames}
+        forms: dict[str, dict[str, Any]] = {
+            task: {"frame": frames[task], "choices": example.choices} for task, example in first.items() if task in frames
+        }
+        for task in forms:
+            if first[task].turns:
+                system = next(iter(systems[task])) if len(systems[task]) == 1 else None
+                forms[task]["chat"] = {"template": first[task].template, "system": system}
+        return forms
 
     def save(self, path: Path) -> None:
         """Writes the manifest; a reader sees the old file or the whole new one."""
@@ -175,6 +187,11 @@ def clients_from(
     new_indices = [pool_indices.pop(duplicate_key(example), None) for example in train]
     indices = tuple(tuple(new for index in part if (new := new_indices[index]) is not None) for part in partition.indices)
     return divide(pool, replace(partition, indices=indices), settings)
+
+
+def _system(example: Example) -> str | None:
+    """The system message of an example with turns, if it has one."""
+    return next((turn.content for turn in example.turns[:1] if turn.role == "system"), None)
 
 
 def _clients(pool: Pool, partition: Partition, groups: Groups, settings: DataSettings) -> Clients:

@@ -1,21 +1,42 @@
 """Examples as tensors, with any fast tokenizer of transformers.
 
+The text of a special token in an example, such as `</s>`, stays text: special tokens are only those that we add.
+
 Prompt and response are tokenized separately and joined as ids, so a model is trained on exactly the prompt ids that it gets for
 generation. How much of a prompt stays never depends on its response: else the length of a cut prompt would reveal the answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fedexperts.data.chat import ChatTemplate, RenderedPrompt
+from fedexperts.data.conversations import PLAIN_CHAT
+from fedexperts.data.tokens import text_ids
 from fedexperts.errors import BadValue
 from fedexperts.moe.logits import IGNORED
 from fedexperts.types import Example
 
+T = TypeVar("T")
 CACHED_PROMPTS = 4096  # of at most max_tokens ids each
+
+
+@dataclass(frozen=True)
+class CutPrompt:
+    """The ids before a response, cut to fit, and which of them are of the assistant's earlier turns; and the whole prompt."""
+
+    ids: list[int]
+    answered: list[bool]
+    rendered: RenderedPrompt | None = None  # of a conversation
+
+    @property
+    def labels(self) -> list[int]:
+        return [id if answered else IGNORED for id, answered in zip(self.ids, self.answered, strict=True)]
 
 
 class Encoder:
@@ -26,6 +47,9 @@ class Encoder:
     or all but one if it has no prompt. A prompt that does not fit in the rest loses its middle: instructions stand at its
     start, the question at its end. A response may fill all that its prompt leaves; a longer one is cut and then has no end
     token, since it does not end there. For an encoder-decoder, prompt and response have `max_tokens` each.
+
+    A conversation (`Example.turns`) is rendered by its chat template. All of the assistant's turns are learned, by an
+    encoder-decoder the last one.
     """
 
     def __init__(
@@ -44,25 +68,26 @@ class Encoder:
         self.eos = end_token(tokenizer)
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.before, self.after = special_tokens(tokenizer)
+        self.ends: Collection[int] = {self.eos}  # of responses; chat templates add theirs once they are used
+        self._chats: dict[str | None, ChatTemplate] = {}
         self._longest_choice: dict[tuple[str, ...], int] = {}  # choices → tokens, the end token included
-        self._prompt_ids: dict[tuple[str, tuple[str, ...]], list[int]] = {}  # (prompt, choices) → cut prompt
+        self._prompt_cache: dict[Hashable, CutPrompt] = {}
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "examples tokens"]]:
-        """`input_ids`, `attention_mask` and `labels`, padded on the right; only response and end token have labels."""
-        prompts, responses = self._prompts(examples), self._ids([example.response for example in examples])
+        """`input_ids`, `attention_mask` and `labels`, padded on the right; only responses and end tokens have labels."""
+        prompts = self._prompts(examples)
+        responses = self._responses(examples, prompts)
         if self.encoder_decoder:
-            ended = [self._ended(response, self.max_tokens) for response in responses]
-            return {**self._padded(prompts), "labels": pad_right(ended, IGNORED)}
-        ended = [
-            self._ended(response, self.max_tokens - len(prompt)) for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        sequences = [prompt + response for prompt, response in zip(prompts, ended, strict=True)]
-        labels = [[IGNORED] * len(prompt) + response for prompt, response in zip(prompts, ended, strict=True)]
+            labels = [response[: self.max_tokens] for response in responses]
+            return {**self._padded([prompt.ids for prompt in prompts]), "labels": pad_right(labels, IGNORED)}
+        responses = [response[: self.max_tokens - len(prompt.ids)] for prompt, response in zip(prompts, responses, strict=True)]
+        sequences = [prompt.ids + response for prompt, response in zip(prompts, responses, strict=True)]
+        labels = [prompt.labels + response for prompt, response in zip(prompts, responses, strict=True)]
         return {**self._padded(sequences), "labels": pad_right(labels, IGNORED)}
 
     def prompts(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "examples tokens"]]:
         """`input_ids` and `attention_mask` to generate from, padded on the left."""
-        prompts = self._prompts(examples)
+        prompts = [prompt.ids for prompt in self._prompts(examples)]
         return {"input_ids": pad_left(prompts, self.pad), "attention_mask": pad_left([[1] * len(ids) for ids in prompts], 0)}
 
     def decode(self, ids: Int[Tensor, "examples tokens"]) -> list[str]:
@@ -70,23 +95,62 @@ class Encoder:
         texts = [self._until_end(row) for row in ids.tolist()]
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in texts]
 
-    def _prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        """The cut prompt of each example; cached, since clients see their examples repeatedly and long prompts take long."""
-        keys = [(example.prompt, example.choices) for example in examples]
-        new = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._prompt_ids}
-        if len(self._prompt_ids) + len(new) > CACHED_PROMPTS:
-            self._prompt_ids, new = {}, dict(zip(keys, examples, strict=True))
-        if new or not examples:
-            self._prompt_ids.update(zip(new, self._cut_prompts(list(new.values())), strict=True))
-        return [self._prompt_ids[key] for key in keys]
+    def targets(self, examples: Sequence[Example]) -> list[int]:
+        """How many ids of each example have labels if nothing is cut."""
+        rendered = [self._rendered(example) for example in examples]
+        earlier = [sum(prompt.answered) if prompt and not self.encoder_decoder else 0 for prompt in rendered]
+        prompts = [CutPrompt([], [], prompt) for prompt in rendered]
+        responses = self._responses(examples, prompts)
+        return [number + len(response) for number, response in zip(earlier, responses, strict=True)]
 
-    def _cut_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+    def _prompts(self, examples: Sequence[Example]) -> list[CutPrompt]:
+        """The cut prompt of each example; cached, since clients see their examples repeatedly and long prompts take long."""
+        if not examples:
+            raise BadValue("a batch of no examples cannot be encoded; give at least one")
+        keys = [(example.prompt, example.choices, example.turns, example.template) for example in examples]
+        new = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._prompt_cache}
+        if len(self._prompt_cache) + len(new) > CACHED_PROMPTS:
+            self._prompt_cache, new = {}, dict(zip(keys, examples, strict=True))
+        if new:
+            self._prompt_cache.update(zip(new, self._cut_prompts(list(new.values())), strict=True))
+        return [self._prompt_cache[key] for key in keys]
+
+    def _cut_prompts(self, examples: Sequence[Example]) -> list[CutPrompt]:
         """Prompts with special tokens, cut to fit; an empty prompt is one end token."""
         after = self.after if self.encoder_decoder else []
-        limits = [limit - len(self.before) - len(after) for limit in self._prompt_limits(examples)]
-        prompts = self._ids([example.prompt for example in examples])
-        cut = [self.before + without_middle(ids, max(limit, 1)) + after for ids, limit in zip(prompts, limits, strict=True)]
-        return [ids or [self.eos] for ids in cut]
+        texts = iter(text_ids(self.tokenizer, [example.prompt for example in examples if not example.turns]))
+        cut = []
+        for example, limit in zip(examples, self._prompt_limits(examples), strict=True):
+            rendered = self._rendered(example)
+            before = [] if rendered else self.before
+            ids = rendered.ids if rendered else next(texts)
+            answered = rendered.answered if rendered else [False] * len(ids)
+            room = max(limit - len(before) - len(after), 1)
+            ids = [*before, *without_middle(ids, room), *after] or [self.eos]
+            answered = [*[False] * len(before), *without_middle(answered, room)]
+            cut.append(CutPrompt(ids, [*answered, *[False] * (len(ids) - len(answered))], rendered))
+        return cut
+
+    def _rendered(self, example: Example) -> RenderedPrompt | None:
+        """The prompt of a conversation; None for any other example."""
+        return self._chat(example.template).prompt(example.turns) if example.turns else None
+
+    def _responses(self, examples: Sequence[Example], prompts: Sequence[CutPrompt]) -> list[list[int]]:
+        """The uncut response of each example, with its end token."""
+        texts = iter(text_ids(self.tokenizer, [example.response for example in examples if not example.turns]))
+        return [
+            self._chat(example.template).answer(example.turns, prompt.rendered, example.response)
+            if prompt.rendered
+            else [*next(texts), self.eos]
+            for example, prompt in zip(examples, prompts, strict=True)
+        ]
+
+    def _chat(self, template: str | None) -> ChatTemplate:
+        if template not in self._chats:
+            start = self.before if template == PLAIN_CHAT else ()
+            self._chats[template] = ChatTemplate(self.tokenizer, template, start)
+            self.ends = {*self.ends, *self._chats[template].ends}
+        return self._chats[template]
 
     def _prompt_limits(self, examples: Sequence[Example]) -> list[int]:
         """The most tokens that each prompt may have, special ones included."""
@@ -99,17 +163,8 @@ class Encoder:
         if not choices:
             return self.response_tokens
         if choices not in self._longest_choice:
-            self._longest_choice[choices] = max(map(len, self._ids(choices))) + 1
+            self._longest_choice[choices] = max(map(len, text_ids(self.tokenizer, choices))) + 1
         return self._longest_choice[choices]
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            raise BadValue("a batch of no examples cannot be encoded; give at least one")
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    def _ended(self, response: list[int], limit: int) -> list[int]:
-        return [*response, self.eos][:limit]
 
     def _padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
         return {"input_ids": pad_right(rows, self.pad), "attention_mask": pad_right([[1] * len(ids) for ids in rows], 0)}
@@ -117,7 +172,7 @@ class Encoder:
     def _until_end(self, ids: list[int]) -> list[int]:
         """`ids` before the first end token, not counting the token that an encoder-decoder starts with, which may be one."""
         start = 1 if self.encoder_decoder else 0
-        return ids[start : ids.index(self.eos, start)] if self.eos in ids[start:] else ids[start:]
+        return ids[start : next((at for at in range(start, len(ids)) if ids[at] in self.ends), len(ids))]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -140,7 +195,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return marked[:start], marked[start + len(plain) :]
 
 
-def without_middle(ids: list[int], limit: int) -> list[int]:
+def without_middle(ids: list[T], limit: int) -> list[T]:
     """`ids`, or the first and last `limit` / 2 if there are more than `limit`; of an odd limit the end has one more."""
     head = limit // 2
     return ids if len(ids) <= limit else ids[:head] + ids[len(ids) - (limit - head) :]

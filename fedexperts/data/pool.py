@@ -151,8 +151,9 @@ def _require_explicit_shared_tasks(settings: Sequence[SourceSettings], sources: 
 
 
 def _require_consistent_tasks(sources: Sequence[Source]) -> None:
-    """Raises BadData for a task with two metrics or two lists of classes, or with a metric that its examples cannot have."""
+    """Raises BadData for a task with two metrics, templates or lists of classes, or with a metric that does not fit it."""
     metrics: dict[str, tuple[str, str]] = {}
+    templates: dict[str, tuple[tuple[bool, str | None], str]] = {}
     classes: dict[str, tuple[tuple[str, ...], str]] = {}
     for source in sources:
         for example in (*source.train, *source.test):
@@ -161,6 +162,13 @@ def _require_consistent_tasks(sources: Sequence[Source]) -> None:
                 raise BadData(
                     f"task {example.task} has metric {metric} in source {metric_source} and {example.metric} in source"
                     f" {source.name}; write the same metric = … in each, or another task = …"
+                )
+            template = bool(example.turns), example.template
+            first_template, template_source = templates.setdefault(example.task, (template, source.name))
+            if template != first_template:
+                raise BadData(
+                    f"task {example.task} is asked through one template in source {template_source} and through another in source"
+                    f" {source.name}; write the same template = … in each, or another task = …"
                 )
             if metric == "likelihood" and example.response not in example.choices:
                 raise BadData(

@@ -1,10 +1,24 @@
 """The `data` table of a run file: sources, how they are divided among clients, and how much of them is used."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
 
+PLAIN = "plain-1"
+"""The present version of the plain frames."""
+
+Format = Literal["messages", "conversations", "alpaca", "prompt_response", "text_label", "text"]
 By = Literal["task", "iid", "pathological", "dirichlet", "clusters", "quantity"]
 NUMBER_OF: Mapping[str, str] = {
     "dirichlet": "alpha",
@@ -79,27 +93,67 @@ def _long_form(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"by": rule, NUMBER_OF[rule]: settings[rule], **others}
 
 
+def _template(name: str) -> str:
+    """`name`, if it names a template or is one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in ("auto", "chat", "plain", PLAIN) or "{{" in name or "{%" in name:
+        return name
+    raise ValueError(
+        f"template = {name[:40]!r} is not one of auto, chat, plain, {PLAIN}, and no chat template in Jinja, which has {{{{ }}}}"
+    )
+
+
+Template = Annotated[str, AfterValidator(_template)]
+"""How prompts are asked: "chat" (the tokenizer's chat template), "plain" (the present plain frames), "plain-1" (these), "auto"
+(chat where the tokenizer has a chat template, else plain), or a chat template in Jinja."""
+
+
 class SourceSettings(BaseModel):
     """One source of examples: a name alone, or a table that says how its rows are read.
 
     `name` is a set of the data pack ("ag_news", "dolly", "dolly/closed_qa", "superni/task875"), a generated task
-    ("synthetic/sort"), a .jsonl, .csv or .parquet file (.gz or not), or "hub:owner/set" (also "hub:" and a local folder), which
-    `datasets` loads.
+    ("synthetic/sort"), a .json, .jsonl, .csv, .tsv or .parquet file (.gz or not), or "hub:owner/set" (also "hub:" and a local
+    folder), which `datasets` loads.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
     test: str | None = None  # a file with the test rows
+    folder: str | None = None  # where these files are, if there; else in the working directory. A run file sets its own
     config: str | None = None  # of a set on the hub
     split: str = "train"  # of a set on the hub
     test_split: str | None = None  # of a set on the hub; by default its test or else its validation split
+    format: Format | None = None  # of the rows; None: told by their fields
+    messages: str | None = None  # the field of the conversation; by default messages or conversations
+    system: str | None = None  # the system message of rows without one of their own
+    template: Template | None = None  # in place of that of `data`
     prompt: str | None = None  # the name of a field, or a text with {field}s in it
     response: str | None = None  # likewise
     label: str | None = None  # the field with the class; without `response`, the name of the class is the response
     task: str | None = None  # the name under which results are reported
     metric: str | None = None
     limit: int | None = Field(default=None, ge=1)  # training examples, drawn at random
+
+    def beside(self, run_file: Path) -> Self:
+        """The source with the folder of the run file that names it, if its files are there and not in the working directory."""
+        folder = run_file.parent.resolve()
+        if self.folder is not None or folder == Path.cwd() or not any((folder / name).is_file() for name in self.files):
+            return self
+        return self.model_copy(update={"folder": str(folder)})
+
+    @property
+    def files(self) -> list[str]:
+        """The names that may be those of files."""
+        return [self.name, *([self.test] if self.test else [])]
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` of this source is."""
+        inside = Path(self.folder, name) if self.folder else Path(name)
+        return inside if inside.exists() else Path(name)
 
 
 def _expand_names(sources: object) -> object:
@@ -131,6 +185,7 @@ class DataSettings(BaseModel):
     validation: float = Field(default=0.15, gt=0, lt=1)  # share of a client's training examples
     test_examples: int = Field(default=50, ge=1)  # per client, with the label shares of its training examples
     max_tokens: int = Field(default=256, ge=4)
+    template: Template = "auto"  # of prompts
 
     @model_validator(mode="before")
     @classmethod
@@ -159,3 +214,13 @@ class DataSettings(BaseModel):
                 f"clients_per_task gives {sum(counts.values())} clients, but clients = {self.clients}; make them equal"
             )
         return self
+
+
+def with_templates(sources: Sequence[SourceSettings], default: str, chat: bool = False) -> tuple[SourceSettings, ...]:
+    """`sources`, each with its template; `chat`: whether that of "auto" is the tokenizer's chat template."""
+    names = {"auto": "chat" if chat else PLAIN, "plain": PLAIN}
+    chosen = (source.template or default for source in sources)
+    return tuple(
+        source.model_copy(update={"template": names.get(template, template)})
+        for source, template in zip(sources, chosen, strict=True)
+    )

@@ -2,15 +2,28 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
 from fedexperts.data import synthetic
+from fedexperts.data.conversations import FIELDS
+from fedexperts.data.fields import Row
 from fedexperts.data.pack import ALIASES, PACKS, PARTS, Part, data_folder
-from fedexperts.data.readers import LocatedRow, at_location, digest_of, format_of, hash_of, read
-from fedexperts.data.settings import DataSettings, SourceSettings
-from fedexperts.data.templates import TEMPLATES, Frame, Hints, Row, frame, kind_of, names_of, rows_with_label_names
+from fedexperts.data.readers import KINDS, LocatedRow, at_location, digest_of, format_of, hash_of, read
+from fedexperts.data.settings import PLAIN, DataSettings, SourceSettings, with_templates
+from fedexperts.data.templates import (
+    FORMATS,
+    TEMPLATES,
+    Frame,
+    Hints,
+    asked,
+    class_ids,
+    class_of,
+    frame,
+    kind_of,
+    names_of,
+    rows_with_label_names,
+)
 from fedexperts.errors import BadData, BadValue, listed, nearest, shortened
 from fedexperts.types import Example
 
@@ -38,6 +51,7 @@ def load(source: SourceSettings, settings: DataSettings) -> Source:
         BadData: files that do not exist, are empty or cannot be read, with the line.
     """
     limit = source.limit or settings.limit
+    source = with_templates([source], settings.template)[0]
     if source.name.startswith(GENERATED):
         return _generated(source, limit)
     loaded = _loader(source.name)(source)
@@ -65,7 +79,7 @@ def _loader(name: str) -> Callable[[SourceSettings], Source]:
         return _from_pack
     names = [*PACKS, *ALIASES]
     raise BadValue(
-        f"source {name!r} is no set of the data pack ({listed(names, 3)}), .jsonl, .csv or .parquet file, synthetic/<task> or"
+        f"source {name!r} is no set of the data pack ({listed(names, 3)}), {KINDS} file, synthetic/<task> or"
         f" hub:<set>; give one of these{nearest(name, names)}"
     )
 
@@ -80,8 +94,16 @@ def _generated(source: SourceSettings, limit: int | None) -> Source:
         [replace(example, task=source.task or example.task, metric=source.metric or example.metric) for example in examples]
         for examples in generated
     )
+    hints, hash = _asking(source), digest_of(train + test)
+    separator = synthetic.SEPARATOR if hints.template == PLAIN else ""
+
+    def asks(example: Example) -> Example:
+        return asked(replace(example, prompt=example.prompt.removesuffix(synthetic.SEPARATOR) + separator), hints)
+
+    train, test = (list(map(asks, part)) for part in (train, test))
     before = synthetic.format_prompt(task.capitalize(), "").removesuffix(synthetic.SEPARATOR)
-    return Source(source.name, train, test, digest_of(train + test), {source.task or task: (before, synthetic.SEPARATOR)})
+    before = f"{hints.system}\n\n{before}" if hints.system and hints.template == PLAIN else before
+    return Source(source.name, train, test, hash, {source.task or task: (before, separator)})
 
 
 def _from_pack(source: SourceSettings) -> Source:
@@ -91,8 +113,9 @@ def _from_pack(source: SourceSettings) -> Source:
     test_file = folder / f"{pack.test or pack.train[0]}.test.jsonl.gz"
     train, test = [row for path in train_files for row in read(path)], read(test_file)
     hash = hash_of([*train_files, test_file])
+    asking = _asking(source)
     if not pack.many_tasks:
-        hints = Hints(source.task or source.name, source.metric, pack.question)
+        hints = replace(asking, task=source.task or source.name, metric=source.metric, question=pack.question)
         return _source(source.name, train, test, pack.kind, hints, hash)
 
     frames: dict[str, Frame | None] = {}
@@ -102,7 +125,7 @@ def _from_pack(source: SourceSettings) -> Source:
     for task in tasks:
         template = PARTS.get(f"{head}/{task}", Part(pack.kind))
         name = source.task or (source.name if part and len(tasks) == 1 else f"{head}/{task}")
-        hints = Hints(name, source.metric or template.metric, template.question)
+        hints = replace(asking, task=name, metric=source.metric or template.metric, question=template.question)
         train_rows, test_rows = ([row for row in rows if row.row["task"] == task] for rows in (train, test))
         one_task = _source(source.name, train_rows, test_rows, template.kind, hints, hash)
         all_train += one_task.train
@@ -122,11 +145,13 @@ def _tasks(rows: Iterable[LocatedRow], part: str, name: str) -> list[str]:
 
 
 def _from_file(source: SourceSettings) -> Source:
-    path = Path(source.name)
+    path = source.path(source.name)
     beside = path.with_name(path.name.replace(".train.", ".test."))
-    test_path = Path(source.test) if source.test else beside if beside != path and beside.exists() else None
+    test_path = source.path(source.test) if source.test else beside if beside != path and beside.exists() else None
     rows = read(path)
     train, test = (rows, read(test_path)) if test_path else _split(rows, source.name)
+    if test_path:
+        require_known_classes(source, train, test)
     hash = hash_of([path, *([test_path] if test_path else [])])
     return _custom(source, path.name.split(".")[0], rows[0], train, test, hash)
 
@@ -145,6 +170,8 @@ def _from_hub(source: SourceSettings) -> Source:
         raise BadData(f"{name}, {source.split} row 1: the split is empty; name another")
     test_rows = _hub_rows(splits[test_split], f"{name}, {test_split} row", source.label) if test_split else None
     train, test = (rows, test_rows) if test_rows else _split(rows, source.name)
+    if test_rows:
+        require_known_classes(source, train, test)
     return _custom(source, name.rpartition("/")[2], rows[0], train, test, digest_of([row.row for row in train + test]))
 
 
@@ -169,12 +196,29 @@ def _custom(
 ) -> Source:
     """Examples of rows by the fields that the user named, or else by those of the first row."""
     kind = at_location(first, lambda row: _kind(row, source))
-    hints = Hints(source.task or task, source.metric, prompt=source.prompt, response=source.response, label=source.label)
+    hints = replace(
+        _asking(source),
+        task=source.task or task,
+        metric=source.metric,
+        prompt=source.prompt,
+        response=source.response,
+        label=source.label,
+        messages=source.messages or (source.format if source.format in FIELDS else None),
+    )
     return _source(source.name, train, test, kind, hints, hash)
+
+
+def _asking(source: SourceSettings) -> Hints:
+    """The hints of a source about how it is asked."""
+    return Hints("", system=source.system, template=source.template or PLAIN)
 
 
 def _kind(row: Row, source: SourceSettings) -> str:
     """The template for rows like `row`, by the fields that the user named or else by its own."""
+    if source.messages is not None:
+        return "conversation"
+    if source.format is not None:
+        return FORMATS[source.format]
     if source.label is not None and source.response is None:
         return "classification"
     if source.prompt is not None or (source.response is not None and "prompt" in row):
@@ -184,31 +228,36 @@ def _kind(row: Row, source: SourceSettings) -> str:
 
 def _source(name: str, train: list[LocatedRow], test: list[LocatedRow], kind: str, hints: Hints, hash: str) -> Source:
     """Both splits of one task through the template of `kind`, with the names of the labels of both."""
+    label, rows = hints.label or "label", [row.row for row in train + test]
+    hints = replace(hints, names=names_of(rows, kind, hints.label))
     if kind == "classification":
-        train, test = _numbered_classes(train, test, hints.label or "label")
+        ids = class_ids(rows, label)
+        train, test = ([_numbered(row, label, ids) for row in part] for part in (train, test))
     template = TEMPLATES[kind]
-    hints = replace(hints, names=names_of((row.row for row in train + test), kind, hints.label))
-    examples = [[at_location(row, lambda row: template(row, hints)) for row in rows] for rows in (train, test)]
+    examples = [[at_location(row, lambda row: asked(template(row, hints), hints)) for row in rows] for rows in (train, test)]
     task_frame = frame([row.row for row in train or test], kind, hints)
     return Source(name, examples[0], examples[1], hash, {hints.task: task_frame})
 
 
-def _numbered_classes(train: list[LocatedRow], test: list[LocatedRow], label: str) -> tuple[list[LocatedRow], list[LocatedRow]]:
-    """The same rows with class ids that count from 0, in the order of the classes' numbers or names."""
+def _numbered(row: LocatedRow, label: str, ids: Mapping[int | str, int]) -> LocatedRow:
+    """The row with the id of its class; without a class it is unchanged, and its template refuses it, with the line."""
+    name = class_of(row.row.get(label))
+    return row if name is None else LocatedRow({**row.row, label: ids[name]}, row.location)
 
-    def class_of(row: Row) -> int | str:
-        return row[label] if isinstance(row[label], int) else str(row[label])
 
-    classes = {class_of(row.row) for row in train + test if row.row.get(label) is not None}
-    ids = {name: number for number, name in enumerate(sorted(classes, key=lambda name: (isinstance(name, str), name)))}
-
-    def numbered(row: LocatedRow) -> LocatedRow:
-        if row.row.get(label) is None:
-            return row  # its template refuses it, with the line
-        name = class_of(row.row)
-        return LocatedRow({"label_name": str(name), **row.row, label: ids[name]}, row.location)
-
-    return [numbered(row) for row in train], [numbered(row) for row in test]
+def require_known_classes(source: SourceSettings, train: list[LocatedRow], test: list[LocatedRow]) -> None:
+    """Raises BadData for a test row whose class no training row has, such as the -1 of a test set whose classes are hidden."""
+    if at_location(train[0], lambda row: _kind(row, source)) != "classification":
+        return
+    label = source.label or "label"
+    known = class_ids([row.row for row in train], label)
+    for row in test:
+        name = class_of(row.row.get(label))
+        if name is not None and name not in known:
+            raise BadData(
+                f"{row.location}: its {label} is {str(name)[:40]!r}, which no training row has (they have {listed(known, 3)}); "
+                "correct it, or name another test split"
+            )
 
 
 def _split(rows: list[LocatedRow], name: str) -> tuple[list[LocatedRow], list[LocatedRow]]:

@@ -6,13 +6,14 @@ Prompts are short, since small models see few tokens, and end in a line break, w
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from string import Formatter
 from typing import Any
 
+from fedexperts.data.conversations import PLAIN_CHAT, conversation_field, turns_of
+from fedexperts.data.fields import Row, field_text, field_value, fill_template, is_missing, template_fields
+from fedexperts.data.settings import PLAIN
 from fedexperts.errors import BadData, listed
-from fedexperts.types import Example
+from fedexperts.types import Example, Turn
 
-Row = Mapping[str, Any]
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
 ALPACA_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -37,6 +38,14 @@ class Hints:
     prompt: str | None = None  # a field, or a text with {field}s in it
     response: str | None = None  # likewise
     label: str | None = None  # the field of the class
+    messages: str | None = None  # the field of the conversation
+    system: str | None = None  # the system message of rows without one of their own
+    template: str = PLAIN  # of prompts: "plain-1", "chat" or Jinja
+
+    @property
+    def end(self) -> str:
+        """What a plain prompt ends with; a chat template has its own marks."""
+        return "\nAnswer:\n" if self.template == PLAIN else ""
 
 
 Template = Callable[[Row, Hints], Example]
@@ -49,11 +58,13 @@ MARK = "\x00"
 
 def classification(row: Row, hints: Hints) -> Example:
     """The text of a row; the response is the readable name of its class id, `label`."""
-    label = field_value(row, hints.label or "label")
+    field = hints.label or "label"
+    field_text(row, field)  # refuses what is no class
+    label = row[field]
     question = f"{hints.question}\n" if hints.question else ""
     text = fill_template(row, hints.prompt or "text")
     return Example(
-        prompt=f"{question}{text}\nAnswer:\n",
+        prompt=f"{question}{text}{hints.end}",
         response=hints.names[label],
         task=hints.task,
         metric=hints.metric or "accuracy",
@@ -83,7 +94,7 @@ def cloze(row: Row, hints: Hints) -> Example:
     """
     choices = tuple(str(choice).strip() for choice in field_value(row, "choices"))
     options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, field_value(row, "choices"), strict=False))
-    prompt = f"{field_text(row, 'input').removesuffix(options)}\nAnswer:\n"
+    prompt = f"{field_text(row, 'input').removesuffix(options)}{hints.end}"
     return Example(prompt, choices[gold_index(row)], hints.task, hints.metric or "likelihood", choices=choices)
 
 
@@ -98,9 +109,10 @@ def summary(row: Row, hints: Hints) -> Example:
 
 
 def instruction(row: Row, hints: Hints) -> Example:
-    """Any instruction, in the format of Alpaca."""
-    template = ALPACA_WITH_INPUT if row.get("input") else ALPACA
-    prompt = template.format(instruction=field_text(row, "instruction"), input=row.get("input", ""))
+    """Any instruction; a plain prompt is in the format of Alpaca."""
+    texts = {"instruction": field_text(row, "instruction"), "input": row.get("input") or ""}
+    template = ALPACA_WITH_INPUT if texts["input"] else ALPACA
+    prompt = template.format(**texts) if hints.template == PLAIN else "\n\n".join(filter(None, map(str, texts.values())))
     return Example(prompt, field_text(row, "output"), hints.task, hints.metric or "rougeL")
 
 
@@ -112,15 +124,35 @@ def exact(row: Row, hints: Hints) -> Example:
 
 def plain_text(row: Row, hints: Hints) -> Example:
     """Text to continue, without a prompt; its domain is its label."""
-    label = hints.names.index(str(field_value(row, "domain")).strip()) if hints.names else None
+    label = hints.names.index(field_text(row, "domain").strip()) if hints.names else None
     return Example("", fill_template(row, hints.response or "text"), hints.task, hints.metric or "perplexity", label)
 
 
 def fields(row: Row, hints: Hints) -> Example:
     """Prompt and response from the fields, or texts with {field}s, that the user named."""
-    label = hints.names.index(str(field_value(row, hints.label)).strip()) if hints.label else None
+    label = hints.names.index(field_text(row, hints.label).strip()) if hints.label else None
     prompt, response = fill_template(row, hints.prompt or "prompt"), fill_template(row, hints.response or "response")
     return Example(prompt, response, hints.task, hints.metric or "rougeL", label)
+
+
+def conversation(row: Row, hints: Hints) -> Example:
+    """The conversation before the last answer, and this answer; what follows it is left out. Its prompt is the text before."""
+    *turns, last = turns_of(row, hints.messages or conversation_field(row), hints.system)
+    prompt = "\n".join(turn.content for turn in turns)
+    return Example(prompt, last.content, hints.task, hints.metric or "rougeL", turns=tuple(turns))
+
+
+def asked(example: Example, hints: Hints) -> Example:
+    """`example` as the template of `hints` asks it: as turns, unless it is a plain prompt or a text without one."""
+    jinja = {PLAIN: PLAIN_CHAT, "chat": None}.get(hints.template, hints.template)
+    if example.turns:
+        return replace(example, template=jinja)
+    if not example.prompt:
+        return example
+    if hints.template == PLAIN:
+        return replace(example, prompt=f"{hints.system}\n\n{example.prompt}") if hints.system else example
+    system = [Turn("system", hints.system)] if hints.system else []
+    return replace(example, turns=(*system, Turn("user", example.prompt)), template=jinja)
 
 
 TEMPLATES: Mapping[str, Template] = {
@@ -134,7 +166,29 @@ TEMPLATES: Mapping[str, Template] = {
     "exact": exact,
     "plain_text": plain_text,
     "fields": fields,
+    "conversation": conversation,
 }
+FORMATS: Mapping[str, str] = {
+    "messages": "conversation",
+    "conversations": "conversation",
+    "alpaca": "instruction",
+    "prompt_response": "fields",
+    "text_label": "classification",
+    "text": "plain_text",
+}
+"""Names of formats in settings → their templates."""
+
+
+NEEDED: Sequence[tuple[str, set[str]]] = (
+    ("multiple_choice", {"instruction", "choices", "gold"}),
+    ("instruction", {"instruction", "output"}),
+    ("fields", {"prompt", "response"}),
+    ("classification", {"text", "label"}),
+    ("plain_text", {"text"}),
+    ("conversation", {"messages"}),
+    ("conversation", {"conversations"}),
+)
+"""Template → the fields by which its rows are known, those with more of them first."""
 
 
 def frame(rows: Sequence[Row], kind: str, hints: Hints) -> Frame | None:
@@ -144,6 +198,8 @@ def frame(rows: Sequence[Row], kind: str, hints: Hints) -> Frame | None:
     """
     if kind == "plain_text":
         return None
+    if kind == "conversation":
+        return "", ""
     if kind in ("classification", "fields"):
         template = hints.prompt or ("text" if kind == "classification" else "prompt")
         marked: dict[str, str] = dict.fromkeys(template_fields(template) or [template], MARK)
@@ -151,7 +207,7 @@ def frame(rows: Sequence[Row], kind: str, hints: Hints) -> Frame | None:
         marked = {"input": MARK}
     else:
         hints, marked = replace(hints, question=""), {"instruction": MARK, "input": ""}
-    before, _, after = TEMPLATES[kind]({**rows[0], **marked}, hints).prompt.partition(MARK)
+    before, _, after = asked(TEMPLATES[kind]({**rows[0], **marked}, hints), hints).prompt.partition(MARK)
     return ("", "") if MARK in after else (before, after)
 
 
@@ -165,21 +221,21 @@ def kind_of(row: Row) -> str:
     """The template for a row of unknown origin, by its fields.
 
     Raises:
-        BadData: no template fits them.
+        BadData: no template fits them, or a conversation and another one.
     """
     names = set(row)
-    for kind, needed_names in (
-        ("multiple_choice", {"instruction", "choices", "gold"}),
-        ("instruction", {"instruction", "output"}),
-        ("fields", {"prompt", "response"}),
-        ("classification", {"text", "label"}),
-        ("plain_text", {"text"}),
-    ):
-        if needed_names <= names:
-            return kind
+    kinds = [kind for kind, needed_names in NEEDED if needed_names <= names]
+    others = [kind for kind in kinds if kind != "conversation"]
+    if kinds.count("conversation") + bool(others) > 1:
+        formats = listed(sorted(name for name in FORMATS if FORMATS[name] in kinds))
+        raise BadData(
+            f"its fields {listed(sorted(names), 3)} fit several formats; say which one to read with format = …, one of {formats}"
+        )
+    if kinds:
+        return kinds[0]
     raise BadData(
-        f"its fields are {listed(sorted(names), 2)}, but known are only instruction and output, prompt and response, text and"
-        ' label, or text; name them: { name = "…", prompt = "field", response = "field" }'
+        f"its fields are {listed(sorted(names), 2)}, but known are only messages, conversations, instruction and output, prompt"
+        ' and response, text and label, or text; name them: { name = "…", prompt = "field", response = "field" }'
     )
 
 
@@ -189,7 +245,12 @@ def rows_with_label_names(table: Iterable[Row], label: str | None = None) -> lis
     names = getattr(features.get(field), "names", None)  # only a ClassLabel has names
     if names is None:
         return [dict(row) for row in table]
-    return [{"label_name": names[row[field]], **row} if names_a_class(row[field]) else {**row, field: None} for row in table]
+
+    def named(row: Row) -> dict[str, Any]:
+        name = ClassName(names[row[field]])
+        return {"label_name": name, **row} if field == "label" else {**row, "label_name": name}
+
+    return [named(row) if names_a_class(row[field]) else {**row, field: None} for row in table]
 
 
 def names_a_class(number: int | None) -> bool:
@@ -197,18 +258,39 @@ def names_a_class(number: int | None) -> bool:
     return number is not None and number >= 0
 
 
-def names_of(rows: Iterable[Row], kind: str, label: str | None = None) -> tuple[str, ...]:
+def names_of(rows: Sequence[Row], kind: str, label: str | None = None) -> tuple[str, ...]:
     """The names of classes, domains or closed answers in `rows` that the template of `kind` needs (`Hints.names`)."""
     if kind == "classification":
         return class_names(rows, label or "label")
     field = {"closed": "output", "plain_text": "domain", "fields": label}.get(kind)
-    return tuple(sorted({str(row[field]).strip() for row in rows if field in row})) if field else ()
+    return tuple(sorted({str(row[field]).strip() for row in rows if class_of(row.get(field)) is not None})) if field else ()
 
 
-def class_names(rows: Iterable[Row], label: str) -> tuple[str, ...]:
-    """Readable names in the order of the class ids, which count from 0; the name of a class without `label_name` is its id."""
-    names = {row[label]: readable(str(row.get("label_name", row[label]))) for row in rows if row.get(label) is not None}
-    return tuple(names[number] for number in sorted(names))
+class ClassName(str):
+    """The name of a row's class, from the features of its table: no column that happens to be called `label_name`."""
+
+
+def class_of(value: object) -> int | str | None:
+    """The class that a field says; None if it is empty, or holds what is no class."""
+    if is_missing(value) or isinstance(value, list | dict | bytes) or not str(value).strip():
+        return None
+    return value if isinstance(value, int) else str(value)
+
+
+def class_ids(rows: Iterable[Row], label: str) -> dict[int | str, int]:
+    """Class → its id; ids count from 0, in the order of the classes' numbers or names."""
+    classes = {value for row in rows if (value := class_of(row.get(label))) is not None}
+    return {value: id for id, value in enumerate(sorted(classes, key=lambda value: (isinstance(value, str), value)))}
+
+
+def class_names(rows: Sequence[Row], label: str) -> tuple[str, ...]:
+    """Readable names in the order of the class ids; the name of a class without `label_name` is the class."""
+    names: dict[int | str | None, str] = {}
+    for row in rows:
+        name = row.get("label_name") if label == "label" else None
+        name = row["label_name"] if isinstance(row.get("label_name"), ClassName) else name
+        names[class_of(row.get(label))] = readable(str(row[label] if is_missing(name) else name)) if label in row else ""
+    return tuple(names[value] for value in class_ids(rows, label))
 
 
 def readable(name: str) -> str:
@@ -229,40 +311,6 @@ def gold_index(row: Row) -> int:
 
 
 def instruction_prompt(row: Row, hints: Hints) -> str:
-    """Instruction, input and `Answer:`, each on its own line."""
-    parts = (hints.question or field_text(row, "instruction"), str(row.get("input") or ""), "Answer:\n")
-    return "\n".join(part for part in parts if part)
-
-
-def fill_template(row: Row, template: str) -> str:
-    """`template` with its {field}s filled in; if it has none, it is the name of a field, whose text is given."""
-    names = template_fields(template)
-    return template.format_map({name: field_text(row, name) for name in names}) if names else field_text(row, template)
-
-
-def template_fields(template: str) -> list[str]:
-    """The names of the {field}s in `template`."""
-    return [name for _, name, _, _ in Formatter().parse(template) if name]
-
-
-def field_text(row: Row, field: str) -> str:
-    """A field as text.
-
-    Raises:
-        BadData: it is missing or blank.
-    """
-    text = str(field_value(row, field))
-    if not text.strip():
-        raise BadData(f"its field {field} is empty; fill it in or remove the row")
-    return text
-
-
-def field_value(row: Row, field: str) -> Any:
-    """A field of any type.
-
-    Raises:
-        BadData: it is missing or None.
-    """
-    if row.get(field) is None:
-        raise BadData(f"it has no field {field}, only {listed(row, 5)}; add it or name another field")
-    return row[field]
+    """Instruction, input and, in a plain prompt, `Answer:`, each on its own line."""
+    parts = (hints.question or field_text(row, "instruction"), str(row.get("input") or ""))
+    return "\n".join(part for part in parts if part) + hints.end

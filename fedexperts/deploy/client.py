@@ -197,7 +197,9 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 def without_files(data: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of data without the names of files."""
-    sources = [{key: value for key, value in source.items() if key not in ("name", "test")} for source in data["sources"]]
+    sources = [
+        {key: value for key, value in source.items() if key not in ("name", "test", "folder")} for source in data["sources"]
+    ]
     return {**data, "sources": sources}
 
 

@@ -17,6 +17,7 @@ from fedexperts.config import RunConfig, with_current_names
 from fedexperts.core import evaluation
 from fedexperts.core.devices import UTILIZATION
 from fedexperts.core.ledger import Ledger
+from fedexperts.data.settings import PLAIN
 from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
 from fedexperts.errors import BadRun, BadValue
@@ -39,6 +40,7 @@ MAY_DIFFER = (
     "federation.min_clients",
     "federation.round_seconds",
     "track.to",
+    "data.template",  # as far as it leads to the same templates: see `require_same_inputs`
     "training.device",  # as far as it is of the same kind: see `require_same_kind`
 )
 """Settings that a resumed run may change, because they do not affect clients' answers."""
@@ -61,6 +63,7 @@ BEFORE = {
     "evaluation.drift": False,
     "data.names": [],
     "data.own": False,
+    "data.template": PLAIN,
 }
 """Values of these settings in runs that started before the settings existed."""
 
@@ -345,6 +348,7 @@ def require_same_inputs(prepared: Prepared, out: Path) -> None:
     if (out / "versions.json").exists():
         begun = json.loads((out / "versions.json").read_text())
         now = versions(prepared)
+        begun = {"template_hashes": dict.fromkeys(now["template_hashes"], PLAIN), **begun}  # which all older runs have
         inputs = [name for name in INPUTS if name in begun]  # older runs recorded fewer
         changed = [f"{INPUTS[name]} changed" for name in inputs if begun[name] != now[name]]
         if changed:

@@ -18,8 +18,10 @@ from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.core.devices import Profile, memories, trace_hash
 from fedexperts.core.evaluation import is_text
 from fedexperts.data.clients import Clients, make_clients
+from fedexperts.data.encode import Encoder
 from fedexperts.data.own import Counts, own_clients, placeholder_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
+from fedexperts.data.settings import PLAIN, with_templates
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadValue, quoted
 from fedexperts.federation import jobs_for, steps
@@ -71,22 +73,37 @@ class Parts:
                 "data.own = true: each client brings its own data; start `fedexperts server` with this run file, and "
                 "`fedexperts client` with --data at each of them, or leave data.own out"
             )
-        key = data.model_dump_json(), config.seed, config.evaluation.retained
-        return cached(self.divided, 8, key, lambda: make_clients(data, config.seed, self.pool(config)))
+        config = self.with_templates(config)
+        key = config.data.model_dump_json(), config.seed, config.evaluation.retained
+        return cached(self.divided, 8, key, lambda: make_clients(config.data, config.seed, self.pool(config)))
+
+    def with_templates(self, config: RunConfig) -> RunConfig:
+        """`config` with the template of each source in place of "auto", which the tokenizer decides, and of "plain"."""
+        data, evaluation = config.data, config.evaluation
+        names = {source.template or data.template for source in (*data.sources, *evaluation.retained)}
+        chat = "auto" in names and isinstance(self.base(config.model).tokenizer.chat_template, str)
+        sources, retained = (with_templates(some, data.template, chat) for some in (data.sources, evaluation.retained))
+        update = {
+            "data": data.model_copy(update={"sources": sources}),
+            "evaluation": evaluation.model_copy(update={"retained": retained}),
+        }
+        return config.model_copy(update=update)
 
     def pool(self, config: RunConfig) -> Pool:
+        config = self.with_templates(config)
         data = config.data
         key = data.sources, data.limit, config.evaluation.retained
         return cached(self.pools, 2, key, lambda: without_retained(load_pool(data), self.retained(config)))
 
     def retained(self, config: RunConfig) -> Retained:
+        config = self.with_templates(config)
         sources = config.evaluation.retained
         return cached(self.retains, 2, sources, lambda: load_retained(sources, config.data))
 
     def longest_response(self, config: RunConfig) -> int:
         """Tokens of the longest response in the run's training data."""
         base, clients = self.base(config.model), self.clients(config)
-        key = config.model, config.data.sources, config.data.limit, config.evaluation.retained
+        key = config.model, config.data.sources, config.data.template, config.data.limit, config.evaluation.retained
         return cached(self.responses, 8, key, lambda: longest_response(base.tokenizer, clients.pool.train))
 
     def footprint(self, config: RunConfig, grafts: int = 0) -> Footprint:
@@ -136,6 +153,8 @@ class OwnDataParts(Parts):
     files: tuple[str, ...] = ()
 
     def clients(self, config: RunConfig) -> Clients:
+        config = self.with_templates(config)
+
         def make() -> Clients:
             return own_clients(self.name, self.files, config.data, config.seed, self.retained(config))
 
@@ -151,7 +170,8 @@ class ReportedParts(Parts):
     memory: Mapping[str, int | None] = field(default_factory=dict)
 
     def clients(self, config: RunConfig) -> Clients:
-        return placeholder_clients({name: self.counts[name] for name in config.data.names})
+        source = self.with_templates(config).data.sources[0]
+        return placeholder_clients({name: self.counts[name] for name in config.data.names}, source)
 
     def longest_response(self, config: RunConfig) -> int:
         return max(count.longest_response for count in self.counts.values())
@@ -227,9 +247,9 @@ def cached(store: Cache[T], most: int, key: Hashable, make: Callable[[], T]) -> 
 
 
 def longest_response(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> int:
-    """Tokens of the longest response among `examples`, including the end token."""
-    responses = list({example.response for example in examples})
-    return max(map(len, tokenizer(responses, add_special_tokens=False, verbose=False)["input_ids"])) + 1
+    """Tokens of the longest response among `examples`, including the end token; of a conversation, of all answers together."""
+    different = {(example.turns, example.template, example.response): example for example in examples}
+    return max(Encoder(tokenizer, 4).targets(list(different.values())))
 
 
 def target_places(longest: int, batch: tuple[int, int], encoder_decoder: bool) -> int:
@@ -377,6 +397,7 @@ INPUTS = {
     "config_hash": "the model's configuration or tokenizer",
     "adapter_hash": "the adapter that the run started from",
     "data_hashes": "the data",
+    "template_hashes": "how prompts are asked (data.template, or the tokenizer's chat template)",
     "text_hash": "a file that the method names",
 }
 """Hashes among the `versions` of a run's input files; a run is resumed and exported only if they are unchanged."""
@@ -397,8 +418,16 @@ def versions(prepared: Prepared) -> dict[str, Any]:
             **prepared.retained.hashes,
             **trace_hash(config.devices.profile),
         },
+        "template_hashes": template_hashes(config, prepared.base),
         "text_hash": local_files_hash(prepared),
     }
+
+
+def template_hashes(config: RunConfig, base: Base) -> dict[str, str]:
+    """Source → its template: "plain-1", or the sha256 of a chat template."""
+    chosen = Parts(bases={config.model: base}).with_templates(config).data.sources
+    jinja = {source.name: base.tokenizer.chat_template if source.template == "chat" else source.template for source in chosen}
+    return {name: PLAIN if text == PLAIN else sha256(str(text).encode()).hexdigest() for name, text in jinja.items()}
 
 
 def local_files_hash(prepared: Prepared) -> str | None:

@@ -1,6 +1,7 @@
 """Exports the global model of a run, or a client's, to a folder, and loads it again."""
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from inspect import getsource
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
+from fedexperts.export.prompts import chat_template, described
 from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
 from fedexperts.methods.contract import Method
 from fedexperts.models.files import location_of
@@ -87,9 +89,13 @@ def export(
         exact = not adapter and difference is None
         if exact and not run.config.build_method().is_ours and known_class(exported.model):
             require_same_model(made, exported.model, client)
-        exported.base.tokenizer.save_pretrained(made)
-        (made / ABOUT).write_text(json.dumps(about(run, client), indent=2, ensure_ascii=False) + "\n")
-        (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge, difference))
+        known = about(run, client)
+        tokenizer = deepcopy(exported.base.tokenizer)
+        tokenizer.chat_template = chat_template(known["prompts"], tokenizer)
+        tokenizer.save_pretrained(made)
+        (made / ABOUT).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+        asked = described(known["prompts"], tokenizer.chat_template)
+        (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge, difference, asked))
     return kind
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -45,11 +45,12 @@ def text(
     needs_code: bool,
     merged: bool = False,
     measured: Difference | None = None,
+    asked: Iterable[str] = (),
 ) -> str:
     """The text of the card.
 
     merged: whether adapters were merged into the weights of a client's model. measured: from the scored model, if the exported
-    one does not compute the same.
+    one does not compute the same. asked: paragraphs that say how it is asked.
     """
     what = f"The model of client {client}" if client is not None else "The global model"
     license = license_of(run.config.model.name)
@@ -65,6 +66,7 @@ def text(
         *computed(exported, adapter, measured),
         "## Use",
         usage(run, exported, adapter, needs_code),
+        *asked,
         "## Where it comes from",
         table({"": "", **origin(run, exported, client, license)}),
         "## Scores",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from fedexperts.core.evaluation import answer
 from fedexperts.data.encode import Encoder
 from fedexperts.errors import BadValue, nearest
 from fedexperts.export import ABOUT, load
-from fedexperts.types import Example
+from fedexperts.types import Example, Turn
 
 UNKNOWN: Mapping[str, Any] = {"task": None, "prompts": {}, "max_tokens": 512, "generate_tokens": 32}
 """Defaults for a folder that was not written by an export."""
@@ -51,7 +52,7 @@ def prompt_form(prompts: Mapping[str, Any], task: str | None) -> Mapping[str, An
     if task is not None and prompts:
         raise BadValue(f"task {task!r} is not one of {', '.join(prompts)}{nearest(task, prompts)}")
     forms = list(prompts.values())
-    if any(form["frame"] != forms[0]["frame"] for form in forms):
+    if any((form["frame"], form.get("chat")) != (forms[0]["frame"], forms[0].get("chat")) for form in forms):
         raise BadValue(
             f"this model was trained on {', '.join(prompts)}, whose prompts have different forms; choose one with --task"
         )
@@ -65,4 +66,8 @@ def encoded(encoder: Encoder, form: Mapping[str, Any], prompt: str) -> Mapping[s
         return {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}  # without the end token
     before, after = form["frame"] or ("", "")
     whole = prompt if prompt.startswith(before) and prompt.endswith(after) else f"{before}{prompt}{after}"
-    return encoder.prompts([Example(whole, "", "", choices=tuple(form["choices"]))])
+    example = Example(whole, "", "", choices=tuple(form["choices"]))
+    if (chat := form.get("chat")) is not None:  # older folders have none
+        system = [Turn("system", chat["system"])] if chat["system"] else []
+        example = replace(example, turns=(*system, Turn("user", whole)), template=chat["template"])
+    return encoder.prompts([example])

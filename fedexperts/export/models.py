@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
+from fedexperts.data.settings import PLAIN
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
@@ -109,6 +110,7 @@ def open_run(folder: Path) -> Run:
         )
     config, plan, begun = (json.loads((folder / f"{name}.json").read_text()) for name in ("resolved", "plan", "versions"))
     round = json.loads((saved / "state.json").read_text())["round"]
+    config["data"] = {"template": PLAIN, **config["data"]}  # which all older runs have
     return Run(folder, checked(RunConfig, config), plan, begun, saved, round)
 
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexperts.data import sources, synthetic
 from fedexperts.data.encode import end_token, special_tokens
+from fedexperts.data.fields import field_text
 from fedexperts.data.pack import data_folder
 from fedexperts.data.readers import LocatedRow, at_location, hash_of, read
 from fedexperts.data.settings import DataSettings, SourceSettings
-from fedexperts.data.templates import field_text
 from fedexperts.errors import BadData
 from fedexperts.models.settings import PretrainSettings, Stream, Texts
 from fedexperts.types import Example

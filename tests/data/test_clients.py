@@ -253,7 +253,7 @@ def test_a_bad_row_of_a_partitioner_is_named():
     table = moods("train", 30).to_list()
     table[13]["label"] = -1  # how sets on the hub say that there is no label
     partitioner = InOrder(datasets.Dataset.from_list(table, features=CLASSES), 3)
-    with pytest.raises(BadData, match=r"^load_partition\(1\), row 4: it has no field label"):
+    with pytest.raises(BadData, match=r"^load_partition\(1\), row 4: its field label is null"):
         clients_from_object(partitioner, SourceSettings(name="moods"), moods("test", 20), settings(clients=3))
     with pytest.raises(BadValue, match="list has no load_partition"):
         clients_from_object([], SourceSettings(name="moods"), [], settings(clients=3))

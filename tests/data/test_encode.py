@@ -9,7 +9,12 @@ from transformers import PreTrainedTokenizerFast
 
 from fedexperts.data import encode
 from fedexperts.data.encode import IGNORED, Encoder, without_middle
+from fedexperts.data.pool import load_pool
+from fedexperts.data.settings import DataSettings
+from fedexperts.data.tokens import text_ids
 from fedexperts.errors import BadValue
+from fedexperts.models.load import load
+from fedexperts.testing import tiny_tokenizer
 from fedexperts.types import Example
 
 TEXT = ["What is this news about?\nStocks rose sharply on Monday.\nAnswer:\nBusiness", "Reverse the word lemon: nomel"]
@@ -215,3 +220,42 @@ def test_the_end_token_with_which_an_encoder_decoder_starts_does_not_end_its_ans
     ids, end = PLAIN(" Business")["input_ids"], PLAIN.eos_token_id
     assert Encoder(PLAIN, 64, encoder_decoder=True).decode(torch.tensor([[end, *ids, end, *ids]])) == ["Business"]
     assert Encoder(PLAIN, 64, encoder_decoder=True).decode(torch.tensor([[end, *ids, *ids]])) == ["Business Business"]
+
+
+MARKS = st.sampled_from(["</s>", "<s>", "<pad>", "</s", ">", "<", "s>", " ", "\n", "a"])
+with_marks = st.lists(MARKS | texts, max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, STARTS, ENDS], ids=["plain", "with a start token", "with an end token"])
+@given(prompt=with_marks, response=with_marks, choices=st.sampled_from([(), ("</s>", "b")]))
+@settings(max_examples=100, deadline=None)
+def test_special_tokens_are_only_those_that_we_add(tokenizer, prompt, response, choices):
+    encoder = Encoder(tokenizer, 400)
+    example = Example(prompt, response, "any", choices=choices)
+    ids = encoder.batch([example])["input_ids"][0].tolist()
+    added = [*encoder.before, *([] if prompt or encoder.before else [encoder.eos]), encoder.eos]
+    assert [id for id in ids if id in tokenizer.all_special_ids] == added
+    assert encoder.decode(torch.tensor([text_ids(tokenizer, [response])[0]])) == [response.strip()]
+
+
+def test_a_response_with_the_text_of_an_end_token_is_learned_to_its_end():
+    labels = Encoder(PLAIN, 64).batch([Example("Is it?\n", "ok</s> 1", "any")])["labels"][0]
+    learned = labels[labels != IGNORED].tolist()
+    assert (
+        PLAIN.decode(learned[:-1]) == "ok</s> 1" and learned.count(PLAIN.eos_token_id) == 1 and learned[-1] == PLAIN.eos_token_id
+    )
+
+
+def test_the_text_of_a_special_token_that_is_a_word_of_the_vocabulary_is_left_out():
+    tokenizer = tiny_tokenizer()
+    assert text_ids(tokenizer, ["w3 </s> w4", "w5 unknown"]) == [[3, 4], [5, 0]]  # 0: its unknown token
+
+
+def test_texts_without_marks_have_the_ids_that_they_always_had(pack):
+    names = ["synthetic/sort", "synthetic/shout", "ag_news", "trec6", "dolly", "superni/task875", "gsm8k", "mbpp", "piqa_cloze"]
+    pool = load_pool(DataSettings(sources=names, limit=60))
+    different = {text for example in (*pool.train[::2], *pool.test[::40]) for text in (example.prompt, example.response)}
+    for base in ("tiny", "small"):
+        tokenizer = load(base).tokenizer
+        before = tokenizer(sorted(different), add_special_tokens=False, verbose=False)["input_ids"]
+        assert len(different) > 300 and text_ids(tokenizer, sorted(different)) == before

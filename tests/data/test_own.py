@@ -1,6 +1,7 @@
 """Clients that bring their own data."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -65,3 +66,27 @@ def test_too_few_own_rows_are_refused(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"word": "a"}\n{"word": "b"}\n')
     with pytest.raises(BadData, match="client needs at least 4 different examples, but there are 1"):
         own_clients("east", [str(tmp_path / "one.jsonl")], settings(), 0, Retained())
+
+
+def test_the_server_learns_how_clients_with_data_of_their_own_are_asked(file):
+    source = settings(template="chat").sources[0].model_copy(update={"template": "chat", "system": "Be kind."})
+    reported = {}
+    for name in ("north", "east"):
+        clients = own_clients(name, [file], settings(), 0, Retained())
+        reported[name] = counts(clients, name, longest_response=5)
+    assert reported["east"].frames == {"say": ("Say ", "")}
+    assert placeholder_clients(reported).prompts() == {"say": {"frame": ("Say ", ""), "choices": ()}}
+    chat = placeholder_clients(reported, source).prompts()["say"]["chat"]
+    assert chat == {"template": None, "system": "Be kind."}
+    other = {**reported, "north": replace(reported["north"], frames={"say": ("Answer: ", "")})}
+    assert placeholder_clients(other).prompts() == {}
+
+
+def test_a_client_reports_no_words_of_its_rows(tmp_path):
+    quiz = [
+        {"instruction": "Choose secretly.", "input": f"{n}", "choices": ["a", "b"], "gold": 0, "output": "A"} for n in range(9)
+    ]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
+    plain = DataSettings.model_validate({"sources": [{"name": "theirs", "task": "quiz"}], "names": ["east"], "own": True})
+    clients = own_clients("east", [str(tmp_path / "quiz.jsonl")], plain, 0, Retained())
+    assert "secretly" in clients.pool.frames["quiz"][0] and counts(clients, "east", 2).frames == {}

@@ -133,7 +133,7 @@ def test_bad_files_are_refused_with_file_and_line(tmp_path, name, content, messa
 def test_missing_files_are_refused(tmp_path):
     with pytest.raises(BadData, match="does not exist; check the path"):
         source(tmp_path / "none.jsonl")
-    with pytest.raises(BadData, match=r"is no \.jsonl, \.csv or \.parquet file"):
+    with pytest.raises(BadData, match=r"is no \.jsonl, \.json, \.csv, \.tsv or \.parquet file"):
         read(tmp_path / "none.txt")
 
 
@@ -342,7 +342,7 @@ def test_a_hub_set_whose_test_split_is_empty_is_divided_itself(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gold", "message"), [(-1, "its gold is -1"), (2, "its gold is 2, but it has 2 choices"), (None, "no field gold")]
+    ("gold", "message"), [(-1, "its gold is -1"), (2, "its gold is 2, but it has 2 choices"), (None, "its field gold is null")]
 )
 def test_a_question_without_its_right_choice_is_refused_with_the_line(tmp_path, gold, message):
     rows = [{"instruction": "Choose.", "input": f"{n}", "choices": ["a", "b"], "gold": 0, "output": "A"} for n in range(4)]
