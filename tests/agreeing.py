@@ -26,13 +26,13 @@ from fedexperts.experiment.setup import Parts
 from fedexperts.io.toml import checked
 
 WORKERS = 2
-load = setup.load
+load_base = setup.load_base
 
 
 def play(message: Message, node: Mapping[str, Any]) -> Message:
     """What `flower.play` does, with a note of who plays and who loads."""
     out = Path(json.loads(message.head["run"])["folder"]).parents[1]
-    setup.load = lambda *given, **named: [load(*given, **named), note(out / "loads")][0]
+    setup.load_base = lambda *given, **named: [load_base(*given, **named), note(out / "loads")][0]
     note(out / "played")
     if is_for(out / "kill", message):
         os.kill(os.getpid(), signal.SIGKILL)

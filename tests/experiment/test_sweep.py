@@ -285,7 +285,7 @@ def test_a_comparison_is_resumed_beside_its_reports_and_other_files(settings, tm
 
 def test_runs_of_a_comparison_share_cached_parts_and_give_the_bits_of_single_runs(settings, tmp_path, monkeypatch):
     made = []
-    for name in ("load", "load_pool", "make_clients", "footprint"):
+    for name in ("load_base", "load_pool", "make_clients", "footprint"):
         real = getattr(setup, name)
         monkeypatch.setattr(
             setup, name, lambda *given, real=real, name=name, **options: made.append(name) or real(*given, **options)
@@ -293,7 +293,7 @@ def test_runs_of_a_comparison_share_cached_parts_and_give_the_bits_of_single_run
     chosen = read_variants("fedavg,fedmoe,half=scaffold:experts_per_layer=4,centralized")
     compared = compare(settings, chosen, 2, tmp_path / "together")
     assert len(compared.folders) == 16
-    assert sorted(made) == ["footprint", "load", "load_pool", "make_clients", "make_clients"]  # clients: of each seed
+    assert sorted(made) == ["footprint", "load_base", "load_pool", "make_clients", "make_clients"]  # clients: of each seed
     for folder in compared.folders[:4]:
         config = checked(RunConfig, json.loads((folder / "resolved.json").read_text()))
         alone = run(config, tmp_path / "alone" / folder.parent.name)

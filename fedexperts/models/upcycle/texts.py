@@ -8,9 +8,9 @@ from pydoc_data.topics import topics
 from transformers import PreTrainedTokenizerBase
 
 from fedexperts.data.encode import special_tokens
+from fedexperts.data.fields import field_text
 from fedexperts.data.pack import data_folder
 from fedexperts.data.readers import at_location, format_of, read
-from fedexperts.data.templates import field_text
 from fedexperts.errors import BadData, BadValue, shortened
 from fedexperts.models.upcycle.parts import Window
 
