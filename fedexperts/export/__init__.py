@@ -22,7 +22,7 @@ from fedexperts.io.files import align_tensors, atomic_folder, locked, require_em
 from fedexperts.methods.contract import Method
 from fedexperts.models.files import location_of
 from fedexperts.models.load import align_parameters, without_progress_bars
-from fedexperts.moe import lora, rows
+from fedexperts.moe import factors, lora, rows
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.packed import unpack_weights
 from fedexperts.moe.precision import undo_mixed_precision
@@ -71,6 +71,8 @@ def export(
             exported = of_client(run, client, kept) if client is not None else of_server(run)
     except Busy:
         raise Busy(f"another process is running in {folder}; wait until it is done, or stop it") from None
+    if adapter and client is None:
+        require_merged_adapters(run, exported)
     if client is None or adapter:
         require_no_parts_of_the_method(run, exported, client)
     exported, difference = (exported, None) if adapter else as_written(exported, merge=client is None or merge)
@@ -149,6 +151,16 @@ def require_consistent(run: Run, client: str | None, adapter: bool, kept: Path |
         raise BadValue(
             f'{run.folder} has no adapters: it trained whole weights (training.train = "full"); '
             f"leave out {'--adapter' if adapter else '--merge'}"
+        )
+
+
+def require_merged_adapters(run: Run, exported: Exported) -> None:
+    """Raises BadValue if the server never got the B of any adapter, so that all of them would be zero."""
+    weights, keeps_weights = rows.read(exported.model), run.config.build_method().declare().keeps_weights
+    if keeps_weights and not any(weights[b].any() for b in factors.pairs(weights).values()):
+        raise BadValue(
+            f"the clients of {run.folder} keep the B of their adapters to themselves ({run.config.method['name']}), so the "
+            f"server's adapters change nothing; give a client's with --client, such as {next(iter(run.clients))}"
         )
 
 

@@ -189,6 +189,11 @@ def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
                 "and give --kept, or take the global model (leave out --client)"
             )
         checkpoint.require_client_state(run.folder, name)
+        if keeps_state(run, name) and not (run.folder / "clients").exists():  # a copy of a server's folder, or a part of a run's
+            raise BadRun(
+                f"{run.folder} lacks what {name} kept to itself ({run.config.method['name']}), so its model would be another; "
+                "where the client ran on its own machine, give its folder with --kept"
+            )
         return ClientStateStore(run.folder / "clients")
     named = run.folder / "id"
     run_folder = kept / named.read_text() if named.exists() else None
@@ -202,6 +207,13 @@ def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
             f"{', '.join(stored)}; copy the results folder again"
         )
     return client_store
+
+
+def keeps_state(run: Run, name: str) -> bool:
+    """Whether client `name` keeps something of its model to itself, and has done so in the run."""
+    declared = run.config.build_method().declare()
+    keeps = declared.keeps_weights or declared.client_state or declared.personal_experts
+    return bool(keeps) and bool(checkpoint.accepted_in(run.saved).get(name))
 
 
 def parts_of(run: Run) -> Parts | None:

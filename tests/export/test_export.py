@@ -52,6 +52,7 @@ CASES = {
     "stacked": {"method": {"name": "flora"}, "training": LORA},
     "own": {"method": {"name": "local"}, "training": {"train": "full"}},
     "own b": {"method": {"name": "fedsa_lora"}, "training": {**LORA, "parts": ["attention"]}},
+    "own b, shared routers": {"method": {"name": "fedsa_lora"}, "training": LORA},
     "attention": {"method": {"name": "fedit"}, "training": {**LORA, "parts": ["attention"]}},
 }
 
@@ -577,3 +578,24 @@ def test_the_public_names_are_there_and_importing_the_package_imports_nothing_he
         _ = fedexperts.runn
     script = "import fedexperts, fedexperts.cli, sys; sys.exit(any(each in sys.modules for each in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("case", ["grafted", "personal", "own b"])
+def test_a_folder_without_what_its_clients_kept_gives_no_clients_model(ended, tmp_path, case):
+    copied = tmp_path / "copied"
+    shutil.copytree(ended("olmoe", case).folder, copied)
+    shutil.rmtree(copied / "clients")
+    with pytest.raises(BadRun, match="c01"):
+        export(copied, tmp_path / "model", client="c01")
+    for path in copied.glob("checkpoint/*/state.json"):  # as a server writes it that has nothing of its clients
+        path.write_text(json.dumps({**json.loads(path.read_text()), "kept": {}}))
+    with pytest.raises(BadRun, match="lacks what c01 kept to itself"):
+        export(copied, tmp_path / "model", client="c01")
+    assert not (tmp_path / "model").exists()
+
+
+def test_adapters_whose_b_the_server_never_got_are_not_exported_as_its_own(ended, tmp_path):
+    folder = ended("olmoe", "own b, shared routers").folder
+    with pytest.raises(BadValue, match="keep the B of their adapters to themselves"):
+        export(folder, tmp_path / "model", adapter=True)
+    assert export(folder, tmp_path / "model", client="c01", adapter=True).adapter
