@@ -23,6 +23,7 @@ from fedexperts.moe.logits import IGNORED
 from fedexperts.types import Example
 
 T = TypeVar("T")
+MOST_TOKENS = 2**40  # where nothing is to be cut
 CACHED_PROMPTS = 4096  # of at most max_tokens ids each
 
 
@@ -37,6 +38,16 @@ class CutPrompt:
     @property
     def labels(self) -> list[int]:
         return [id if answered else IGNORED for id, answered in zip(self.ids, self.answered, strict=True)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tokens of an example, special ones included, and how many of them do not fit."""
+
+    prompt: int
+    prompt_lost: int
+    response: int
+    response_lost: int
 
 
 class Encoder:
@@ -102,6 +113,17 @@ class Encoder:
         prompts = [CutPrompt([], [], prompt) for prompt in rendered]
         responses = self._responses(examples, prompts)
         return [number + len(response) for number, response in zip(earlier, responses, strict=True)]
+
+    def cuts(self, examples: Sequence[Example]) -> list[Cut]:
+        """What `batch` cuts off each example."""
+        whole = Encoder(self.tokenizer, MOST_TOKENS, self.encoder_decoder)
+        full, kept = whole._cut_prompts(examples), self._cut_prompts(examples)
+        room = [self.max_tokens - (0 if self.encoder_decoder else len(prompt.ids)) for prompt in kept]
+        lengths = map(len, self._responses(examples, kept))
+        return [
+            Cut(len(all.ids), len(all.ids) - len(some.ids), length, max(0, length - most))
+            for all, some, length, most in zip(full, kept, lengths, room, strict=True)
+        ]
 
     def _prompts(self, examples: Sequence[Example]) -> list[CutPrompt]:
         """The cut prompt of each example; cached, since clients see their examples repeatedly and long prompts take long."""

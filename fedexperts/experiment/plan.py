@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fedexperts.core.devices import held_by
+from fedexperts.experiment.lost import Lost, lost, sentences
 from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
@@ -26,6 +27,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     server = prepared.server
     full = server.footprint.of(server.anatomy.all_experts)
     clients = [client_plan(prepared, client, full) for client in server.clients.values()]
+    losses = lost(prepared)
     return {
         "method": prepared.label,
         "setting": prepared.setting,
@@ -55,7 +57,8 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         },
         "held_by": held_by(full + prepared.personal_bytes),
         "round_flops_estimated": round_flops(prepared),
-        "warnings": warnings(prepared, clients),
+        "lost": [asdict(each) for each in losses],
+        "warnings": warnings(prepared, clients, losses),
     }
 
 
@@ -83,8 +86,9 @@ def patch_bytes(server: Server) -> dict[str, Any]:
     return {"dense_bytes": dense, "expert_bytes": experts, "wire_dtype": server.wire_dtype}
 
 
-def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Warnings about memory and labels, as sentences."""
+def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]], losses: Sequence[Lost]) -> list[str]:
+    """Warnings about memory, labels and what is cut, as sentences."""
+    config = prepared.config
     over = [client["name"] for client in clients if client["first_experts"] and not client["first_fits"]]
     memory_warning = (
         f"{len(over)} of {len(clients)} clients have less memory than {prepared.label} would use on them: {', '.join(over)}; "
@@ -99,7 +103,17 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]]) -> list[s
         *([memory_warning] if over else []),
         *([tokenizer_warning] if configuration_only else []),
         *too_long_labels(prepared),
+        *too_many_positions(prepared),
+        *sentences(losses, config.data.max_tokens, config.evaluation.generate_tokens),
     ]
+
+
+def too_many_positions(prepared: Prepared) -> Iterator[str]:
+    """A sentence if sequences may be longer than those that the model was made for."""
+    positions = getattr(cast("Any", prepared.base.model).config, "max_position_embeddings", None)
+    longest = prepared.config.data.max_tokens
+    if isinstance(positions, int) and longest > positions:
+        yield f"data.max_tokens = {longest} is above the {positions} positions of {prepared.base.name}; lower it"
 
 
 def too_long_labels(prepared: Prepared) -> Iterator[str]:

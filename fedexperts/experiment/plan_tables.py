@@ -9,9 +9,10 @@ MB = 1e6
 
 
 def plan_tables(planned: dict[str, Any]) -> list[Table]:
-    """The plan as three tables: the model and its costs, the memory by what it holds, and the clients."""
+    """The plan as tables: the model and its costs, the memory by what it holds, what of the data is lost, and the clients."""
     with_budgets = any(client["budget"] is not None for client in planned["clients"])
-    return [costs_table(planned, with_budgets), memory_table(planned), clients_table(planned, with_budgets)]
+    data = [data_table(planned)] if planned["lost"] else []
+    return [costs_table(planned, with_budgets), memory_table(planned), *data, clients_table(planned, with_budgets)]
 
 
 def costs_table(planned: dict[str, Any], with_budgets: bool) -> Table:
@@ -49,6 +50,22 @@ def memory_table(planned: dict[str, Any]) -> Table:
         if any(parts[part] for parts in columns.values()):
             table.add_row(part.replace("_", " "), *(f"{parts[part] / MB:,.1f}" for parts in columns.values()))
     table.add_row("total", *(f"{sum(parts.values()) / MB:,.1f}" for parts in columns.values()))
+    return table
+
+
+def data_table(planned: dict[str, Any]) -> Table:
+    """What of each task's data is cut, and the share of its most frequent answer."""
+    table = Table(
+        title="Data",
+        caption="in %: prompts that are cut, tokens that these lose, answers that are cut, references longer than "
+        "generate_tokens, test examples that are training examples, the most frequent answer",
+    )
+    columns = ("task", "train", "prompts", "tokens", "answers", "refs", "leaked", "majority")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
+    for row in planned["lost"]:
+        shares = [value for key, value in row.items() if key not in ("task", "examples")]
+        table.add_row(Text(row["task"]), str(row["examples"]), *(f"{100 * value:.0f}" for value in shares))
     return table
 
 

@@ -65,6 +65,20 @@ class Weighed:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """What is lost of a task's data, in shares of its examples."""
+
+    task: str
+    examples: int  # of training
+    prompts_cut: float
+    prompt_tokens_lost: float  # of all tokens of prompts
+    answers_cut: float
+    references_cut: float
+    tested_on_training: float
+    majority: float  # with the most frequent answer
+
+
+@dataclass(frozen=True)
 class Plan:
     """plan.json: what was planned before the run."""
 
@@ -80,6 +94,7 @@ class Plan:
     patch: Weighed | None = None  # weights that are sent
     memory: Weighed | None = None  # weights, gradients, optimizer state and activations in training
     round_flops_estimated: float | None = None  # for a client's round on the whole model and examples of full length
+    lost: tuple[Lost, ...] = ()  # what of each task's data is lost
     warnings: tuple[str, ...] = ()
 
 

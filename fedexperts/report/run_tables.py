@@ -29,6 +29,7 @@ def one_run(run: RunResults) -> tuple[Table, ...]:
         run_cost_tables.over_memory,
         run_cost_tables.failures,
         clients,
+        lost_data,
         partition,
     )
     return tuple(table for table in (make(run) for make in every) if table.rows)
@@ -161,6 +162,19 @@ def drift(run: RunResults) -> Table:
         (*rows, ("all layers", *map(number, (fmean(every), min(every), max(every))))) if every else (),
         note=retention.drift_note([run]),
         sums=1,
+    )
+
+
+def lost_data(run: RunResults) -> Table:
+    """What the settings cut off each task's data."""
+    columns = ("prompts cut", "their tokens lost", "answers cut", "references cut", "test in train", "majority")
+    rows = [(row.task, count(row.examples), *(f"{100 * share:.0f}" for share in astuple(row)[2:])) for row in run.plan.lost]
+    return Table(
+        "What of the data is lost",
+        ("task", "training examples", *(f"{name} (%)" for name in columns)),
+        tuple(rows),
+        note="Prompts and answers of training that data.max_tokens cuts (a cut answer has no end), references of free text "
+        "longer than evaluation.generate_tokens, test examples that are training examples, and the most frequent answer's share.",
     )
 
 

@@ -44,14 +44,15 @@ def test_the_planned_memory_of_a_client_with_a_budget_is_that_of_the_reached_exp
         (3, False),
     ], "one expert of each of the three layers, even where that is too much"
     assert (with_budget["fixed_bytes"], with_budget["reached_bytes"]) == (cost.reaching(0), cost.reaching(1) - cost.reaching(0))
-    assert ["c04" in warning and "c01" not in warning for warning in with_budget["warnings"]] == [True]
+    of_memory = [warning for warning in with_budget["warnings"] if "memory" in warning]
+    assert ["c04" in warning and "c01" not in warning for warning in of_memory] == [True]
 
 
 def test_budgets_are_printed_if_there_are_any(tiny_tree):
     cost = prepared_with(tiny_tree).server.footprint
     prepared = prepared_with(tiny_tree, memory_gb=cost.reaching(17) / 1e9)
     shown = printed(plan(replace(prepared, method=HFedMoE())))
-    assert shown.count(" 17 ") == 4
+    assert shown.rpartition("Clients")[2].count(" 17 ") == 4
     assert f"{cost.fixed_bytes / 1e6:.1f} MB" in shown
     assert f"{cost.reached_bytes / 1e6:.3f} MB" in shown
     without = printed(plan(prepared))

@@ -1,0 +1,84 @@
+"""What of a run's data its settings lose: tokens that are cut, answers that cannot be given, tests on training examples."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from fedexperts.data.encode import Encoder
+from fedexperts.experiment.setup import Prepared
+from fedexperts.types import Example
+
+MOST = 2000
+"""Examples of a task and split that are looked at, evenly spread over all: a plan takes seconds."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What is lost of one task, in shares from 0 to 1 of the examples that were looked at."""
+
+    task: str
+    examples: int  # of training, all
+    prompts_cut: float  # training prompts that lose their middle
+    prompt_tokens_lost: float  # share of all tokens of training prompts
+    answers_cut: float  # training answers that lose their end, and with it their end token
+    references_cut: float  # test references of free text longer than evaluation.generate_tokens
+    tested_on_training: float  # test examples whose prompt and answer are training examples
+    majority: float  # training examples with the most frequent answer
+
+
+def lost(prepared: Prepared) -> list[Lost]:
+    """What is lost of each task of the run; nothing is known of data that clients bring themselves."""
+    config, base = prepared.config, prepared.base
+    if config.data.own:
+        return []
+    encoder = Encoder(base.tokenizer, config.data.max_tokens, base.encoder_decoder)
+    pool = prepared.clients.pool
+    tasks = dict.fromkeys(example.task for example in pool.train)
+    train, test = ({task: [each for each in split if each.task == task] for task in tasks} for split in (pool.train, pool.test))
+    return [lost_of(task, train[task], test[task], encoder, config.evaluation.generate_tokens) for task in tasks]
+
+
+def lost_of(task: str, train: Sequence[Example], test: Sequence[Example], encoder: Encoder, generate_tokens: int) -> Lost:
+    """What is lost of one task."""
+    cuts = encoder.cuts(spread(train))
+    seen = {(example.prompt, example.response) for example in train}
+    free = [example for example in spread(test) if not example.choices and example.metric != "perplexity"]
+    references = [cut.response for cut in encoder.cuts(free)] if free else []
+    return Lost(
+        task,
+        len(train),
+        share([cut.prompt_lost > 0 for cut in cuts]),
+        sum(cut.prompt_lost for cut in cuts) / max(sum(cut.prompt for cut in cuts), 1),
+        share([cut.response_lost > 0 for cut in cuts]),
+        share([length > generate_tokens for length in references]),
+        share([(example.prompt, example.response) in seen for example in test]),
+        max(Counter(example.response for example in train).values()) / len(train),
+    )
+
+
+def spread(examples: Sequence[Example]) -> Sequence[Example]:
+    """At most MOST of `examples`, evenly spread."""
+    return examples[:: max(1, ceil(len(examples) / MOST))]
+
+
+def share(values: Sequence[bool]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def sentences(rows: Sequence[Lost], max_tokens: int, generate_tokens: int) -> Iterator[str]:
+    """A warning for each task of which something is lost."""
+    for row in rows:
+        cut = [
+            f"{row.prompts_cut:.0%} of the prompts ({row.prompt_tokens_lost:.0%} of their tokens)" if row.prompts_cut else "",
+            f"{row.answers_cut:.0%} of the answers, which then have no end" if row.answers_cut else "",
+        ]
+        if any(cut):
+            yield f"{row.task}: data.max_tokens = {max_tokens} cuts {' and '.join(filter(None, cut))}; raise it"
+        if row.references_cut:
+            yield (
+                f"{row.task}: {row.references_cut:.0%} of the test references are longer than evaluation.generate_tokens = "
+                f"{generate_tokens}; raise it"
+            )
+        if row.tested_on_training:
+            yield f"{row.task}: {row.tested_on_training:.0%} of the test examples are training examples too; take other files"
