@@ -12,7 +12,7 @@ from fedexperts.deploy.client import ClientWorker, exclusive
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.message import Message
 from fedexperts.engines.remote import job_request
-from fedexperts.engines.serialization import answer_message, read_answer
+from fedexperts.engines.serialization import answer_message, read_answer, read_job
 from fedexperts.errors import BadMessage, Busy
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked
@@ -33,7 +33,7 @@ def machine(tiny_tree, tmp_path, monkeypatch):
     """Machines by the name of their folder, all for the client c01."""
 
     def answer(runtime, name, message, counts):
-        job = Job(**{**message.head["job"], "patch": Patch({})})
+        job = read_job(message)
         before = runtime.client_store.load(job).get("jobs", torch.tensor(0))
         if Machine.stateful and job.task != "evaluate":
             runtime.client_store.save(job, {"jobs": before + 1})
