@@ -210,10 +210,9 @@ def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
 
 
 def keeps_state(run: Run, name: str) -> bool:
-    """Whether client `name` keeps something of its model to itself, and has done so in the run."""
+    """Whether client `name` keeps weights of its model to itself, and has done so in the run."""
     declared = run.config.build_method().declare()
-    keeps = declared.keeps_weights or declared.client_state or declared.personal_experts
-    return bool(keeps) and bool(checkpoint.accepted_in(run.saved).get(name))
+    return bool(declared.keeps_weights or declared.personal_experts) and bool(checkpoint.accepted_in(run.saved).get(name))
 
 
 def parts_of(run: Run) -> Parts | None:

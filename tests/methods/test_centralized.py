@@ -110,6 +110,6 @@ def test_the_plan_lists_the_clients_although_none_of_them_trains(tiny_tree):
     shown = [{key: value for key, value in client.items() if not key.startswith("first_")} for client in centralized["clients"]]
     assert shown == [{key: client[key] for key in shown[0]} for client in usual["clients"]]
     assert [(client["first_experts"], client["first_bytes_down"]) for client in centralized["clients"]] == [(0, 0)] * 4
-    assert centralized["warnings"] == []
-    assert len(usual["warnings"]) == 1
+    of_memory = [[each for each in planned["warnings"] if "less memory" in each] for planned in (centralized, usual)]
+    assert list(map(len, of_memory)) == [0, 1]
     assert centralized["round_flops_estimated"] == 2 * usual["round_flops_estimated"]
