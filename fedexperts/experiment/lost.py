@@ -2,29 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import ceil
 
 from fedexperts.data.encode import Encoder
 from fedexperts.experiment.setup import Prepared
+from fedexperts.report.read import Lost
 from fedexperts.types import Example
 
 MOST = 2000
 """Examples of a task and split that are looked at, evenly spread over all: a plan takes seconds."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """What is lost of one task, in shares from 0 to 1 of the examples that were looked at."""
-
-    task: str
-    examples: int  # of training, all
-    prompts_cut: float  # training prompts that lose their middle
-    prompt_tokens_lost: float  # share of all tokens of training prompts
-    answers_cut: float  # training answers that lose their end, and with it their end token
-    references_cut: float  # test references of free text longer than evaluation.generate_tokens
-    tested_on_training: float  # test examples whose prompt and answer are training examples
-    majority: float  # training examples with the most frequent answer
 
 
 def lost(prepared: Prepared) -> list[Lost]:

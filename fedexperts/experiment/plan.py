@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 
 from fedexperts.core.devices import held_by
-from fedexperts.experiment.lost import Lost, lost, sentences
+from fedexperts.experiment.lost import lost, sentences
 from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.models.files import is_config_file
 from fedexperts.moe.footprint import as_trained, checkpoint_activations
+from fedexperts.report.read import Lost
 from fedexperts.types import Client, Example, Patch, Server
 
 WHAT_THEN = {

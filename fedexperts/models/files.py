@@ -74,8 +74,8 @@ def config_names() -> list[str]:
 
 
 def is_config_file(name: str) -> bool:
-    """Whether `name` is the path of a config.json, or the name of one in CONFIGS: it describes a model without weights."""
-    return Path(name).suffix == ".json" or name in config_names()
+    """Whether `name` is the path of a config.json, or the name of one in CONFIGS, and no folder: a model without weights."""
+    return not Path(name).is_dir() and (Path(name).suffix == ".json" or name in config_names())
 
 
 def config_file(name: str) -> Mapping[str, Any]:

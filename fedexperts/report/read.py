@@ -69,13 +69,13 @@ class Lost:
     """What is lost of a task's data, in shares of its examples."""
 
     task: str
-    examples: int  # of training
-    prompts_cut: float
-    prompt_tokens_lost: float  # of all tokens of prompts
-    answers_cut: float
-    references_cut: float
-    tested_on_training: float
-    majority: float  # with the most frequent answer
+    examples: int  # of training, all
+    prompts_cut: float  # training prompts that lose their middle
+    prompt_tokens_lost: float  # share of all tokens of training prompts
+    answers_cut: float  # training answers that lose their end, and with it their end token
+    references_cut: float  # test references of free text longer than evaluation.generate_tokens
+    tested_on_training: float  # test examples whose prompt and answer are training examples
+    majority: float  # training examples with the most frequent answer
 
 
 @dataclass(frozen=True)

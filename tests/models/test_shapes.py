@@ -142,6 +142,12 @@ def test_requirements_of_a_published_model_are_known_without_it():
     assert render(rows, LORA, (1, 64)).row_count >= 6
 
 
+def test_a_folder_with_the_name_of_a_shipped_configuration_is_the_folder(folder_of, tmp_path, monkeypatch):
+    (tmp_path / "olmoe-1b-7b").symlink_to(folder_of("olmoe"))
+    monkeypatch.chdir(tmp_path)
+    assert parameters(load("olmoe-1b-7b").model).total == parameters(load_shapes("olmoe-1b-7b").model).total < 1e6
+
+
 def test_requirements_of_a_sub_model_are_less(folder_of):
     all_experts, few = (next(iter(requirements(folder_of("olmoe"), LORA, (1, 16), keep=keep))) for keep in (None, 2))
     assert few.parts["weights"] < all_experts.parts["weights"]
