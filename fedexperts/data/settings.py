@@ -19,6 +19,7 @@ PLAIN = "plain-1"
 """The present version of the plain frames."""
 
 Format = Literal["messages", "conversations", "alpaca", "prompt_response", "text_label", "text"]
+TooLong = Literal["cut", "drop", "refuse"]
 By = Literal["task", "iid", "pathological", "dirichlet", "clusters", "quantity"]
 NUMBER_OF: Mapping[str, str] = {
     "dirichlet": "alpha",
@@ -185,6 +186,7 @@ class DataSettings(BaseModel):
     validation: float = Field(default=0.15, gt=0, lt=1)  # share of a client's training examples
     test_examples: int = Field(default=50, ge=1)  # per client, with the label shares of its training examples
     max_tokens: int = Field(default=256, ge=4)
+    too_long: TooLong = "cut"  # what becomes of examples with more than max_tokens tokens
     template: Template = "auto"  # of prompts
 
     @model_validator(mode="before")

@@ -64,6 +64,7 @@ BEFORE = {
     "data.names": [],
     "data.own": False,
     "data.template": PLAIN,
+    "data.too_long": "cut",
 }
 """Values of these settings in runs that started before the settings existed."""
 

@@ -16,6 +16,7 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
+from fedexperts.experiment.reported import parts_from_greetings
 from fedexperts.experiment.setup import (
     INPUTS,
     Parts,
@@ -23,7 +24,6 @@ from fedexperts.experiment.setup import (
     adapter_hash,
     initial_model,
     load_base,
-    parts_from_greetings,
     prepare_run,
     versions,
 )

@@ -168,13 +168,17 @@ def drift(run: RunResults) -> Table:
 def lost_data(run: RunResults) -> Table:
     """What the settings cut off each task's data."""
     columns = ("prompts cut", "their tokens lost", "answers cut", "references cut", "test in train", "majority")
-    rows = [(row.task, count(row.examples), *(f"{100 * share:.0f}" for share in astuple(row)[2:])) for row in run.plan.lost]
+    rows = [
+        (row.task, count(row.examples), count(row.dropped), *(f"{100 * share:.0f}" for share in row.shares))
+        for row in run.plan.lost
+    ]
     return Table(
         "What of the data is lost",
-        ("task", "training examples", *(f"{name} (%)" for name in columns)),
+        ("task", "training examples", "dropped", *(f"{name} (%)" for name in columns)),
         tuple(rows),
-        note="Prompts and answers of training that data.max_tokens cuts (a cut answer has no end), references of free text "
-        "longer than evaluation.generate_tokens, test examples that are training examples, and the most frequent answer's share.",
+        note="Dropped: training and test examples that are too long, with data.too_long = drop. Then: prompts and answers of "
+        "training that data.max_tokens cuts (a cut answer has no end), test references longer than evaluation.generate_tokens, "
+        "test examples that are training examples, and the most frequent answer's share.",
     )
 
 
