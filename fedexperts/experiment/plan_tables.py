@@ -57,7 +57,7 @@ def data_table(planned: dict[str, Any]) -> Table:
     """What of each task's data is cut, and the share of its most frequent answer."""
     table = Table(
         title="Data",
-        caption="dropped as too long; in %: prompts that are cut, tokens that these lose, answers that are cut, references longer "
+        caption="dropped: too long; in %: prompts that are cut, tokens that these lose, answers that are cut, references longer "
         "than generate_tokens, test examples that are training examples, the most frequent answer",
     )
     columns = ("task", "train", "dropped", "prompts", "tokens", "answers", "refs", "leaked", "majority")
