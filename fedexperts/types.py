@@ -57,6 +57,7 @@ class Example:
     # tokenizer's). They are no part of the repr, by which generated examples have always been hashed.
     turns: tuple[Turn, ...] = field(default=(), repr=False)
     template: str | None = field(default=None, repr=False)
+    input: str = field(default="", repr=False, compare=False)  # the part of the prompt that it is about; "": the whole prompt
 
 
 @dataclass(frozen=True)
