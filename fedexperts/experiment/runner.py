@@ -52,6 +52,7 @@ BEFORE = {
     "training.gradient_accumulation_steps": 1,
     "training.gradient_checkpointing": False,
     "training.warmup_steps": 0,
+    "training.packing": False,
     "federation.wire_dtype": "float32",
     "devices.out_of_memory": "train anyway",
     "devices.utilization": UTILIZATION,

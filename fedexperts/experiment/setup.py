@@ -31,6 +31,7 @@ from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.footprint import Footprint, footprint, on_meta
 from fedexperts.moe.memory_by_part import MemoryByPart, memory_by_part
+from fedexperts.moe.packing import require_packing
 from fedexperts.types import Client, Example, Server, Split, Training
 
 T = TypeVar("T")
@@ -225,6 +226,8 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     require_server_optimizer(config, method)
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
+    if config.training.packing:
+        require_packing(base.model)
     profiles, cost = parts.profiles(config), parts.footprint(config)
     full = cost.of(anatomy(base.model).all_experts)
     server = first_server(config, method, base, clients, cost, parts.memories(config, full))
