@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py [SOURCE …]
 
-Needs FEDEXPERTS_DATA. On `small` in float32, batches of 16, at most 256 tokens; unpacked and packed steps alternate, medians of 7.
+Needs FEDEXPERTS_DATA. On `small` in float32, batches of 16 of at most 256 tokens; both kinds of steps alternate, medians of 7.
 """
 
 import sys
