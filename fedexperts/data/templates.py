@@ -1,6 +1,7 @@
 """From a row of a data set to an Example: the prompt, the response and the metric of each kind of task.
 
-Prompts are short, since small models see few tokens, and end in a line break, where tokenizers do not join two words.
+Prompts are short, since small models see few tokens. In "plain-1" they end in a line break, where tokenizers do not join two
+words; in "plain-2" answers follow in the same line, as pretrained models have mostly read them (benchmarks/frames.py).
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 from fedexperts.data.conversations import PLAIN_CHAT, conversation_field, turns_of
 from fedexperts.data.fields import Row, field_text, field_value, fill_template, is_missing, template_fields
-from fedexperts.data.settings import PLAIN
+from fedexperts.data.settings import PLAIN, PLAIN_2, PLAINS
 from fedexperts.errors import BadData, listed
 from fedexperts.types import Example, Turn
 
@@ -40,12 +41,17 @@ class Hints:
     label: str | None = None  # the field of the class
     messages: str | None = None  # the field of the conversation
     system: str | None = None  # the system message of rows without one of their own
-    template: str = PLAIN  # of prompts: "plain-1", "chat" or Jinja
+    template: str = PLAIN  # of prompts: "plain-1", "plain-2", "chat" or Jinja
+
+    @property
+    def plain(self) -> bool:
+        """Whether prompts are asked in a plain frame."""
+        return self.template in PLAINS
 
     @property
     def end(self) -> str:
         """What a plain prompt ends with; a chat template has its own marks."""
-        return "\nAnswer:\n" if self.template == PLAIN else ""
+        return {PLAIN: "\nAnswer:\n", PLAIN_2: "\nAnswer:"}.get(self.template, "")
 
 
 Template = Callable[[Row, Hints], Example]
@@ -115,7 +121,7 @@ def instruction(row: Row, hints: Hints) -> Example:
     """Any instruction; a plain prompt is in the format of Alpaca."""
     texts = {"instruction": field_text(row, "instruction"), "input": row.get("input") or ""}
     template = ALPACA_WITH_INPUT if texts["input"] else ALPACA
-    prompt = template.format(**texts) if hints.template == PLAIN else "\n\n".join(filter(None, map(str, texts.values())))
+    prompt = template.format(**texts) if hints.plain else "\n\n".join(filter(None, map(str, texts.values())))
     return _answered(row, prompt, hints, "rougeL")
 
 
@@ -154,15 +160,21 @@ def conversation(row: Row, hints: Hints) -> Example:
 
 def asked(example: Example, hints: Hints) -> Example:
     """`example` as the template of `hints` asks it: as turns, unless it is a plain prompt or a text without one."""
-    jinja = {PLAIN: PLAIN_CHAT, "chat": None}.get(hints.template, hints.template)
+    jinja = PLAIN_CHAT if hints.plain else {"chat": None}.get(hints.template, hints.template)
     if example.turns:
         return replace(example, template=jinja)
     if not example.prompt:
         return example
-    if hints.template == PLAIN:
+    if hints.plain:
+        example = in_the_line(example) if hints.template == PLAIN_2 and example.prompt.endswith(hints.end) else example
         return replace(example, prompt=f"{hints.system}\n\n{example.prompt}") if hints.system else example
     system = [Turn("system", hints.system)] if hints.system else []
     return replace(example, turns=(*system, Turn("user", example.prompt)), template=jinja)
+
+
+def in_the_line(example: Example) -> Example:
+    """`example` with its answer in the line of the prompt's end, after a space, which tokenizers join with the word after it."""
+    return replace(example, response=f" {example.response}", choices=tuple(f" {choice}" for choice in example.choices))
 
 
 TEMPLATES: Mapping[str, Template] = {
