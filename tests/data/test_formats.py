@@ -205,6 +205,16 @@ def test_files_are_found_beside_the_run_file_or_else_in_the_working_directory(tm
     assert [example.prompt for example in load_pool(again.data).train] == prompts
 
 
+def test_a_content_in_parts_is_their_text(tmp_path):
+    parts = [{"type": "text", "text": "Capital "}, {"type": "text", "text": "of France?"}]
+    path = written(tmp_path / "parts.jsonl", *({"messages": [{"role": "user", "content": parts}, CHAT[2]]} for _ in range(3)))
+    assert {example.prompt for split in (source(path).train, source(path).test) for example in split} == {"Capital of France?"}
+    picture = [*parts, {"type": "image_url", "image_url": {"url": "https://a"}}]
+    written(path, {"messages": [{"role": "user", "content": picture}, CHAT[2]]})
+    with pytest.raises(BadData, match="line 1: message 1: its field content is a list, but text is needed"):
+        source(path)
+
+
 def mutated(content: bytes, chance: Random) -> bytes:
     """`content` with one to three accidents: cut, bytes of other encodings, quotes, numbers, nesting, nulls, joined lines."""
     junk = [b"\xff\xfe", b"\x00", b'"', b"'", b"NaN", b"null", b"\xef\xbb\xbf", b"9" * 5000, b"[" * 3000, b"{", b"\\ud83d"]
