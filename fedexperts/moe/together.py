@@ -10,29 +10,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fedexperts.moe.anatomy import blocks
+from fedexperts.moe.anatomy import Block, blocks
 
 IMPLEMENTATION = "fedexperts_together"  # the name of the function in transformers' registry
-NARROW = 128  # neurons of an expert, up to which this is faster
+NARROW = 128  # neurons of an expert, up to which this is faster,
+SPREAD = 4  # if a token has one of so many experts, or more of them
 
 
 def compute_together(model: nn.Module) -> bool:
-    """Lets the experts of `model` be computed together if all are narrow, gated and have no bias; returns whether they are.
+    """Lets the experts of `model` be computed together if that is faster; returns whether it is.
+
+    That is if all experts are narrow, gated and without bias, and each token has one of SPREAD or more.
 
     Raises:
         NoExperts: the model has no experts.
     """
-    stacks = [cast("Any", block.experts) for block in blocks(model).values() if not block.is_switch]
-    fits = [
-        {name for name, _ in stack.named_parameters()} == {"gate_up_proj", "down_proj"}
-        and not stack.is_transposed
-        and stack.down_proj.shape[2] <= NARROW
-        for stack in stacks
-    ]
-    if not fits or not all(fits):
+    if not all(fits(block) for block in blocks(model).values()):
         return False
     cast("Any", model).set_experts_implementation(IMPLEMENTATION)
     return True
+
+
+def fits(block: Block) -> bool:
+    """Whether the experts of `block` are faster together."""
+    if block.is_switch:
+        return False
+    stack, shape = cast("Any", block.experts), block.shape
+    plain = {name for name, _ in stack.named_parameters()} == {"gate_up_proj", "down_proj"} and not stack.is_transposed
+    return plain and stack.down_proj.shape[2] <= NARROW and shape.num_experts <= SPREAD * shape.top_k
 
 
 def together(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -235,6 +235,12 @@ def test_experts_computed_together_give_the_same(logits):
     assert not torch.equal(logits_of(tiny_model("qwen2_moe", seed=1)), apart)
 
 
+@pytest.mark.parametrize(("shape", "together"), [({}, True), ({"top_k": 1}, False), ({"moe_intermediate_size": 136}, False)])
+def test_experts_are_computed_together_only_where_that_is_faster(shape, together):
+    assert compute_together(tiny_model("qwen2_moe", **shape)) is together
+    assert not compute_together(tiny_model("gpt_oss"))
+
+
 def logits_of(model):
     ids = torch.randint(3, 30, (2, 12), generator=torch.Generator().manual_seed(7))
     return model(input_ids=ids).logits
