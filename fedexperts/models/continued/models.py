@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fedexperts.errors import BadValue, NoExperts
 from fedexperts.models.files import files_hash, local_folder, location_of, weight_files
 from fedexperts.models.load import load_or_explain, require_tokenizer, without_progress_bars
-from fedexperts.models.upcycle.checkpoint import open_dense
+from fedexperts.models.upcycle.checkpoint import HEAD, open_dense
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.together import compute_together
 
@@ -50,7 +50,7 @@ def load_control(name: str, vocabulary: int) -> nn.Module:
     vocabulary: number of tokens that the other model predicts.
 
     Raises:
-        BadValue: it cannot be read, or has another vocabulary.
+        BadValue: it cannot be read, lacks weights, or has another vocabulary.
     """
     dense = open_dense(name)
     if dense.config.vocab_size != vocabulary:
@@ -59,7 +59,12 @@ def load_control(name: str, vocabulary: int) -> nn.Module:
             "give the dense model that it was made of"
         )
     model: nn.Module = cast("Any", AutoModelForCausalLM).from_config(dense.config, dtype=torch.float32)
-    model.load_state_dict({key: dense.read(key) for key in dense.tensors}, strict=False)
+    missing = model.load_state_dict({key: dense.read(key) for key in dense.tensors}, strict=False).missing_keys
+    tied = {HEAD} if dense.config.tie_word_embeddings else set()
+    if lacking := sorted(set(missing) - tied):
+        raise BadValue(
+            f"control = {name!r} lacks the weight {lacking[0]}, so it is no dense model of its class; give a dense model"
+        )
     cast("Any", model).tie_weights()
     return model
 

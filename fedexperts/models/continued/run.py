@@ -6,7 +6,8 @@ bits as without an interruption.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ def continue_training(
 
     Raises:
         BadValue: `settings.out` is not empty, or a model cannot be read.
-        BadRun: the partial folder holds a run with other settings.
+        BadRun: the partial folder holds a run with other settings, or the loss is not finite.
         Busy: another process is training it.
         BadData: a text is missing, empty or damaged.
     """
@@ -56,9 +57,10 @@ def continue_training(
         wanted = {**settings.model_dump(mode="json", exclude=NOT_IN_PLAN), "weights": hashed, "data": dict(windows.hashes)}
         plan = read_plan(partial, wanted)
         if plan is None:
-            steps = steps_for(trained, windows.batch(counts, 0, settings.seed), settings)
-            plan = {"settings": wanted, "steps": steps, "before": reports.measured(trained, held_out, settings.seed)}
-            write_text(partial / PLAN, json.dumps(plan))
+            with removed_if_interrupted(partial):
+                steps = steps_for(trained, windows.batch(counts, 0, settings.seed), settings)
+                plan = {"settings": wanted, "steps": steps, "before": reports.measured(trained, held_out, settings.seed)}
+                write_text(partial / PLAN, json.dumps(plan))
         few = held_out.part(ON_THE_WAY, tokenizer)
         steps = int(plan["steps"])
         curve = train(
@@ -86,6 +88,16 @@ def require_positions(model: nn.Module, settings: ContinueSettings) -> None:
         raise BadValue(
             f"corpus.window = {settings.corpus.window} is longer than the {positions} positions of the model; lower corpus.window"
         )
+
+
+@contextmanager
+def removed_if_interrupted(folder: Path) -> Iterator[None]:
+    """After an exception in the block `folder` is removed."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
 
 
 def partial_folder(settings: ContinueSettings) -> Path:

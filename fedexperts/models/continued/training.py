@@ -5,6 +5,7 @@ The weights are float32, as are gradients and the moments of AdamW; matrix produ
 "Distilling the knowledge in a neural network", https://arxiv.org/abs/1503.02531, at temperature 1).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedexperts.errors import BadRun
 from fedexperts.io.files import write_tensors
 from fedexperts.models.continued.settings import ContinueSettings
 from fedexperts.models.pretrain import learning_rate
@@ -98,6 +100,9 @@ def train(
     """Trains in place, from the state in `folder` if there is one, up to `steps`; returns the curve.
 
     measure: bits per byte of a model, taken at each point of the curve, when the state is saved too.
+
+    Raises:
+        BadRun: the loss is not finite.
     """
     curve = load_state(trained, folder)
     completed, seconds = (curve[-1].step, curve[-1].seconds) if curve else (0, 0.0)
@@ -106,6 +111,8 @@ def train(
         started = time.monotonic()
         since.append(train_step(trained, batches(step), settings, learning_rate(step, steps, settings)))
         seconds += time.monotonic() - started
+        if not math.isfinite(since[-1].loss):
+            raise BadRun(f"the loss of step {step + 1} is not finite; lower lr, remove {folder} and start again")
         if (step + 1) % settings.save_every == 0 or step + 1 == steps:
             means = Losses(*(fmean(values) for values in zip(*since, strict=True)))
             bits = {name: measure(model) for name, model in trained.models.items()}

@@ -11,7 +11,8 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedexperts.data.chat import ChatTemplate
-from fedexperts.errors import BadRun
+from fedexperts.errors import BadRun, BadValue
+from fedexperts.models.continued import report
 from fedexperts.models.continued.corpus import conversation_rows, read_windows
 from fedexperts.models.continued.measure import HeldOut, bits_per_byte, chosen, expert_outputs, layer_errors, loads, routes
 from fedexperts.models.continued.models import load_start
@@ -103,6 +104,30 @@ def test_another_run_is_not_continued(moe, settings):
     continue_training(settings(made, save_every=1))
 
 
+def test_training_that_diverges_stops_and_writes_no_model(moe, settings):
+    of = settings(moe(), lr=1e30)
+    with pytest.raises(BadRun, match=r"the loss of step \d is not finite; lower lr"):
+        continue_training(of)
+    assert not of.out.exists()
+
+
+def test_what_is_interrupted_before_the_first_step_leaves_nothing(moe, settings, monkeypatch):
+    def kill(*_):
+        raise Killed
+
+    of = settings(moe())
+    monkeypatch.setattr(report, "measured", kill)
+    with pytest.raises(Killed):
+        continue_training(of)
+    assert not of.out.exists() and not partial_folder(of).exists()
+
+
+def test_an_moe_is_no_control(moe, settings):
+    made = moe()
+    with pytest.raises(BadValue, match=r"lacks the weight model\.layers\.0\.mlp\.experts.*give a dense model"):
+        continue_training(settings(made, control=str(made[0])))
+
+
 def test_frozen_parameters_keep_their_bits_and_all_others_change(moe, settings):
     made = moe()
     of = settings(made, frozen=("embed_tokens", "self_attn"))
@@ -116,11 +141,11 @@ def test_frozen_parameters_keep_their_bits_and_all_others_change(moe, settings):
 def test_the_loss_falls_and_the_folder_loads_in_transformers(moe, settings):
     made = moe()
     of = settings(made, tokens=60 * 4 * WINDOW, save_every=10, control=str(made[1]))
-    report = continue_training(of)
+    found = continue_training(of)
     curve = [line.split(",") for line in (of.out / "curve.csv").read_text().splitlines()]
     first, last = (dict(zip(curve[0], map(float, row), strict=True)) for row in (curve[1], curve[-1]))
     assert last["loss"] < first["loss"] - 0.1 and last["control_loss"] < first["control_loss"] - 0.1
-    assert report["after"]["bits_per_byte"]["mean"] < report["before"]["bits_per_byte"]["mean"] - 0.1
+    assert found["after"]["bits_per_byte"]["mean"] < found["before"]["bits_per_byte"]["mean"] - 0.1
 
     model = AutoModelForCausalLM.from_pretrained(of.out)
     ids = AutoTokenizer.from_pretrained(of.out)("abcde fghab", return_tensors="pt")
@@ -131,16 +156,16 @@ def test_the_report_compares_with_the_control(moe, settings):
     made = moe()
     of = settings(made, control=str(made[1]))
     continue_training(of)
-    report = json.loads((of.out / "training.json").read_text())
-    for each in (report["before"], report["after"]):
+    found = json.loads((of.out / "training.json").read_text())
+    for each in (found["before"], found["after"]):
         gap = each["bits_per_byte"]["mean"] - each["control_bits_per_byte"]["mean"]
         assert each["over_control"] == pytest.approx(gap, abs=2e-4) and each["kl"] > 0
         assert each["least_used"] == min(map(min, each["load"].values()))
         assert set(each["error_of_a_layer"]) == set(each["bits_by_choice"]) == {"routed", "random", "oracle"}
-    assert (report["steps"], report["tokens"]) == (4, 4 * 4 * WINDOW)
-    assert report["parameters"]["active"] < report["parameters"]["total"]
+    assert (found["steps"], found["tokens"]) == (4, 4 * 4 * WINDOW)
+    assert found["parameters"]["active"] < found["parameters"]["total"]
     readme = (of.out / "README.md").read_text()
-    assert "routed, random, oracle" in readme and f"{report['after']['over_control']:+.4f}" in readme
+    assert "routed, random, oracle" in readme and f"{found['after']['over_control']:+.4f}" in readme
 
 
 def test_an_exact_copy_has_no_divergence_from_its_control(moe, settings):
@@ -174,9 +199,9 @@ def test_parts_of_a_batch_add_up_to_the_gradients_of_the_whole(moe, settings):
 def test_a_time_budget_sets_the_steps_and_leaves_no_trace(moe, settings, tmp_path):
     made = moe()
     of = settings(made, tokens=None, minutes=0.002)
-    report = continue_training(of)
-    assert report["steps"] >= 1
-    same = settings(made, tokens=report["steps"] * of.step_tokens, out=tmp_path / "same")
+    found = continue_training(of)
+    assert found["steps"] >= 1
+    same = settings(made, tokens=found["steps"] * of.step_tokens, out=tmp_path / "same")
     continue_training(same)
     assert digest(same.out) == digest(of.out)
 
@@ -188,9 +213,9 @@ def test_a_budget_of_tokens_is_whole_steps(settings):
 
 def test_a_dense_model_is_trained_too(saved, text, settings):
     _, folder = saved("llama")
-    report = continue_training(settings((folder, None, text())))
-    assert report["parameters"]["active"] == report["parameters"]["total"]
-    assert "load" not in report["after"]
+    found = continue_training(settings((folder, None, text())))
+    assert found["parameters"]["active"] == found["parameters"]["total"]
+    assert "load" not in found["after"]
 
 
 def test_windows_of_text_begin_with_the_separator_and_held_out_ones_are_not_trained_on(moe):
