@@ -151,6 +151,7 @@ METHODS_ROLES = {
     ("export.modeling_fedexperts", "grafted"),
     ("moe.graft", "grafted"),  # what a block calls its personal experts
     ("models.continued.command", "control"),  # the dense model that is trained beside
+    ("models.continued.measure", "control"),
     ("models.continued.report", "control"),
     ("models.continued.training", "control"),
     ("data.synthetic", "count"),  # a generated task

@@ -62,28 +62,29 @@ def bytes_of(tokenizer: PreTrainedTokenizerBase, row: Int[Tensor, " tokens"]) ->
     return len(str(text).encode())
 
 
-@torch.inference_mode()
 def bits_per_byte(model: nn.Module, held_out: HeldOut) -> dict[str, float]:
     """Of each text; and their mean."""
-    model.eval()
-    bits = {}
-    for name, rows in held_out.rows.items():
-        nats = 0.0
-        for part in rows.long().split(AT_ONCE):
-            logits = predictions(model, part, held_out.bf16)
-            nats -= float(logits.gather(2, part[:, 1:, None]).sum(dtype=torch.float64))
-        bits[name] = nats / max(held_out.bytes[name], 1) / math.log(2)
-    return {**bits, "mean": sum(bits.values()) / len(bits)}
+    return compare({"model": model}, held_out)[0]["model"]
 
 
 @torch.inference_mode()
-def divergence(control: nn.Module, model: nn.Module, held_out: HeldOut) -> float:
-    """KL(control ‖ model), in nats per token."""
-    total = 0.0
-    for part in held_out.batches():
-        old, new = (predictions(each.eval(), part, held_out.bf16) for each in (control, model))
-        total += float((old.exp() * (old - new)).sum(dtype=torch.float64))
-    return total / held_out.tokens
+def compare(models: Mapping[str, nn.Module], held_out: HeldOut) -> tuple[dict[str, dict[str, float]], float]:
+    """Bits per byte of each model, of each text and their mean; and KL(control ‖ model) in nats per token; 0: no control."""
+    bits: dict[str, dict[str, float]] = {name: {} for name in models}
+    divergence = 0.0
+    for text, rows in held_out.rows.items():
+        nats = dict.fromkeys(models, 0.0)
+        for part in rows.long().split(AT_ONCE):
+            found = {name: predictions(model.eval(), part, held_out.bf16) for name, model in models.items()}
+            for name, logprobs in found.items():
+                nats[name] -= float(logprobs.gather(2, part[:, 1:, None]).sum(dtype=torch.float64))
+            if "control" in found:
+                old, new = found["control"], found["model"]
+                divergence += float((old.exp() * (old - new)).sum(dtype=torch.float64))
+        for name, total in nats.items():
+            bits[name][text] = total / max(held_out.bytes[text], 1) / math.log(2)
+    means = {name: {**each, "mean": sum(each.values()) / len(each)} for name, each in bits.items()}
+    return means, divergence / held_out.tokens
 
 
 def predictions(model: nn.Module, windows: Rows, bf16: bool) -> Float[Tensor, "windows positions vocabulary"]:
@@ -102,12 +103,15 @@ def loads(model: nn.Module, held_out: HeldOut) -> dict[str, list[float]]:
     return {name: (count.double() / count.sum() * len(count)).tolist() for name, count in counts.items()}
 
 
-def routes(model: nn.Module, held_out: HeldOut, seed: int) -> dict[str, dict[str, float]]:
-    """Bits per byte and mean error of a layer, by choice; empty if the model has no experts, or experts of other shapes."""
+def routes(model: nn.Module, held_out: HeldOut, seed: int, routed: float) -> dict[str, dict[str, float]]:
+    """Bits per byte and mean error of a layer, by choice; empty if the model has no experts, or experts of other shapes.
+
+    routed: the bits per byte as its routers choose.
+    """
     if not has_experts(model) or not all(measurable(block) for block in blocks(model).values()):
         return {}
-    bits: dict[str, float] = {}
-    for choice in CHOICES:
+    bits = {"routed": routed}
+    for choice in CHOICES[1:]:
         with chosen(model, choice, seed):
             bits[choice] = bits_per_byte(model, held_out)["mean"]
     return {"bits_by_choice": bits, "error_of_a_layer": layer_errors(model, held_out, seed)}
@@ -123,11 +127,10 @@ def measurable(block: Block) -> bool:
 @contextmanager
 def chosen(model: nn.Module, choice: Choice, seed: int) -> Iterator[None]:
     """Within the block the routers of `model` make this choice; the weights of a token's experts add up as before."""
+    chance = torch.Generator().manual_seed(seed)
     with ExitStack() as hooks:
-        if choice != "routed":
-            chance = torch.Generator().manual_seed(seed)
-            for block in blocks(model).values():
-                hooks.callback(block.router.register_forward_hook(chooser(block, choice, chance)).remove)
+        for block in blocks(model).values():
+            hooks.callback(block.router.register_forward_hook(chooser(block, choice, chance)).remove)
         yield
 
 

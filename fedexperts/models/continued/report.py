@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedexperts.io.files import write_text
-from fedexperts.models.continued.measure import HeldOut, bits_per_byte, divergence, loads, routes
+from fedexperts.models.continued.measure import HeldOut, compare, loads, routes
 from fedexperts.models.continued.settings import ContinueSettings
 from fedexperts.models.continued.training import Point, Trained, has_experts
 from fedexperts.moe.parameters import parameters
@@ -20,18 +20,18 @@ REPORT, CURVE = "training.json", "curve.csv"
 
 def measured(trained: Trained, held_out: HeldOut, seed: int) -> Report:
     """What is measured before and after: bits per byte, load, what routing is worth, and the distance from the control."""
-    bits = bits_per_byte(trained.model, held_out)
-    found: Report = {"bits_per_byte": rounded(bits)}
-    if trained.control is not None:
-        control = bits_per_byte(trained.control, held_out)
-        found["control_bits_per_byte"] = rounded(control)
-        found["over_control"] = round(bits["mean"] - control["mean"], 4)
-        found["kl"] = round(divergence(trained.control, trained.model, held_out), 4)
+    bits, kl = compare(trained.models, held_out)
+    mean = bits["model"]["mean"]
+    found: Report = {"bits_per_byte": rounded(bits["model"])}
+    if "control" in bits:
+        found["control_bits_per_byte"] = rounded(bits["control"])
+        found["over_control"] = round(mean - bits["control"]["mean"], 4)
+        found["kl"] = round(kl, 4)
     if has_experts(trained.model):
         shares = loads(trained.model, held_out)
         found["load"] = {name: [round(share, 3) for share in values] for name, values in shares.items()}
         found["least_used"] = round(min(min(values) for values in shares.values()), 3)
-        found |= {name: rounded(values) for name, values in routes(trained.model, held_out, seed).items()}
+        found |= {name: rounded(values) for name, values in routes(trained.model, held_out, seed, mean).items()}
     return found
 
 

@@ -278,7 +278,8 @@ def held_out(tokenizer):
 
 def test_if_all_experts_are_active_every_choice_is_the_same(moe):
     model, tokenizer, _, _ = load_start(str(moe(Split(4, 4, 32))[0]))
-    found = routes(model, held_out(tokenizer), 0)
+    rows = held_out(tokenizer)
+    found = routes(model, rows, 0, bits_per_byte(model, rows)["mean"])
     bits = found["bits_by_choice"]
     assert bits["random"] == pytest.approx(bits["routed"], abs=1e-5) and bits["oracle"] == pytest.approx(bits["routed"], abs=1e-5)
     assert all(error == pytest.approx(0, abs=1e-5) for error in found["error_of_a_layer"].values())
