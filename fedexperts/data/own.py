@@ -1,6 +1,6 @@
 """Clients that bring their own data: what such a client reports of it, and what the server works with in its place."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -29,15 +29,24 @@ class Counts:
     frames: Mapping[str, tuple[Part, Part] | None] = field(default_factory=dict)  # task → what its prompts begin and end with
 
 
-def own_clients(name: str, files: Sequence[str], settings: DataSettings, seed: int | str, retained: Retained) -> Clients:
+def own_clients(
+    name: str,
+    files: Sequence[str],
+    settings: DataSettings,
+    seed: int | str,
+    retained: Retained,
+    fitting: Callable[[Pool], Pool] = lambda pool: pool,
+) -> Clients:
     """The client `name` alone, with all rows of `files`, which are read as the only source of `settings` says.
 
+    fitting: what becomes of examples that are too long.
+
     Raises:
-        BadData: files that cannot be read, or too few examples in them.
+        BadData: files that cannot be read, too few examples in them, or examples that are too long and not to be cut.
     """
     sources = tuple(settings.sources[0].model_copy(update={"name": file, "test": None, "folder": None}) for file in files)
     own = settings.model_copy(update={"sources": sources, "clients": 1, "names": (name,), "partition": IID})
-    return make_clients(own, f"{seed}/{name}", without_retained(load_pool(own), retained))
+    return make_clients(own, f"{seed}/{name}", fitting(without_retained(load_pool(own), retained)))
 
 
 def counts(clients: Clients, name: str, longest_response: int) -> Counts:
@@ -81,7 +90,7 @@ def placeholder_clients(reported: Mapping[str, Counts], source: SourceSettings |
 
 def _placeholder(task: str, count: Counts, hints: Hints) -> Example:
     """An empty example, with an empty question where a chat template asks it."""
-    if hints.template == PLAIN or count.frames.get(task) is None:
+    if hints.plain or count.frames.get(task) is None:
         return Example("", "", task)
     return replace(asked(Example("?", "", task), hints), prompt="")
 

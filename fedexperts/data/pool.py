@@ -22,6 +22,7 @@ class Pool:
     test: tuple[Example, ...]
     hashes: Mapping[str, str]
     left_out: int = 0  # number of examples that repeated others
+    dropped: Mapping[str, int] = field(default_factory=dict)  # task → training and test examples that were too long
     frames: Mapping[str, Frame | None] = field(default_factory=dict)  # task → what its prompts begin and end with
 
 

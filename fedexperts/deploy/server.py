@@ -14,7 +14,8 @@ from fedexperts.engines.remote import GREETINGS, Greeting, read_greetings, write
 from fedexperts.errors import BadValue
 from fedexperts.experiment import flower, runner
 from fedexperts.experiment.progress import Progress
-from fedexperts.experiment.setup import Parts, Prepared, parts_from_greetings
+from fedexperts.experiment.reported import parts_from_greetings
+from fedexperts.experiment.setup import Parts, Prepared
 from fedexperts.io.toml import checked
 from fedexperts.types import Engine
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import ceil
 
+from fedexperts.core.evaluation import way_of
 from fedexperts.data.encode import Encoder
 from fedexperts.experiment.setup import Prepared
 from fedexperts.report.read import Lost
@@ -22,15 +23,18 @@ def lost(prepared: Prepared) -> list[Lost]:
     pool = prepared.clients.pool
     tasks = dict.fromkeys(example.task for example in pool.train)
     train, test = ({task: [each for each in split if each.task == task] for task in tasks} for split in (pool.train, pool.test))
-    return [lost_of(task, train[task], test[task], encoder, config.evaluation.generate_tokens) for task in tasks]
+    limit = config.evaluation.generate_tokens
+    return [lost_of(task, train[task], test[task], encoder, limit, pool.dropped.get(task, 0)) for task in tasks]
 
 
-def lost_of(task: str, train: Sequence[Example], test: Sequence[Example], encoder: Encoder, generate_tokens: int) -> Lost:
-    """What is lost of one task."""
+def lost_of(
+    task: str, train: Sequence[Example], test: Sequence[Example], encoder: Encoder, generate_tokens: int, dropped: int = 0
+) -> Lost:
+    """What is lost of one task, of which `dropped` examples are left out already."""
     cuts = encoder.cuts(spread(train))
     seen = {(example.prompt, example.response) for example in train}
-    free = [example for example in spread(test) if not example.choices and example.metric != "perplexity"]
-    references = [cut.response for cut in encoder.cuts(free)] if free else []
+    generated = [example for example in spread(test) if way_of(example) == "answer"]
+    references = [cut.response - 1 for cut in encoder.cuts(generated)] if generated else []  # without the end token
     return Lost(
         task,
         len(train),
@@ -40,6 +44,7 @@ def lost_of(task: str, train: Sequence[Example], test: Sequence[Example], encode
         share([length > generate_tokens for length in references]),
         share([(example.prompt, example.response) in seen for example in test]),
         max(Counter(example.response for example in train).values()) / len(train),
+        dropped,
     )
 
 
@@ -61,6 +66,8 @@ def sentences(rows: Sequence[Lost], max_tokens: int, generate_tokens: int) -> It
         ]
         if any(cut):
             yield f"{row.task}: data.max_tokens = {max_tokens} cuts {' and '.join(filter(None, cut))}; raise it"
+        if row.dropped:
+            yield f"{row.task}: {row.dropped} examples have more than data.max_tokens = {max_tokens} tokens, so they are left out"
         if row.references_cut:
             yield (
                 f"{row.task}: {row.references_cut:.0%} of the test references are longer than evaluation.generate_tokens = "

@@ -57,15 +57,16 @@ def data_table(planned: dict[str, Any]) -> Table:
     """What of each task's data is cut, and the share of its most frequent answer."""
     table = Table(
         title="Data",
-        caption="in %: prompts that are cut, tokens that these lose, answers that are cut, references longer than "
-        "generate_tokens, test examples that are training examples, the most frequent answer",
+        caption="dropped: too long; in %: prompts that are cut, tokens that these lose, answers that are cut, references longer "
+        "than generate_tokens, test examples that are training examples, the most frequent answer",
     )
-    columns = ("task", "train", "prompts", "tokens", "answers", "refs", "leaked", "majority")
+    columns = ("task", "train", "dropped", "prompts", "tokens", "answers", "refs", "leaked", "majority")
     for name in columns:
         table.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
     for row in planned["lost"]:
-        shares = [value for key, value in row.items() if key not in ("task", "examples")]
-        table.add_row(Text(row["task"]), str(row["examples"]), *(f"{100 * value:.0f}" for value in shares))
+        shares = [value for key, value in row.items() if key not in ("task", "examples", "dropped")]
+        counts = str(row["examples"]), str(row["dropped"])
+        table.add_row(Text(row["task"]), *counts, *(f"{100 * value:.0f}" for value in shares))
     return table
 
 

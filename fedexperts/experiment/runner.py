@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedexperts.experiment import checkpoint, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.progress import Progress, Quiet
+from fedexperts.experiment.reference_lines import lines_of, overall_line, score_lines
 from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, runtime_for, task_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.federation import answers, federate, steps
@@ -51,6 +52,7 @@ BEFORE = {
     "training.gradient_accumulation_steps": 1,
     "training.gradient_checkpointing": False,
     "training.warmup_steps": 0,
+    "training.packing": False,
     "federation.wire_dtype": "float32",
     "devices.out_of_memory": "train anyway",
     "devices.utilization": UTILIZATION,
@@ -64,6 +66,7 @@ BEFORE = {
     "data.names": [],
     "data.own": False,
     "data.template": PLAIN,
+    "data.too_long": "cut",
 }
 """Values of these settings in runs that started before the settings existed."""
 
@@ -265,9 +268,7 @@ def assess(
     together = evaluation.merge(latest[client] for client in server.clients if client in latest)
     with_sums = task.scores_after_training  # read by `last_scores` in later rounds, also after a resume
     own = [line for client in server.clients if client in scores for line in score_lines(scores[client], client, with_sums)]
-    count = sum(part.examples for part in together.tasks.values())
-    whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
-    lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), whole]]
+    lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), overall_line(together)]]
     comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - {"scores"}]
     append(out / "evals.jsonl", [*lines, *comparisons])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
@@ -293,14 +294,6 @@ def last_scores(out: Path) -> dict[str, evaluation.Scores]:
         if line["client"] is not None and "sums" in line:
             by_client.setdefault(line["client"], {})[line["task"]] = line["sums"]
     return {client: evaluation.Scores.from_json(tasks) for client, tasks in by_client.items()}
-
-
-def score_lines(scores: evaluation.Scores, client: str | None, with_sums: bool = False) -> Iterator[Mapping[str, Any]]:
-    for task, metrics in scores.by_task().items():
-        columns = {"metric": scores.metric(task), "value": scores.main(task), "metrics": metrics}
-        if with_sums:
-            columns["sums"] = asdict(scores.tasks[task])
-        yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **columns}
 
 
 def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
@@ -377,6 +370,7 @@ def write_start(prepared: Prepared, out: Path, kind: str) -> None:
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
         write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind}))
     prepared.clients.save(out / "partition.json")
+    write_text(out / "reference_lines.jsonl", "".join(json.dumps(line) + "\n" for line in lines_of(prepared)))
     write_text(out / "plan.json", json.dumps(plan(prepared)))  # written last: reports read a folder that has it
 
 

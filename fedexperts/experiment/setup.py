@@ -10,37 +10,33 @@ from pathlib import Path
 from shutil import which
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedexperts.config import ModelSettings, RunConfig
 from fedexperts.core.devices import Profile, memories, trace_hash
-from fedexperts.core.evaluation import is_text
 from fedexperts.data.clients import Clients, make_clients
 from fedexperts.data.encode import Encoder
-from fedexperts.data.own import Counts, own_clients, placeholder_clients
+from fedexperts.data.own import own_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
-from fedexperts.data.settings import PLAIN, with_templates
-from fedexperts.engines.remote import Greeting
-from fedexperts.errors import BadValue, quoted
+from fedexperts.data.settings import PLAIN, PLAIN_2, PLAINS, with_templates
+from fedexperts.data.too_long import fitting
+from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for, steps
 from fedexperts.methods.contract import Method
 from fedexperts.models.files import files_hash
 from fedexperts.models.load import Base, load
+from fedexperts.models.tokenizer import is_ours
 from fedexperts.moe import factors, rows
 from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.footprint import Footprint, footprint, on_meta
 from fedexperts.moe.memory_by_part import MemoryByPart, memory_by_part
-from fedexperts.types import METRIC_NAMES, Client, Example, Server, Split, Training
+from fedexperts.moe.packing import require_packing
+from fedexperts.types import Client, Example, Server, Split, Training
 
 T = TypeVar("T")
 Cache = dict[Hashable, T]
-MOST_EXAMPLES = 10**7
-"""Limit of the examples that a client may report: the server keeps a placeholder for each."""
-COUNTS = TypeAdapter(Counts)
-REMEDY = "install this version of FedExperts there, or leave it out of data.names"
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,10 @@ class Parts:
         """`config` with the template of each source in place of "auto", which the tokenizer decides, and of "plain"."""
         data, evaluation = config.data, config.evaluation
         names = {source.template or data.template for source in (*data.sources, *evaluation.retained)}
-        chat = "auto" in names and isinstance(self.base(config.model).tokenizer.chat_template, str)
-        sources, retained = (with_templates(some, data.template, chat) for some in (data.sources, evaluation.retained))
+        tokenizer = self.base(config.model).tokenizer if names & {"auto", "plain"} else None
+        chat = tokenizer is not None and isinstance(tokenizer.chat_template, str)
+        plain = PLAIN if tokenizer is None or is_ours(tokenizer) else PLAIN_2
+        sources, retained = (with_templates(some, data.template, chat, plain) for some in (data.sources, evaluation.retained))
         update = {
             "data": data.model_copy(update={"sources": sources}),
             "evaluation": evaluation.model_copy(update={"retained": retained}),
@@ -92,8 +90,21 @@ class Parts:
     def pool(self, config: RunConfig) -> Pool:
         config = self.with_templates(config)
         data = config.data
-        key = data.sources, data.limit, config.evaluation.retained
-        return cached(self.pools, 2, key, lambda: without_retained(load_pool(data), self.retained(config)))
+        key = data.sources, data.limit, config.evaluation.retained, *self.fit_key(config)
+        return cached(self.pools, 2, key, lambda: self.fitting(without_retained(load_pool(data), self.retained(config)), config))
+
+    def fit_key(self, config: RunConfig) -> tuple[Hashable, ...]:
+        """What decides which examples are too long; nothing if these are cut."""
+        data = config.data
+        return () if data.too_long == "cut" else (data.too_long, data.max_tokens, config.model)
+
+    def fitting(self, pool: Pool, config: RunConfig) -> Pool:
+        """`pool` as `data.too_long` wants it."""
+        data = config.data
+        if data.too_long == "cut":
+            return pool
+        base = self.base(config.model)
+        return fitting(pool, Encoder(base.tokenizer, data.max_tokens, base.encoder_decoder), data.too_long)
 
     def retained(self, config: RunConfig) -> Retained:
         config = self.with_templates(config)
@@ -103,7 +114,8 @@ class Parts:
     def longest_response(self, config: RunConfig) -> int:
         """Tokens of the longest response in the run's training data."""
         base, clients = self.base(config.model), self.clients(config)
-        key = config.model, config.data.sources, config.data.template, config.data.limit, config.evaluation.retained
+        data = config.data
+        key = config.model, data.sources, data.template, data.limit, config.evaluation.retained, *self.fit_key(config)
         return cached(self.responses, 8, key, lambda: longest_response(base.tokenizer, clients.pool.train))
 
     def footprint(self, config: RunConfig, grafts: int = 0) -> Footprint:
@@ -156,85 +168,10 @@ class OwnDataParts(Parts):
         config = self.with_templates(config)
 
         def make() -> Clients:
-            return own_clients(self.name, self.files, config.data, config.seed, self.retained(config))
+            fit = partial(self.fitting, config=config)
+            return own_clients(self.name, self.files, config.data, config.seed, self.retained(config), fit)
 
         return cached(self.divided, 8, (config.data.model_dump_json(), config.seed, config.evaluation.retained), make)
-
-
-@dataclass(frozen=True)
-class ReportedParts(Parts):
-    """Parts of a server whose clients bring their own data: built from the counts that they reported."""
-
-    counts: Mapping[str, Counts] = field(default_factory=dict)
-    devices: Mapping[str, Profile] = field(default_factory=dict)
-    memory: Mapping[str, int | None] = field(default_factory=dict)
-
-    def clients(self, config: RunConfig) -> Clients:
-        source = self.with_templates(config).data.sources[0]
-        return placeholder_clients({name: self.counts[name] for name in config.data.names}, source)
-
-    def longest_response(self, config: RunConfig) -> int:
-        return max(count.longest_response for count in self.counts.values())
-
-    def profiles(self, config: RunConfig) -> dict[str, Profile]:
-        return dict(self.devices)
-
-    def memories(self, config: RunConfig, full_bytes: int) -> Mapping[str, int | None]:
-        return self.memory
-
-
-def parts_from_greetings(greetings: Iterable[Greeting], bases: Parts) -> ReportedParts:
-    """The parts that clients reported in `greetings`, with the base models of `bases`.
-
-    Raises:
-        BadValue: a client has no data of its own, reported invalid counts, or judges a task by another metric than the others.
-    """
-    by_client = {greeting.client.name: greeting for greeting in greetings}
-    counts = {name: validated_counts(each) for name, each in by_client.items()}
-    require_same_metrics(counts)
-    return ReportedParts(
-        bases=bases.bases,
-        counts=counts,
-        devices={name: each.profile for name, each in by_client.items() if each.profile},
-        memory={name: each.client.memory_bytes for name, each in by_client.items()},
-    )
-
-
-def validated_counts(greeting: Greeting) -> Counts:
-    """The validated counts of a greeting.
-
-    Raises:
-        BadValue: the client has no data of its own, or reported counts that are not valid.
-    """
-    client, reported = greeting.client, greeting.counts
-    if reported is None:
-        raise BadValue(f"{client.name} brought no data of its own (data.own = true); start it with --data")
-    try:
-        counts = COUNTS.validate_python(reported)
-    except ValidationError as error:
-        raise BadValue(
-            f"{client.name} sent a description of its data that cannot be read ({error.error_count()} mistakes); {REMEDY}"
-        ) from None
-    sound = counts.train and min([*counts.train.values(), counts.longest_response]) >= 1
-    sound = sound and {*counts.metrics.values()} <= {*METRIC_NAMES} and all(map(is_text, (*counts.train, *counts.metrics)))
-    if not sound or min(counts.validation, counts.test) < 0 or sum(counts.train.values()) != client.examples:
-        raise BadValue(f"{client.name} sent a description of its data that is inconsistent: {quoted(counts)}; {REMEDY}")
-    if (total := client.examples + counts.validation + counts.test) > MOST_EXAMPLES:
-        raise BadValue(f"{client.name} has {total:,} examples, but at most {MOST_EXAMPLES:,} are allowed; give it fewer")
-    return counts
-
-
-def require_same_metrics(counts: Mapping[str, Counts]) -> None:
-    """Raises BadValue if two clients score a task by different metrics, so that their scores cannot be merged."""
-    first: dict[str, tuple[str, str]] = {}
-    for name, count in counts.items():
-        for task, metric in count.metrics.items():
-            other, theirs = first.setdefault(task, (name, metric))
-            if theirs != metric:
-                raise BadValue(
-                    f"task {task!r} is scored by {theirs} at {other} and by {metric} at {name}; set data.sources.metric, or give "
-                    "both clients rows of one format"
-                )
 
 
 def cached(store: Cache[T], most: int, key: Hashable, make: Callable[[], T]) -> T:
@@ -292,6 +229,8 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     require_server_optimizer(config, method)
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
+    if config.training.packing:
+        require_packing(base.model)
     profiles, cost = parts.profiles(config), parts.footprint(config)
     full = cost.of(anatomy(base.model).all_experts)
     server = first_server(config, method, base, clients, cost, parts.memories(config, full))
@@ -424,10 +363,10 @@ def versions(prepared: Prepared) -> dict[str, Any]:
 
 
 def template_hashes(config: RunConfig, base: Base) -> dict[str, str]:
-    """Source → its template: "plain-1", or the sha256 of a chat template."""
+    """Source → its template: "plain-1", "plain-2", or the sha256 of a chat template."""
     chosen = Parts(bases={config.model: base}).with_templates(config).data.sources
     jinja = {source.name: base.tokenizer.chat_template if source.template == "chat" else source.template for source in chosen}
-    return {name: PLAIN if text == PLAIN else sha256(str(text).encode()).hexdigest() for name, text in jinja.items()}
+    return {name: text if text in PLAINS else sha256(str(text).encode()).hexdigest() for name, text in jinja.items()}
 
 
 def local_files_hash(prepared: Prepared) -> str | None:

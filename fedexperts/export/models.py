@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
-from fedexperts.data.settings import PLAIN
+from fedexperts.data.settings import PLAIN, PLAINS
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, nearest
 from fedexperts.experiment import checkpoint
+from fedexperts.experiment.reported import parts_from_greetings
 from fedexperts.experiment.setup import (
     INPUTS,
     Parts,
@@ -23,7 +24,6 @@ from fedexperts.experiment.setup import (
     adapter_hash,
     initial_model,
     load_base,
-    parts_from_greetings,
     prepare_run,
     versions,
 )
@@ -111,6 +111,9 @@ def open_run(folder: Path) -> Run:
     config, plan, begun = (json.loads((folder / f"{name}.json").read_text()) for name in ("resolved", "plan", "versions"))
     round = json.loads((saved / "state.json").read_text())["round"]
     config["data"] = {"template": PLAIN, **config["data"]}  # which all older runs have
+    noted = {*begun.get("template_hashes", {}).values()}
+    if config["data"]["template"] in ("auto", "plain") and len(noted) == 1 and noted <= {*PLAINS}:
+        config["data"]["template"] = noted.pop()  # what a base is asked in may change with a version of ours
     return Run(folder, checked(RunConfig, config), plan, begun, saved, round)
 
 

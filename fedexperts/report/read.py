@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,9 +73,15 @@ class Lost:
     prompts_cut: float  # training prompts that lose their middle
     prompt_tokens_lost: float  # share of all tokens of training prompts
     answers_cut: float  # training answers that lose their end, and with it their end token
-    references_cut: float  # test references of free text longer than evaluation.generate_tokens
+    references_cut: float  # test references, of which an answer is generated, longer than evaluation.generate_tokens
     tested_on_training: float  # test examples whose prompt and answer are training examples
     majority: float  # training examples with the most frequent answer
+    dropped: int = 0  # training and test examples that are left out since they are too long
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """All shares, in their order."""
+        return astuple(self)[2:-1]
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ReferenceLine(Evaluation):
+    """A line of reference_lines.jsonl: what `line`, an answer that needs no model, scores; round 0."""
+
+    line: str = ""
+
+
+@dataclass(frozen=True)
 class RunResults:
     """All that a report needs to know about one run."""
 
@@ -174,6 +187,7 @@ class RunResults:
     evaluations: tuple[Evaluation, ...] = ()
     run_file: str = ""  # run.toml, as resolved
     versions: Mapping[str, Any] = field(default_factory=dict)
+    reference_lines: tuple[ReferenceLine, ...] = ()
 
     @cached_property
     def evaluations_of(self) -> Mapping[tuple[str | None, str | None], Sequence[Evaluation]]:
@@ -219,6 +233,7 @@ def read(folder: Path) -> RunResults:
         evaluations=tuple(_lines(TypeAdapter(Evaluation), folder / "evals.jsonl")),
         run_file=_text(folder / "run.toml"),
         versions=_parse(TypeAdapter(dict[str, Any]), _text(folder / "versions.json") or "{}", str(folder / "versions.json")),
+        reference_lines=tuple(_lines(TypeAdapter(ReferenceLine), folder / "reference_lines.jsonl")),
     )
 
 

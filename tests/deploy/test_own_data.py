@@ -20,7 +20,8 @@ from fedexperts.engines.flower.engine import FlowerEngine
 from fedexperts.engines.remote import Greeting
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import runner
-from fedexperts.experiment.setup import Parts, parts_from_greetings, validated_counts
+from fedexperts.experiment.reported import parts_from_greetings, validated_counts
+from fedexperts.experiment.setup import Parts
 from fedexperts.export import export, load
 from fedexperts.io.toml import checked
 from fedexperts.types import Client
