@@ -47,6 +47,9 @@ bench: install ## what federation, sub-models, a selective backward, personal ex
 	for name in overhead submodel selective_backward graft wire; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python -m benchmarks.engines
 
+smol: install ## build the base smol in FEDEXPERTS_BASES: SmolLM2-135M-Instruct as a Mixture of Experts; about an hour; needs FEDEXPERTS_DATA
+	sh assets/smol/build.sh $(BIN)/fedexperts $(BIN)/python
+
 ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
 	$(BIN)/python benchmarks/ceilings.py --epochs 5 --lr 1.5e-3
 
@@ -67,5 +70,5 @@ flex: install ## FLEx's experiment in full: Super-NI and three divisions of Doll
 clean: ## remove what was made, except .venv
 	rm -rf results build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install quickstart test check lint types format docs wheel bench ceilings fedmoe fedmoe-short hfedmoe flex clean
+.PHONY: help install quickstart test check lint types format docs wheel bench smol ceilings fedmoe fedmoe-short hfedmoe flex clean
 .DEFAULT_GOAL := help

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fedexperts.errors import BadValue, FedExpertsError
 from fedexperts.io.toml import RenamedSetting
+from fedexperts.models.continued.command import pretrain
 from fedexperts.models.upcycle.command import upcycle
 
 if TYPE_CHECKING:
@@ -210,19 +211,7 @@ def report(
         say(f"written: {path}")
 
 
-@app.command()
-def pretrain(
-    run_file: RunFile, set: Set = None, out: Annotated[Path | None, typer.Option("--out", help="The model's folder.")] = None
-) -> None:
-    """Pretrain a small MoE base model on text, instructions and generated tasks.
-
-    An interrupted run continues where it stopped; a finished model is kept.
-    """
-    from fedexperts.models import pretrain as pretraining
-
-    pretraining.run_file(run_file, set or [], out, console)
-
-
+app.command()(pretrain)
 app.command()(upcycle)
 
 

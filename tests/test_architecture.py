@@ -150,6 +150,10 @@ METHODS_ROLES = {
     ("export.__init__", "grafted"),
     ("export.modeling_fedexperts", "grafted"),
     ("moe.graft", "grafted"),  # what a block calls its personal experts
+    ("models.continued.command", "control"),  # the dense model that is trained beside
+    ("models.continued.measure", "control"),
+    ("models.continued.report", "control"),
+    ("models.continued.training", "control"),
     ("data.synthetic", "count"),  # a generated task
 }
 """(module, word): words of methods that mean something else there. `seed` does everywhere."""

@@ -1,6 +1,7 @@
 """Where the files of a base model lie, and which of them are its weights."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -11,8 +12,19 @@ from transformers import CONFIG_MAPPING
 
 from fedexperts.errors import BadValue, nearest, shortened
 
-BUNDLED = {"tiny": Path(__file__).parent / "tiny", "small": Path(__file__).parents[2] / "assets" / "small"}
-"""`tiny` ships with the package; `small`, the base of the reported runs, is only in a checkout of the repository."""
+BASES = Path(os.environ.get("FEDEXPERTS_BASES") or "~/.cache/fedexperts/bases").expanduser()
+"""The folder of bases that are built on this machine."""
+BUNDLED = {
+    "tiny": Path(__file__).parent / "tiny",
+    "small": Path(__file__).parents[2] / "assets" / "small",
+    "smol": BASES / "smol",
+}
+"""`tiny` ships with the package; `small` is only in a checkout of the repository, which builds `smol` with `make smol`."""
+HOW_MADE = {
+    "small": "make it in a checkout of the repository with fedexperts pretrain runs/pretrain-small.toml",
+    "smol": "build it in a checkout of the repository with make smol, set FEDEXPERTS_BASES to the folder that has it",
+}
+"""What to do if a base is not there."""
 CONFIGS = Path(__file__).parent / "configs"
 """The folder with configurations of published models, which ship with the package: what they cost can be known without them."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -62,8 +74,8 @@ def bundled_folder(name: str) -> Path:
     folder = BUNDLED[name]
     if not folder.is_dir():
         raise BadValue(
-            f"the base {name!r} is not part of the package, and {folder} does not exist; make it in a checkout of the repository "
-            f"with fedexperts pretrain runs/pretrain-{name}.toml, or give the path of its folder"
+            f"the base {name!r} is not part of the package, and {folder} does not exist; {HOW_MADE[name]}, or give the "
+            "path of its folder"
         )
     return folder
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,17 @@ NOT_IN_RECIPE = {"out", "save_every"}
 
 Batches = Callable[[int, int], Mapping[str, Tensor]]
 """(step, rank) → the part of the step's batch that the worker trains on."""
+
+
+class Scheduled(Protocol):
+    """Settings with the course of the learning rate, in parts of all steps."""
+
+    @property
+    def warmup(self) -> float: ...
+    @property
+    def decay(self) -> float: ...
+    @property
+    def final_lr(self) -> float: ...
 
 
 class Point(NamedTuple):
@@ -308,19 +319,24 @@ def completed_steps(partial: Path) -> int:
         return int(state.get_tensor("curve")[-1, 0])
 
 
-def decay_start(steps: int, settings: PretrainSettings) -> float:
+def decay_start(steps: int, settings: Scheduled) -> float:
     """The step at which the learning rate begins to fall."""
     return max(settings.warmup, 1 - settings.decay) * steps
 
 
 def schedule(step: int, settings: PretrainSettings) -> float:
-    """The learning rate as a part of `settings.lr`: it rises linearly, stays constant, and falls along a cosine."""
-    warmup_end, decay_from = settings.warmup * settings.steps, decay_start(settings.steps, settings)
+    """The learning rate of a step as a part of `settings.lr`."""
+    return learning_rate(step, settings.steps, settings)
+
+
+def learning_rate(step: int, steps: int, settings: Scheduled) -> float:
+    """The learning rate of one of `steps`, in parts of the highest: it rises linearly, stays constant, falls along a cosine."""
+    warmup_end, decay_from = settings.warmup * steps, decay_start(steps, settings)
     if step < warmup_end:
         return (step + 1) / (warmup_end + 1)
     if step <= decay_from:
         return 1.0
-    progress = (step - decay_from) / (settings.steps - decay_from)
+    progress = (step - decay_from) / (steps - decay_from)
     return settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -12,7 +15,7 @@ from fedexperts.data.synthetic import BASE_TASKS, NEW_TASKS, examples
 from fedexperts.errors import BadValue, NoExperts
 from fedexperts.experiment.client_task import bits
 from fedexperts.models import summary
-from fedexperts.models.files import BUNDLED
+from fedexperts.models.files import BASES, BUNDLED
 from fedexperts.models.load import align_parameters, load, load_or_explain
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.moe.anatomy import anatomy, blocks
@@ -68,6 +71,29 @@ def test_the_base_of_the_reported_runs_is_in_the_checkout_and_its_error_says_how
     base = load("small")
     assert base.name == "small" and base.model.lm_head.weight is base.model.model.embed_tokens.weight
     assert summary.read_config("small").tie_word_embeddings
+
+
+def test_the_base_that_is_built_is_found_by_its_name_and_its_error_says_how_to_build_it(tmp_path, monkeypatch):
+    assert BUNDLED["smol"].name == "smol" and BUNDLED["smol"].parent == BASES
+    monkeypatch.setitem(BUNDLED, "smol", tmp_path / "smol")
+    for read in (load, summary.read_config):
+        with pytest.raises(
+            BadValue, match=r"build it in a checkout of the repository with make smol, set FEDEXPERTS_BASES"
+        ) as raised:
+            read("smol")
+        assert "\n" not in str(raised.value) and str(tmp_path / "smol") in str(raised.value)
+    saved(tmp_path / "smol", tiny_model("qwen2_moe").to(torch.bfloat16))
+    base = load("smol")
+    assert base.name == "smol" and {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
+
+
+def test_the_folder_of_built_bases_is_a_setting(tmp_path):
+    program = "from fedexperts.models.files import BASES, BUNDLED; print(BUNDLED['smol'])"
+    found = [
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, **setting}, capture_output=True, text=True, check=True)
+        for setting in ({"FEDEXPERTS_BASES": str(tmp_path)}, {"FEDEXPERTS_BASES": "", "HOME": "/home/someone"})
+    ]
+    assert [each.stdout.strip() for each in found] == [f"{tmp_path}/smol", "/home/someone/.cache/fedexperts/bases/smol"]
 
 
 def test_the_hash_is_that_of_the_weights(tmp_path):
