@@ -1,6 +1,7 @@
 """A client's training on a model of real size, against plain transformers and peft: one process, the two alternating.
 
     python benchmarks/real_model.py [CONFIG.json | FOLDER] [--repeats 3] [--steps 20] [--batch 1] [--tokens 64] [--wall]
+        [--adapters "attention and experts"]
 
 The model of a config has random weights. The run's side is all of a client's job in a run of FedIT: build the model, load the
 weights, train `--steps` steps with their bookkeeping, read the weights. The plain side is a loop over the same batches, loss,
@@ -121,6 +122,7 @@ def compare(folder: str, parts: str, options: argparse.Namespace) -> None:
     start = method.build_model(Job("c1", 1, "train", "s", experts, Patch({})), context)
     job = Job("c1", 1, "train", "s", experts, Patch(rows.read(start)))
     plain = plain_model(context)
+    del start  # its adapters are in the job
     jobs, steps, bare = [], [], []
     for repeat in range(options.repeats + 1):
         drawn = [context.encoder.batch(each) for each in batches(context.data.train, options.batch, options.steps, "s")]
@@ -136,7 +138,8 @@ def compare(folder: str, parts: str, options: argparse.Namespace) -> None:
     whole, alone = (statistics.median(p / o for p, o in zip(bare, each, strict=True)) for each in (jobs, steps))
     seconds = statistics.median(bare) / options.steps
     print(
-        f"{parts:22} job {whole:.3f}  step {alone:.3f} (wanted {WANTED[parts]})  peak {peak:.3f}  plain step {seconds:.2f} s",
+        f"{parts:22} job {whole:.3f}  step {alone:.3f} (wanted {WANTED[parts]})  peak {peak:.3f}  plain step {seconds:.2f} s  "
+        f"each step {[round(p / o, 2) for p, o in zip(bare, steps, strict=True)]}",
         flush=True,
     )
 
@@ -150,13 +153,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--adapters", choices=PARTS, help="only these")
     parser.add_argument("--wall", action="store_true", help="wall time in place of CPU time")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         is_config = options.model.endswith(".json")
         folder = random_model(Path(options.model), Path(temporary), options.dtype) if is_config else options.model
-        for parts in PARTS:
+        for parts in [options.adapters] if options.adapters else PARTS:
             compare(folder, parts, options)
 
 

@@ -1,6 +1,6 @@
 """What it saves to reach only some experts in backward: time, gradient and optimizer bytes, peak memory, in one process.
 
-    python benchmarks/selective_backward.py [--repeats 9]
+    python benchmarks/selective_backward.py [--repeats 9] [--shape small]
 
 Each repeat takes, in turn, one training step (AdamW, everything trained) of each way, so that all ways meet the same noise:
 
@@ -217,13 +217,14 @@ def compare(shape: str, repeats: int, table: Table) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--shape", choices=(*SHAPES, "small"), help="only this model")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(title=f"Training step of {BATCH[0]} × {BATCH[1]} tokens, one thread, medians of {asked.repeats}")
     columns = "model,way,budget,backward,experts,step,update MiB,of full,peak MiB,of full,selection,pairs,of pairs"
     for column in columns.split(","):
         table.add_column(column, justify="right")
-    for shape in (*SHAPES, "small"):
+    for shape in [asked.shape] if asked.shape else (*SHAPES, "small"):
         compare(shape, asked.repeats, table)
     Console(width=150).print(table)
     print(

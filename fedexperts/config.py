@@ -13,6 +13,7 @@ from fedexperts.errors import BadValue, nearest
 from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, without_none
 from fedexperts.methods import FORMER_FIELDS, FORMER_NAMES, METHODS, enter_installed
 from fedexperts.methods.contract import Method
+from fedexperts.methods.robust import RobustMerging, WithRobustMerging
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
 from fedexperts.models.files import BUNDLED
 from fedexperts.types import Training, WireDtype
@@ -85,11 +86,12 @@ class FederationSettings(Settings):
     round_seconds: float | None = Field(None, gt=0)  # wall-clock limit of a client's answer; engine flower only
     wire_dtype: WireDtype = "float32"  # that weights travel in (engines.wire)
     server_optimizer: Tree | None = None  # its name and fields; None: the merged weights are used as they are
+    robust: RobustMerging | None = None  # a rule that limits what single clients can do to a merge; None: the method's mean
 
-    @field_validator("server_optimizer", mode="before")
+    @field_validator("server_optimizer", "robust", mode="before")
     @classmethod
     def from_name(cls, value: object) -> object:
-        """A name alone stands for the optimizer with its defaults; "none" for no optimizer."""
+        """A name alone stands for the optimizer, or the rule, with its defaults; "none" for none."""
         settings = {"name": value} if isinstance(value, str) else value
         return None if isinstance(settings, dict) and settings.get("name") == "none" else settings
 
@@ -204,7 +206,8 @@ class RunConfig(Settings):
                 cannot be imported.
         """
         enter_installed()
-        method, optimizer = built(METHODS, self.method, METHOD), self.federation.server_optimizer
+        method, optimizer, robust = built(METHODS, self.method, METHOD), self.federation.server_optimizer, self.federation.robust
+        method = method if robust is None else WithRobustMerging(method, robust)
         return method if optimizer is None else WithServerOptimizer(method, built(SERVER_OPTIMIZERS, optimizer, OPTIMIZER))
 
     def resolved(self) -> Tree:

@@ -68,8 +68,13 @@ class Expectation:
         return self.job.patch.nbytes + extra + names + MOST_JSON + FRAMING
 
 
-def expectation(server: Server, method: Method, reports: Reports, job: Job) -> Expectation:
-    """What an answer to `job`, as `server` sends it, may hold."""
+def expectation(
+    server: Server, method: Method, reports: Reports, job: Job, known_norms: dict[str, float] | None = None
+) -> Expectation:
+    """What an answer to `job`, as `server` sends it, may hold.
+
+    known_norms: of weights of `server`, which the jobs of a round have in common; those that are missing are added.
+    """
     declaration, client = method.declare(), server.clients.get(job.client)
     training = job.task != "evaluate"
     fields = {name: each for name, each in declaration.extra.items() if job.task in each.tasks}
@@ -90,7 +95,7 @@ def expectation(server: Server, method: Method, reports: Reports, job: Job) -> E
         declaration,
         None if job.patch.wire_dtype == "float32" else job.patch,
         client.examples if client else None,
-        {name: norm_of(tensor) for name, tensor in job.patch.tensors.items()},
+        norms_of(job, server, {} if known_norms is None else known_norms),
         {} if not training else expected_extra(fields, server, job),
         {**(checks if training else {}), **asked},
         frozenset(asked),
@@ -312,6 +317,19 @@ def largest_norm(expected: Expectation, *names: str) -> float:
     """Of a weight that comes back, or the largest product of the norms of several."""
     ones = math.prod(math.sqrt(expected.job.patch.tensors[name].numel()) for name in names)
     return max(LARGEST_NORM * ones, math.prod(expected.norms[name] for name in names) + ones)
+
+
+def norms_of(job: Job, server: Server, known: dict[str, float]) -> dict[str, float]:
+    """The norm of each weight of `job`. Those of the server's own tensors are taken from `known`, or added to it."""
+    norms = {}
+    for name, tensor in job.patch.tensors.items():
+        if tensor is not server.weights.get(name):
+            norms[name] = norm_of(tensor)
+            continue
+        if name not in known:
+            known[name] = norm_of(tensor)
+        norms[name] = known[name]
+    return norms
 
 
 def norm_of(tensor: Tensor) -> float:

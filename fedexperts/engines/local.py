@@ -19,6 +19,7 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
 from fedexperts.engines.wire import decode, encode
 from fedexperts.errors import BadMessage, BadValue, Undeclared
+from fedexperts.io.allocator import return_freed
 from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
 from fedexperts.moe.anatomy import Experts
@@ -76,6 +77,7 @@ class ClientRuntime:
         Raises:
             Undeclared: the method sends, reports or keeps something that it does not declare, which is an error of its code.
         """
+        return_freed()  # of the last job, and of a merge
         started, client_state, device = perf_counter(), {}, torch.device(self.device)
         try:
             job = replace(job, patch=decode(job.patch, job.patch.wire_dtype))

@@ -18,12 +18,15 @@ MAX_DIGITS = 19
 """Of a whole number in a message's JSON, which has 64 bits: one of 400 digits fits no float, one of 5,000 cannot be printed."""
 
 
+Bytes = bytes | memoryview
+
+
 @dataclass(frozen=True)
 class Message:
     """A head of JSON values, and named parts of bytes."""
 
     head: Mapping[str, Any]
-    parts: dict[str, bytes]  # who reads them takes them out
+    parts: dict[str, Bytes]  # who reads them takes them out
 
 
 def to_bytes(message: Message) -> bytes:
@@ -34,7 +37,7 @@ def to_bytes(message: Message) -> bytes:
 
 
 def from_bytes(data: bytes) -> Message:
-    """The message that `to_bytes` made `data` of.
+    """The message that `to_bytes` made `data` of; its parts are views of `data`.
 
     Raises:
         BadMessage: cut off, of another protocol, or with JSON that `read_json` refuses.
@@ -44,9 +47,10 @@ def from_bytes(data: bytes) -> Message:
         raise BadMessage(f"a message was cut off: {len(data)} bytes came, and its first part alone has {end}; send it again")
     manifest = read_json(data[8:end])
     require_protocol(manifest["protocol"], manifest["version"])
-    parts: dict[str, bytes] = {}
+    parts: dict[str, Bytes] = {}
+    view = memoryview(data)
     for name, size in manifest["parts"].items():
-        parts[name] = data[end : end + size]
+        parts[name] = view[end : end + size]
         end += size
     if len(data) != end:
         raise BadMessage(f"a message was cut off: {len(data)} bytes came of {end}; send it again")
@@ -104,7 +108,7 @@ def require_size(size: int, limit: float) -> None:
         )
 
 
-def digest(head: str, parts: Mapping[str, bytes]) -> str:
+def digest(head: str, parts: Mapping[str, Bytes]) -> str:
     """sha256 of all that a message holds, in whatever order its parts lie."""
     checksum = sha256(head.encode())
     for name in sorted(parts):

@@ -1,19 +1,22 @@
-"""Jobs and answers as messages: each tensor as safetensors, everything else as JSON. Nothing is pickled."""
+"""Jobs and answers as messages: each tensor as safetensors, everything else as JSON. Nothing is pickled.
 
+A part is what the safetensors library makes of a tensor, to the byte. The library copies the numbers three times on each side,
+which took half of the time that a message costs; here they are copied once.
+"""
+
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
-from math import isfinite
+from math import isfinite, prod
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter
-from safetensors.torch import load
 from torch import Tensor
 
-from fedexperts.engines.message import Message, from_bytes, to_bytes
+from fedexperts.engines.message import Bytes, Message, from_bytes, read_json, to_bytes
 from fedexperts.errors import BadMessage
-from fedexperts.io.files import safetensors_bytes
 from fedexperts.types import Cost, Failure, Job, Patch, Update, WireDtype
 
 MAX_PART_BYTES = 2**30
@@ -22,6 +25,28 @@ MAX_HEADER_BYTES = 2**10
 """Of the safetensors header of a part: it describes one tensor, and could describe millions of empty ones."""
 TENSOR = "tensor"
 """The name of a part's only tensor inside it."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+"""Name in safetensors → dtype."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Name = Annotated[str, Field(pattern=r"^\w[\w ]*$")]
 """Of a task: a client names its files by it."""
 
@@ -134,12 +159,12 @@ def message_with_tensors(head: Mapping[str, Any], patch: Patch, extra: Mapping[s
     shared_rows = {numbers[key]: rows for key, rows in ids.items()}
     scales = {} if patch.scales is None else {TENSOR: patch.scales}
     groups = {"patch": patch.tensors, "rows": shared_rows, "scales": scales, "extra": extra}
-    parts: dict[str, bytes] = {}
+    parts: dict[str, Bytes] = {}
     shapes: dict[str, list[int] | None] = {}  # None: in a single part, which has the shape
     for name, tensor in ((f"{group}/{name}", tensor) for group, tensors in groups.items() for name, tensor in tensors.items()):
         shapes[name] = None if tensor.nbytes <= MAX_PART_BYTES else list(tensor.shape)
         for number, piece in enumerate(pieces(tensor)):
-            parts[part_name(name, number)] = safetensors_bytes({TENSOR: piece})
+            parts[part_name(name, number)] = tensor_part(piece)
     return Message({**head, "tensors": shapes, "rows": {name: numbers[id(rows)] for name, rows in patch.rows.items()}}, parts)
 
 
@@ -168,7 +193,7 @@ def take_tensors(message: Message) -> tuple[Patch, dict[str, Tensor]]:
     return Patch(groups["patch"], rows, scales=groups["scales"].get(TENSOR)), groups["extra"]
 
 
-def joined(parts: dict[str, bytes], name: str) -> Tensor:
+def joined(parts: dict[str, Bytes], name: str) -> Tensor:
     """All pieces of a tensor, one after the other, taken out of `parts`; [elements]."""
     flat = [read_tensor(parts.pop(name))]
     while (key := part_name(name, len(flat))) in parts:
@@ -176,14 +201,40 @@ def joined(parts: dict[str, bytes], name: str) -> Tensor:
     return torch.cat(flat)
 
 
-def read_tensor(part: bytes) -> Tensor:
+def tensor_part(tensor: Tensor) -> bytes:
+    """`tensor` in the safetensors format, under the name TENSOR."""
+    return b"".join((*part_header(tensor.dtype, tensor.shape), raw(tensor.detach().to("cpu").contiguous())))
+
+
+def part_header(dtype: torch.dtype, shape: Sequence[int]) -> tuple[bytes, bytes]:
+    """The first 8 bytes of a part, the length of its header, and the header, with spaces up to a multiple of 8."""
+    ends = [0, prod(shape) * dtype.itemsize]
+    about = {TENSOR: {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": ends}}
+    header = json.dumps(about, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little"), header
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, in its own memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensor(part: Bytes) -> Tensor:
     """The tensor in `part`, copied to where torch puts tensors of its own: products of one that begins elsewhere may differ in
     their last bits.
 
     Raises:
-        BadMessage: its header has room for more than one.
+        BadMessage: its header has room for more than one, or is not that of a tensor of as many bytes.
     """
-    header = int.from_bytes(part[:8], "little")
-    if header > MAX_HEADER_BYTES:
-        raise BadMessage(f"a tensor's header has {header:,} bytes, and {MAX_HEADER_BYTES:,} are allowed")
-    return load(part)[TENSOR].clone()
+    length = int.from_bytes(part[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise BadMessage(f"a tensor's header has {length:,} bytes, and {MAX_HEADER_BYTES:,} are allowed")
+    header, data = bytes(part[8 : 8 + length]), memoryview(part)[8 + length :]
+    about = read_json(header)[TENSOR]
+    dtype, shape = DTYPES[about["dtype"]], about["shape"]
+    if part_header(dtype, shape)[1] != header or prod(shape) * dtype.itemsize != len(data):
+        raise BadMessage(f"a tensor's header, {header!r:.200}, does not fit the {len(data):,} bytes behind it")
+    tensor = torch.empty(shape, dtype=dtype)
+    raw(tensor)[:] = data
+    return tensor

@@ -227,6 +227,7 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     """
     method = config.build_method()
     require_server_optimizer(config, method)
+    require_robust_merging(config, method)
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
     if config.training.packing:
@@ -255,6 +256,16 @@ def require_server_optimizer(config: RunConfig, method: Method) -> None:
         raise BadValue(
             f"federation.server_optimizer goes on from the weights that a merge gives, and {name} gives none that it could go on "
             f"from; leave it out (in a comparison {name}:federation.server_optimizer.name=none), or take another method"
+        )
+
+
+def require_robust_merging(config: RunConfig, method: Method) -> None:
+    """Raises BadValue for robust merging around a method whose merge is no mean of weights that clients send alike."""
+    declared = method.declare()
+    if config.federation.robust is not None and ("robust_merging" not in declared.wrappers or declared.lowers_rank):
+        raise BadValue(
+            f"federation.robust needs a merge that is a mean of weights, and that of {config.method['name']} is none; leave it "
+            "out, or take another method"
         )
 
 

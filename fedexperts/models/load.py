@@ -3,11 +3,10 @@
 Weights are read tensor by tensor from their safetensors files into where they stay, in the dtype in which they stay.
 """
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import logging
 
 from fedexperts.errors import BadValue, nearest, shortened
+from fedexperts.io.allocator import freed_at_once
 from fedexperts.models.files import (
     BUNDLED,
     SETTINGS,
@@ -45,9 +45,6 @@ from fedexperts.moe.disk import LazyTensor, lazy_tensors
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.packed import Packed
 from fedexperts.moe.shrink import shrunk_class
-
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
-"""Parameters of glibc's mallopt."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -370,21 +367,3 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             bars.enable_progress_bar()
-
-
-@contextmanager
-def freed_at_once() -> Iterator[None]:
-    """Within the block memory of 1 MiB and more goes back to the system when it is freed (glibc; elsewhere nothing changes).
-
-    Otherwise the parts of which stacks are put together leave gaps behind that no later tensor fills: 17 % of an OLMoE-1B-7B.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_THRESHOLD, 2**20)
-        try:
-            yield
-        finally:
-            mallopt(MMAP_THRESHOLD, 2**25)  # the largest that glibc comes to by itself, and its threshold for trimming then
-            mallopt(TRIM_THRESHOLD, 2**26)
-        return
-    yield

@@ -122,6 +122,8 @@ class Packed(Tensor):
                 return kept
         if func is aten._grouped_mm.default and isinstance(args[1], Packed) and not unpacks_stack(args[1]):
             return _grouped_product(*args, **named)
+        if func._can_decompose():  # in inference mode torch has not done it
+            return func.decompose(*args, **named)
         if func._schema.is_mutable and any(is_written(func, args, named)):
             raise TypeError(f"{func} would write into a weight that is packed and therefore frozen")
         return func(*tree_map(plain, args), **tree_map(plain, named))
@@ -223,6 +225,11 @@ def _select(packed: Packed, axis: int, index: int) -> Packed | None:
     return packed.like(lambda stored: stored[index]) if axis % packed.ndim == 0 and packed.rows else None
 
 
+def _unbind(packed: Packed, axis: int = 0) -> list[Packed] | None:
+    rows = [_select(packed, axis, index) for index in range(packed.shape[axis])]
+    return cast("list[Packed]", rows) if None not in rows else None
+
+
 def _slice(packed: Packed, axis: int = 0, *bounds: Any) -> Packed | None:
     return packed.like(lambda stored: aten.slice.Tensor(stored, 0, *bounds)) if axis % packed.ndim == 0 and packed.rows else None
 
@@ -257,6 +264,7 @@ WITHOUT_UNPACKING: Mapping[Any, Callable[..., Any]] = {
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
     aten.select.int: _select,
+    aten.unbind.int: _unbind,
     aten.slice.Tensor: _slice,
     aten.equal.default: _equal,
     aten.new_zeros.default: _new_zeros,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedexperts.core.ledger import Ledger
+from fedexperts.engines import base
 from fedexperts.engines.base import expectation, reorder_and_validate, validate_update
 from fedexperts.engines.serialization import pack_answer
 from fedexperts.federation import no_reports
@@ -65,6 +66,21 @@ def test_all_that_came_passes_and_of_a_method_that_selects_experts_fewer_rows():
         fewer = update({"e": torch.ones(len(rows), 3), "d": torch.ones(1, 4)}, {"e": rows}, extra=P)
         assert reason(fewer, method=Declares()) is None
         assert reason(replace(fewer, extra={})) == f"its update has {len(rows)} of the 2 rows of e, and its method sends all"
+
+
+def test_the_norms_of_the_servers_own_weights_are_computed_once_for_all_jobs(monkeypatch):
+    computed = []
+    monkeypatch.setattr(base, "norm_of", lambda tensor: [computed.append(tensor), float(tensor.norm())][1])
+    whole, cut = torch.full((1, 4), 2.0), torch.ones(2, 3)
+    server = replace(SERVER, weights={"d": whole, "e": torch.ones(4, 3)})
+    jobs = [
+        replace(JOB, client=name, patch=Patch({"d": whole, "e": cut * scale}, {"e": IDS})) for name, scale in (("a", 1), ("b", 3))
+    ]
+    known = {}
+    norms = [expectation(server, Plain(), no_reports, job, known).norms for job in jobs]
+    assert [each["d"] for each in norms] == [4.0, 4.0] and known == {"d": 4.0}
+    assert [each["e"] for each in norms] == pytest.approx([6**0.5, 3 * 6**0.5])
+    assert len(computed) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 import json
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
-from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
+from fedexperts.engines.serialization import DTYPES, pack_answer, pack_job, read_tensor, tensor_part, unpack_answer, unpack_job
+from fedexperts.errors import BadMessage
 from fedexperts.types import Cost, Failure, Job, Patch, Update
 
 IDS, OTHER = torch.tensor([1, 3]), torch.tensor([0])
@@ -90,6 +93,30 @@ def test_the_bytes_of_the_tensors_go_once_behind_a_short_manifest():
     assert 4000 < len(data) < 4000 + 1000
     manifest = json.loads(data[8 : 8 + int.from_bytes(data[:8], "big")])
     assert manifest["head"]["update"]["client"] == "c01"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (1, 5, 3)])
+def test_a_part_is_what_the_safetensors_library_writes_to_the_byte(dtype, shape):
+    tensor = torch.arange(2 * max(1, math.prod(shape)) * dtype.itemsize, dtype=torch.uint8).remainder(2)
+    tensor = tensor[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    assert tensor_part(tensor) == save({"tensor": tensor})
+    read = read_tensor(memoryview(tensor_part(tensor)))
+    assert (read.dtype, read.shape) == (dtype, tensor.shape)
+    assert torch.equal(read.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"[2,3]", b"[9,3]"), (b'"F32"', b'"F33"'), (b"[0,24]", b"[8,24]"), (b'"F32"', b'"F16"'), (b"[2,3]", b"[-2,-3]")],
+)
+def test_a_part_whose_header_does_not_fit_its_bytes_is_refused(old, new):
+    part = tensor_part(torch.ones(2, 3))
+    assert old in part
+    with pytest.raises((BadMessage, KeyError)):
+        read_tensor(part.replace(old, new))
+    with pytest.raises(BadMessage, match="does not fit the 20 bytes"):
+        read_tensor(part[:-4])
 
 
 @pytest.mark.parametrize(

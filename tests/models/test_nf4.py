@@ -104,6 +104,7 @@ def test_rows_are_taken_copied_moved_and_sent_to_other_processes_without_unpacki
         packed.transpose(1, 2): values.transpose(1, 2),
         packed.transpose(-1, -2)[1].t(): values[1],
         packed.to(torch.bfloat16): values.to(torch.bfloat16),
+        packed.unbind()[2]: values[2],
         copy.deepcopy(as_parameter(packed)): values,
         pickle.loads(pickle.dumps(as_parameter(packed))): values,  # noqa: S301
     }
@@ -202,6 +203,17 @@ def test_measured_memory_is_that_of_packed_weights_and_of_one_matrix_that_is_unp
     with MemoryMeter(small) as shared, MemoryMeter(own) as copied:
         assert shared.bytes - copied.bytes == sum(each.stack_ids.nbytes for each in (b.experts for b in blocks(small).values()))
     assert torch.equal(logits(small, "olmoe"), logits(own, "olmoe"))
+
+
+def test_evaluation_in_inference_mode_computes_the_same_bits_and_unpacks_no_whole_stack(monkeypatch):
+    model = prepare(packed_model("olmoe", **LARGER), ALL_LORA, "seed")
+    expected = logits(model, "olmoe")
+    ranks = []
+    unpack = nf4.NF4.unpack
+    monkeypatch.setattr(nf4.NF4, "unpack", lambda *args: [ranks.append(len(args[3])), unpack(*args)][1])
+    with torch.inference_mode():
+        assert torch.equal(logits(model, "olmoe"), expected)
+    assert set(ranks) == {2}
 
 
 def test_autograd_keeps_no_copy_of_the_values_of_packed_weights():

@@ -7,7 +7,7 @@ from math import inf
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedexperts.engines.message import PROTOCOL, VERSION, Message, digest, read_json, require_protocol, require_size
+from fedexperts.engines.message import PROTOCOL, VERSION, Bytes, Message, digest, read_json, require_protocol, require_size
 from fedexperts.errors import BadMessage
 
 ABOUT, PARTS = "message", "parts"  # the names of the two records
@@ -80,7 +80,7 @@ def decompressed(data: object) -> str:
         raise BadMessage(f"its head cannot be read ({type(error).__name__}: {error})") from None
 
 
-def packed(parts: Mapping[str, bytes]) -> Iterator[list[str]]:
+def packed(parts: Mapping[str, Bytes]) -> Iterator[list[str]]:
     """The names of `parts`, together as long as these have no more than PACK_BYTES."""
     pack: list[str] = []
     size = 0
@@ -94,17 +94,17 @@ def packed(parts: Mapping[str, bytes]) -> Iterator[list[str]]:
         yield pack
 
 
-def array(parts: Sequence[bytes]) -> Array:
-    """`parts`, one after the other; one alone is not copied."""
-    data = parts[0] if len(parts) == 1 else b"".join(parts)
+def array(parts: Sequence[Bytes]) -> Array:
+    """`parts`, one after the other; one alone is not copied if it is bytes."""
+    data = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
     return Array("uint8", (len(data),), "safetensors", data)
 
 
-def unpacked(packs: object, arrays: ArrayRecord) -> dict[str, bytes] | None:
+def unpacked(packs: object, arrays: ArrayRecord) -> dict[str, Bytes] | None:
     """The parts that lie in `arrays`, by the sizes that `packs` gives for each array; None where these do not fit the arrays."""
     if not isinstance(packs, list) or {*arrays} != {str(number) for number in range(len(packs))}:
         return None
-    parts: dict[str, bytes] = {}
+    parts: dict[str, Bytes] = {}
     for number, pack in enumerate(packs):
         data, start = arrays[str(number)].data, 0
         if not isinstance(pack, dict) or not all(type(size) is int and size >= 0 for size in pack.values()):

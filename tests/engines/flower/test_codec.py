@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from fedexperts.engines import serialization
 from fedexperts.engines.flower import codec
 from fedexperts.engines.flower.codec import ABOUT, PARTS, compressed, decompressed, from_records, to_records
-from fedexperts.engines.message import PROTOCOL, Message, digest
+from fedexperts.engines.message import PROTOCOL, Message, digest, from_bytes, to_bytes
 from fedexperts.engines.serialization import answer_message, job_message, read_answer, read_job
 from fedexperts.errors import BadMessage
 from fedexperts.types import Cost, Failure, Job, Patch, Update
@@ -135,6 +135,13 @@ def test_small_parts_go_together_up_to_a_limit_and_a_larger_one_alone(monkeypatc
     assert max(len(array.data) for array in arrays.values()) <= max(most, largest)
     read = read_answer(over_flower(message)).patch.tensors
     assert [bits(tensor) for tensor in read.values()] == [bits(tensor) for tensor in weights.values()]
+
+
+def test_a_message_that_came_as_bytes_travels_on():
+    message = answer_message(Update("c01", 1, "train", Patch({"w": torch.ones(3)}), 5))
+    records = to_records(from_bytes(to_bytes(message)))
+    assert [type(array.data) for array in records[PARTS].values()] == [bytes]
+    assert from_records(records).parts == message.parts
 
 
 def changed(place):
