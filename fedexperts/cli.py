@@ -112,7 +112,7 @@ def compare(
     if out is None and len(run_files) > 1:
         raise BadValue(f"{len(run_files)} run files were given without a results folder; give one with --out")
     folder = out or Path("results") / run_files[0].stem
-    compared = sweep.compare(settings, sweep.read_variants(methods), seeds, folder, progress(quiet), jobs)
+    compared = sweep.compare(settings, sweep.read_variants(methods, sweep.named(settings)), seeds, folder, progress(quiet), jobs)
     if any(folder.rglob("plan.json")):
         started = [run for run in compared.folders if (run / "plan.json").exists()]
         finish([*started, folder], folder)  # the runs of this comparison in its order, then all others in the folder

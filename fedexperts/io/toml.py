@@ -101,6 +101,14 @@ def put(tree: Tree, path: Sequence[str], value: object) -> Tree:
     return {**tree, head: put(below if isinstance(below, dict) else {}, rest, value) if rest else value}
 
 
+def without(tree: Any, path: Sequence[str]) -> Any:
+    """`tree` without the value at `path`, if it is there."""
+    head, *rest = path
+    if not isinstance(tree, dict) or head not in tree:
+        return tree
+    return {key: without(value, rest) if key == head else value for key, value in tree.items() if rest or key != head}
+
+
 def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
     """The first mistake that `error` reports, as a sentence; `prefix` is the path of the validated settings within `root`."""
     first = error.errors()[0]
