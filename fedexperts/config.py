@@ -160,6 +160,12 @@ class EvaluationSettings(Settings):
     drift: bool = False
 
 
+class CheckpointSettings(Settings):
+    """Which checkpoints of a run stay."""
+
+    keep: int = Field(2, ge=1)  # the last ones; the one before is used if the last is damaged
+
+
 OWN_TABLES = ("training", "federation", "model")
 """Tables of a run file that `[methods.NAME]` may have of its own; its other keys are hyperparameters."""
 
@@ -180,6 +186,7 @@ class RunConfig(Settings):
     data: DataSettings
     devices: DeviceSettings = DeviceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     track: TrackSettings = TrackSettings()
 
     @model_validator(mode="before")

@@ -41,6 +41,10 @@ class BadRun(FedExpertsError):
     """A results folder that does not fit the command: it holds another run, or none."""
 
 
+class Damaged(BadRun):
+    """A file of a results folder that is missing, or is not what the run wrote."""
+
+
 class Busy(BadRun):
     """A results folder in which another process is at work."""
 

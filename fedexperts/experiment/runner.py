@@ -1,12 +1,12 @@
 """Executes a run, from its settings to its results folder."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +20,7 @@ from fedexperts.core.ledger import Ledger
 from fedexperts.data.settings import PLAIN
 from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
-from fedexperts.errors import BadRun, BadValue
+from fedexperts.errors import BadRun, BadValue, Damaged
 from fedexperts.experiment import checkpoint, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
@@ -29,6 +29,7 @@ from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, ru
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.federation import answers, federate, steps
 from fedexperts.io.files import locked, write_text
+from fedexperts.io.manifest import MANIFEST, append, changed, finite, read_object, write_manifest, write_sealed
 from fedexperts.io.toml import different, flattened, to_toml
 from fedexperts.methods.contract import Method
 from fedexperts.moe.device import kind_of, on_device
@@ -40,6 +41,7 @@ MAY_DIFFER = (
     "federation.min_clients",
     "federation.round_seconds",
     "track.to",
+    "checkpoint.keep",
     "data.template",  # as far as it leads to the same templates: see `require_same_inputs`
     "training.device",  # as far as it is of the same kind: see `require_same_kind`
 )
@@ -106,8 +108,8 @@ def run(
     total = len(steps(prepared.method, config.federation.rounds))
     with locked(out), progress or Quiet() as shown:
         ledger = Ledger(clock_for(prepared), shown.answered)
-        write_start(prepared, out, kind)
-        behind = checkpoint.rewind(out, prepared.method, config.federation.rounds)
+        write_start(prepared, out, kind, shown)
+        behind = checkpoint.rewind(out, prepared.method, config.federation.rounds, shown.say)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
         with trackers.tracking(config.track.to, about, done=behind == total) as track:
@@ -163,7 +165,7 @@ def finish_round(
     record(out, server, ledger, seconds)
     if due(server, prepared.method, prepared.config):
         assess(prepared, server, engine, ledger, out, progress, scores)
-    checkpoint.save(out, server)
+    checkpoint.save(out, server, prepared.config.checkpoint.keep)
 
 
 def reports_of(prepared: Prepared) -> Reports:
@@ -292,8 +294,15 @@ def last_scores(out: Path) -> dict[str, evaluation.Scores]:
     by_client: dict[str, dict[str, Any]] = {}
     for line in map(json.loads, (out / "evals.jsonl").read_text().splitlines() if (out / "evals.jsonl").exists() else ()):
         if line["client"] is not None and "sums" in line:
-            by_client.setdefault(line["client"], {})[line["task"]] = line["sums"]
+            by_client.setdefault(line["client"], {})[line["task"]] = with_nan(line["sums"])
     return {client: evaluation.Scores.from_json(tasks) for client, tasks in by_client.items()}
+
+
+def with_nan(sums: Any) -> Any:
+    """The sums of a log line, with NaN where JSON has null."""
+    if isinstance(sums, dict):
+        return {key: with_nan(value) for key, value in sums.items()}
+    return nan if sums is None else sums
 
 
 def score_lines(scores: evaluation.Scores, client: str | None, with_sums: bool = False) -> Iterator[Mapping[str, Any]]:
@@ -335,7 +344,8 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise BadRun(f"{out} holds a run already; continue it with --resume, or give another folder with --out")
-    begun = {**BEFORE, **flattened(with_current_names(json.loads(resolved.read_text())))}
+    require_begun(out)
+    begun = {**BEFORE, **flattened(with_current_names(read_object(resolved)))}
     changed = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
     if changed:
         raise BadRun(
@@ -344,10 +354,17 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
         )
 
 
+def require_begun(out: Path) -> None:
+    """Raises Damaged if the settings or the versions of the run in `out` are not what it wrote when it began."""
+    wrong = changed(out)
+    if error := wrong.get("resolved.json") or wrong.get("versions.json"):
+        raise Damaged(f"{error}, so the run cannot be continued; {checkpoint.REMEDY}")
+
+
 def require_same_inputs(prepared: Prepared, out: Path) -> None:
     """Raises BadRun if the model or the data of the run in `out` have changed since it started."""
     if (out / "versions.json").exists():
-        begun = json.loads((out / "versions.json").read_text())
+        begun = read_object(out / "versions.json")
         now = versions(prepared)
         begun = {"template_hashes": dict.fromkeys(now["template_hashes"], PLAIN), **begun}  # which all older runs have
         inputs = [name for name in INPUTS if name in begun]  # older runs recorded fewer
@@ -362,7 +379,7 @@ def require_same_inputs(prepared: Prepared, out: Path) -> None:
 def require_same_kind(kind: str, out: Path) -> None:
     """Raises BadRun if the run in `out` began on another kind of device, which gives other bits."""
     if (out / "versions.json").exists():
-        begun = json.loads((out / "versions.json").read_text()).get("device", BEFORE["training.device"])
+        begun = read_object(out / "versions.json").get("device", BEFORE["training.device"])
         if begun != kind:
             raise BadRun(
                 f"{out} holds a run that began on {begun}, and would go on on {kind}, which gives other bits; resume it where "
@@ -370,20 +387,17 @@ def require_same_kind(kind: str, out: Path) -> None:
             )
 
 
-def write_start(prepared: Prepared, out: Path, kind: str) -> None:
-    """Writes the files of `out` that do not change during the run; `kind`: of the devices."""
+def write_start(prepared: Prepared, out: Path, kind: str, progress: Progress) -> None:
+    """Writes the files of `out` that do not change during the run, and says which of them had changed; `kind`: of the devices."""
+    for error in changed(out).values():
+        progress.say(f"{error}; it is written again")
     resolved = prepared.config.resolved()
+    if (out / MANIFEST).exists():
+        write_sealed(out / MANIFEST, {})  # until all of these are written again
     write_text(out / "resolved.json", json.dumps(resolved))  # written first: from here on the run can be resumed
     write_text(out / "run.toml", to_toml(resolved))
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
         write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind}))
     prepared.clients.save(out / "partition.json")
-    write_text(out / "plan.json", json.dumps(plan(prepared)))  # written last: reports read a folder that has it
-
-
-def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Appends `lines` as JSON and syncs the file, before the checkpoint that relies on them."""
-    with path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(out / "plan.json", json.dumps(finite(plan(prepared)), allow_nan=False))  # reports read a folder that has it
+    write_manifest(out)

@@ -1,6 +1,5 @@
 """The models of a run at its last checkpoint: the server's, and each client's as it is scored."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from fedexperts.data.encode import Encoder
 from fedexperts.data.settings import PLAIN
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
-from fedexperts.errors import BadRun, BadValue, nearest
+from fedexperts.errors import BadRun, BadValue, Damaged, nearest
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment.reported import parts_from_greetings
 from fedexperts.experiment.setup import (
@@ -29,6 +28,7 @@ from fedexperts.experiment.setup import (
 )
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
+from fedexperts.io.manifest import changed, read_object
 from fedexperts.io.toml import checked
 from fedexperts.methods.contract import Extension
 from fedexperts.methods.personal import parts
@@ -108,8 +108,10 @@ def open_run(folder: Path) -> Run:
             f"the run in {folder} has no checkpoint yet: it stopped before its first round was done; "
             f"continue it with fedexperts run {folder / 'run.toml'} --out {folder} --resume"
         )
-    config, plan, begun = (json.loads((folder / f"{name}.json").read_text()) for name in ("resolved", "plan", "versions"))
-    round = json.loads((saved / "state.json").read_text())["round"]
+    if error := next(iter([*changed(folder).values(), checkpoint.damage(folder, saved)]), None):
+        raise Damaged(f"{error}, so no model is exported; {checkpoint.REMEDY}")
+    config, plan, begun = (read_object(folder / f"{name}.json") for name in ("resolved", "plan", "versions"))
+    round = checkpoint.state_in(saved)["round"]
     config["data"] = {"template": PLAIN, **config["data"]}  # which all older runs have
     return Run(folder, checked(RunConfig, config), plan, begun, saved, round)
 
@@ -189,6 +191,8 @@ def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
                 "and give --kept, or take the global model (leave out --client)"
             )
         checkpoint.require_client_state(run.folder, name)
+        if error := checkpoint.client_state_error(run.folder, run.saved, name):
+            raise Damaged(f"{error}, so the model of {name} is not exported; {checkpoint.REMEDY}")
         if keeps_state(run, name) and not (run.folder / "clients").exists():  # a copy of a server's folder, or a part of a run's
             raise BadRun(
                 f"{run.folder} lacks what {name} kept to itself ({run.config.method['name']}), so its model would be another; "
