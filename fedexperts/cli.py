@@ -3,12 +3,10 @@
 import errno
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork into worker processes
@@ -17,7 +15,7 @@ import typer
 from rich.console import Console
 
 from fedexperts.errors import BadValue, FedExpertsError
-from fedexperts.io.toml import RenamedSetting
+from fedexperts.io.toml import renamed_settings_as_notes
 from fedexperts.models.upcycle.command import upcycle
 
 if TYPE_CHECKING:
@@ -238,11 +236,14 @@ def export(
     kept: Annotated[
         Path | None, typer.Option(help="The client's own folder (its --out), if the client ran on another machine.")
     ] = None,
+    round: Annotated[
+        str | None, typer.Option(help="Of the checkpoint to export, or best; by default the last one.", show_default=False)
+    ] = None,
 ) -> None:
-    """Export a model of the last checkpoint as a folder: the global model, or the model of one client."""
+    """Export a model of a checkpoint as a folder: the global model, or the model of one client."""
     from fedexperts import export as exports
 
-    kind = exports.export(folder, to, client, adapter, kept, merge)
+    kind = exports.export(folder, to, client, adapter, kept, merge, exports.round_of(round))
     reader = "peft" if kind.adapter else "transformers, with trust_remote_code=True" if kind.needs_code else "transformers"
     say(f"written: {to} (for {reader}; its README.md shows how to load it)")
 
@@ -394,32 +395,6 @@ def finish(folders: Sequence[Path], out: Path) -> None:
     console.print(reports.table(folders))
     for path in summary.written:
         say(f"written: {path}")
-
-
-@contextmanager
-def renamed_settings_as_notes() -> Iterator[None]:
-    """Shows each warning about the former name of a setting once, as one line on stderr without the place in our code."""
-    shown: set[str] = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", RenamedSetting)
-        show_other = warnings.showwarning
-
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if not issubclass(category, RenamedSetting):
-                show_other(message, category, filename, lineno, file, line)
-            elif str(message) not in shown:
-                shown.add(str(message))
-                print(f"note: {message}", file=sys.stderr)
-
-        warnings.showwarning = show
-        yield
 
 
 def main() -> None:

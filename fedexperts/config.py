@@ -65,15 +65,28 @@ def consistent(training: Training) -> Training:
     """`training`, if its settings are consistent.
 
     Raises:
-        BadValue: parts and adapters that cannot be combined, or a cosine schedule that rises.
+        BadValue: parts and adapters that cannot be combined, or a schedule that rises.
     """
     training.check()
-    if training.schedule == "cosine" and training.final_lr > training.lr:
+    if training.schedule != "constant" and training.final_lr > training.lr:
         raise BadValue(
-            f"training.final_lr = {training.final_lr:g} is above training.lr = {training.lr:g}, but the cosine falls from lr to "
-            "final_lr; lower it"
+            f"training.final_lr = {training.final_lr:g} is above training.lr = {training.lr:g}, but the {training.schedule} "
+            "falls from lr to final_lr; lower it"
         )
     return training
+
+
+class StopSettings(Settings):
+    """When a run ends before its last round, by its score on the clients' validation examples at each evaluation."""
+
+    patience: int | None = Field(None, ge=1)  # evaluations in a row without a better score
+    min_delta: float = Field(0.0, ge=0)  # by which a better score must be better
+    target: float | None = None  # score that is enough
+
+    @property
+    def given(self) -> bool:
+        """Whether a run may stop early."""
+        return self.patience is not None or self.target is not None
 
 
 class FederationSettings(Settings):
@@ -86,6 +99,7 @@ class FederationSettings(Settings):
     min_clients: int = Field(1, ge=0)  # fewer answers stop the run; 0: a round without answers leaves the server unchanged
     round_seconds: float | None = Field(None, gt=0)  # wall-clock limit of a client's answer; engine flower only
     wire_dtype: WireDtype = "float32"  # that weights travel in (engines.wire)
+    stop: StopSettings = StopSettings()
     server_optimizer: Tree | None = None  # its name and fields; None: the merged weights are used as they are
 
     @field_validator("server_optimizer", mode="before")
@@ -164,6 +178,7 @@ class CheckpointSettings(Settings):
     """Which checkpoints of a run stay."""
 
     keep: int = Field(2, ge=1)  # the last ones; the one before is used if the last is damaged
+    best: bool = False  # whether the one with the best score on validation examples stays, too
 
 
 OWN_TABLES = ("training", "federation", "model")
@@ -198,6 +213,16 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def method_can_be_built(self) -> Self:
         self.build_method()
+        return self
+
+    @model_validator(mode="after")
+    def validation_is_scored_after_aggregation(self) -> Self:
+        chooses = "federation.stop" if self.federation.stop.given else "checkpoint.best" if self.checkpoint.best else ""
+        if chooses and self.evaluation.score == "before_aggregation":
+            raise BadValue(
+                f"{chooses} goes by the score of the aggregated weights on validation examples, but evaluation.score = "
+                f'"before_aggregation" scores others; set evaluation.score = "after_aggregation", or leave {chooses} out'
+            )
         return self
 
     @model_validator(mode="after")

@@ -34,11 +34,11 @@ WEIGHTS, METHOD_STATE = "weights.safetensors", "method_state.safetensors"
 REMEDY = "bring the folder back from a copy, or start a new run with another --out"
 
 
-def save(folder: Path, server: Server, keep: int = 2) -> None:
+def save(folder: Path, server: Server, keep: int = 2, score: float | None = None) -> None:
     """Saves the server, the lengths of the logs and the client states on this machine to `folder`/checkpoint, with their sha256.
 
     Client states are links to their files. No generator state is saved: every draw is seeded by its round and its client.
-    keep: number of checkpoints that stay, with this one.
+    keep: number of checkpoints that stay, with this one. score: of which more is better; the best checkpoint that has one stays.
     """
     checkpoint = folder / "checkpoint"
     step = checkpoint / job_key(server.round, server.task)
@@ -61,9 +61,10 @@ def save(folder: Path, server: Server, keep: int = 2) -> None:
         "accepted": dict(server.accepted),
         "kept": client_states,
         "files": files,
+        "score": score,
     }
     write_sealed(step / STATE, state)  # written last: it completes the checkpoint
-    stay = checkpoints(folder)[:keep]
+    stay = [*checkpoints(folder)[:keep], best(folder)]
     for other in checkpoint.iterdir():
         if other not in stay:
             shutil.rmtree(other)
@@ -233,6 +234,18 @@ def tensors(saved: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return load_file(saved / WEIGHTS), load_file(state if state.exists() else saved / "memory.safetensors")
     except (SafetensorError, FileNotFoundError) as error:
         raise Damaged(f"the tensors in {saved} are missing or damaged ({shortened(str(error), 60)})") from None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint in `folder` with the best score, the first of several; None if none has a score."""
+    scores = {saved: object_or_empty(saved / STATE).get("score") for saved in reversed(checkpoints(folder))}
+    scored = {saved: score for saved, score in scores.items() if score is not None}
+    return max(scored, key=lambda saved: scored[saved], default=None)
+
+
+def of_round(folder: Path, round: int) -> Path | None:
+    """The last checkpoint of `round` in `folder`."""
+    return next((saved for saved in checkpoints(folder) if saved.name[:6] == f"{round:06d}"), None)
 
 
 def latest(folder: Path) -> Path | None:

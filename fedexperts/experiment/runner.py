@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
-from math import nan
+from math import isfinite, nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +21,7 @@ from fedexperts.data.settings import PLAIN
 from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
 from fedexperts.errors import BadRun, BadValue, Damaged
-from fedexperts.experiment import checkpoint, trackers
+from fedexperts.experiment import checkpoint, control, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.progress import Progress, Quiet
@@ -29,7 +29,7 @@ from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, ru
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.federation import answers, federate, steps
 from fedexperts.io.files import locked, write_text
-from fedexperts.io.manifest import MANIFEST, append, changed, finite, read_object, write_manifest, write_sealed
+from fedexperts.io.manifest import MANIFEST, append, changed, finite, object_or_empty, read_object, write_manifest, write_sealed
 from fedexperts.io.toml import different, flattened, to_toml
 from fedexperts.methods.contract import Method
 from fedexperts.moe.device import kind_of, on_device
@@ -42,6 +42,9 @@ MAY_DIFFER = (
     "federation.round_seconds",
     "track.to",
     "checkpoint.keep",
+    "federation.stop.patience",
+    "federation.stop.min_delta",
+    "federation.stop.target",
     "data.template",  # as far as it leads to the same templates: see `require_same_inputs`
     "training.device",  # as far as it is of the same kind: see `require_same_kind`
 )
@@ -66,9 +69,13 @@ BEFORE = {
     "data.names": [],
     "data.own": False,
     "data.template": PLAIN,
+    "checkpoint.best": False,
     "data.too_long": "cut",
 }
 """Values of these settings in runs that started before the settings existed."""
+
+SCORED = {"scores", control.VALIDATION}
+"""Metrics of evaluations that are merged over clients."""
 
 NO_EXPERT_SENT = "no client sent an expert, so the training of experts is lost and they stay as they are; "
 
@@ -112,8 +119,9 @@ def run(
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds, shown.say)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
-        with trackers.tracking(config.track.to, about, done=behind == total) as track:
-            if behind == total:
+        reason = control.reason_to_stop(control.history(out), config.federation.stop)
+        with trackers.tracking(config.track.to, about, done=behind == total or bool(reason)) as track:
+            if behind == total or reason:
                 return out
             checkpoint.require_client_state(out)
             if behind == 0 and prepared.retained.examples:
@@ -131,6 +139,9 @@ def run(
                     finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
                     track()  # after the checkpoint: a resumed run never truncates lines that a tracker has received
                     shown.round(server)
+                    if server.round and (reason := control.reason_to_stop(control.history(out), config.federation.stop)):
+                        shown.say(f"{prepared.label}, seed {config.seed}: stopped after {reason}")
+                        break
                     started = perf_counter()
     return out
 
@@ -163,9 +174,11 @@ def finish_round(
     scores = reported_scores(ledger)
     require_answers(server, ledger, fewest if server.round else max(fewest, 1))
     record(out, server, ledger, seconds)
+    settings, score = prepared.config.checkpoint, None
     if due(server, prepared.method, prepared.config):
-        assess(prepared, server, engine, ledger, out, progress, scores)
-    checkpoint.save(out, server, prepared.config.checkpoint.keep)
+        validation = assess(prepared, server, engine, ledger, out, progress, scores)
+        score = control.signed(validation) if settings.best and server.round else None
+    checkpoint.save(out, server, settings.keep, score if score is None or isfinite(score) else None)
 
 
 def reports_of(prepared: Prepared) -> Reports:
@@ -249,11 +262,13 @@ def assess(
     out: Path,
     progress: Progress,
     reported: Mapping[str, evaluation.Scores],
-) -> None:
+) -> Mapping[str, Any]:
     """Appends to evals.jsonl each client's scores on its examples of `evaluation.split`, and those of all clients together.
 
     After the last round also compares each client's model with the base model. reported: the scores of clients that are scored
     before aggregation; the others count with their last scores.
+
+    Returns the overall score on validation examples, or, if those are not scored, on test examples.
     """
     server, task = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
     metrics: dict[str, Mapping[str, Any]] = {}
@@ -269,14 +284,21 @@ def assess(
     with_sums = task.scores_after_training  # read by `last_scores` in later rounds, also after a resume
     own = [line for client in server.clients if client in scores for line in score_lines(scores[client], client, with_sums)]
     count = sum(part.examples for part in together.tasks.values())
-    whole = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
+    whole: dict[str, Any] = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
+    held_out = [evaluation.Scores.from_json(each["validation"]) for each in metrics.values() if "validation" in each]
+    validation = control.overall(evaluation.merge(held_out) if held_out else together)
+    if held_out or prepared.config.evaluation.split == "validation":
+        whole[control.VALIDATION] = validation
+        course = [*control.history(out), {"round": server.round, **validation}]
+        whole["stopped"] = control.reason_to_stop(course, prepared.config.federation.stop)
     lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), whole]]
-    comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - {"scores"}]
+    comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - SCORED]
     append(out / "evals.jsonl", [*lines, *comparisons])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
     progress.failed(server, failures(ledger))
     progress.scored(server, together)
     ledger.clear()
+    return validation
 
 
 def against_base(round: int, client: str | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,7 +308,7 @@ def against_base(round: int, client: str | None, metrics: Mapping[str, Any]) -> 
     """
     count = sum(task["examples"] for task in metrics.get("retained", {}).values())
     line = {"round": round, "client": client, "task": None, "examples": count, "metric": None, "value": None}
-    return {**line, **{name: each for name, each in metrics.items() if name != "scores"}}
+    return {**line, **{name: each for name, each in metrics.items() if name not in SCORED}}
 
 
 def last_scores(out: Path) -> dict[str, evaluation.Scores]:
@@ -346,10 +368,11 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
         raise BadRun(f"{out} holds a run already; continue it with --resume, or give another folder with --out")
     require_begun(out)
     begun = {**BEFORE, **flattened(with_current_names(read_object(resolved)))}
-    changed = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
-    if changed:
+    more = config.federation.rounds > begun["federation.rounds"]
+    settings = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
+    if settings := [key for key in settings if not (more and key == "federation.rounds")]:
         raise BadRun(
-            f"{out} holds a run with other settings: {', '.join(changed)} changed; resume it with the run file it had "
+            f"{out} holds a run with other settings: {', '.join(settings)} changed; resume it with the run file it had "
             f"({out / 'run.toml'}), or start anew with another --out"
         )
 
@@ -391,6 +414,13 @@ def write_start(prepared: Prepared, out: Path, kind: str, progress: Progress) ->
     """Writes the files of `out` that do not change during the run, and says which of them had changed; `kind`: of the devices."""
     for error in changed(out).values():
         progress.say(f"{error}; it is written again")
+    training, rounds = prepared.config.training, prepared.config.federation.rounds
+    earlier = object_or_empty(out / "resolved.json").get("federation", {}).get("rounds", rounds)
+    if earlier < rounds and training.schedule != "constant":
+        progress.say(
+            f"{out} began with {earlier} rounds and now has {rounds}: its {training.schedule} of the learning rate goes by their "
+            "number, so the result is not that of a run that had it from the start"
+        )
     resolved = prepared.config.resolved()
     if (out / MANIFEST).exists():
         write_sealed(out / MANIFEST, {})  # until all of these are written again

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from inspect import getsource
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -48,8 +48,11 @@ def export(
     adapter: bool = False,
     kept: Path | None = None,
     merge: bool = False,
+    round: int | Literal["best"] | None = None,
 ) -> Kind:
-    """Writes the global model of the run in `folder`, or the model of `client`, at the last checkpoint to `to`.
+    """Writes the global model of the run in `folder`, or the model of `client`, at a checkpoint to `to`.
+
+    round: of the checkpoint; "best": the one with the best score on validation examples (`checkpoint.best`); None: the last one.
 
     The global model is a plain transformers folder, with adapters merged into the weights. A client's model is bitwise the one
     that is scored: a plain folder if it is a whole model without adapters, otherwise with a modeling file.
@@ -64,7 +67,7 @@ def export(
             together with `adapter` or without adapters.
     """
     require_empty(to)
-    run = open_run(folder)
+    run = open_run(folder, round)
     require_consistent(run, client, adapter, kept, merge)
     try:
         with locked(folder):
@@ -99,6 +102,19 @@ def export(
         asked = described(known["prompts"], tokenizer.chat_template)
         (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge, difference, asked))
     return kind
+
+
+def round_of(text: str | None) -> int | Literal["best"] | None:
+    """The round that `text` names.
+
+    Raises:
+        BadValue: it is neither a number nor "best".
+    """
+    if text is None or text == "best":
+        return text  # type: ignore[return-value]  # mypy does not narrow a string to a literal
+    if not text.isdecimal():
+        raise BadValue(f"--round {text} is no round; give a number, or best")
+    return int(text)
 
 
 def as_written(exported: Exported, *, merge: bool) -> tuple[Exported, card.Difference | None]:

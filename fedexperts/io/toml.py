@@ -1,11 +1,13 @@
 """Settings from TOML files: trees of values, validated by pydantic models; an error is reported as one sentence."""
 
+import sys
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TextIO, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -17,6 +19,32 @@ Tree = dict[str, Any]
 
 class RenamedSetting(FutureWarning):
     """A run file uses the former name of a setting."""
+
+
+@contextmanager
+def renamed_settings_as_notes() -> Iterator[None]:
+    """Shows each warning about the former name of a setting once, as one line on stderr without the place in our code."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedSetting)
+        show_other = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, RenamedSetting):
+                show_other(message, category, filename, lineno, file, line)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                print(f"note: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -168,6 +168,7 @@ class Evaluation:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     retained: Mapping[str, OnRetained] = field(default_factory=dict)  # task → scores
     drift: Mapping[str, float] = field(default_factory=dict)  # MoE block → nats
+    stopped: str | None = None  # why the run stopped after this evaluation of all clients
 
 
 @dataclass(frozen=True)
