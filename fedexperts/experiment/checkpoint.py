@@ -61,7 +61,7 @@ def save(folder: Path, server: Server, keep: int = 2, score: float | None = None
         "accepted": dict(server.accepted),
         "kept": client_states,
         "files": files,
-        "score": score,
+        "validation_score": score,
     }
     write_sealed(step / STATE, state)  # written last: it completes the checkpoint
     stay = [*checkpoints(folder)[:keep], best(folder)]
@@ -238,7 +238,7 @@ def tensors(saved: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def best(folder: Path) -> Path | None:
     """The checkpoint in `folder` with the best score, the first of several; None if none has a score."""
-    scores = {saved: object_or_empty(saved / STATE).get("score") for saved in reversed(checkpoints(folder))}
+    scores = {saved: object_or_empty(saved / STATE).get("validation_score") for saved in reversed(checkpoints(folder))}
     scored = {saved: score for saved, score in scores.items() if score is not None}
     return max(scored, key=lambda saved: scored[saved], default=None)
 

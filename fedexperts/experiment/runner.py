@@ -105,17 +105,13 @@ def run(
         Busy: another process is running in `out`.
     """
     torch.set_num_threads(config.training.threads)
-    require_flower(config)
-    kind = kind_of(devices_of(config))
-    trackers.require(config.track.to)
+    require_extras(config)
     claim(config, out, resume)
-    prepared = prepare_run(config, label, setting, parts)
-    require_same_inputs(prepared, out)
-    require_same_kind(kind, out)
+    prepared = same_as_begun(prepare_run(config, label, setting, parts), out)
     total = len(steps(prepared.method, config.federation.rounds))
     with locked(out), progress or Quiet() as shown:
         ledger = Ledger(clock_for(prepared), shown.answered)
-        write_start(prepared, out, kind, shown)
+        write_start(prepared, out, shown)
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds, shown.say)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
@@ -344,6 +340,12 @@ def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
     return LocalEngine(runtime_for(prepared, out), prepared.config.federation.workers, devices_of(prepared.config))
 
 
+def require_extras(config: RunConfig) -> None:
+    """Raises BadValue if the run needs packages or GPUs that are not available."""
+    require_flower(config)
+    trackers.require(config.track.to)
+
+
 def require_flower(config: RunConfig) -> None:
     """Raises BadValue if the run needs Flower or GPUs that are not available."""
     if config.federation.engine == "flower" and not (find_spec("flwr") and find_spec("ray")):
@@ -384,6 +386,17 @@ def require_begun(out: Path) -> None:
         raise Damaged(f"{error}, so the run cannot be continued; {checkpoint.REMEDY}")
 
 
+def same_as_begun(prepared: Prepared, out: Path) -> Prepared:
+    """`prepared`, if the run in `out` began with the same model, data and kind of device.
+
+    Raises:
+        BadRun: it did not.
+    """
+    require_same_inputs(prepared, out)
+    require_same_kind(kind_of(devices_of(prepared.config)), out)
+    return prepared
+
+
 def require_same_inputs(prepared: Prepared, out: Path) -> None:
     """Raises BadRun if the model or the data of the run in `out` have changed since it started."""
     if (out / "versions.json").exists():
@@ -410,8 +423,8 @@ def require_same_kind(kind: str, out: Path) -> None:
             )
 
 
-def write_start(prepared: Prepared, out: Path, kind: str, progress: Progress) -> None:
-    """Writes the files of `out` that do not change during the run, and says which of them had changed; `kind`: of the devices."""
+def write_start(prepared: Prepared, out: Path, progress: Progress) -> None:
+    """Writes the files of `out` that do not change during the run, and says which of them had changed."""
     for error in changed(out).values():
         progress.say(f"{error}; it is written again")
     training, rounds = prepared.config.training, prepared.config.federation.rounds
@@ -427,7 +440,7 @@ def write_start(prepared: Prepared, out: Path, kind: str, progress: Progress) ->
     write_text(out / "resolved.json", json.dumps(resolved))  # written first: from here on the run can be resumed
     write_text(out / "run.toml", to_toml(resolved))
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
-        write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind}))
+        write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind_of(devices_of(prepared.config))}))
     prepared.clients.save(out / "partition.json")
     write_text(out / "plan.json", json.dumps(finite(plan(prepared)), allow_nan=False))  # reports read a folder that has it
     write_manifest(out)

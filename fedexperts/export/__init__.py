@@ -94,14 +94,21 @@ def export(
         exact = not adapter and difference is None
         if exact and not run.config.build_method().is_ours and known_class(exported.model):
             require_same_model(made, exported.model, client)
-        known = about(run, client)
-        tokenizer = deepcopy(exported.base.tokenizer)
-        tokenizer.chat_template = chat_template(known["prompts"], tokenizer)
-        tokenizer.save_pretrained(made)
-        (made / ABOUT).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
-        asked = described(known["prompts"], tokenizer.chat_template)
-        (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge, difference, asked))
+        write_beside(run, exported, made, kind, merge, difference)
     return kind
+
+
+def write_beside(run: Run, exported: Exported, made: Path, kind: Kind, merge: bool, difference: card.Difference | None) -> None:
+    """Writes the tokenizer with the run's chat template, `ABOUT` and the model card into the folder `made` of a model."""
+    known = about(run, kind.client)
+    tokenizer = deepcopy(exported.base.tokenizer)
+    tokenizer.chat_template = chat_template(known["prompts"], tokenizer)
+    tokenizer.save_pretrained(made)
+    (made / ABOUT).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    asked = described(known["prompts"], tokenizer.chat_template)
+    (made / "README.md").write_text(
+        card.text(run, exported, kind.client, kind.adapter, kind.needs_code, merge, difference, asked)
+    )
 
 
 def round_of(text: str | None) -> int | Literal["best"] | None:
