@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from fedexperts.core.devices import UTILIZATION, Profile, profiles
 from fedexperts.data.settings import DataSettings, Sources
-from fedexperts.errors import BadValue, listed, nearest, quoted
+from fedexperts.errors import BadValue, listed, nearest, quoted, shortened
 from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, with_settings, without, without_none
 from fedexperts.methods import FORMER_FIELDS, FORMER_NAMES, METHODS, enter_installed
 from fedexperts.methods.contract import Method, as_the_run_says
@@ -28,7 +28,7 @@ RENAMED = {
 """Former name of a setting → its name now."""
 
 METHOD, OPTIMIZER = "method", "federation.server_optimizer"
-OWN_METHOD = "; a method of your own is found once its package is installed (docs/extending.md)"
+OWN_METHOD = "; for one of your own, install its package (docs/extending.md)"
 
 
 class Settings(BaseModel):
@@ -348,10 +348,11 @@ def built(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -> Kind:
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
         hint = OWN_METHOD if table == METHOD else ""
-        raise BadValue(f"{table}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds) or hint}")
+        raise BadValue(f"{table}.name = {quoted(name)} is not one of {', '.join(kinds)}{nearest(str(name), kinds) or hint}")
     allowed = [field.name for field in dataclasses.fields(kinds[name])]  # type: ignore[arg-type]  # all are dataclasses
     for key in fields:
         if key not in allowed:
+            key = shortened(key, 40)
             raise BadValue(
                 f"{table}.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
             )

@@ -12,9 +12,11 @@ from typing import Annotated, Any, TextIO, TypeVar, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedexperts.errors import BadValue, listed, nearest, shortened
+from fedexperts.errors import BadValue, listed, nearest, quoted, shortened
 
 Tree = dict[str, Any]
+DEEPEST = 20
+"""Levels of tables and lists in a settings file."""
 
 
 class RenamedSetting(FutureWarning):
@@ -57,12 +59,27 @@ def read_tree(path: Path, example: str, settings: Sequence[str] = ()) -> Tree:
         BadValue: the file cannot be read (the sentence names `example`, a valid one), or is not TOML.
     """
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        require_shallow(tree, path)
+    except RecursionError:
+        raise BadValue(
+            f"{path} nests tables or lists in each other without end; settings need {DEEPEST} levels at most"
+        ) from None
     except OSError as error:
         raise BadValue(f"{path} cannot be read ({error.strerror}); give the path of a run file, such as {example}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except BadValue:
+        raise
+    except ValueError as error:  # TOML, text or a number that cannot be read
         raise BadValue(f"{path} is not TOML: {shortened(str(error))}; correct that place") from None
     return with_settings(tree, settings)
+
+
+def require_shallow(tree: Any, path: Path, level: int = 0) -> None:
+    """Raises BadValue if tables and lists in `tree` are nested deeper than any setting is."""
+    if level > DEEPEST:
+        raise BadValue(f"{path} nests tables or lists deeper than {DEEPEST} levels; no setting needs that, so remove them")
+    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        require_shallow(value, path, level + 1)
 
 
 def checked(model: type[Model], tree: Mapping[str, Any]) -> Model:
@@ -140,7 +157,7 @@ def without(tree: Any, path: Sequence[str]) -> Any:
 def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
     """The first mistake that `error` reports, as a sentence; `prefix` is the path of the validated settings within `root`."""
     first = error.errors()[0]
-    place = (*prefix, *(str(part) for part in first["loc"]))
+    place = (*prefix, *(shortened(str(part), 40) for part in first["loc"]))
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing; add it to the file"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -148,7 +165,7 @@ def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, .
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     reason = first["msg"].removeprefix("Input ")
-    return f"{'.'.join(place)} = {shortened(repr(first['input']))} {reason[:1].lower()}{reason[1:]}" if place else first["msg"]
+    return f"{'.'.join(place)} = {shortened(quoted(first['input']))} {reason[:1].lower()}{reason[1:]}" if place else first["msg"]
 
 
 def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from random import Random
 
 import pytest
+from older import without_hashes
 
 from fedexperts import report
 from fedexperts.config import RunConfig
@@ -19,7 +20,7 @@ from fedexperts.experiment import checkpoint, runner
 from fedexperts.experiment.progress import Quiet
 from fedexperts.experiment.setup import Parts
 from fedexperts.export import export
-from fedexperts.io.manifest import LOGS, MANIFEST, append, digest, read_object, write_sealed
+from fedexperts.io.manifest import LOGS, append, digest, read_object, write_sealed
 from fedexperts.io.toml import checked
 
 KINDS = ("flip", "cut", "remove", "swap")
@@ -176,12 +177,8 @@ def test_a_lost_client_state_comes_back_from_the_checkpoint(stopped, config, exp
 def test_a_run_of_an_older_version_without_hashes_is_resumed_with_a_note(stopped, config, expected, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(stopped, copy)
-    (copy / MANIFEST).unlink()
     shutil.rmtree(copy / "checkpoint/000001-train")
-    shutil.rmtree(copy / "checkpoint/000002-train/clients")
-    state = read_object(copy / "checkpoint/000002-train/state.json")
-    old = {key: state[key] for key in ("round", "task", "logs", "accepted", "kept")}
-    (copy / "checkpoint/000002-train/state.json").write_text(json.dumps(old))
+    without_hashes(copy)
     results, sentences = resume(copy, config)
     assert results == expected["resume"]
     assert [sentence for sentence in sentences if "by an older version without hashes" in sentence] == sentences != []
