@@ -6,8 +6,8 @@ from io import StringIO
 
 import pytest
 import torch
-
 from older import without_hashes
+
 from fedexperts import report
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun

@@ -4,10 +4,10 @@ import json
 from contextlib import nullcontext
 
 import pytest
+from older import without_hashes
 from safetensors.torch import load_file
 from tampering import PARTS, Changing
 
-from older import without_hashes
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import checkpoint, runner
