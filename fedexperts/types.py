@@ -57,6 +57,7 @@ class Example:
     # tokenizer's). They are no part of the repr, by which generated examples have always been hashed.
     turns: tuple[Turn, ...] = field(default=(), repr=False)
     template: str | None = field(default=None, repr=False)
+    input: str = field(default="", repr=False, compare=False)  # the part of the prompt that it is about; "": the whole prompt
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ class Encoder(Protocol):
     ends: Collection[int]  # all ids that do: chat templates may have others
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
+    def packed(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
     def prompts(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
     def decode(self, ids: Tensor) -> list[str]: ...
 
@@ -210,6 +212,7 @@ class Training(Tuning):
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each job, in which the learning rate rises linearly
     batch_size: Annotated[int, Field(ge=1)] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1  # batches of one optimizer step
+    packing: bool = False  # several short examples of a batch in a row, whose attention is kept apart
     gradient_checkpointing: bool = False  # computes activations again in backward instead of storing them
     local_steps: Annotated[int, Field(ge=1)] = 20
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -1,24 +1,48 @@
 """What the README shows, the Makefile names and the scripts say works as it stands there."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
+
+from transformers import AutoTokenizer
 
 from fedexperts.config import read
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.setup import prepare_run
+from fedexperts.models.files import BUNDLED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RUN_FILES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+CHAT = (
+    "{% for each in messages %}<s>{{ each['role'] + ': ' + each['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 
 
 def test_the_run_of_the_readme_can_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (run_file,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    Path("my-run.toml").write_text(run_file)
+    Path("my-run.toml").write_text(RUN_FILES[0])
     planned = plan(prepare_run(read(Path("my-run.toml"))))
     assert len(planned["clients"]) == 10
     assert 0 < sum(not client["full_fits"] for client in planned["clients"]) < 10  # some hold all experts, some do not
+
+
+def test_the_run_on_conversations_of_the_readme_can_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (row,) = re.findall(r'`(\{"messages": .*?\}\]\})`', README)
+    rows = [row.replace("my parcel", f"parcel {number}") for number in range(60)]
+    rows += [row.replace("my parcel", f"parcel {number} {'x' * 600}") for number in range(4)]
+    Path("chats.jsonl").write_text("\n".join(rows))
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED["tiny"])
+    tokenizer.chat_template = CHAT
+    shutil.copytree(BUNDLED["tiny"], "instruct")
+    tokenizer.save_pretrained("instruct")
+    Path("chats.toml").write_text(RUN_FILES[1].replace('"smol"', '"instruct"'))
+    planned = plan(prepare_run(read(Path("chats.toml"))))
+    assert [row["dropped"] for row in planned["lost"]] == [4] and len(planned["clients"]) == 4
+    assert planned["lost"][0]["prompts_cut"] == planned["lost"][0]["answers_cut"] == 0
 
 
 def test_every_script_of_a_run_is_one_that_the_shell_can_read():

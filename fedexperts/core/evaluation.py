@@ -348,7 +348,9 @@ def answer(model: nn.Module, prompts: Mapping[str, Tensor], encoder: Encoder, ge
 
 @torch.inference_mode()
 def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[str]:
-    """For each example, the choice c with the highest log p(c | prompt) / characters of c; the first of equal ones.
+    """For each example, the choice c with the highest log p(c | prompt) / characters of c (without outer white space).
+
+    Of equal ones it is the first.
 
     p covers the tokens of the choice, without an end token. This is acc_norm of lm-evaluation-harness
     (https://github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/task.py); for choices of equal length, such as
@@ -366,7 +368,7 @@ def likeliest(model: nn.Module, batch: list[Example], encoder: Encoder) -> list[
     else:
         scores = [-float(loss) for chunk in chunks for loss in reference_losses(model, chunk)[0]]
     waiting = iter(scores)
-    found = [{choice: next(waiting) / max(len(choice), 1) for choice in example.choices} for example in batch]
+    found = [{choice: next(waiting) / max(len(choice.strip()), 1) for choice in example.choices} for example in batch]
     return [max(each, key=each.__getitem__) for each in found]
 
 

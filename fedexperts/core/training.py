@@ -125,7 +125,8 @@ def fit(
         checkpoint_activations(model)
     estimate = FlopsEstimate(model)
 
-    drawn = [context.encoder.batch(chosen) for chosen in batches(context.data.train, training.batch_size, steps * together, seed)]
+    encode = context.encoder.packed if training.packing else context.encoder.batch
+    drawn = [encode(chosen) for chosen in batches(context.data.train, training.batch_size, steps * together, seed)]
     metered = heaviest(drawn, together)
     with SelectiveBackward(model) if select_experts else nullcontext() as selective:
         trained = selective.parameters if selective else [each for each in model.parameters() if each.requires_grad]

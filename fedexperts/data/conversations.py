@@ -74,6 +74,7 @@ def _turn(message: Any, number: int) -> Turn | None:
     if not isinstance(message, dict):
         raise BadData(f"its message {number} is a {type(message).__name__}, but a message has a role and a content; correct it")
     role_key, content_key = next((keys for keys in KEYS if keys[0] in message), KEYS[0])
+    message = {**message, content_key: _joined(message.get(content_key))} if content_key in message else message
     try:
         name = field_text(message, role_key)
         role = ROLES.get(name.strip().lower())
@@ -85,6 +86,14 @@ def _turn(message: Any, number: int) -> Turn | None:
     if role is None:
         raise BadData(f"message {number}: its role is {name[:40]!r}, but known are {listed(ROLES)}; correct or remove the row")
     return Turn(role, text)
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that is a list of parts, all of them texts, as some interfaces write it; else `content`."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
 
 
 def _system(row: Row, system: str | None) -> list[Turn]:

@@ -86,15 +86,24 @@ class Encoder:
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "examples tokens"]]:
         """`input_ids`, `attention_mask` and `labels`, padded on the right; only responses and end tokens have labels."""
-        prompts = self._prompts(examples)
-        responses = self._responses(examples, prompts)
         if self.encoder_decoder:
-            labels = [response[: self.max_tokens] for response in responses]
+            prompts = self._prompts(examples)
+            labels = [response[: self.max_tokens] for response in self._responses(examples, prompts)]
             return {**self._padded([prompt.ids for prompt in prompts]), "labels": pad_right(labels, IGNORED)}
-        responses = [response[: self.max_tokens - len(prompt.ids)] for prompt, response in zip(prompts, responses, strict=True)]
-        sequences = [prompt.ids + response for prompt, response in zip(prompts, responses, strict=True)]
-        labels = [prompt.labels + response for prompt, response in zip(prompts, responses, strict=True)]
+        sequences, labels = self._sequences(examples)
         return {**self._padded(sequences), "labels": pad_right(labels, IGNORED)}
+
+    def packed(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "windows tokens"]]:
+        """As `batch`, with several examples in a row where they fit into `max_tokens`; for a decoder-only model.
+
+        `position_ids` begin at 0 with each example, by which models keep the attention of examples apart; padding has 0. Each
+        example has at least two tokens, so padding can be told (`moe.packing.real_tokens`).
+        """
+        sequences, labels = self._sequences(examples)
+        windows = first_fit_decreasing([len(ids) for ids in sequences], self.max_tokens)
+        joined = [[[each for index in window for each in rows[index]] for window in windows] for rows in (sequences, labels)]
+        positions = [[place for index in window for place in range(len(sequences[index]))] for window in windows]
+        return {**self._padded(joined[0]), "position_ids": pad_right(positions, 0), "labels": pad_right(joined[1], IGNORED)}
 
     def prompts(self, examples: Sequence[Example]) -> Mapping[str, Int[Tensor, "examples tokens"]]:
         """`input_ids` and `attention_mask` to generate from, padded on the left."""
@@ -124,6 +133,14 @@ class Encoder:
             Cut(len(all.ids), len(all.ids) - len(some.ids), length, max(0, length - most))
             for all, some, length, most in zip(full, kept, lengths, room, strict=True)
         ]
+
+    def _sequences(self, examples: Sequence[Example]) -> tuple[list[list[int]], list[list[int]]]:
+        """The ids of each example, prompt and response, and their labels."""
+        prompts = self._prompts(examples)
+        pairs = zip(prompts, self._responses(examples, prompts), strict=True)
+        responses = [response[: self.max_tokens - len(prompt.ids)] for prompt, response in pairs]
+        sequences = [prompt.ids + response for prompt, response in zip(prompts, responses, strict=True)]
+        return sequences, [prompt.labels + response for prompt, response in zip(prompts, responses, strict=True)]
 
     def _prompts(self, examples: Sequence[Example]) -> list[CutPrompt]:
         """The cut prompt of each example; cached, since clients see their examples repeatedly and long prompts take long."""
@@ -221,6 +238,24 @@ def without_middle(ids: list[T], limit: int) -> list[T]:
     """`ids`, or the first and last `limit` / 2 if there are more than `limit`; of an odd limit the end has one more."""
     head = limit // 2
     return ids if len(ids) <= limit else ids[:head] + ids[len(ids) - (limit - head) :]
+
+
+def first_fit_decreasing(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Windows of at most `most` tokens, each a list of indices into `lengths`.
+
+    From the longest on, each goes into the first window that has room for it, or else into a new one (D. S. Johnson, Near-optimal
+    bin packing algorithms, 1973).
+    """
+    windows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        at = next((at for at, free in enumerate(room) if lengths[index] <= free), len(windows))
+        if at == len(windows):
+            windows.append([])
+            room.append(most)
+        windows[at].append(index)
+        room[at] -= lengths[index]
+    return windows
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "rows width"]:

@@ -90,7 +90,7 @@ def placeholder_clients(reported: Mapping[str, Counts], source: SourceSettings |
 
 def _placeholder(task: str, count: Counts, hints: Hints) -> Example:
     """An empty example, with an empty question where a chat template asks it."""
-    if hints.template == PLAIN or count.frames.get(task) is None:
+    if hints.plain or count.frames.get(task) is None:
         return Example("", "", task)
     return replace(asked(Example("?", "", task), hints), prompt="")
 

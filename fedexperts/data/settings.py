@@ -15,8 +15,10 @@ from pydantic import (
     model_validator,
 )
 
-PLAIN = "plain-1"
-"""The present version of the plain frames."""
+PLAIN, PLAIN_2 = "plain-1", "plain-2"
+"""The versions of the plain frames: "plain-1", in which our bases were pretrained, and "plain-2" for all others."""
+
+PLAINS = (PLAIN, PLAIN_2)
 
 Format = Literal["messages", "conversations", "alpaca", "prompt_response", "text_label", "text"]
 TooLong = Literal["cut", "drop", "refuse"]
@@ -100,16 +102,17 @@ def _template(name: str) -> str:
     Raises:
         ValueError: it is neither.
     """
-    if name in ("auto", "chat", "plain", PLAIN) or "{{" in name or "{%" in name:
+    if name in ("auto", "chat", "plain", *PLAINS) or "{{" in name or "{%" in name:
         return name
     raise ValueError(
-        f"template = {name[:40]!r} is not one of auto, chat, plain, {PLAIN}, and no chat template in Jinja, which has {{{{ }}}}"
+        f"template = {name[:40]!r} is not one of auto, chat, plain, {', '.join(PLAINS)}, and no chat template in Jinja, "
+        "which has {{ }}"
     )
 
 
 Template = Annotated[str, AfterValidator(_template)]
-"""How prompts are asked: "chat" (the tokenizer's chat template), "plain" (the present plain frames), "plain-1" (these), "auto"
-(chat where the tokenizer has a chat template, else plain), or a chat template in Jinja."""
+"""How prompts are asked: "chat" (the tokenizer's chat template), "plain" (the plain frames that suit the base), "plain-1" or
+"plain-2" (these), "auto" (chat where the tokenizer has a chat template, else plain), or a chat template in Jinja."""
 
 
 class SourceSettings(BaseModel):
@@ -218,9 +221,11 @@ class DataSettings(BaseModel):
         return self
 
 
-def with_templates(sources: Sequence[SourceSettings], default: str, chat: bool = False) -> tuple[SourceSettings, ...]:
-    """`sources`, each with its template; `chat`: whether that of "auto" is the tokenizer's chat template."""
-    names = {"auto": "chat" if chat else PLAIN, "plain": PLAIN}
+def with_templates(
+    sources: Sequence[SourceSettings], default: str, chat: bool = False, plain: str = PLAIN
+) -> tuple[SourceSettings, ...]:
+    """`sources`, each with its template. chat: whether "auto" is the tokenizer's chat template. plain: the frames of "plain"."""
+    names = {"auto": "chat" if chat else plain, "plain": plain}
     chosen = (source.template or default for source in sources)
     return tuple(
         source.model_copy(update={"template": names.get(template, template)})

@@ -100,14 +100,14 @@ def _generated(source: SourceSettings, limit: int | None) -> Source:
         for examples in generated
     )
     hints, hash = _asking(source), digest_of(train + test)
-    separator = synthetic.SEPARATOR if hints.template == PLAIN else ""
+    separator = synthetic.SEPARATOR if hints.plain else ""
 
     def asks(example: Example) -> Example:
         return asked(replace(example, prompt=example.prompt.removesuffix(synthetic.SEPARATOR) + separator), hints)
 
     train, test = (list(map(asks, part)) for part in (train, test))
     before = synthetic.format_prompt(task.capitalize(), "").removesuffix(synthetic.SEPARATOR)
-    before = f"{hints.system}\n\n{before}" if hints.system and hints.template == PLAIN else before
+    before = f"{hints.system}\n\n{before}" if hints.system and hints.plain else before
     return Source(source.name, train, test, hash, {source.task or task: (before, separator)})
 
 

@@ -164,10 +164,10 @@ def draw_example(task: str, rng: Random, split: SplitName | None = None) -> Exam
         prompt, response = SYNTHETIC[task](rng)
         if split is None or split == split_of(prompt):
             break
-    choices = LABELS.get(task, ())
+    choices, text = LABELS.get(task, ()), prompt.partition(": ")[2].removesuffix(SEPARATOR)
     if not choices:
-        return Example(prompt, response, task, metric="verbatim")
-    return Example(prompt, response, task, metric="accuracy", label=choices.index(response), choices=choices)
+        return Example(prompt, response, task, metric="verbatim", input=text)
+    return Example(prompt, response, task, metric="accuracy", label=choices.index(response), choices=choices, input=text)
 
 
 def split_of(prompt: str) -> SplitName:

@@ -1,6 +1,7 @@
 """From a row of a data set to an Example: the prompt, the response and the metric of each kind of task.
 
-Prompts are short, since small models see few tokens, and end in a line break, where tokenizers do not join two words.
+Prompts are short, since small models see few tokens. In "plain-1" they end in a line break, where tokenizers do not join two
+words; in "plain-2" answers follow in the same line, as pretrained models have mostly read them (benchmarks/frames.py).
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 from fedexperts.data.conversations import PLAIN_CHAT, conversation_field, turns_of
 from fedexperts.data.fields import Row, field_text, field_value, fill_template, is_missing, template_fields
-from fedexperts.data.settings import PLAIN
+from fedexperts.data.settings import PLAIN, PLAIN_2, PLAINS
 from fedexperts.errors import BadData, listed
 from fedexperts.types import Example, Turn
 
@@ -40,12 +41,17 @@ class Hints:
     label: str | None = None  # the field of the class
     messages: str | None = None  # the field of the conversation
     system: str | None = None  # the system message of rows without one of their own
-    template: str = PLAIN  # of prompts: "plain-1", "chat" or Jinja
+    template: str = PLAIN  # of prompts: "plain-1", "plain-2", "chat" or Jinja
+
+    @property
+    def plain(self) -> bool:
+        """Whether prompts are asked in a plain frame."""
+        return self.template in PLAINS
 
     @property
     def end(self) -> str:
         """What a plain prompt ends with; a chat template has its own marks."""
-        return "\nAnswer:\n" if self.template == PLAIN else ""
+        return {PLAIN: "\nAnswer:\n", PLAIN_2: "\nAnswer:"}.get(self.template, "")
 
 
 Template = Callable[[Row, Hints], Example]
@@ -70,6 +76,7 @@ def classification(row: Row, hints: Hints) -> Example:
         metric=hints.metric or "accuracy",
         label=label,
         choices=hints.names,
+        input=text,
     )
 
 
@@ -77,14 +84,16 @@ def closed(row: Row, hints: Hints) -> Example:
     """An instruction with a closed set of answers, which are the labels."""
     answer = field_text(row, "output").strip()
     label = hints.names.index(answer)
-    return Example(instruction_prompt(row, hints), answer, hints.task, hints.metric or "accuracy", label, hints.names)
+    prompt, metric = instruction_prompt(row, hints), hints.metric or "accuracy"
+    return Example(prompt, answer, hints.task, metric, label, hints.names, input=input_text(row))
 
 
 def multiple_choice(row: Row, hints: Hints) -> Example:
     """The options stand in the input; the answer is a letter. Letters are no labels, since they do not describe the content."""
     letters = tuple(LETTERS[: len(field_value(row, "choices"))])
     letter = letters[gold_index(row)]
-    return Example(instruction_prompt(row, hints), letter, hints.task, hints.metric or "accuracy", choices=letters)
+    prompt, metric = instruction_prompt(row, hints), hints.metric or "accuracy"
+    return Example(prompt, letter, hints.task, metric, choices=letters, input=input_text(row))
 
 
 def cloze(row: Row, hints: Hints) -> Example:
@@ -100,26 +109,31 @@ def cloze(row: Row, hints: Hints) -> Example:
 
 def short_answer(row: Row, hints: Hints) -> Example:
     """A question whose answer is a phrase, mostly from the input."""
-    return Example(instruction_prompt(row, hints), field_text(row, "output"), hints.task, hints.metric or "token_f1")
+    return _answered(row, instruction_prompt(row, hints), hints, "token_f1")
 
 
 def summary(row: Row, hints: Hints) -> Example:
     """A long text to summarize."""
-    return Example(instruction_prompt(row, hints), field_text(row, "output"), hints.task, hints.metric or "rouge2")
+    return _answered(row, instruction_prompt(row, hints), hints, "rouge2")
 
 
 def instruction(row: Row, hints: Hints) -> Example:
     """Any instruction; a plain prompt is in the format of Alpaca."""
     texts = {"instruction": field_text(row, "instruction"), "input": row.get("input") or ""}
     template = ALPACA_WITH_INPUT if texts["input"] else ALPACA
-    prompt = template.format(**texts) if hints.template == PLAIN else "\n\n".join(filter(None, map(str, texts.values())))
-    return Example(prompt, field_text(row, "output"), hints.task, hints.metric or "rougeL")
+    prompt = template.format(**texts) if hints.plain else "\n\n".join(filter(None, map(str, texts.values())))
+    return _answered(row, prompt, hints, "rougeL")
+
+
+def _answered(row: Row, prompt: str, hints: Hints, metric: str) -> Example:
+    """The example whose response is the output of `row`."""
+    return Example(prompt, field_text(row, "output"), hints.task, hints.metric or metric, input=input_text(row))
 
 
 def exact(row: Row, hints: Hints) -> Example:
     """A question with one right answer; that of a word problem ends in `#### 72`. GSM8K's `<<…>>` calculations are removed."""
     answer = re.sub(r"<<.*?>>", "", field_text(row, "output"))
-    return Example(instruction_prompt(row, hints), answer, hints.task, hints.metric or "exact_match")
+    return Example(instruction_prompt(row, hints), answer, hints.task, hints.metric or "exact_match", input=input_text(row))
 
 
 def plain_text(row: Row, hints: Hints) -> Example:
@@ -132,27 +146,35 @@ def fields(row: Row, hints: Hints) -> Example:
     """Prompt and response from the fields, or texts with {field}s, that the user named."""
     label = hints.names.index(field_text(row, hints.label).strip()) if hints.label else None
     prompt, response = fill_template(row, hints.prompt or "prompt"), fill_template(row, hints.response or "response")
-    return Example(prompt, response, hints.task, hints.metric or "rougeL", label)
+    parts = template_fields(hints.prompt or "") or [hints.prompt or "prompt"]
+    about = "\n".join(field_text(row, part) for part in parts)
+    return Example(prompt, response, hints.task, hints.metric or "rougeL", label, input=about)
 
 
 def conversation(row: Row, hints: Hints) -> Example:
     """The conversation before the last answer, and this answer; what follows it is left out. Its prompt is the text before."""
     *turns, last = turns_of(row, hints.messages or conversation_field(row), hints.system)
     prompt = "\n".join(turn.content for turn in turns)
-    return Example(prompt, last.content, hints.task, hints.metric or "rougeL", turns=tuple(turns))
+    return Example(prompt, last.content, hints.task, hints.metric or "rougeL", turns=tuple(turns), input=turns[-1].content)
 
 
 def asked(example: Example, hints: Hints) -> Example:
     """`example` as the template of `hints` asks it: as turns, unless it is a plain prompt or a text without one."""
-    jinja = {PLAIN: PLAIN_CHAT, "chat": None}.get(hints.template, hints.template)
+    jinja = PLAIN_CHAT if hints.plain else {"chat": None}.get(hints.template, hints.template)
     if example.turns:
         return replace(example, template=jinja)
     if not example.prompt:
         return example
-    if hints.template == PLAIN:
+    if hints.plain:
+        example = in_the_line(example) if hints.template == PLAIN_2 and example.prompt.endswith(hints.end) else example
         return replace(example, prompt=f"{hints.system}\n\n{example.prompt}") if hints.system else example
     system = [Turn("system", hints.system)] if hints.system else []
     return replace(example, turns=(*system, Turn("user", example.prompt)), template=jinja)
+
+
+def in_the_line(example: Example) -> Example:
+    """`example` with its answer in the line of the prompt's end, after a space, which tokenizers join with the word after it."""
+    return replace(example, response=f" {example.response}", choices=tuple(f" {choice}" for choice in example.choices))
 
 
 TEMPLATES: Mapping[str, Template] = {
@@ -308,6 +330,11 @@ def gold_index(row: Row) -> int:
     if not 0 <= gold < number:
         raise BadData(f"its gold is {gold}, but it has {number} choices; give an index from 0 to {number - 1} or remove the row")
     return gold
+
+
+def input_text(row: Row) -> str:
+    """What an instruction is about: its input, or the instruction itself where it has none."""
+    return str(row.get("input") or row.get("instruction") or "")
 
 
 def instruction_prompt(row: Row, hints: Hints) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from math import isfinite, nan
@@ -25,6 +25,7 @@ from fedexperts.experiment import checkpoint, control, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.progress import Progress, Quiet
+from fedexperts.experiment.reference_lines import lines_of, overall_line, score_lines
 from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, runtime_for, task_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.federation import answers, federate, steps
@@ -56,6 +57,7 @@ BEFORE = {
     "training.gradient_accumulation_steps": 1,
     "training.gradient_checkpointing": False,
     "training.warmup_steps": 0,
+    "training.packing": False,
     "federation.wire_dtype": "float32",
     "devices.out_of_memory": "train anyway",
     "devices.utilization": UTILIZATION,
@@ -279,8 +281,7 @@ def assess(
     together = evaluation.merge(latest[client] for client in server.clients if client in latest)
     with_sums = task.scores_after_training  # read by `last_scores` in later rounds, also after a resume
     own = [line for client in server.clients if client in scores for line in score_lines(scores[client], client, with_sums)]
-    count = sum(part.examples for part in together.tasks.values())
-    whole: dict[str, Any] = {"client": None, "task": None, "examples": count, "metric": "overall", "value": together.overall()}
+    whole = dict(overall_line(together))
     held_out = [evaluation.Scores.from_json(each["validation"]) for each in metrics.values() if "validation" in each]
     validation = control.overall(evaluation.merge(held_out) if held_out else together)
     if held_out or prepared.config.evaluation.split == "validation":
@@ -321,14 +322,6 @@ def with_nan(sums: Any) -> Any:
     if isinstance(sums, dict):
         return {key: with_nan(value) for key, value in sums.items()}
     return nan if sums is None else sums
-
-
-def score_lines(scores: evaluation.Scores, client: str | None, with_sums: bool = False) -> Iterator[Mapping[str, Any]]:
-    for task, metrics in scores.by_task().items():
-        columns = {"metric": scores.metric(task), "value": scores.main(task), "metrics": metrics}
-        if with_sums:
-            columns["sums"] = asdict(scores.tasks[task])
-        yield {"client": client, "task": task, "examples": scores.tasks[task].examples, **columns}
 
 
 def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
@@ -442,5 +435,6 @@ def write_start(prepared: Prepared, out: Path, progress: Progress) -> None:
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
         write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind_of(devices_of(prepared.config))}))
     prepared.clients.save(out / "partition.json")
+    write_text(out / "reference_lines.jsonl", "".join(json.dumps(finite(line)) + "\n" for line in lines_of(prepared)))
     write_text(out / "plan.json", json.dumps(finite(plan(prepared)), allow_nan=False))  # reports read a folder that has it
     write_manifest(out)

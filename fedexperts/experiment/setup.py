@@ -19,18 +19,20 @@ from fedexperts.data.clients import Clients, make_clients
 from fedexperts.data.encode import Encoder
 from fedexperts.data.own import own_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
-from fedexperts.data.settings import PLAIN, with_templates
+from fedexperts.data.settings import PLAIN, PLAIN_2, PLAINS, with_templates
 from fedexperts.data.too_long import fitting
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for, steps
 from fedexperts.methods.contract import Method
 from fedexperts.models.files import files_hash
 from fedexperts.models.load import Base, load
+from fedexperts.models.tokenizer import is_ours
 from fedexperts.moe import factors, rows
 from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy
 from fedexperts.moe.footprint import Footprint, footprint, on_meta
 from fedexperts.moe.memory_by_part import MemoryByPart, memory_by_part
+from fedexperts.moe.packing import require_packing
 from fedexperts.types import Client, Example, Server, Split, Training
 
 T = TypeVar("T")
@@ -75,8 +77,10 @@ class Parts:
         """`config` with the template of each source in place of "auto", which the tokenizer decides, and of "plain"."""
         data, evaluation = config.data, config.evaluation
         names = {source.template or data.template for source in (*data.sources, *evaluation.retained)}
-        chat = "auto" in names and isinstance(self.base(config.model).tokenizer.chat_template, str)
-        sources, retained = (with_templates(some, data.template, chat) for some in (data.sources, evaluation.retained))
+        tokenizer = self.base(config.model).tokenizer if names & {"auto", "plain"} else None
+        chat = tokenizer is not None and isinstance(tokenizer.chat_template, str)
+        plain = PLAIN if tokenizer is None or is_ours(tokenizer) else PLAIN_2
+        sources, retained = (with_templates(some, data.template, chat, plain) for some in (data.sources, evaluation.retained))
         update = {
             "data": data.model_copy(update={"sources": sources}),
             "evaluation": evaluation.model_copy(update={"retained": retained}),
@@ -225,6 +229,8 @@ def prepare_run(config: RunConfig, label: str | None = None, setting: str = "", 
     require_server_optimizer(config, method)
     parts = parts or Parts()
     base, clients = parts.base(config.model), parts.clients(config)
+    if config.training.packing:
+        require_packing(base.model)
     profiles, cost = parts.profiles(config), parts.footprint(config)
     full = cost.of(anatomy(base.model).all_experts)
     server = first_server(config, method, base, clients, cost, parts.memories(config, full))
@@ -357,10 +363,10 @@ def versions(prepared: Prepared) -> dict[str, Any]:
 
 
 def template_hashes(config: RunConfig, base: Base) -> dict[str, str]:
-    """Source → its template: "plain-1", or the sha256 of a chat template."""
+    """Source → its template: "plain-1", "plain-2", or the sha256 of a chat template."""
     chosen = Parts(bases={config.model: base}).with_templates(config).data.sources
     jinja = {source.name: base.tokenizer.chat_template if source.template == "chat" else source.template for source in chosen}
-    return {name: PLAIN if text == PLAIN else sha256(str(text).encode()).hexdigest() for name, text in jinja.items()}
+    return {name: text if text in PLAINS else sha256(str(text).encode()).hexdigest() for name, text in jinja.items()}
 
 
 def local_files_hash(prepared: Prepared) -> str | None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from fedexperts.errors import BadValue, Busy
 from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
+from fedexperts.export.plain import as_plain, is_plain
 from fedexperts.export.prompts import chat_template, described
 from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
 from fedexperts.methods.contract import Method
@@ -55,11 +56,12 @@ def export(
     round: of the checkpoint; "best": the one with the best score on validation examples (`checkpoint.best`); None: the last one.
 
     The global model is a plain transformers folder, with adapters merged into the weights. A client's model is bitwise the one
-    that is scored: a plain folder if it is a whole model without adapters, otherwise with a modeling file.
+    that is scored: a plain folder if it has no adapters and all its layers have one number of experts, else with a modeling file.
 
     adapter: writes only the adapters, in peft's format, with the routers if they were trained. kept: the client's own folder, if
     the run was on several machines. merge: merges the adapters of a client's model into its weights, including those of personal
-    experts: faster, equal up to rounding, and a plain folder if only adapters differ from the base model's class.
+    experts: faster, equal up to rounding, and a plain folder if nothing else differs from the base's class than a number of
+    experts.
 
     Raises:
         BadRun: `folder` has no run with a checkpoint, another process is using it, or there is no such model.
@@ -79,16 +81,15 @@ def export(
     if client is None or adapter:
         require_no_parts_of_the_method(run, exported, client)
     exported, difference = (exported, None) if adapter else as_written(exported, merge=client is None or merge)
-    kind = Kind(client, adapter, needs_code=client is not None and not adapter and bool(exported.changes))
+    kind = Kind(client, adapter, needs_code=client is not None and not adapter and not is_plain(exported))
     with atomic_folder(to) as made, without_progress_bars():
         if adapter:
             write_adapter(run, exported, made)
         elif kind.needs_code:
             write_changed(exported, made)
         else:
-            whole = cast("Any", exported.model)
-            del whole.config.kept_experts
-            whole.save_pretrained(made)
+            as_plain(exported)
+            cast("Any", exported.model).save_pretrained(made)
         for file in made.glob("*.safetensors"):
             align_tensors(file)
         exact = not adapter and difference is None
@@ -135,7 +136,7 @@ def as_written(exported: Exported, *, merge: bool) -> tuple[Exported, card.Diffe
     unpack_weights(exported.model)
     if before is None:
         return exported, None
-    if not exported.changes:
+    if is_plain(exported):
         in_stored_dtypes(exported)
     return exported, card.difference(before, logits_on(probe(exported), exported.model))
 

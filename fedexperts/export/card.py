@@ -67,6 +67,8 @@ def text(
         "## Use",
         usage(run, exported, adapter, needs_code),
         *asked,
+        "## Servers and benchmarks",
+        servers(exported, adapter, needs_code),
         "## Where it comes from",
         table({"": "", **origin(run, exported, client, license)}),
         "## Scores",
@@ -158,6 +160,27 @@ def usage(run: Run, exported: Exported, adapter: bool, needs_code: bool) -> str:
     return f'{fenced(code)}\n\n{also}, and `fedexperts generate FOLDER "prompt"` asks it as the run did.'
 
 
+def servers(exported: Exported, adapter: bool, needs_code: bool) -> str:
+    """What else can load the model, and how lm-evaluation-harness scores it."""
+    architecture = cast("Any", exported.base.model).config.architectures[0]
+    loads = (
+        f"Any server that loads {architecture} with adapters of peft can load it."
+        if adapter
+        else f"It is a {architecture} with other parts, which modeling_fedexperts.py adds: transformers can load it, as above; "
+        "servers and converters that know only fixed architectures, such as vLLM and those to GGUF, cannot."
+        if needs_code
+        else f"It is a {architecture} in the format of transformers; servers and converters that know this architecture, such as "
+        "vLLM and those to GGUF, need nothing else."
+    )
+    return f"{loads}\n\nlm-evaluation-harness scores it with its own prompts:\n\n{fenced([harness(adapter, needs_code)], 'sh')}"
+
+
+def harness(adapter: bool, needs_code: bool) -> str:
+    """The command by which lm-evaluation-harness scores an exported folder."""
+    where = "pretrained=BASE,peft=FOLDER" if adapter else f"pretrained=FOLDER{',trust_remote_code=True' if needs_code else ''}"
+    return f"lm_eval --model hf --model_args {where} --tasks arc_easy,piqa --batch_size 8  # with --apply_chat_template as a chat"
+
+
 def origin(run: Run, exported: Exported, client: str | None, license: str | None) -> dict[str, str]:
     """The table of the run: base model, method, training, clients and data."""
     config = run.config
@@ -242,5 +265,5 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def fenced(lines: list[str]) -> str:
-    return "\n".join(["```python", *lines, "```"])
+def fenced(lines: list[str], language: str = "python") -> str:
+    return "\n".join([f"```{language}", *lines, "```"])

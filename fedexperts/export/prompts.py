@@ -59,7 +59,7 @@ def _description(form: Mapping[str, Any]) -> str:
     before, after = (json.dumps(text, ensure_ascii=False) for text in form["frame"])
     marks = f"after {before} and before {after}" if any(form["frame"]) else "as it is"
     if "chat" not in form:
-        return f"the question {marks} (plain-1)"
+        return f"the question {marks}"
     kind = "the base's chat template" if form["chat"]["template"] is None else "the run's own chat template"
     system = form["chat"]["system"]
     return f"the question {marks}, through {kind}{f', with the system message {json.dumps(system)}' if system else ''}"

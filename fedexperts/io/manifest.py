@@ -11,7 +11,7 @@ from typing import Any
 from fedexperts.errors import Damaged, shortened
 from fedexperts.io.files import write_text
 
-STARTED = ("resolved.json", "run.toml", "versions.json", "partition.json", "plan.json")
+STARTED = ("resolved.json", "run.toml", "versions.json", "partition.json", "reference_lines.jsonl", "plan.json")
 """Files that do not change during a run."""
 MANIFEST = "manifest.json"
 """Their sha256, by name."""

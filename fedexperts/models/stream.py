@@ -16,6 +16,7 @@ from fedexperts.data.fields import field_text
 from fedexperts.data.pack import data_folder
 from fedexperts.data.readers import LocatedRow, at_location, hash_of, read
 from fedexperts.data.settings import DataSettings, SourceSettings
+from fedexperts.data.tokens import text_ids
 from fedexperts.errors import BadData
 from fedexperts.models.settings import PretrainSettings, Stream, Texts
 from fedexperts.types import Example
@@ -80,8 +81,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -
     end = end_token(tokenizer)
     for start in range(0, len(examples), TOKENIZED_AT_ONCE):
         chunk = examples[start : start + TOKENIZED_AT_ONCE]
-        prompts = tokenizer([example.prompt for example in chunk], add_special_tokens=False, verbose=False)["input_ids"]
-        responses = tokenizer([example.response for example in chunk], add_special_tokens=False, verbose=False)["input_ids"]
+        prompts, responses = (text_ids(tokenizer, [getattr(each, part) for each in chunk]) for part in ("prompt", "response"))
         for prompt, response in zip(prompts, responses, strict=True):
             yield from (*before, *prompt, *response, end)
 

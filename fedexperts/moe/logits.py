@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from fedexperts.moe.device import device_of, to_device
+from fedexperts.moe.packing import without_mask
 
 IGNORED = -100
 """A label that does not count in a loss."""
@@ -36,7 +37,7 @@ def predictions(
     batch = to_device(batch, device_of(model))
     if is_encoder_decoder(model):
         return model(**batch, use_cache=False).logits, batch["labels"]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in without_mask(batch).items() if name != "labels"}
     targets = batch["labels"][:, 1:]
     if not keeps_logits(model):
         return model(**inputs, use_cache=False).logits[:, :-1], targets

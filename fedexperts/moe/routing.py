@@ -15,6 +15,7 @@ from torch.nn import functional
 from fedexperts.errors import BadValue
 from fedexperts.moe.anatomy import Block, blocks
 from fedexperts.moe.logits import predictions
+from fedexperts.moe.packing import real_tokens
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,18 @@ class _Scope:
         named = {**dict(zip(signature(module.forward).parameters, args, strict=False)), **named}
         name = next((name for name in self._mask_names if named.get(name) is not None), None)
         if name is None:
-            self._mask = None
+            self._mask = self._packed(named.get("position_ids"))
         elif named[name].ndim != 2:
             raise BadValue(f"{name} has {named[name].ndim} axes, so padding cannot be recognized; give [batch, tokens]")
         else:
             self._mask = named[name] != (-100 if name == "labels" else 0)
+
+    @staticmethod
+    def _packed(position_ids: object) -> Bool[Tensor, "windows tokens"] | None:
+        """Which tokens of packed windows count; None if there are none (all tokens count)."""
+        if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] > 1:
+            return real_tokens(position_ids)
+        return None
 
     def close(self, module: nn.Module, args: object, output: object) -> None:
         self.is_open = False

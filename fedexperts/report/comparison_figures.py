@@ -7,12 +7,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedexperts.report import axes, measures, retention, scores
+from fedexperts.report import axes, measures, reference_lines, retention, scores
 from fedexperts.report.axes import Axis
 from fedexperts.report.measures import Measure
 from fedexperts.report.read import Groups, RunResults, Settings, all_runs
 from fedexperts.report.stats import Interval, interval
 from fedexperts.report.traces import (
+    DASHES,
     DRIFT_CAPTION,
     INK,
     PALETTE,
@@ -104,10 +105,22 @@ def compared(groups: Groups, task: str | None, over: str) -> Figure:
             drawing.add_trace(band_trace(points, index, method))
         if points:
             drawing.add_trace(line_trace(method, [(x, each.mean) for x, each in points], index, width=2.5, group=method))
+    add_reference_lines(drawing, groups, task)
     tick_rounds(drawing, over, all_runs(groups))
     title = "Overall quality" if task is None else task
     band = "Line: mean over seeds. Band: 95 % Student t interval." if max(map(len, groups.values())) > 1 else "One seed each."
     return Figure(f"{title} over {over}", f"{band} {axis.note}".strip(), drawing)
+
+
+def add_reference_lines(drawing: go.Figure, groups: Groups, task: str | None) -> None:
+    """Adds a thin level line for each reference line, as wide as what is drawn; none where nothing is."""
+    across = [x for trace in drawing.data for x in trace.x]
+    measure = measures.quality(all_runs(groups), task)
+    levels = {name: measures.over_seeds(measure, runs) for name, runs in reference_lines.of_groups(groups).items()}
+    for index, (name, level) in enumerate(levels.items()):
+        if across and level is not None:
+            ends = [(min(across), level.mean), (max(across), level.mean)]
+            drawing.add_trace(line_trace(name, ends, index, width=1, dash=DASHES[1 + index % 3], meta=INK))
 
 
 def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> Iterator[tuple[float, Interval]]:

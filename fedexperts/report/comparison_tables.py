@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedexperts.errors import BadValue, nearest
-from fedexperts.report import measures, retention, scores
+from fedexperts.report import measures, reference_lines, retention, scores
 from fedexperts.report.measures import Measure
 from fedexperts.report.read import Groups, RunResults, all_runs
 from fedexperts.report.stats import Interval
@@ -35,8 +35,9 @@ def final(groups: Groups) -> Table:
         for label, members in groups.items()
     ]
     seeds = max(len(members) for members in groups.values())
-    note = f"{interval_note(groups)} {scores.scored_note(runs)}" if seeds > 1 else scores.scored_note(runs)
-    return Table("Results", ("method", *(measure.label for measure in columns)), tuple(rows), note=note)
+    notes = [interval_note(groups) if seeds > 1 else "", scores.scored_note(runs), reference_lines.note(groups)]
+    table = Table("Results", ("method", *(measure.label for measure in columns)), tuple(rows), note=" ".join(filter(None, notes)))
+    return table.above(reference_lines.rows(groups, columns))
 
 
 def comparison(groups: Groups) -> Table:
@@ -49,8 +50,9 @@ def comparison(groups: Groups) -> Table:
             (label, str(len(runs)), *(plus_minus(measures.over_seeds(measure, runs), measure.unit) for measure in columns))
             for label, runs in groups.items()
         ),
-        note=f"{interval_note(groups)} {scores.scored_note(all_runs(groups))} MB is 10^6 bytes. Sent: down and up together.",
-    )
+        note=f"{interval_note(groups)} {scores.scored_note(all_runs(groups))} MB is 10^6 bytes. Sent: down and up together. "
+        f"{reference_lines.note(groups)}".rstrip(),
+    ).above(reference_lines.rows(groups, columns, NONE))
 
 
 def differences(groups: Groups, baseline: str) -> Table:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from itertools import product
 
-from fedexperts.report import axes, comparison_tables, measures, scores, settings_tables, targets
+from fedexperts.report import axes, comparison_tables, measures, reference_lines, scores, settings_tables, targets
 from fedexperts.report.read import Groups, Settings, all_runs
 from fedexperts.report.stats import Interval
 
@@ -52,6 +52,10 @@ def csv_lines(groups: Groups, baseline: str, setting: str = "") -> Iterator[tupl
             name = measure.kind or measure.name
             cells = csv_line(setting, label, name, measure.task, measure.unit, measures.over_seeds(measure, runs), len(runs))
             yield (*cells, against, *_csv_cells(difference))
+    for label, runs in reference_lines.of_groups(groups).items():
+        for measure in measures.qualities(all_runs(groups)):
+            if value := measures.over_seeds(measure, runs):
+                yield csv_line(setting, label, measure.kind or measure.name, measure.task, measure.unit, value, len(runs))
 
 
 def csv_line(

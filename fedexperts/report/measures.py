@@ -32,18 +32,21 @@ def measures(runs: Sequence[RunResults]) -> list[Measure]:
     """All measures for comparing `runs`: quality overall, of each task and over clients, retained knowledge and router drift if
     any run has them, costs, virtual time if any run has a clock, and what methods report.
     """
-    mean = Measure("mean over clients", scores.unit(runs, None), scores.clients_mean)
-    spread = [mean, spread_of(runs, "lower"), spread_of(runs, "worst")]
-    by_client = spread if any(scores.clients_mean(run) is not None for run in runs) else []
     return [
-        *quality_measures(runs),
-        *by_client,
+        *qualities(runs),
         *against_base(runs),
         *COSTS,
         *times(runs),
         *expert_measures(runs),
         *method_metrics(runs),
     ]
+
+
+def qualities(runs: Sequence[RunResults]) -> list[Measure]:
+    """At the last evaluation: quality overall, of each task and over clients."""
+    mean = Measure("mean over clients", scores.unit(runs, None), scores.clients_mean)
+    spread = [mean, spread_of(runs, "lower"), spread_of(runs, "worst")]
+    return [*quality_measures(runs), *(spread if any(scores.clients_mean(run) is not None for run in runs) else [])]
 
 
 def against_base(runs: Sequence[RunResults]) -> list[Measure]:

@@ -172,6 +172,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ReferenceLine(Evaluation):
+    """A line of reference_lines.jsonl: what `line`, an answer that needs no model, scores; round 0."""
+
+    line: str = ""
+
+
+@dataclass(frozen=True)
 class RunResults:
     """All that a report needs to know about one run."""
 
@@ -182,6 +189,7 @@ class RunResults:
     evaluations: tuple[Evaluation, ...] = ()
     run_file: str = ""  # run.toml, as resolved
     versions: Mapping[str, Any] = field(default_factory=dict)
+    reference_lines: tuple[ReferenceLine, ...] = ()
 
     @cached_property
     def evaluations_of(self) -> Mapping[tuple[str | None, str | None], Sequence[Evaluation]]:
@@ -228,6 +236,7 @@ def read(folder: Path) -> RunResults:
         evaluations=tuple(_lines(TypeAdapter(Evaluation), folder / "evals.jsonl")),
         run_file=_text(folder / "run.toml"),
         versions=_parse(TypeAdapter(dict[str, Any]), _text(folder / "versions.json") or "{}", str(folder / "versions.json")),
+        reference_lines=tuple(_lines(TypeAdapter(ReferenceLine), folder / "reference_lines.jsonl")),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from statistics import fmean
 
-from fedexperts.report import expert_sets, measures, resources, retention, run_cost_tables, scores
+from fedexperts.report import expert_sets, measures, reference_lines, resources, retention, run_cost_tables, scores
 from fedexperts.report.read import RunResults
 from fedexperts.report.stats import Interval, interval
 from fedexperts.report.table_format import NONE, Table, count, megabytes, number, plus_minus, quality_value, with_unit
@@ -39,14 +39,16 @@ def quality(run: RunResults) -> Table:
     """The main metric of each task at the first and the last evaluation, and its spread over clients at the last."""
     rows = tuple(_quality_row(run, task) for task in scores.tasks([run]))
     overall = _first_and_last(run, None)
-    total = ("overall", *overall, *[""] * 7, with_unit("mean over tasks", scores.unit([run], None)))
+    lines = reference_lines.of_run(run)
+    ends = [_first_and_last(line, None)[1] for line in lines.values()]
+    total = ("overall", *overall, *ends, *[""] * 7, with_unit("mean over tasks", scores.unit([run], None)))
     return Table(
         "Quality",
-        ("task", "first", "last", *SPREAD, "clients", "examples", "metric"),
+        ("task", "first", "last", *lines, *SPREAD, "clients", "examples", "metric"),
         (*rows, total) if rows else (),
         note=f"First and last evaluation: {_evaluated_rounds(run)}. The value of a task is over the examples of all its clients. "
-        f"{scores.scored_note([run])}",
-        text_columns=(0, 10),
+        f"{scores.scored_note([run])} {reference_lines.NOTE if lines else ''}".rstrip(),
+        text_columns=(0, 10 + len(lines)),
         sums=1,
     )
 
@@ -60,7 +62,8 @@ def _quality_row(run: RunResults, task: str) -> tuple[str, ...]:
     examples = count(end.examples) if end else NONE
     quantiles = (quality_value(value, unit) for value in spread)
     main = with_unit(scores.main_metric([run], task), unit)
-    return (task, *_first_and_last(run, task), *quantiles, str(len(values)), examples, main)
+    lines = (_first_and_last(line, task)[1] for line in reference_lines.of_run(run).values())
+    return (task, *_first_and_last(run, task), *lines, *quantiles, str(len(values)), examples, main)
 
 
 def _first_and_last(run: RunResults, task: str | None) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
 
-from fedexperts.report import axes, comparison_tables, expert_sets, measures, scores, targets
+from fedexperts.report import axes, comparison_tables, expert_sets, measures, reference_lines, scores, targets
 from fedexperts.report.axes import Axis
 from fedexperts.report.expert_sets import ExpertCounts
 from fedexperts.report.read import Groups, RunResults, Settings, all_runs, by_label
@@ -26,20 +26,39 @@ def overall(settings: Settings) -> Table:
         (method, *_qualities(settings, method, None), *(_variation(settings, method, task) for task in overall_and_tasks))
         for method in methods(settings)
     )
+    variations = [""] * len(overall_and_tasks)
     return Table(
         "Over the settings: overall quality",
         ("method", *_heads(settings, None), *(f"variation, {'overall' if task is None else task}" for task in overall_and_tasks)),
         tuple(rows),
         note=f"{_note(settings)} Variation: the coefficient of variation, over the settings, of the means over seeds: sample "
         "standard deviation (divided by n − 1) over mean; lower is more stable.",
-    )
+    ).above([(*row, *variations) for row in _reference_rows(settings, None)])
 
 
 def by_task(settings: Settings) -> Iterator[Table]:
     """For each task, the quality of each method in each setting."""
     for task in tasks(settings):
         rows = ((method, *_qualities(settings, method, task)) for method in methods(settings))
-        yield Table(f"Over the settings: {task}", ("method", *_heads(settings, task)), tuple(rows), note=_note(settings))
+        table = Table(f"Over the settings: {task}", ("method", *_heads(settings, task)), tuple(rows), note=_note(settings))
+        yield table.above(_reference_rows(settings, task))
+
+
+def _reference_rows(settings: Settings, task: str | None) -> list[tuple[str, ...]]:
+    """A row for each reference line, with what it scores in each setting."""
+    lines = {name: reference_lines.of_groups(groups) for name, groups in settings.items()}
+    labels = dict.fromkeys(label for each in lines.values() for label in each)
+    quality = {name: measures.quality(all_runs(groups), task) for name, groups in settings.items()}
+    return [
+        (
+            label,
+            *(
+                plus_minus(measures.over_seeds(quality[name], lines[name].get(label, ())), quality[name].unit)
+                for name in settings
+            ),
+        )
+        for label in labels
+    ]
 
 
 def to_target(settings: Settings) -> tuple[Table, ...]:
@@ -181,4 +200,5 @@ def percent(share: float) -> str:
 def _note(settings: Settings) -> str:
     """What ± means, and what was scored."""
     every = by_label(settings)
-    return f"{comparison_tables.interval_note(every)} {scores.scored_note(all_runs(every))}"
+    lines = next(filter(None, map(reference_lines.note, settings.values())), "")
+    return f"{comparison_tables.interval_note(every)} {scores.scored_note(all_runs(every))} {lines}".rstrip()

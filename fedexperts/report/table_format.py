@@ -26,7 +26,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text_columns: tuple[int, ...] = (0,)  # left-aligned; all others are numbers
-    sums: int = 0  # rows at the end that summarize those before them
+    sums: int = 0  # rows at the end that summarize those before them, or that they are compared with
+
+    def above(self, rows: Sequence[tuple[str, ...]]) -> "Table":
+        """The table with `rows` at its end, which are not sorted with the others."""
+        return replace(self, rows=(*self.rows, *rows), sums=self.sums + len(rows))
 
     def transposed(self) -> "Table":
         """Rows as columns, for many columns in a narrow terminal."""

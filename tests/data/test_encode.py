@@ -230,7 +230,7 @@ with_marks = st.lists(MARKS | texts, max_size=8).map("".join)
 @given(prompt=with_marks, response=with_marks, choices=st.sampled_from([(), ("</s>", "b")]))
 @settings(max_examples=100, deadline=None)
 def test_special_tokens_are_only_those_that_we_add(tokenizer, prompt, response, choices):
-    encoder = Encoder(tokenizer, 400)
+    encoder = Encoder(tokenizer, 8000)
     example = Example(prompt, response, "any", choices=choices)
     ids = encoder.batch([example])["input_ids"][0].tolist()
     added = [*encoder.before, *([] if prompt or encoder.before else [encoder.eos]), encoder.eos]

@@ -205,6 +205,16 @@ def test_files_are_found_beside_the_run_file_or_else_in_the_working_directory(tm
     assert [example.prompt for example in load_pool(again.data).train] == prompts
 
 
+def test_a_content_in_parts_is_their_text(tmp_path):
+    parts = [{"type": "text", "text": "Capital "}, {"type": "text", "text": "of France?"}]
+    path = written(tmp_path / "parts.jsonl", *({"messages": [{"role": "user", "content": parts}, CHAT[2]]} for _ in range(3)))
+    assert {example.prompt for split in (source(path).train, source(path).test) for example in split} == {"Capital of France?"}
+    picture = [*parts, {"type": "image_url", "image_url": {"url": "https://a"}}]
+    written(path, {"messages": [{"role": "user", "content": picture}, CHAT[2]]})
+    with pytest.raises(BadData, match="line 1: message 1: its field content is a list, but text is needed"):
+        source(path)
+
+
 def mutated(content: bytes, chance: Random) -> bytes:
     """`content` with one to three accidents: cut, bytes of other encodings, quotes, numbers, nesting, nulls, joined lines."""
     junk = [b"\xff\xfe", b"\x00", b'"', b"'", b"NaN", b"null", b"\xef\xbb\xbf", b"9" * 5000, b"[" * 3000, b"{", b"\\ud83d"]
@@ -238,9 +248,9 @@ def originals(folder: Path) -> list[Path]:
 
 
 def test_damaged_files_are_read_or_refused_in_one_sentence_that_names_the_file(tmp_path):
-    chance, refused, read = Random(0), 0, 0
-    for number in range(320):
-        original = originals(tmp_path)[number % 8]
+    chance, refused, read, good = Random(0), 0, 0, originals(tmp_path)
+    for number in range(900):
+        original = good[number % len(good)]
         path = tmp_path / f"bad{number}.{original.name.partition('.')[2]}"
         path.write_bytes(mutated(original.read_bytes(), chance))
         try:
@@ -251,4 +261,4 @@ def test_damaged_files_are_read_or_refused_in_one_sentence_that_names_the_file(t
         else:
             json.dumps([vars(example) for example in loaded.train], default=vars, ensure_ascii=False).encode()
             read += 1
-    assert refused > 150 and read > 20 and refused + read == 320
+    assert refused > 450 and read > 60 and refused + read == 900

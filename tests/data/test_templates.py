@@ -4,8 +4,11 @@ import pytest
 
 from fedexperts.core.evaluation import judge
 from fedexperts.data import templates
-from fedexperts.data.templates import TEMPLATES, Hints, frame, kind_of, names_of
+from fedexperts.data.settings import SourceSettings, with_templates
+from fedexperts.data.templates import TEMPLATES, Hints, asked, frame, kind_of, names_of
 from fedexperts.errors import BadData
+from fedexperts.models.tokenizer import is_ours, learn_tokenizer, make_tokenizer
+from fedexperts.testing import tiny_tokenizer
 from fedexperts.types import Example
 
 NEWS = Hints("ag_news", question="What is this news about?", names=("World", "Sports"))
@@ -147,3 +150,24 @@ def test_what_differs_between_the_frame_of_a_task_is_its_prompt(kind, rows, hint
 
 def test_text_that_is_continued_has_no_frame():
     assert frame([{"text": "Once"}], "plain_text", Hints("t")) is None
+
+
+def test_in_plain_2_the_answer_follows_in_the_line_of_the_prompts_end():
+    row = {"text": "They won.", "label": 1}
+    hints = Hints("news", question="What is this about?", names=("world", "sports"), template="plain-2")
+    example = asked(TEMPLATES["classification"](row, hints), hints)
+    assert example.prompt == "What is this about?\nThey won.\nAnswer:"
+    assert (example.response, example.choices, example.label) == (" sports", (" world", " sports"), 1)
+    alpaca = asked(TEMPLATES["instruction"]({"instruction": "Say hi.", "output": "hi"}, hints), hints)
+    assert alpaca.response == "hi" and alpaca.prompt.endswith("### Response:\n")
+    assert frame([row], "classification", hints) == ("What is this about?\n", "\nAnswer:")
+    assert judge("Sports", example)[0]["accuracy"] == 1.0
+
+
+def test_plain_prompts_are_framed_as_suits_the_base():
+    ours, other = make_tokenizer(64), tiny_tokenizer()
+    assert is_ours(ours) and is_ours(learn_tokenizer(64, 4, ["a text of a few words"] * 3)) and not is_ours(other)
+    sources = (SourceSettings(name="mine.csv"), SourceSettings(name="chat.json", template="chat"))
+    assert [each.template for each in with_templates(sources, "plain", plain="plain-2")] == ["plain-2", "chat"]
+    assert [each.template for each in with_templates(sources, "auto", chat=True, plain="plain-2")] == ["chat", "chat"]
+    assert [each.template for each in with_templates(sources, "plain-1", plain="plain-2")] == ["plain-1", "chat"]

@@ -26,6 +26,7 @@ from fedexperts.experiment.client_task import ClientTask
 from fedexperts.export import card, export, load, modeling_fedexperts, write_changed
 from fedexperts.export.generate import encoded, generate, prompt_form
 from fedexperts.export.models import Exported
+from fedexperts.export.plain import as_plain, is_plain
 from fedexperts.io.files import align_tensors, atomic_folder, locked
 from fedexperts.methods import METHODS
 from fedexperts.methods.fedavg import FedAvg
@@ -45,6 +46,8 @@ LORA = {"train": "lora", "rank": 4, "alpha": 8.0}
 CASES = {
     "full": {"method": {"name": "fedavg"}, "training": {"train": "full"}},
     "cut": {"method": {"name": "uneven"}, "training": {"train": "full"}},
+    "cut alike": {"method": {"name": "fedavg", "experts_per_layer": 4}, "training": {"train": "full"}},
+    "cut alike lora": {"method": {"name": "fedavg", "experts_per_layer": 4}, "training": LORA},
     "lora": {"method": {"name": "fedit"}, "training": LORA},
     "grafted": {"method": {"name": "flex", "num_grafted": 2}, "training": {**LORA, "parts": ["attention"]}},
     "personal": {"method": {"name": "fedper"}, "training": {"train": "full"}},
@@ -207,6 +210,26 @@ def test_the_global_model_of_full_training_is_a_plain_folder_bit_for_bit(ended, 
 
 
 @pytest.mark.parametrize("family", FOUR)
+def test_a_sub_model_with_as_many_experts_in_each_layer_is_a_plain_folder(ended, family, tmp_path):
+    done, client = ended(family, "cut alike"), "c01"
+    kind = export(done.folder, tmp_path / "plain", client)
+    assert not kind.needs_code and not (tmp_path / "plain" / "modeling_fedexperts.py").exists()
+    model = by_transformers(tmp_path / "plain", family)
+    assert {block.shape.num_experts for block in blocks(model).values()} == {4}
+    assert torch.equal(logits(load(tmp_path / "plain"), family), done.logits[client])
+    assert torch.allclose(logits(model, family), done.logits[client], atol=1e-6)
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "need nothing else" in card and "which ones may tell what its data is like" in card and "trust" not in card
+
+
+def test_a_sub_model_with_merged_adapters_is_a_plain_folder_too(ended, tmp_path):
+    done = ended("olmoe", "cut alike lora")
+    assert export(done.folder, tmp_path / "exact", "c01").needs_code
+    assert not export(done.folder, tmp_path / "merged", "c01", merge=True).needs_code
+    assert torch.allclose(logits(load(tmp_path / "merged"), "olmoe"), done.logits["c01"], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FOUR)
 def test_the_global_model_of_sub_models_has_every_expert_that_a_client_trained(ended, family, tmp_path):
     run = ended(family, "cut")
     export(run.folder, tmp_path / "out")
@@ -293,6 +316,24 @@ def test_every_family_with_fewer_experts_adapters_and_personal_experts_comes_bac
 
     again.save_pretrained(tmp_path / "saved again")
     assert torch.equal(logits(by_transformers(tmp_path / "saved again", family, trust_remote_code=True), family), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_fewer_experts_alike_comes_back_to_the_bit_as_a_plain_model(family, tmp_path):
+    whole = tiny_model(family, **({"n_group": 1} if "deepseek" in family else {}))
+    some = {name: tuple(range(1, 1 + shape.fewest + 2)) for name, shape in anatomy(whole).blocks.items()}
+    exported = Exported(shrink(whole, some), Base(whole, tiny_tokenizer(), False, "tiny", ""))
+    expected = logits(exported.model, family)
+    assert is_plain(exported)
+    as_plain(exported)
+    exported.model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path), family), expected)
+
+
+def test_layers_of_different_sizes_need_code(tmp_path):
+    whole = tiny_model("olmoe")
+    exported = Exported(shrink(whole, tiny_experts(whole)), Base(whole, tiny_tokenizer(), False, "tiny", ""))
+    assert not is_plain(exported)
 
 
 def test_without_trust_transformers_refuses_a_client_s_folder_and_does_not_load_a_part_of_it(ended, tmp_path, monkeypatch):
