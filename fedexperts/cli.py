@@ -33,6 +33,10 @@ app = typer.Typer(
 console = Console()
 
 INTERRUPTED = 130
+OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EINVAL, errno.EOPNOTSUPP, errno.EIO, errno.ENAMETOOLONG),  # of pseudo file systems, among others
+}
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the run file: a.b=c. Repeatable.")]
@@ -194,7 +198,7 @@ def report(
     markdown: Annotated[Path | None, typer.Option("--md", help="Write the tables to this Markdown file.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with.")] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Write every figure as a PNG file to this folder; needs fedexperts[png].")
+        Path | None, typer.Option(help="Write every figure as a PNG file to this folder; needs fedexperts\\[png].")
     ] = None,
 ) -> None:
     """Write the report of one run or of several side by side: an HTML page that opens from disk."""
@@ -405,7 +409,7 @@ def main() -> None:
     except FedExpertsError as error:
         sys.exit(fail(str(error), 2))
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR):
+        if error.errno not in OF_THE_DISK:
             raise
         place = error.filename or "a file"
         sys.exit(fail(f"{place} cannot be written ({error.strerror}); free the disk or the path, or give another folder", 2))

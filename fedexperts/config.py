@@ -90,7 +90,7 @@ class StopSettings(Settings):
 
 
 class FederationSettings(Settings):
-    rounds: int = Field(10, ge=1)
+    rounds: int = Field(10, ge=1, le=999_999)  # six digits, in the order of which checkpoints and client states are sorted
     clients_per_round: int | None = Field(None, ge=1)  # None: all
     sampling: Literal["random", "by task"] = "random"  # by task: clients of different tasks, as far as possible
     engine: Literal["local", "flower"] = "local"

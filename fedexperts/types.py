@@ -210,7 +210,7 @@ class Training(Tuning):
     schedule: Literal["constant", "linear", "cosine", "cosine_annealing"] = "constant"  # of the learning rate over rounds
     final_lr: Annotated[float, Field(gt=0)] = 1e-6  # of the last round, with "cosine"; else of the one after it
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each job, in which the learning rate rises linearly
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1  # batches of one optimizer step
     packing: bool = False  # several short examples of a batch in a row, whose attention is kept apart
     gradient_checkpointing: bool = False  # computes activations again in backward instead of storing them

@@ -118,6 +118,8 @@ def attempt(planned: Planned, parts: Parts, progress: Progress | None) -> Outcom
         return Outcome(left=True)
     except FedExpertsError as error:
         return Outcome(failed=str(error))
+    except OSError as error:  # of the disk, for one
+        return Outcome(failed=f"{error.filename or planned.folder} cannot be read or written ({error.strerror or error})")
     except Exception as error:  # an unexpected error, which may affect this run alone
         traceback.print_exc(file=sys.stderr)
         return Outcome(failed=f"{type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
 from fedexperts.export.plain import as_plain, is_plain
 from fedexperts.export.prompts import chat_template, described
-from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
+from fedexperts.io.files import align_tensors, atomic_folder, disk_errors, locked, require_empty
 from fedexperts.methods.contract import Method
 from fedexperts.models.files import location_of
 from fedexperts.models.load import align_parameters, without_progress_bars
@@ -82,7 +82,7 @@ def export(
         require_no_parts_of_the_method(run, exported, client)
     exported, difference = (exported, None) if adapter else as_written(exported, merge=client is None or merge)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and not is_plain(exported))
-    with atomic_folder(to) as made, without_progress_bars():
+    with disk_errors(to), atomic_folder(to) as made, without_progress_bars():
         if adapter:
             write_adapter(run, exported, made)
         elif kind.needs_code:

@@ -164,6 +164,8 @@ def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, .
         return f"{'.'.join(place)} is not a setting{closest_setting(place, root)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "too_short":
+        return f"{'.'.join(place)} is empty; give at least {first['ctx']['min_length']}"
     reason = first["msg"].removeprefix("Input ")
     return f"{'.'.join(place)} = {shortened(quoted(first['input']))} {reason[:1].lower()}{reason[1:]}" if place else first["msg"]
 
@@ -179,6 +181,11 @@ def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:
     if len(path) < len(place):
         return f"; settings there are {', '.join(key.rpartition('.')[2] for key in siblings)}"
     names, unknown = {key.rpartition(".")[2]: key for key in [*all_keys, *siblings]}, place[-1]
+    if unknown in names:
+        return f"; did you mean {names[unknown]}?"
+    longer = [key for key in (*siblings, *all_keys) if len(unknown) > 3 and key.rpartition(".")[2].startswith(unknown)]
+    if longer:
+        return f"; did you mean {longer[0]}?"
     for name in names:
         if name == initials(unknown) or initials(name) == unknown:
             return f"; did you mean {names[name]}?"
