@@ -43,6 +43,7 @@ def test_spoiled_run_files_are_read_or_refused_with_a_short_sentence(tmp_path, m
     ("text", "said"),
     [
         (f"x = {'[' * 100_000}", "nests tables or lists in each other without end"),
+        (f"[{'a.' * 100_000}b]", "nests tables or lists in each other without end"),
         (f"x = {'[' * 40}1{']' * 40}", "nests tables or lists deeper than 20 levels; no setting needs that"),
         (f"seed = {'9' * 6000}", "is not TOML: Exceeds the limit"),
         ("seed = 1\nseed = 2", "is not TOML: Cannot overwrite a value"),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedexperts import config as configs
 from fedexperts.config import RunConfig
-from fedexperts.errors import BadRun, BadValue, Busy, FedExpertsError
+from fedexperts.errors import BadRun, BadValue, Busy, FedExpertsError, shortened
 from fedexperts.experiment.process_pool import Died, in_parallel
 from fedexperts.experiment.progress import Progress, Quiet, Shown
 from fedexperts.experiment.runner import claim, require_same_inputs, run
@@ -183,7 +183,7 @@ def grid(vary: Sequence[str]) -> list[tuple[str, ...]]:
         values[key] = list(dict.fromkeys(settings))
     combinations = list(product(*values.values()))
     if long := [option for option in combinations if len(as_folder(" ".join(option))) > LONGEST]:
-        raise BadValue(f"{' '.join(long[0])} is too long for the name of a folder; write a run file for each instead")
+        raise BadValue(f"{shortened(' '.join(long[0]))} is too long for the name of a folder; write a run file for each instead")
     return combinations
 
 

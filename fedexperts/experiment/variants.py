@@ -7,7 +7,7 @@ from hashlib import sha256
 from urllib.parse import quote
 
 from fedexperts.config import RunConfig
-from fedexperts.errors import BadValue, nearest
+from fedexperts.errors import BadValue, nearest, shortened
 from fedexperts.methods import FORMER_NAMES, METHODS, enter_installed
 from fedexperts.moe.tuning import PARTS
 from fedexperts.types import Training
@@ -97,7 +97,7 @@ def read_variant(text: str, tables: Mapping[str, str]) -> Variant:
     if not equals and len(text) > READABLE:
         return Variant(short_label(head, keyed, text), method, keyed, table, text if len(as_folder(text)) <= LONGEST else None)
     if len(as_folder(label)) > LONGEST:
-        raise BadValue(f"{text} is too long for the name of a folder; give it a short one: name={text}")
+        raise BadValue(f"{shortened(text)} is too long for the name of a folder; give it a short one: name=METHOD:…")
     return Variant(label, method, keyed, table)
 
 

@@ -19,6 +19,10 @@ DEEPEST = 20
 """Levels of tables and lists in a settings file."""
 
 
+MOST_DOTS = 1000
+"""In a line without text: Python's parser takes the square of the length of a key such as a.a.a."""
+
+
 class RenamedSetting(FutureWarning):
     """A run file uses the former name of a setting."""
 
@@ -59,7 +63,10 @@ def read_tree(path: Path, example: str, settings: Sequence[str] = ()) -> Tree:
         BadValue: the file cannot be read (the sentence names `example`, a valid one), or is not TOML.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(line.count(".") > MOST_DOTS and not {'"', "'"} & {*line} for line in text.splitlines()):
+            raise RecursionError
+        tree = tomllib.loads(text)
         require_shallow(tree, path)
     except RecursionError:
         raise BadValue(
