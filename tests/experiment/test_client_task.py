@@ -144,11 +144,11 @@ def test_a_run_killed_before_its_last_checkpoint_writes_nothing_twice(tiny_tree,
 
     original = checkpoint.save
 
-    def save(out, server, keep):
+    def save(out, server, keep, score):
         if server.round == 3 and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             raise Killed
-        original(out, server, keep)
+        original(out, server, keep, score)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(Killed):

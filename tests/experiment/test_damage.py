@@ -133,7 +133,7 @@ def test_a_damaged_folder_is_refused_or_named_or_gives_the_same_results(stopped,
             ends["named" if sentences else "the same"] += 1
             assert results == expected[use], f"case {case}: {kind} of {where} went on, and said {sentences}"
         shutil.rmtree(copy.parent)
-    assert ends["refused"] >= 10 and sum(ends.values()) == CASES[use]
+    assert ends["refused"] >= 5 and sum(ends.values()) == CASES[use]
     assert ends["named"] >= 5 or use != "resume"
 
 
