@@ -1,4 +1,4 @@
-"""How a pretrained base is best asked: accuracy of greedy answers and of the likeliest choice under several frames of a prompt.
+"""How a pretrained base is best asked: accuracy of its greedy answers under several frames of a prompt.
 
     python benchmarks/frames.py MODEL OUT.csv [ITEMS]
 
@@ -28,8 +28,6 @@ from fedexperts.types import Example, Turn
 
 SOURCES = (
     "ag_news",
-    "trec6",
-    "dbpedia14",
     "superni/task363_sst2_polarity_classification",
     "superni/task875_emotion_classification",
     "commonsenseqa",
@@ -62,15 +60,12 @@ def main(name: str, out: Path, items: int) -> None:
         for frame in frames:
             started = process_time()
             asked = [framed(example, frame) for example in chosen]
-            said = score(model, asked, encoder, 8, 16).by_task()
-            liked = score(model, [replace(each, metric="likelihood") for each in asked], encoder, 8, 16).by_task()
-            accuracy, likelihood = next(iter(said.values()))["accuracy"], next(iter(liked.values()))["likelihood"]
-            halves = [100 * 1.96 * sqrt(p * (1 - p) / len(chosen)) for p in (accuracy, likelihood)]
-            cells = [f"{value:.1f}" for value in (100 * accuracy, halves[0], 100 * likelihood, halves[1])]
-            rows.append((source, frame, len(chosen), *cells))
+            accuracy = next(iter(score(model, asked, encoder, 8, 16).by_task().values()))["accuracy"]
+            half = 1.96 * sqrt(accuracy * (1 - accuracy) / len(chosen))
+            rows.append((source, frame, len(chosen), f"{100 * accuracy:.1f}", f"{100 * half:.1f}"))
             print(*rows[-1], f"{process_time() - started:.0f} s", flush=True)
             with out.open("w", newline="") as file:
-                head = ("source", "frame", "examples", "generated", "±", "likeliest", "±")
+                head = ("source", "frame", "examples", "accuracy", "half_of_95_percent_interval")
                 csv.writer(file, lineterminator="\n").writerows([head, *rows])
 
 

@@ -91,7 +91,7 @@ def lines(path: Path) -> str:
 
 def hashes(folder: Path) -> dict[str, str]:
     """What a results folder holds."""
-    (saved,) = (path.parent for path in (folder / "checkpoint").glob("*/state.json"))
+    saved = max(path.parent for path in (folder / "checkpoint").glob("*/state.json"))
     state = sorted(path for path in saved.glob("*.safetensors") if path.name != "weights.safetensors")
     last = {path.parent.name: path for path in sorted((folder / "clients").glob("*/*.safetensors"))}
     return {

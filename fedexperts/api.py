@@ -27,7 +27,7 @@ def run(run: RunFile, out: Path | str, *, set: Sequence[str] = (), resume: bool 
         BadValue: the settings, the data or the model do not allow the run.
         BadRun: `out` contains another run, or all clients of a round failed.
     """
-    return runner.run(settings_of(run, set), Path(out), resume=resume)
+    return runner.run(settings_of(run, set).of_its_method(), Path(out), resume=resume)
 
 
 def compare(
@@ -57,7 +57,8 @@ def compare(
         BadValue: the settings of a run are not valid; raised before the first run starts.
     """
     settings = {name: settings_of(run, set) for name, run in by_name(runs).items()}
-    return sweep.compare(settings, sweep.read_variants(",".join(methods)), seeds, Path(out), jobs=jobs)
+    variants = sweep.read_variants(",".join(methods), sweep.named(settings))
+    return sweep.compare(settings, variants, seeds, Path(out), jobs=jobs)
 
 
 def by_name(runs: RunFile | Mapping[str, RunFile]) -> Mapping[str, RunFile]:
@@ -71,12 +72,12 @@ def by_name(runs: RunFile | Mapping[str, RunFile]) -> Mapping[str, RunFile]:
 
 
 def settings_of(run: RunFile, set: Sequence[str]) -> RunConfig:
-    """The settings of a run file or of its content, with those of `set` in place of its own.
+    """The settings of a run file or of its content, with those of `set` in place of its own, and all tables of `[methods]`.
 
     Raises:
         BadValue: an unknown setting, or a value that is not allowed.
     """
     if isinstance(run, Path | str):
-        return config.read(Path(run), set)
+        return config.read_for_all(Path(run), set)
     tree = run.model_dump(mode="json", exclude_none=True) if isinstance(run, RunConfig) else dict(run)
-    return config.from_tree(with_settings(tree, set))
+    return config.from_tree(config.replaced_in_methods(with_settings(tree, set), set))

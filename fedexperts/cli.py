@@ -3,12 +3,10 @@
 import errno
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork into worker processes
@@ -17,7 +15,7 @@ import typer
 from rich.console import Console
 
 from fedexperts.errors import BadValue, FedExpertsError
-from fedexperts.io.toml import RenamedSetting
+from fedexperts.io.toml import renamed_settings_as_notes
 from fedexperts.models.continued.command import pretrain
 from fedexperts.models.upcycle.command import upcycle
 
@@ -36,6 +34,10 @@ app = typer.Typer(
 console = Console()
 
 INTERRUPTED = 130
+OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EINVAL, errno.EOPNOTSUPP, errno.EIO, errno.ENAMETOOLONG),  # of pseudo file systems, among others
+}
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the run file: a.b=c. Repeatable.")]
@@ -113,7 +115,7 @@ def compare(
     if out is None and len(run_files) > 1:
         raise BadValue(f"{len(run_files)} run files were given without a results folder; give one with --out")
     folder = out or Path("results") / run_files[0].stem
-    compared = sweep.compare(settings, sweep.read_variants(methods), seeds, folder, progress(quiet), jobs)
+    compared = sweep.compare(settings, sweep.read_variants(methods, sweep.named(settings)), seeds, folder, progress(quiet), jobs)
     if any(folder.rglob("plan.json")):
         started = [run for run in compared.folders if (run / "plan.json").exists()]
         finish([*started, folder], folder)  # the runs of this comparison in its order, then all others in the folder
@@ -197,7 +199,7 @@ def report(
     markdown: Annotated[Path | None, typer.Option("--md", help="Write the tables to this Markdown file.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with.")] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Write every figure as a PNG file to this folder; needs fedexperts[png].")
+        Path | None, typer.Option(help="Write every figure as a PNG file to this folder; needs fedexperts\\[png].")
     ] = None,
 ) -> None:
     """Write the report of one run or of several side by side: an HTML page that opens from disk."""
@@ -227,11 +229,14 @@ def export(
     kept: Annotated[
         Path | None, typer.Option(help="The client's own folder (its --out), if the client ran on another machine.")
     ] = None,
+    round: Annotated[
+        str | None, typer.Option(help="Of the checkpoint to export, or best; by default the last one.", show_default=False)
+    ] = None,
 ) -> None:
-    """Export a model of the last checkpoint as a folder: the global model, or the model of one client."""
+    """Export a model of a checkpoint as a folder: the global model, or the model of one client."""
     from fedexperts import export as exports
 
-    kind = exports.export(folder, to, client, adapter, kept, merge)
+    kind = exports.export(folder, to, client, adapter, kept, merge, exports.round_of(round))
     reader = "peft" if kind.adapter else "transformers, with trust_remote_code=True" if kind.needs_code else "transformers"
     say(f"written: {to} (for {reader}; its README.md shows how to load it)")
 
@@ -385,32 +390,6 @@ def finish(folders: Sequence[Path], out: Path) -> None:
         say(f"written: {path}")
 
 
-@contextmanager
-def renamed_settings_as_notes() -> Iterator[None]:
-    """Shows each warning about the former name of a setting once, as one line on stderr without the place in our code."""
-    shown: set[str] = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", RenamedSetting)
-        show_other = warnings.showwarning
-
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if not issubclass(category, RenamedSetting):
-                show_other(message, category, filename, lineno, file, line)
-            elif str(message) not in shown:
-                shown.add(str(message))
-                print(f"note: {message}", file=sys.stderr)
-
-        warnings.showwarning = show
-        yield
-
-
 def main() -> None:
     """Exit codes: 0 success; 1 a bug of ours, or a failed run of a comparison; 2 a mistake of the user; 130 interrupted."""
     try:
@@ -419,7 +398,7 @@ def main() -> None:
     except FedExpertsError as error:
         sys.exit(fail(str(error), 2))
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR):
+        if error.errno not in OF_THE_DISK:
             raise
         place = error.filename or "a file"
         sys.exit(fail(f"{place} cannot be written ({error.strerror}); free the disk or the path, or give another folder", 2))

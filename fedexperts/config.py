@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -9,10 +11,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from fedexperts.core.devices import UTILIZATION, Profile, profiles
 from fedexperts.data.settings import DataSettings, Sources
-from fedexperts.errors import BadValue, nearest
-from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, without_none
+from fedexperts.errors import BadValue, listed, nearest, quoted, shortened
+from fedexperts.io.toml import Tree, checked, read_tree, sentence, with_new_names, with_settings, without, without_none
 from fedexperts.methods import FORMER_FIELDS, FORMER_NAMES, METHODS, enter_installed
-from fedexperts.methods.contract import Method
+from fedexperts.methods.contract import Method, as_the_run_says
 from fedexperts.methods.robust import RobustMerging, WithRobustMerging
 from fedexperts.methods.server_optimizers import SERVER_OPTIMIZERS, WithServerOptimizer
 from fedexperts.models.files import BUNDLED
@@ -27,7 +29,7 @@ RENAMED = {
 """Former name of a setting → its name now."""
 
 METHOD, OPTIMIZER = "method", "federation.server_optimizer"
-OWN_METHOD = "; a method of your own is found once its package is installed (docs/extending.md)"
+OWN_METHOD = "; for one of your own, install its package (docs/extending.md)"
 
 
 class Settings(BaseModel):
@@ -64,19 +66,32 @@ def consistent(training: Training) -> Training:
     """`training`, if its settings are consistent.
 
     Raises:
-        BadValue: parts and adapters that cannot be combined, or a cosine schedule that rises.
+        BadValue: parts and adapters that cannot be combined, or a schedule that rises.
     """
     training.check()
-    if training.schedule == "cosine" and training.final_lr > training.lr:
+    if training.schedule != "constant" and training.final_lr > training.lr:
         raise BadValue(
-            f"training.final_lr = {training.final_lr:g} is above training.lr = {training.lr:g}, but the cosine falls from lr to "
-            "final_lr; lower it"
+            f"training.final_lr = {training.final_lr:g} is above training.lr = {training.lr:g}, but the {training.schedule} "
+            "falls from lr to final_lr; lower it"
         )
     return training
 
 
+class StopSettings(Settings):
+    """When a run ends before its last round, by its score on the clients' validation examples at each evaluation."""
+
+    patience: int | None = Field(None, ge=1)  # evaluations in a row without a better score
+    min_delta: float = Field(0.0, ge=0)  # by which a better score must be better
+    target: float | None = None  # score that is enough
+
+    @property
+    def given(self) -> bool:
+        """Whether a run may stop early."""
+        return self.patience is not None or self.target is not None
+
+
 class FederationSettings(Settings):
-    rounds: int = Field(10, ge=1)
+    rounds: int = Field(10, ge=1, le=999_999)  # six digits, in the order of which checkpoints and client states are sorted
     clients_per_round: int | None = Field(None, ge=1)  # None: all
     sampling: Literal["random", "by task"] = "random"  # by task: clients of different tasks, as far as possible
     engine: Literal["local", "flower"] = "local"
@@ -85,6 +100,7 @@ class FederationSettings(Settings):
     min_clients: int = Field(1, ge=0)  # fewer answers stop the run; 0: a round without answers leaves the server unchanged
     round_seconds: float | None = Field(None, gt=0)  # wall-clock limit of a client's answer; engine flower only
     wire_dtype: WireDtype = "float32"  # that weights travel in (engines.wire)
+    stop: StopSettings = StopSettings()
     server_optimizer: Tree | None = None  # its name and fields; None: the merged weights are used as they are
     robust: RobustMerging | None = None  # a rule that limits what single clients can do to a merge; None: the method's mean
 
@@ -160,6 +176,17 @@ class EvaluationSettings(Settings):
     drift: bool = False
 
 
+class CheckpointSettings(Settings):
+    """Which checkpoints of a run stay."""
+
+    keep: int = Field(2, ge=1)  # the last ones; the one before is used if the last is damaged
+    best: bool = False  # whether the one with the best score on validation examples stays, too
+
+
+OWN_TABLES = ("training", "federation", "model")
+"""Tables of a run file that `[methods.NAME]` may have of its own; its other keys are hyperparameters."""
+
+
 class TrackSettings(Settings):
     """The tracker that receives the metrics of a run, in addition to the logs."""
 
@@ -170,11 +197,13 @@ class RunConfig(Settings):
     seed: int = 0
     model: ModelSettings = ModelSettings()
     method: Tree = Field({"name": "fedmoe"})
+    methods: dict[str, Tree] = Field({})  # settings of one method, or of a named variant of it, in place of the run's
     training: Annotated[Training, AfterValidator(consistent)] = Training()
     federation: FederationSettings = FederationSettings()
     data: DataSettings
     devices: DeviceSettings = DeviceSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     track: TrackSettings = TrackSettings()
 
     @model_validator(mode="before")
@@ -189,6 +218,16 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def validation_is_scored_after_aggregation(self) -> Self:
+        chooses = "federation.stop" if self.federation.stop.given else "checkpoint.best" if self.checkpoint.best else ""
+        if chooses and self.evaluation.score == "before_aggregation":
+            raise BadValue(
+                f"{chooses} goes by the score of the aggregated weights on validation examples, but evaluation.score = "
+                f'"before_aggregation" scores others; set evaluation.score = "after_aggregation", or leave {chooses} out'
+            )
+        return self
+
+    @model_validator(mode="after")
     def quantized_weights_stay_frozen(self) -> Self:
         whole = [part for part in self.training.trained if part != "router" and self.training.train == "full"]
         if self.model.quantize and whole:
@@ -197,6 +236,59 @@ class RunConfig(Settings):
                 f'{whole[0]} whole; set training.train = "lora" (or training.parts = ["router"]), or leave quantize out'
             )
         return self
+
+    @model_validator(mode="after")
+    def own_settings_are_valid(self) -> Self:
+        for name in self.methods:
+            try:
+                self.for_method(name)
+            except BadValue as error:
+                raise BadValue(f"[methods.{name}]: {error}") from None
+        return self
+
+    def of_its_method(self) -> "RunConfig":
+        """The settings of a run: those of `[methods.NAME]` for its method in place of the others, and no such tables."""
+        name = str(self.method["name"])
+        return self.with_own(name) if name in self.methods else self.model_copy(update={"methods": {}})
+
+    def for_method(self, name: str, changes: Sequence[str] = ()) -> "RunConfig":
+        """The settings of a comparison for `name`, a method or a table of `methods`: see `with_own`.
+
+        If the method cannot train as these say, it trains as it declares, with its own settings and `changes` on top.
+
+        Raises:
+            BadValue: an unknown method or key, or a value that is not allowed.
+        """
+        kind = METHODS.get(str(self.methods.get(name, {}).get("name", name)))
+        declared = as_the_run_says if kind is None else kind().declare().training
+        training = declared(self.training)
+        if training != self.training:
+            with suppress(BadValue):
+                given = self.with_own(name, changes)
+                if declared(given.training) == given.training:
+                    return given
+        return self.model_copy(update={"training": training}).with_own(name, changes)
+
+    def with_own(self, name: str, changes: Sequence[str] = ()) -> "RunConfig":
+        """The settings with those of `[methods.name]`, then each a.b=c of `changes`, in place of the others.
+
+        The hyperparameters of the run file are preserved if its method is the same. `name` in the table is the method's, if the
+        table's own name is that of a variant.
+        """
+        own = dict(self.methods.get(name, {}))
+        method = str(own.pop("name", name))
+        tables = with_new_names({table: own.pop(table) for table in OWN_TABLES if table in own}, RENAMED)
+        own = with_new_names({METHOD: own}, renamed(method))[METHOD]
+        if shared := own.keys() & (RunConfig.model_fields.keys() - {METHOD, "methods"}):
+            raise BadValue(
+                f"{min(shared)} is the same for all methods of a run file; only {listed(OWN_TABLES)} can be set for one"
+            )
+        if wrong := [table for table, settings in tables.items() if not isinstance(settings, dict)]:
+            raise BadValue(f"{wrong[0]} = {quoted(tables[wrong[0]])} should be a table, such as {wrong[0]} = {{ … }}")
+        tree = self.model_dump(mode="json", exclude={"methods"}, exclude_none=True)
+        own = {**(self.method if self.method["name"] == method else {"name": method}), **own}
+        merged = {**tree, **{table: {**tree[table], **settings} for table, settings in tables.items()}, METHOD: own}
+        return checked(RunConfig, with_settings(merged, [with_new_name(change, method) for change in changes]))
 
     def build_method(self) -> Method:
         """The method with its hyperparameters, wrapped in the server optimizer if there is one.
@@ -212,7 +304,7 @@ class RunConfig(Settings):
 
     def resolved(self) -> Tree:
         """All settings as TOML types, including the defaults of the method and of the server optimizer."""
-        tree = {**self.model_dump(mode="json"), "method": with_defaults(METHODS, self.method, METHOD)}
+        tree = {**self.model_dump(mode="json", exclude={"methods"}), "method": with_defaults(METHODS, self.method, METHOD)}
         if (optimizer := self.federation.server_optimizer) is not None:
             tree["federation"]["server_optimizer"] = with_defaults(SERVER_OPTIMIZERS, optimizer, OPTIMIZER)
         resolved: Tree = without_none(tree)
@@ -229,6 +321,12 @@ def with_current_names(tree: Tree) -> Tree:
     if isinstance(method, dict) and isinstance(name := method.get("name"), str) and name in FORMER_NAMES:
         tree = {**tree, "method": {**method, "name": FORMER_NAMES[name]}}
     return with_new_names(tree, renamed_in(tree))
+
+
+def with_new_name(change: str, method: str) -> str:
+    """`a.b=c` with the current name of the setting if a.b is its former name, with `method`."""
+    key, equals, value = change.partition("=")
+    return f"{renamed(method).get(key.strip(), key)}{equals}{value}"
 
 
 def renamed(method: object) -> dict[str, str]:
@@ -253,10 +351,11 @@ def built(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -> Kind:
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
         hint = OWN_METHOD if table == METHOD else ""
-        raise BadValue(f"{table}.name = {name!r} is not one of {', '.join(kinds)}{nearest(str(name), kinds) or hint}")
+        raise BadValue(f"{table}.name = {quoted(name)} is not one of {', '.join(kinds)}{nearest(str(name), kinds) or hint}")
     allowed = [field.name for field in dataclasses.fields(kinds[name])]  # type: ignore[arg-type]  # all are dataclasses
     for key in fields:
         if key not in allowed:
+            key = shortened(key, 40)
             raise BadValue(
                 f"{table}.{key} is not a setting of {name}, which has {', '.join(allowed) or 'none'}{nearest(key, allowed)}"
             )
@@ -272,12 +371,19 @@ def with_defaults(kinds: Mapping[str, type[Kind]], settings: Tree, table: str) -
 
 
 def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
-    """The settings in a run file; each `a.b=c` of `settings` replaces the value in the file. Files of data are found beside it.
+    """The settings of the run in a run file, with those of its method; see `read_for_all`."""
+    return read_for_all(path, settings).of_its_method()
+
+
+def read_for_all(path: Path, settings: Sequence[str] = ()) -> RunConfig:
+    """The settings in a run file, with the tables of `[methods]` for a comparison.
+
+    Each `a.b=c` of `settings` replaces the value in the file, and in those tables. Files of data are found beside it.
 
     Raises:
         BadValue: no such file, no TOML, an unknown key (names the nearest), or a value that is not allowed.
     """
-    config = from_tree(read_tree(path, "the one that fedexperts init writes", settings))
+    config = from_tree(replaced_in_methods(read_tree(path, "the one that fedexperts init writes", settings), settings))
     data, evaluation = config.data, config.evaluation
     sources, retained = (tuple(source.beside(path) for source in some) for some in (data.sources, evaluation.retained))
     return config.model_copy(
@@ -286,6 +392,14 @@ def read(path: Path, settings: Sequence[str] = ()) -> RunConfig:
             "evaluation": evaluation.model_copy(update={"retained": retained}),
         }
     )
+
+
+def replaced_in_methods(tree: Tree, settings: Sequence[str]) -> Tree:
+    """`tree` without the settings of `[methods]` that each a.b=c of `settings` replaces for all."""
+    if not isinstance(methods := tree.get("methods"), dict):
+        return tree
+    paths = [setting.partition("=")[0].strip().removeprefix(f"{METHOD}.").split(".") for setting in settings]
+    return {**tree, "methods": {name: reduce(without, paths, table) for name, table in methods.items()}}
 
 
 def from_tree(tree: Tree) -> RunConfig:

@@ -4,13 +4,19 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from reprlib import repr as short_repr
 
+LONGEST = 300
+"""Characters of a sentence about a value."""
+
 
 class FedExpertsError(Exception):
     """A mistake that the user can correct; the command line prints its sentence and exits with 2."""
 
 
 class BadValue(FedExpertsError, ValueError):
-    """A value that no setting, method or model allows."""
+    """A value that no setting, method or model allows. Of a sentence that quotes something long, the middle is left out."""
+
+    def __init__(self, sentence: object = "") -> None:
+        super().__init__(bounded(str(sentence)))
 
 
 class NoExperts(BadValue):
@@ -41,8 +47,17 @@ class BadRun(FedExpertsError):
     """A results folder that does not fit the command: it holds another run, or none."""
 
 
+class Damaged(BadRun):
+    """A file of a results folder that is missing, or is not what the run wrote."""
+
+
 class Busy(BadRun):
     """A results folder in which another process is at work."""
+
+
+def bounded(sentence: str) -> str:
+    """`sentence` in at most LONGEST characters: its beginning, which says where, and its end, which says what to do."""
+    return sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 123].rstrip()} … {sentence[-120:].lstrip()}"
 
 
 def quoted(value: object) -> str:

@@ -207,10 +207,10 @@ class Training(Tuning):
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate over rounds; constant within a round
-    final_lr: Annotated[float, Field(gt=0)] = 1e-6  # of the last round, with "cosine"
+    schedule: Literal["constant", "linear", "cosine", "cosine_annealing"] = "constant"  # of the learning rate over rounds
+    final_lr: Annotated[float, Field(gt=0)] = 1e-6  # of the last round, with "cosine"; else of the one after it
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # of each job, in which the learning rate rises linearly
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1  # batches of one optimizer step
     packing: bool = False  # several short examples of a batch in a row, whose attention is kept apart
     gradient_checkpointing: bool = False  # computes activations again in backward instead of storing them
@@ -234,10 +234,17 @@ class Training(Tuning):
         return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
 
     def lr_in(self, round: int, rounds: int) -> float:
-        """The learning rate of a round; with "cosine", `lr` in setup tasks and the first round and `final_lr` in the last."""
+        """The learning rate of a round, the same in all its steps; `lr` in setup tasks and the first round.
+
+        "cosine" reaches `final_lr` in the last round, which hardly trains. "linear" and "cosine_annealing" go by (r - 1) / R, so
+        that the last of R rounds still trains; the latter is torch's CosineAnnealingLR with T_max = R, and FLEx's public code.
+        """
         if self.schedule == "constant" or round <= 1:
             return self.lr
-        return self.final_lr + (self.lr - self.final_lr) * (1 + cos(pi * (round - 1) / (rounds - 1))) / 2
+        if self.schedule == "cosine":
+            return self.final_lr + (self.lr - self.final_lr) * (1 + cos(pi * (round - 1) / (rounds - 1))) / 2
+        done = (round - 1) / rounds
+        return self.final_lr + (self.lr - self.final_lr) * (1 - done if self.schedule == "linear" else (1 + cos(pi * done)) / 2)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from fedexperts.engines.local import LocalEngine
 from fedexperts.experiment import checkpoint, runner
 from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import Prepared
+from fedexperts.io import manifest
 from fedexperts.models.tokenizer import make_tokenizer
 from fedexperts.testing import tiny_model
 from fedexperts.types import Engine, Failure, Job, Update, job_key
@@ -197,7 +198,7 @@ def tensor_files(folder: Path) -> dict[str, bytes]:
 def same(out: Path, local: Path) -> bool:
     """Whether two runs ended with the same weights and method state, and logged the same of every round."""
     ends = [tensor_files(checkpoint.latest(run)) for run in (out, local)]
-    logs = [[lines(run / name) for name in checkpoint.LOGS] for run in (out, local)]
+    logs = [[lines(run / name) for name in manifest.LOGS] for run in (out, local)]
     return ends[0] == ends[1] and logs[0] == logs[1]
 
 

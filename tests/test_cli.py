@@ -303,7 +303,7 @@ def test_a_client_that_sends_nan_is_left_out_named_and_counted_and_the_run_goes_
     assert [(entry["round"], entry["client"]) for entry in failed] == [(2, "c02")]
     assert failed[0]["bytes_up"] > 0
     assert [list(line["failed"]) for line in lines(out / "rounds.jsonl")] == [[], ["c02"], []]
-    (weights,) = (out / "checkpoint").rglob("weights.safetensors")
+    weights = checkpoint.latest(out) / "weights.safetensors"
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load_file(weights).values())
 
 

@@ -68,8 +68,8 @@ def test_a_key_that_is_no_name_is_refused(key):
 def test_an_unknown_method_is_refused_with_all_there_are_and_the_nearest():
     there = ", ".join(METHODS)
     assert refusal("method.name=fedmoee") == f"method.name = 'fedmoee' is not one of {there}; did you mean fedmoe?"
-    mine = f"method.name = 'xyz' is not one of {there}; a method of your own is found once its package is installed"
-    assert refusal("method.name=xyz") == f"{mine} (docs/extending.md)"
+    mine = "for one of your own, install its package (docs/extending.md)"
+    assert refusal("method.name=xyz") == f"method.name = 'xyz' is not one of {there}; {mine}"
 
 
 @pytest.mark.parametrize("name", ["3", "[1]", "{a = 1}", ""])

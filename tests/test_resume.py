@@ -18,6 +18,7 @@ from fedexperts.experiment import checkpoint, runner
 
 LOGS = {"rounds.jsonl": 4, "evals.jsonl": 1, "ledger.jsonl": 8}
 """With the fewest lines that each has."""
+OF_LOGS = ("logs", "log_sha256", "sha256")  # keys of state.json about them: they say seconds
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 PATIENCE = 120  # seconds for a process to get where it is waited for
 
@@ -61,7 +62,7 @@ def saved(out):
     newest = checkpoint.latest(out)  # a kill right after it was written leaves the one before, too
     kept = {folder.name: max(folder.glob("*.safetensors")) for folder in sorted((out / "clients").glob("*"))}
     return {
-        "state": {key: value for key, value in json.loads((newest / "state.json").read_text()).items() if key != "logs"},
+        "state": {key: value for key, value in json.loads((newest / "state.json").read_text()).items() if key not in OF_LOGS},
         "weights": tensors(newest / "weights.safetensors"),
         "method_state": tensors(newest / "method_state.safetensors"),
         "kept": {client: (path.name, tensors(path)) for client, path in kept.items()},

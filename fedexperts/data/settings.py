@@ -180,7 +180,7 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sources: Sources = Field(min_length=1)
-    clients: int = Field(default=10, ge=1)  # with names: their number
+    clients: int = Field(default=10, ge=1, le=1_000_000)  # with names: their number
     names: tuple[ClientName, ...] = ()  # of the clients; by default c01, c02, …
     own: bool = False  # each client brings its own data (`fedexperts client --data`), all read as the only source says
     partition: PartitionSettings = PartitionSettings()
@@ -188,7 +188,7 @@ class DataSettings(BaseModel):
     minimum: int = Field(default=4, ge=2)  # examples per client, validation included
     validation: float = Field(default=0.15, gt=0, lt=1)  # share of a client's training examples
     test_examples: int = Field(default=50, ge=1)  # per client, with the label shares of its training examples
-    max_tokens: int = Field(default=256, ge=4)
+    max_tokens: int = Field(default=256, ge=4, le=1_000_000)
     too_long: TooLong = "cut"  # what becomes of examples with more than max_tokens tokens
     template: Template = "auto"  # of prompts
 

@@ -24,11 +24,12 @@ from fedexperts.data.templates import (
     names_of,
     rows_with_label_names,
 )
-from fedexperts.errors import BadData, BadValue, listed, nearest, shortened
+from fedexperts.errors import BadData, BadValue, listed, nearest, quoted, shortened
 from fedexperts.types import Example
 
 HUB, GENERATED = "hub:", "synthetic/"
 TEST_SHARE = 0.1  # of the rows of a file or set that has no test split
+MOST_GENERATED = 100_000
 GENERATED_TRAIN, GENERATED_TEST = 1000, 200  # examples of a generated task, where no limit is set
 
 
@@ -86,6 +87,10 @@ def _loader(name: str) -> Callable[[SourceSettings], Source]:
 
 def _generated(source: SourceSettings, limit: int | None) -> Source:
     task = source.name.removeprefix(GENERATED)
+    if limit is not None and limit > MOST_GENERATED:
+        raise BadData(
+            f"a limit of {quoted(limit)} examples of {source.name} is too many to generate; give at most {MOST_GENERATED:,}"
+        )
     generated = (
         synthetic.examples(task, limit or GENERATED_TRAIN, "train", "train"),
         synthetic.examples(task, GENERATED_TEST, "test", "test"),

@@ -30,6 +30,7 @@ class ClientTask:
     evaluation: EvaluationSettings
     rounds: int  # of the whole run
     retained: Sequence[Example] = ()
+    validates: bool = False  # whether evaluations score the validation examples, too
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def scheduled(self, job: Job, context: ClientContext) -> ClientContext:
@@ -65,6 +66,9 @@ class ClientTask:
         if self.scores_with(job):
             number = len(self.scored_examples(data[job.client]))
             checks["scores"] = lambda value: evaluation.scores_error(value, tasks, number)
+        if job.task == "evaluate" and self.validates:
+            held_out = len(self.held_out(data[job.client]))
+            checks["validation"] = lambda value: evaluation.scores_error(value, tasks, held_out)
         if self.measures_with(job) and self.retained:
             checks["retained"] = lambda value: evaluation.by_example_error(value, self.retained)
         if self.measures_with(job) and self.evaluation.drift:
@@ -90,16 +94,24 @@ class ClientTask:
         metrics: dict[str, Any] = {}
         if self.scores_with(job):
             metrics["scores"] = self.scores(model, context)
+        if self.validates:
+            metrics["validation"] = self.scores_on(model, self.held_out(context.data), context)
         if self.measures_with(job):
             metrics |= self.against_base(model, job, context)
         return Update(job.client, job.round, job.task, Patch({}), len(context.data.train), metrics=metrics)
 
     def scores(self, model: nn.Module, context: ClientContext) -> dict[str, Any]:
         """Scores on the client's examples, as JSON values."""
+        return self.scores_on(model, self.scored_examples(context.data), context)
+
+    def scores_on(self, model: nn.Module, examples: Sequence[Example], context: ClientContext) -> dict[str, Any]:
+        """Scores on `examples`, as JSON values."""
         settings = self.evaluation
-        return evaluation.score(
-            model, self.scored_examples(context.data), context.encoder, settings.generate_tokens, settings.batch_size
-        ).to_json()
+        return evaluation.score(model, examples, context.encoder, settings.generate_tokens, settings.batch_size).to_json()
+
+    def held_out(self, data: Split) -> Sequence[Example]:
+        """The validation examples that are scored beside test examples: all of the client's."""
+        return data.validation
 
     def scored_examples(self, data: Split) -> Sequence[Example]:
         """The client's examples that are scored."""

@@ -103,10 +103,18 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]], losses: S
     return [
         *([memory_warning] if over else []),
         *([tokenizer_warning] if configuration_only else []),
+        *too_few_clients(prepared),
         *too_long_labels(prepared),
         *too_many_positions(prepared),
         *sentences(losses, config.data.max_tokens, config.evaluation.generate_tokens),
     ]
+
+
+def too_few_clients(prepared: Prepared) -> Iterator[str]:
+    """A sentence if more clients are to be sampled in a round than there are."""
+    wanted, there = prepared.config.federation.clients_per_round, len(prepared.clients)
+    if wanted is not None and wanted > there:
+        yield f"federation.clients_per_round = {wanted}, but there are {there} clients, so all of them train in every round"
 
 
 def too_many_positions(prepared: Prepared) -> Iterator[str]:

@@ -1,12 +1,12 @@
 """Executes a run, from its settings to its results folder."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from math import isfinite, nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,8 +20,8 @@ from fedexperts.core.ledger import Ledger
 from fedexperts.data.settings import PLAIN
 from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
-from fedexperts.errors import BadRun, BadValue
-from fedexperts.experiment import checkpoint, trackers
+from fedexperts.errors import BadRun, BadValue, Damaged
+from fedexperts.experiment import checkpoint, control, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.progress import Progress, Quiet
@@ -30,6 +30,7 @@ from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, ru
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.federation import answers, federate, steps
 from fedexperts.io.files import locked, write_text
+from fedexperts.io.manifest import MANIFEST, append, changed, finite, object_or_empty, read_object, write_manifest, write_sealed
 from fedexperts.io.toml import different, flattened, to_toml
 from fedexperts.methods.contract import Method
 from fedexperts.moe.device import kind_of, on_device
@@ -41,6 +42,10 @@ MAY_DIFFER = (
     "federation.min_clients",
     "federation.round_seconds",
     "track.to",
+    "checkpoint.keep",
+    "federation.stop.patience",
+    "federation.stop.min_delta",
+    "federation.stop.target",
     "data.template",  # as far as it leads to the same templates: see `require_same_inputs`
     "training.device",  # as far as it is of the same kind: see `require_same_kind`
 )
@@ -66,9 +71,13 @@ BEFORE = {
     "data.names": [],
     "data.own": False,
     "data.template": PLAIN,
+    "checkpoint.best": False,
     "data.too_long": "cut",
 }
 """Values of these settings in runs that started before the settings existed."""
+
+SCORED = {"scores", control.VALIDATION}
+"""Metrics of evaluations that are merged over clients."""
 
 NO_EXPERT_SENT = "no client sent an expert, so the training of experts is lost and they stay as they are; "
 
@@ -98,22 +107,19 @@ def run(
         Busy: another process is running in `out`.
     """
     torch.set_num_threads(config.training.threads)
-    require_flower(config)
-    kind = kind_of(devices_of(config))
-    trackers.require(config.track.to)
+    require_extras(config)
     claim(config, out, resume)
-    prepared = prepare_run(config, label, setting, parts)
-    require_same_inputs(prepared, out)
-    require_same_kind(kind, out)
+    prepared = same_as_begun(prepare_run(config, label, setting, parts), out)
     total = len(steps(prepared.method, config.federation.rounds))
     with locked(out), progress or Quiet() as shown:
         ledger = Ledger(clock_for(prepared), shown.answered)
-        write_start(prepared, out, kind)
-        behind = checkpoint.rewind(out, prepared.method, config.federation.rounds)
+        write_start(prepared, out, shown)
+        behind = checkpoint.rewind(out, prepared.method, config.federation.rounds, shown.say)
         shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
-        with trackers.tracking(config.track.to, about, done=behind == total) as track:
-            if behind == total:
+        reason = control.reason_to_stop(control.history(out), config.federation.stop)
+        with trackers.tracking(config.track.to, about, done=behind == total or bool(reason)) as track:
+            if behind == total or reason:
                 return out
             checkpoint.require_client_state(out)
             if behind == 0 and prepared.retained.examples:
@@ -131,6 +137,9 @@ def run(
                     finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
                     track()  # after the checkpoint: a resumed run never truncates lines that a tracker has received
                     shown.round(server)
+                    if server.round and (reason := control.reason_to_stop(control.history(out), config.federation.stop)):
+                        shown.say(f"{prepared.label}, seed {config.seed}: stopped after {reason}")
+                        break
                     started = perf_counter()
     return out
 
@@ -163,9 +172,11 @@ def finish_round(
     scores = reported_scores(ledger)
     require_answers(server, ledger, fewest if server.round else max(fewest, 1))
     record(out, server, ledger, seconds)
+    settings, score = prepared.config.checkpoint, None
     if due(server, prepared.method, prepared.config):
-        assess(prepared, server, engine, ledger, out, progress, scores)
-    checkpoint.save(out, server)
+        validation = assess(prepared, server, engine, ledger, out, progress, scores)
+        score = control.signed(validation) if settings.best and server.round else None
+    checkpoint.save(out, server, settings.keep, score if score is None or isfinite(score) else None)
 
 
 def reports_of(prepared: Prepared) -> Reports:
@@ -249,11 +260,13 @@ def assess(
     out: Path,
     progress: Progress,
     reported: Mapping[str, evaluation.Scores],
-) -> None:
+) -> Mapping[str, Any]:
     """Appends to evals.jsonl each client's scores on its examples of `evaluation.split`, and those of all clients together.
 
     After the last round also compares each client's model with the base model. reported: the scores of clients that are scored
     before aggregation; the others count with their last scores.
+
+    Returns the overall score on validation examples, or, if those are not scored, on test examples.
     """
     server, task = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
     metrics: dict[str, Mapping[str, Any]] = {}
@@ -268,13 +281,21 @@ def assess(
     together = evaluation.merge(latest[client] for client in server.clients if client in latest)
     with_sums = task.scores_after_training  # read by `last_scores` in later rounds, also after a resume
     own = [line for client in server.clients if client in scores for line in score_lines(scores[client], client, with_sums)]
-    lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), overall_line(together)]]
-    comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - {"scores"}]
+    whole = dict(overall_line(together))
+    held_out = [evaluation.Scores.from_json(each["validation"]) for each in metrics.values() if "validation" in each]
+    validation = control.overall(evaluation.merge(held_out) if held_out else together)
+    if held_out or prepared.config.evaluation.split == "validation":
+        whole[control.VALIDATION] = validation
+        course = [*control.history(out), {"round": server.round, **validation}]
+        whole["stopped"] = control.reason_to_stop(course, prepared.config.federation.stop)
+    lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), whole]]
+    comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - SCORED]
     append(out / "evals.jsonl", [*lines, *comparisons])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
     progress.failed(server, failures(ledger))
     progress.scored(server, together)
     ledger.clear()
+    return validation
 
 
 def against_base(round: int, client: str | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +305,7 @@ def against_base(round: int, client: str | None, metrics: Mapping[str, Any]) -> 
     """
     count = sum(task["examples"] for task in metrics.get("retained", {}).values())
     line = {"round": round, "client": client, "task": None, "examples": count, "metric": None, "value": None}
-    return {**line, **{name: each for name, each in metrics.items() if name != "scores"}}
+    return {**line, **{name: each for name, each in metrics.items() if name not in SCORED}}
 
 
 def last_scores(out: Path) -> dict[str, evaluation.Scores]:
@@ -292,8 +313,15 @@ def last_scores(out: Path) -> dict[str, evaluation.Scores]:
     by_client: dict[str, dict[str, Any]] = {}
     for line in map(json.loads, (out / "evals.jsonl").read_text().splitlines() if (out / "evals.jsonl").exists() else ()):
         if line["client"] is not None and "sums" in line:
-            by_client.setdefault(line["client"], {})[line["task"]] = line["sums"]
+            by_client.setdefault(line["client"], {})[line["task"]] = with_nan(line["sums"])
     return {client: evaluation.Scores.from_json(tasks) for client, tasks in by_client.items()}
+
+
+def with_nan(sums: Any) -> Any:
+    """The sums of a log line, with NaN where JSON has null."""
+    if isinstance(sums, dict):
+        return {key: with_nan(value) for key, value in sums.items()}
+    return nan if sums is None else sums
 
 
 def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
@@ -303,6 +331,12 @@ def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
 
         return simulated(prepared, out)
     return LocalEngine(runtime_for(prepared, out), prepared.config.federation.workers, devices_of(prepared.config))
+
+
+def require_extras(config: RunConfig) -> None:
+    """Raises BadValue if the run needs packages or GPUs that are not available."""
+    require_flower(config)
+    trackers.require(config.track.to)
 
 
 def require_flower(config: RunConfig) -> None:
@@ -327,19 +361,39 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
         return
     if not resume:
         raise BadRun(f"{out} holds a run already; continue it with --resume, or give another folder with --out")
-    begun = {**BEFORE, **flattened(with_current_names(json.loads(resolved.read_text())))}
-    changed = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
-    if changed:
+    require_begun(out)
+    begun = {**BEFORE, **flattened(with_current_names(read_object(resolved)))}
+    more = config.federation.rounds > begun["federation.rounds"]
+    settings = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
+    if settings := [key for key in settings if not (more and key == "federation.rounds")]:
         raise BadRun(
-            f"{out} holds a run with other settings: {', '.join(changed)} changed; resume it with the run file it had "
+            f"{out} holds a run with other settings: {', '.join(settings)} changed; resume it with the run file it had "
             f"({out / 'run.toml'}), or start anew with another --out"
         )
+
+
+def require_begun(out: Path) -> None:
+    """Raises Damaged if the settings or the versions of the run in `out` are not what it wrote when it began."""
+    wrong = changed(out)
+    if error := wrong.get("resolved.json") or wrong.get("versions.json"):
+        raise Damaged(f"{error}, so the run cannot be continued; {checkpoint.REMEDY}")
+
+
+def same_as_begun(prepared: Prepared, out: Path) -> Prepared:
+    """`prepared`, if the run in `out` began with the same model, data and kind of device.
+
+    Raises:
+        BadRun: it did not.
+    """
+    require_same_inputs(prepared, out)
+    require_same_kind(kind_of(devices_of(prepared.config)), out)
+    return prepared
 
 
 def require_same_inputs(prepared: Prepared, out: Path) -> None:
     """Raises BadRun if the model or the data of the run in `out` have changed since it started."""
     if (out / "versions.json").exists():
-        begun = json.loads((out / "versions.json").read_text())
+        begun = read_object(out / "versions.json")
         now = versions(prepared)
         begun = {"template_hashes": dict.fromkeys(now["template_hashes"], PLAIN), **begun}  # which all older runs have
         inputs = [name for name in INPUTS if name in begun]  # older runs recorded fewer
@@ -354,7 +408,7 @@ def require_same_inputs(prepared: Prepared, out: Path) -> None:
 def require_same_kind(kind: str, out: Path) -> None:
     """Raises BadRun if the run in `out` began on another kind of device, which gives other bits."""
     if (out / "versions.json").exists():
-        begun = json.loads((out / "versions.json").read_text()).get("device", BEFORE["training.device"])
+        begun = read_object(out / "versions.json").get("device", BEFORE["training.device"])
         if begun != kind:
             raise BadRun(
                 f"{out} holds a run that began on {begun}, and would go on on {kind}, which gives other bits; resume it where "
@@ -362,21 +416,25 @@ def require_same_kind(kind: str, out: Path) -> None:
             )
 
 
-def write_start(prepared: Prepared, out: Path, kind: str) -> None:
-    """Writes the files of `out` that do not change during the run; `kind`: of the devices."""
+def write_start(prepared: Prepared, out: Path, progress: Progress) -> None:
+    """Writes the files of `out` that do not change during the run, and says which of them had changed."""
+    for error in changed(out).values():
+        progress.say(f"{error}; it is written again")
+    training, rounds = prepared.config.training, prepared.config.federation.rounds
+    earlier = object_or_empty(out / "resolved.json").get("federation", {}).get("rounds", rounds)
+    if earlier < rounds and training.schedule != "constant":
+        progress.say(
+            f"{out} began with {earlier} rounds and now has {rounds}: its {training.schedule} of the learning rate goes by their "
+            "number, so the result is not that of a run that had it from the start"
+        )
     resolved = prepared.config.resolved()
+    if (out / MANIFEST).exists():
+        write_sealed(out / MANIFEST, {})  # until all of these are written again
     write_text(out / "resolved.json", json.dumps(resolved))  # written first: from here on the run can be resumed
     write_text(out / "run.toml", to_toml(resolved))
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
-        write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind}))
+        write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind_of(devices_of(prepared.config))}))
     prepared.clients.save(out / "partition.json")
-    write_text(out / "reference_lines.jsonl", "".join(json.dumps(line) + "\n" for line in lines_of(prepared)))
-    write_text(out / "plan.json", json.dumps(plan(prepared)))  # written last: reports read a folder that has it
-
-
-def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Appends `lines` as JSON and syncs the file, before the checkpoint that relies on them."""
-    with path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(out / "reference_lines.jsonl", "".join(json.dumps(finite(line)) + "\n" for line in lines_of(prepared)))
+    write_text(out / "plan.json", json.dumps(finite(plan(prepared)), allow_nan=False))  # reports read a folder that has it
+    write_manifest(out)

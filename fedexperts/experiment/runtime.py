@@ -10,6 +10,7 @@ from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.local import ClientRuntime
 from fedexperts.errors import BadValue
 from fedexperts.experiment.client_task import ClientTask
+from fedexperts.experiment.control import needs_validation
 from fedexperts.experiment.setup import Prepared
 from fedexperts.moe.device import find_devices
 from fedexperts.types import Client
@@ -65,7 +66,8 @@ def everyone(prepared: Prepared) -> dict[str, Client]:
 
 def task_for(prepared: Prepared) -> ClientTask:
     config = prepared.config
-    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, prepared.retained.examples)
+    retained, validates = prepared.retained.examples, needs_validation(config)
+    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, retained, validates)
 
 
 def encoder_for(prepared: Prepared) -> Encoder:

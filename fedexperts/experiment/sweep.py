@@ -1,6 +1,5 @@
 """Comparisons: run files × varied settings × methods × seeds, each run in its own folder, in one or several processes."""
 
-import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -8,57 +7,23 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from urllib.parse import quote
 
 from rich.console import Console
 
 from fedexperts import config as configs
 from fedexperts.config import RunConfig
-from fedexperts.errors import BadRun, BadValue, Busy, FedExpertsError, nearest
+from fedexperts.errors import BadRun, BadValue, Busy, FedExpertsError, shortened
 from fedexperts.experiment.process_pool import Died, in_parallel
-from fedexperts.experiment.progress import Progress, Shown
+from fedexperts.experiment.progress import Progress, Quiet, Shown
 from fedexperts.experiment.runner import claim, require_same_inputs, run
 from fedexperts.experiment.setup import Parts, prepare_run
-from fedexperts.io.toml import checked, with_settings
-from fedexperts.methods import FORMER_NAMES, METHODS, enter_installed
+from fedexperts.experiment.variants import LONGEST, Variant, as_folder, named, pieces, read_variants, training_notes
 
 REPORTS = ("report.html", "report.csv", "report.md")
 DEEPEST = 4  # levels of subfolders in which a report searches for runs
-SAME = ("data", "devices", "evaluation", "seed")  # settings that all methods of a comparison share
-LONGEST = 200  # characters of a folder's name; file systems allow 255 bytes
+__all__ = ["Compared", "Variant", "compare", "named", "read_settings", "read_variants"]
 PARTS = Parts()
 """Cache of a process that executes runs of a comparison."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method of a comparison: its label, and the settings that it changes."""
-
-    label: str
-    method: str
-    changes: tuple[str, ...] = ()  # each a.b=c
-
-    @property
-    def folder(self) -> str:
-        """The label as a folder name, unique for each label."""
-        return as_folder(self.label)
-
-    def of(self, config: RunConfig) -> RunConfig:
-        """`config` with this method; the run file's settings of the same method are preserved.
-
-        Raises:
-            BadValue: an unknown key, or a value that is not allowed.
-        """
-        method = dict(config.method) if config.method["name"] == self.method else {"name": self.method}
-        tree = config.model_dump(mode="json", exclude_none=True)
-        changes = [with_new_name(change, self.method) for change in self.changes]
-        return checked(RunConfig, with_settings({**tree, "method": method}, changes))
-
-
-def with_new_name(change: str, method: str) -> str:
-    """`a.b=c` with the current name of the setting if a.b is its former name, with `method`."""
-    key, equals, value = change.partition("=")
-    return f"{configs.renamed(method).get(key.strip(), key)}{equals}{value}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +44,7 @@ class Compared:
     folders: tuple[Path, ...]  # in the order in which settings and methods were named
     left: tuple[Path, ...]
     failed: Mapping[Path, str]
+    notes: tuple[str, ...] = ()  # what each method trains, and a warning where these are different parts
 
 
 @dataclass(frozen=True)
@@ -114,10 +80,12 @@ def compare(
         for setting, config in settings.items()
         for variant in variants
     ]
-    parts = Parts()
+    parts, notes = Parts(), tuple(training_notes(settings, variants))
     for each in runs:  # so that an error of the last method is raised before the first run starts
         claim(each.config, each.folder, resume=True)
         require_same_inputs(prepare_run(each.config, each.label, parts=parts), each.folder)
+    for note in notes:
+        (progress or Quiet()).say(note)
     if jobs > 1:
         work = partial(attempt_elsewhere, shows=progress is not None and progress.shows)
         outcomes = {
@@ -130,7 +98,7 @@ def compare(
     outcomes |= {each.folder: attempt(each, parts, progress) for each in runs if outcomes[each.folder].left}
     folders = tuple(each.folder for each in runs)
     failed = {folder: reason for folder in folders if (reason := outcomes[folder].failed) is not None}
-    return Compared(folders, tuple(folder for folder in folders if outcomes[folder].left), failed)
+    return Compared(folders, tuple(folder for folder in folders if outcomes[folder].left), failed, notes)
 
 
 def attempt(planned: Planned, parts: Parts, progress: Progress | None) -> Outcome:
@@ -150,6 +118,8 @@ def attempt(planned: Planned, parts: Parts, progress: Progress | None) -> Outcom
         return Outcome(left=True)
     except FedExpertsError as error:
         return Outcome(failed=str(error))
+    except OSError as error:  # of the disk, for one
+        return Outcome(failed=f"{error.filename or planned.folder} cannot be read or written ({error.strerror or error})")
     except Exception as error:  # an unexpected error, which may affect this run alone
         traceback.print_exc(file=sys.stderr)
         return Outcome(failed=f"{type(error).__name__}: {error}")
@@ -165,7 +135,9 @@ def planned(config: RunConfig, setting: str, variant: Variant, seed: int, out: P
     """The run of one variant, setting and seed; `several`: whether the comparison has several settings."""
     seeded = variant.of(config).model_copy(update={"seed": seed})
     parent = out / as_folder(setting) if several else out
-    return Planned(seeded, setting, variant.label, parent / variant.folder / f"seed-{seed}", out)
+    former = None if variant.former is None or not (parent / as_folder(variant.former)).is_dir() else variant.former
+    label = variant.label if former is None else former
+    return Planned(seeded, setting, label, parent / as_folder(label) / f"seed-{seed}", out)
 
 
 def read_settings(run_files: Sequence[Path], changes: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:
@@ -181,7 +153,9 @@ def read_settings(run_files: Sequence[Path], changes: Sequence[str] = (), vary: 
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadValue(f"two run files are called {twice[0]}, and reports tell settings apart by these names; rename one")
     return {
-        " ".join([path.stem, *chosen]): configs.read(path, [*changes, *chosen]) for path in run_files for chosen in grid(vary)
+        " ".join([path.stem, *chosen]): configs.read_for_all(path, [*changes, *chosen])
+        for path in run_files
+        for chosen in grid(vary)
     }
 
 
@@ -209,71 +183,8 @@ def grid(vary: Sequence[str]) -> list[tuple[str, ...]]:
         values[key] = list(dict.fromkeys(settings))
     combinations = list(product(*values.values()))
     if long := [option for option in combinations if len(as_folder(" ".join(option))) > LONGEST]:
-        raise BadValue(f"{' '.join(long[0])} is too long for the name of a folder; write a run file for each instead")
+        raise BadValue(f"{shortened(' '.join(long[0]))} is too long for the name of a folder; write a run file for each instead")
     return combinations
-
-
-def read_variants(text: str) -> list[Variant]:
-    """The variants in a comma-separated list, without repeats.
-
-    A variant is `method`, `method:key=value:key=value` or, with a name for tables and folders, `name=method:…`. A key without a
-    dot is a setting of the method; a key with a dot is a setting of `model`, `training` or `federation`. Commas and colons in
-    brackets or quotes do not separate.
-
-    Raises:
-        BadValue: no method, an unknown method, two variants of one name, or a setting that all methods of a comparison share.
-    """
-    enter_installed()
-    variants: dict[str, Variant] = {}
-    for each in pieces(text, ","):
-        if each.strip():
-            variant = read_variant(each.strip())
-            if variants.setdefault(variant.label, variant) != variant:
-                raise BadValue(f"two methods are called {variant.label}, and reports tell them apart by these names; rename one")
-    if not variants:
-        raise BadValue(f"no method was named to compare; name some of {', '.join(METHODS)}")
-    return list(variants.values())
-
-
-def read_variant(text: str) -> Variant:
-    """The variant that `text` describes; see `read_variants`."""
-    head, *settings = pieces(text, ":")
-    name, equals, method = (part.strip() for part in head.rpartition("="))
-    method = FORMER_NAMES.get(method, method)
-    if method not in METHODS:
-        raise BadValue(f"{method!r} is not one of {', '.join(METHODS)}{nearest(method, METHODS)}")
-    if equals and not re.match(r"\w", name):
-        raise BadValue(f"{text} calls its method {name!r}; a name begins with a letter or a digit")
-    for setting in settings:
-        if setting.partition("=")[0].partition(".")[0].strip() in SAME:
-            raise BadValue(
-                f"{text} sets {setting.strip()}, but the methods of a comparison share data, devices, evaluation and seeds; "
-                "set it for all with --set, or give another run file, as a setting of its own"
-            )
-    keyed = (setting if "." in setting.partition("=")[0] else f"method.{setting}" for setting in settings)
-    variant = Variant(name if equals else text, method, tuple(keyed))
-    if len(variant.folder) > LONGEST:
-        raise BadValue(f"{text} is too long for the name of a folder; give it a short one: name={text}")
-    return variant
-
-
-def as_folder(name: str) -> str:
-    """`name` as a folder name, unique for each name."""
-    return quote(name, safe="=+ :").replace(":", ",")
-
-
-def pieces(text: str, separator: str) -> list[str]:
-    """`text` split at each `separator` outside brackets and quotes."""
-    parts, depth, quoted = [""], 0, ""
-    for letter in text:
-        if letter in "\"'":
-            quoted = letter if not quoted else "" if quoted == letter else quoted
-        depth += 0 if quoted else (letter in "[{") - (letter in "]}")
-        if letter == separator and not depth and not quoted:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
 
 
 def require_room(out: Path, settings: int) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedexperts.errors import BadValue
-from fedexperts.experiment.checkpoint import LOGS
 from fedexperts.io.files import run_id, write_text
+from fedexperts.io.manifest import LOGS
 from fedexperts.io.toml import Tree, flattened, to_toml
 
 Points = Mapping[str, float]

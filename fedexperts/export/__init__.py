@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from inspect import getsource
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from fedexperts.export import card, modeling_fedexperts
 from fedexperts.export.models import Exported, Run, of_client, of_server, open_run
 from fedexperts.export.plain import as_plain, is_plain
 from fedexperts.export.prompts import chat_template, described
-from fedexperts.io.files import align_tensors, atomic_folder, locked, require_empty
+from fedexperts.io.files import align_tensors, atomic_folder, disk_errors, locked, require_empty
 from fedexperts.methods.contract import Method
 from fedexperts.models.files import location_of
 from fedexperts.models.load import align_parameters, without_progress_bars
@@ -49,8 +49,11 @@ def export(
     adapter: bool = False,
     kept: Path | None = None,
     merge: bool = False,
+    round: int | Literal["best"] | None = None,
 ) -> Kind:
-    """Writes the global model of the run in `folder`, or the model of `client`, at the last checkpoint to `to`.
+    """Writes the global model of the run in `folder`, or the model of `client`, at a checkpoint to `to`.
+
+    round: of the checkpoint; "best": the one with the best score on validation examples (`checkpoint.best`); None: the last one.
 
     The global model is a plain transformers folder, with adapters merged into the weights. A client's model is bitwise the one
     that is scored: a plain folder if it has no adapters and all its layers have one number of experts, else with a modeling file.
@@ -66,7 +69,7 @@ def export(
             together with `adapter` or without adapters.
     """
     require_empty(to)
-    run = open_run(folder)
+    run = open_run(folder, round)
     require_consistent(run, client, adapter, kept, merge)
     try:
         with locked(folder):
@@ -79,7 +82,7 @@ def export(
         require_no_parts_of_the_method(run, exported, client)
     exported, difference = (exported, None) if adapter else as_written(exported, merge=client is None or merge)
     kind = Kind(client, adapter, needs_code=client is not None and not adapter and not is_plain(exported))
-    with atomic_folder(to) as made, without_progress_bars():
+    with disk_errors(to), atomic_folder(to) as made, without_progress_bars():
         if adapter:
             write_adapter(run, exported, made)
         elif kind.needs_code:
@@ -92,14 +95,34 @@ def export(
         exact = not adapter and difference is None
         if exact and not run.config.build_method().is_ours and known_class(exported.model):
             require_same_model(made, exported.model, client)
-        known = about(run, client)
-        tokenizer = deepcopy(exported.base.tokenizer)
-        tokenizer.chat_template = chat_template(known["prompts"], tokenizer)
-        tokenizer.save_pretrained(made)
-        (made / ABOUT).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
-        asked = described(known["prompts"], tokenizer.chat_template)
-        (made / "README.md").write_text(card.text(run, exported, client, adapter, kind.needs_code, merge, difference, asked))
+        write_beside(run, exported, made, kind, merge, difference)
     return kind
+
+
+def write_beside(run: Run, exported: Exported, made: Path, kind: Kind, merge: bool, difference: card.Difference | None) -> None:
+    """Writes the tokenizer with the run's chat template, `ABOUT` and the model card into the folder `made` of a model."""
+    known = about(run, kind.client)
+    tokenizer = deepcopy(exported.base.tokenizer)
+    tokenizer.chat_template = chat_template(known["prompts"], tokenizer)
+    tokenizer.save_pretrained(made)
+    (made / ABOUT).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    asked = described(known["prompts"], tokenizer.chat_template)
+    (made / "README.md").write_text(
+        card.text(run, exported, kind.client, kind.adapter, kind.needs_code, merge, difference, asked)
+    )
+
+
+def round_of(text: str | None) -> int | Literal["best"] | None:
+    """The round that `text` names.
+
+    Raises:
+        BadValue: it is neither a number nor "best".
+    """
+    if text is None or text == "best":
+        return text  # type: ignore[return-value]  # mypy does not narrow a string to a literal
+    if not text.isdecimal():
+        raise BadValue(f"--round {text} is no round; give a number, or best")
+    return int(text)
 
 
 def as_written(exported: Exported, *, merge: bool) -> tuple[Exported, card.Difference | None]:

@@ -1,10 +1,9 @@
 """The models of a run at its last checkpoint: the server's, and each client's as it is scored."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from fedexperts.data.encode import Encoder
 from fedexperts.data.settings import PLAIN, PLAINS
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
-from fedexperts.errors import BadRun, BadValue, nearest
+from fedexperts.errors import BadRun, BadValue, Damaged, nearest
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment.reported import parts_from_greetings
 from fedexperts.experiment.setup import (
@@ -29,6 +28,7 @@ from fedexperts.experiment.setup import (
 )
 from fedexperts.export import modeling_fedexperts
 from fedexperts.federation import jobs_for
+from fedexperts.io.manifest import changed, checkpoints, read_object
 from fedexperts.io.toml import checked
 from fedexperts.methods.contract import Extension
 from fedexperts.methods.personal import parts
@@ -92,11 +92,12 @@ class Exported:
         return {**changes, "experts": way_through_experts(self.model)} if any(changes.values()) else {}
 
 
-def open_run(folder: Path) -> Run:
-    """The run in `folder`.
+def open_run(folder: Path, round: int | Literal["best"] | None = None) -> Run:
+    """The run in `folder` at the last checkpoint, or at that of `round`, or at the best one.
 
     Raises:
-        BadRun: no run, or a run without a checkpoint.
+        BadRun: no run, a run without a checkpoint, or none of `round`.
+        Damaged: a file has changed since it was written, or is missing.
     """
     if not (folder / "resolved.json").exists():
         below = sorted(path.parent for path in folder.glob("**/resolved.json")) if folder.is_dir() else []
@@ -108,8 +109,16 @@ def open_run(folder: Path) -> Run:
             f"the run in {folder} has no checkpoint yet: it stopped before its first round was done; "
             f"continue it with fedexperts run {folder / 'run.toml'} --out {folder} --resume"
         )
-    config, plan, begun = (json.loads((folder / f"{name}.json").read_text()) for name in ("resolved", "plan", "versions"))
-    round = json.loads((saved / "state.json").read_text())["round"]
+    if round is not None:
+        saved = checkpoint.best(folder) if round == "best" else checkpoint.of_round(folder, round)
+    if saved is None:
+        there = ", ".join(str(int(each.name[:6])) for each in reversed(checkpoints(folder)))
+        no_best = "; a best one needs checkpoint.best = true" if round == "best" else ""
+        raise BadRun(f"{folder} has no checkpoint of round {round}, only of {there}; give --round with one of these{no_best}")
+    if error := next(iter([*changed(folder).values(), checkpoint.damage(folder, saved)]), None):
+        raise Damaged(f"{error}, so no model is exported; {checkpoint.REMEDY}")
+    config, plan, begun = (read_object(folder / f"{name}.json") for name in ("resolved", "plan", "versions"))
+    round = int(checkpoint.state_in(saved)["round"])
     config["data"] = {"template": PLAIN, **config["data"]}  # which all older runs have
     noted = {*begun.get("template_hashes", {}).values()}
     if config["data"]["template"] in ("auto", "plain") and len(noted) == 1 and noted <= {*PLAINS}:
@@ -191,7 +200,11 @@ def store_of(run: Run, name: str, kept: Path | None) -> ClientStateStore:
                 f"{run.folder} ran over several machines, and what {name} keeps to itself lies on its own; copy the folder there "
                 "and give --kept, or take the global model (leave out --client)"
             )
+        if run.saved != checkpoint.latest(run.folder):  # an older checkpoint has the client states of its own round
+            return ClientStateStore(run.saved / "clients")
         checkpoint.require_client_state(run.folder, name)
+        if error := checkpoint.client_state_error(run.folder, run.saved, name):
+            raise Damaged(f"{error}, so the model of {name} is not exported; {checkpoint.REMEDY}")
         if keeps_state(run, name) and not (run.folder / "clients").exists():  # a copy of a server's folder, or a part of a run's
             raise BadRun(
                 f"{run.folder} lacks what {name} kept to itself ({run.config.method['name']}), so its model would be another; "

@@ -53,15 +53,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: the disk refused, for example because it is full.
     """
-    with atomic_file(path) as scratch:
-        try:
-            save_file(without_shared_memory(tensors), scratch)  # without a copy in memory
-        except SafetensorError as error:
-            os_error = re.search(r"os error (\d+)", str(error))
-            if os_error is None:
-                raise
-            number = int(os_error[1])
-            raise OSError(number, os.strerror(number), str(path)) from error
+    with atomic_file(path) as scratch, disk_errors(path):
+        save_file(without_shared_memory(tensors), scratch)  # without a copy in memory
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of safetensors that come from the disk, such as a full one, into an OSError about `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        os_error = re.search(r"os error (\d+)", str(error))
+        if os_error is None:
+            raise
+        number = int(os_error[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -148,9 +154,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Locks `folder`, created if missing, for this process; the lock ends with the block or the process.
 
     Raises:
+        BadValue: no folder can be made there, as in /proc.
         Busy: another process has locked it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise BadValue(f"no folder can be made at {folder}; give another one with --out") from None
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,22 +1,56 @@
 """Settings from TOML files: trees of values, validated by pydantic models; an error is reported as one sentence."""
 
+import sys
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TextIO, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from fedexperts.errors import BadValue, listed, nearest, shortened
+from fedexperts.errors import BadValue, listed, nearest, quoted, shortened
 
 Tree = dict[str, Any]
+DEEPEST = 20
+"""Levels of tables and lists in a settings file."""
+
+
+MOST_DOTS = 1000
+"""In a line without text: Python's parser takes the square of the length of a key such as a.a.a."""
 
 
 class RenamedSetting(FutureWarning):
     """A run file uses the former name of a setting."""
+
+
+@contextmanager
+def renamed_settings_as_notes() -> Iterator[None]:
+    """Shows each warning about the former name of a setting once, as one line on stderr without the place in our code."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedSetting)
+        show_other = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, RenamedSetting):
+                show_other(message, category, filename, lineno, file, line)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                print(f"note: {message}", file=sys.stderr)
+
+        warnings.showwarning = show
+        yield
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -29,12 +63,30 @@ def read_tree(path: Path, example: str, settings: Sequence[str] = ()) -> Tree:
         BadValue: the file cannot be read (the sentence names `example`, a valid one), or is not TOML.
     """
     try:
-        tree = tomllib.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        if any(line.count(".") > MOST_DOTS and not {'"', "'"} & {*line} for line in text.splitlines()):
+            raise RecursionError
+        tree = tomllib.loads(text)
+        require_shallow(tree, path)
+    except RecursionError:
+        raise BadValue(
+            f"{path} nests tables or lists in each other without end; settings need {DEEPEST} levels at most"
+        ) from None
     except OSError as error:
         raise BadValue(f"{path} cannot be read ({error.strerror}); give the path of a run file, such as {example}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except BadValue:
+        raise
+    except ValueError as error:  # TOML, text or a number that cannot be read
         raise BadValue(f"{path} is not TOML: {shortened(str(error))}; correct that place") from None
     return with_settings(tree, settings)
+
+
+def require_shallow(tree: Any, path: Path, level: int = 0) -> None:
+    """Raises BadValue if tables and lists in `tree` are nested deeper than any setting is."""
+    if level > DEEPEST:
+        raise BadValue(f"{path} nests tables or lists deeper than {DEEPEST} levels; no setting needs that, so remove them")
+    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        require_shallow(value, path, level + 1)
 
 
 def checked(model: type[Model], tree: Mapping[str, Any]) -> Model:
@@ -101,18 +153,28 @@ def put(tree: Tree, path: Sequence[str], value: object) -> Tree:
     return {**tree, head: put(below if isinstance(below, dict) else {}, rest, value) if rest else value}
 
 
+def without(tree: Any, path: Sequence[str]) -> Any:
+    """`tree` without the value at `path`, if it is there."""
+    head, *rest = path
+    if not isinstance(tree, dict) or head not in tree:
+        return tree
+    return {key: without(value, rest) if key == head else value for key, value in tree.items() if rest or key != head}
+
+
 def sentence(error: ValidationError, root: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
     """The first mistake that `error` reports, as a sentence; `prefix` is the path of the validated settings within `root`."""
     first = error.errors()[0]
-    place = (*prefix, *(str(part) for part in first["loc"]))
+    place = (*prefix, *(shortened(str(part), 40) for part in first["loc"]))
     if first["type"] == "missing":
         return f"{'.'.join(place)} is missing; add it to the file"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{'.'.join(place)} is not a setting{closest_setting(place, root)}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "too_short":
+        return f"{'.'.join(place)} is empty; give at least {first['ctx']['min_length']}"
     reason = first["msg"].removeprefix("Input ")
-    return f"{'.'.join(place)} = {shortened(repr(first['input']))} {reason[:1].lower()}{reason[1:]}" if place else first["msg"]
+    return f"{'.'.join(place)} = {shortened(quoted(first['input']))} {reason[:1].lower()}{reason[1:]}" if place else first["msg"]
 
 
 def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:
@@ -126,6 +188,11 @@ def closest_setting(place: tuple[str, ...], root: type[BaseModel]) -> str:
     if len(path) < len(place):
         return f"; settings there are {', '.join(key.rpartition('.')[2] for key in siblings)}"
     names, unknown = {key.rpartition(".")[2]: key for key in [*all_keys, *siblings]}, place[-1]
+    if unknown in names:
+        return f"; did you mean {names[unknown]}?"
+    longer = [key for key in (*siblings, *all_keys) if len(unknown) > 3 and key.rpartition(".")[2].startswith(unknown)]
+    if longer:
+        return f"; did you mean {longer[0]}?"
     for name in names:
         if name == initials(unknown) or initials(name) == unknown:
             return f"; did you mean {names[name]}?"

@@ -12,7 +12,7 @@ from fedexperts.core.training import sub_model
 from fedexperts.errors import BadValue
 from fedexperts.methods.base import Count, all_experts, patch_for
 from fedexperts.moe import factors, lora
-from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Patch, Server, Training, Update
 
 
 def validated_ranks(value: object) -> object:
@@ -31,6 +31,14 @@ def validated_ranks(value: object) -> object:
 
 Ranks = Annotated[Count | tuple[Count, ...], BeforeValidator(validated_ranks)]
 """A hyperparameter for the ranks of clients' adapters: one for all, or several, assigned in turn to clients sorted by name."""
+
+
+def with_adapters(training: Training) -> Training:
+    """`training`, but with adapters on its parts, if it would train none."""
+    if training.train == "lora" and {"attention", "experts"} & {*training.trained}:
+        return training
+    kept = tuple(part for part in training.parts or () if part != "dense")
+    return replace(training, train="lora", parts=kept if {"attention", "experts"} & {*kept} else None)
 
 
 def adapters_of(server: Server, method: str) -> dict[str, str]:

@@ -120,6 +120,11 @@ class Metric:
         return None
 
 
+def as_the_run_says(training: Training) -> Training:
+    """`training`: the method trains whatever a run says."""
+    return training
+
+
 @dataclass(frozen=True)
 class Declaration:
     """What other modules must know about a method.
@@ -139,6 +144,7 @@ class Declaration:
     if_no_expert_is_sent: what a user can do if no client sends an expert, as the end of a sentence.
     lowers_rank: whether a client may send adapters of a lower rank than those of its job.
     local_files: hyperparameters that name a file on each machine; its hash is recorded with the run.
+    training: how clients train in a comparison whose run file says the given training: that one, if the method can train so.
     wrappers: the wrappers that the method supports.
     """
 
@@ -155,6 +161,7 @@ class Declaration:
     if_no_expert_is_sent: str = "look at the method's settings that say which experts clients send"
     lowers_rank: bool = False
     local_files: tuple[str, ...] = ()
+    training: Callable[[Training], Training] = as_the_run_says
     wrappers: frozenset[Wrapping] = frozenset({"server_optimizer", "robust_merging", "masking"})
 
     def __post_init__(self) -> None:

@@ -7,15 +7,18 @@ https://arxiv.org/abs/2305.05644, Algorithm 1.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedexperts.methods.adapters import adapters_of
+from fedexperts.methods.adapters import adapters_of, with_adapters
 from fedexperts.methods.base import all_experts, by_examples, mean_rows
-from fedexperts.methods.contract import Method
+from fedexperts.methods.contract import Declaration, Method
 from fedexperts.types import Assignment, Client, Server, Update
 
 
 @dataclass(frozen=True)
 class FedIT(Method):
     """FedAvg that requires adapters. The product of the means of B and A is not the mean of BA."""
+
+    def declare(self) -> Declaration:
+        return Declaration(training=with_adapters)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All trained weights.

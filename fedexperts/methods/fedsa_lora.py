@@ -7,7 +7,7 @@ https://arxiv.org/abs/2410.01463.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedexperts.methods.adapters import adapters_of
+from fedexperts.methods.adapters import adapters_of, with_adapters
 from fedexperts.methods.base import by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import train_and_keep
@@ -19,7 +19,7 @@ class FedSALoRA(Method):
     """Clients train A and B and send A. Before its first training a client has B = 0: the base model with the shared routers."""
 
     def declare(self) -> Declaration:
-        return Declaration(keeps_weights=True)
+        return Declaration(keeps_weights=True, training=with_adapters)
 
     def assign(self, server: Server, client: Client) -> Assignment:
         """All trained weights without B.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedexperts.core.training import fit, load_weights, sub_model
-from fedexperts.methods.adapters import adapters_of
+from fedexperts.methods.adapters import adapters_of, with_adapters
 from fedexperts.methods.base import answer, by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe import factors
@@ -22,7 +22,7 @@ class FFALoRA(Method):
     """Clients draw A from the seed of the server's A: the seed is sent in place of A (ours)."""
 
     def declare(self) -> Declaration:
-        return Declaration(job_extra=("seed",))
+        return Declaration(job_extra=("seed",), training=with_adapters)
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """The whole model with A drawn from the received seed, the same for all clients."""

@@ -32,6 +32,11 @@ WINDOW = 2000
 """Characters of a window of public text; it is truncated to the run's max_tokens."""
 
 
+def attention_adapters(training: Training) -> Training:
+    """`training`, but with adapters on attention, as in the paper, in place of a training of the experts."""
+    return replace(training, train="lora", parts=("attention",)) if "experts" in training.trained else training
+
+
 @dataclass(frozen=True)
 class FLEx(Method):
     """The server averages the trained weights of the base model (attention adapters in the paper), never personal experts.
@@ -57,6 +62,7 @@ class FLEx(Method):
             keeps_weights=True,
             personal_experts=self.num_grafted,
             local_files=("public_text",),
+            training=attention_adapters,
         )
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
@@ -79,7 +85,7 @@ class FLEx(Method):
         if any(block and not rows.router_of(name, server.layout) for name, block in server.layout.items()):
             raise BadValue(
                 'flex leaves the pretrained experts as they are, but the run trains them; set training.train = "lora" and '
-                'training.parts = ["attention"]'
+                'training.parts = ["attention"] (a comparison does so by itself, unless a variant says otherwise)'
             )
         adapters = factors.pairs(server.weights)
         if adapters and any(block.stacked for block in server.anatomy.blocks.values()):

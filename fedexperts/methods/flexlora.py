@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from fedexperts.core.training import load_weights
-from fedexperts.methods.adapters import Ranks, at_rank, model_at_rank, rank_for, split_adapters
+from fedexperts.methods.adapters import Ranks, at_rank, model_at_rank, rank_for, split_adapters, with_adapters
 from fedexperts.methods.base import by_examples, mean_rows
-from fedexperts.methods.contract import Declaration, Method
+from fedexperts.methods.contract import Declaration, Method, Wrapping
 from fedexperts.moe import factors
 from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
 
@@ -30,7 +30,8 @@ class FlexLoRA(Method):
     ranks: Ranks | None = None
 
     def declare(self) -> Declaration:
-        return Declaration(job_extra=("rank",), wrappers=frozenset())  # each merge computes new factors
+        no_wrappers: frozenset[Wrapping] = frozenset()  # each merge computes new factors
+        return Declaration(job_extra=("rank",), training=with_adapters, wrappers=no_wrappers)
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """The whole model with adapters of the client's rank."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights
-from fedexperts.methods.adapters import Ranks, model_at_rank, rank_for
+from fedexperts.methods.adapters import Ranks, model_at_rank, rank_for, with_adapters
 from fedexperts.methods.base import answer, by_examples, entries, mean_rows, tee_without_weights, with_flops
 from fedexperts.methods.contract import Declaration, ExtraTensors, Method
 from fedexperts.moe import factors, rows
@@ -38,6 +38,7 @@ class FLoRA(Method):
             extra={"stack/": ExtraTensors(sent_factors, low=-100.0, high=100.0)},
             job_extra=("rank", "change/", "stack/"),
             client_state=("change/",),
+            training=with_adapters,
             wrappers=frozenset(),  # adapters are drawn anew each round, so a merge has no weights to continue from
         )
 

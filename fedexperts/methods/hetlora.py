@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights
-from fedexperts.methods.adapters import Ranks, at_rank, model_at_rank, rank_for, split_adapters
+from fedexperts.methods.adapters import Ranks, at_rank, model_at_rank, rank_for, split_adapters, with_adapters
 from fedexperts.methods.base import Share, Weight, answer, by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method
 from fedexperts.moe import factors
@@ -38,7 +38,7 @@ class HetLoRA(Method):
 
     def declare(self) -> Declaration:
         rank = ExtraTensor(lambda server, job: (), torch.int64, low=1, required=False)
-        return Declaration(extra={"rank": rank}, job_extra=("rank",), lowers_rank=True)
+        return Declaration(extra={"rank": rank}, job_extra=("rank",), lowers_rank=True, training=with_adapters)
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """The whole model with adapters of the client's rank."""

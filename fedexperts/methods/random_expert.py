@@ -12,7 +12,13 @@ from fedexperts.errors import BadValue
 from fedexperts.methods.base import all_experts, by_examples, mean_rows, of_experts, patch_for
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.moe import factors
-from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Training, Update
+
+
+def adapters_on_experts(training: Training) -> Training:
+    """`training`, but with adapters on the experts, if it would train none."""
+    adapted = training.train == "lora" and "experts" in training.trained
+    return training if adapted else replace(training, train="lora", parts=("experts",))
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class RandomExpert(Method):
     """One expert per layer, the same for all clients and rounds, drawn from the run's seed; no other expert has adapters."""
 
     def declare(self) -> Declaration:
-        return Declaration(job_extra=("adapted",))
+        return Declaration(job_extra=("adapted",), training=adapters_on_experts)
 
     def build_model(self, job: Job, context: ClientContext) -> nn.Module:
         """The whole model with adapters on one expert per layer."""

@@ -10,10 +10,10 @@ from rich.table import Table as RichTable
 
 from fedexperts.io.files import write_text
 from fedexperts.report import (
+    cautions,
     comparison_figures,
     comparison_tables,
     csv_export,
-    empty_updates,
     facts,
     figure_numbers,
     page,
@@ -66,7 +66,7 @@ def write(
     by_method = {method: [run for each in settings.values() for run in each[method]] for method in groups}
     base = comparison_tables.baseline_of(by_method, baseline)
     unfinished = _unfinished(runs) if len(runs) > 1 else ()
-    warning = empty_updates.warning(by_label(settings))
+    warning = cautions.warning(by_label(settings))
     make_page: Callable[[], str]
     make_figures: Callable[[], Mapping[str, Sequence[Figure]]]
     if len(settings) > 1:
@@ -104,11 +104,11 @@ def table(folders: Sequence[Path], width: int | None = None) -> RichTable:
     failures; for several settings, the overall quality in each.
 
     Methods are rows, or columns if that fits `width` characters (by default the terminal's) better. The note warns of clients
-    that sent no expert.
+    that sent no expert, and of methods that train different parts.
     """
     settings = by_setting(_compared(read_all(folders)))
     results = comparison_tables.final(settings[""]) if len(settings) == 1 else settings_tables.overall(settings)
-    upright = replace(results, note=f"{empty_updates.warning(by_label(settings))} {results.note}".strip())
+    upright = replace(results, note=f"{cautions.warning(by_label(settings))} {results.note}".strip())
     wide = width or shutil.get_terminal_size().columns
     fits = table_width(upright) <= max(wide, table_width(upright.transposed()))
     return to_rich(upright if fits else upright.transposed())

@@ -18,9 +18,9 @@ from plotly.offline import get_plotlyjs
 
 from fedexperts.report import (
     axes,
+    cautions,
     comparison_figures,
     comparison_tables,
-    empty_updates,
     experts_map,
     facts,
     figure_numbers,
@@ -101,7 +101,7 @@ def one_run(run: RunResults) -> str:
     return _page(
         title=f"{run.plan.method} on {run.plan.model.name}",
         facts=facts.of_run(run),
-        warning=empty_updates.warning({run.plan.method: [run]}),
+        warning=cautions.warning({run.plan.method: [run]}),
         cards=facts.headline(run),
         overview=_tables(run_tables.quality(run)),
         sections=sections,
@@ -128,7 +128,7 @@ def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> st
     return _page(
         title=f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds",
         facts=facts.of_comparison(list(groups), all_runs(groups), unfinished),
-        warning=empty_updates.warning(groups),
+        warning=cautions.warning(groups),
         cards={},
         overview=_tables(comparison_tables.final(groups)),
         sections=sections,
@@ -161,7 +161,7 @@ def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str
     return _page(
         title=f"{len(methods)} methods in {len(settings)} settings",
         facts=facts.of_comparison(methods, all_runs(every), unfinished),
-        warning=empty_updates.warning(every),
+        warning=cautions.warning(every),
         cards={},
         overview=_tables(settings_tables.overall(settings)),
         sections=sections,

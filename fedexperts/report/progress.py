@@ -27,6 +27,11 @@ def rounds_done(run: RunResults) -> int:
 
 
 def finished(run: RunResults) -> bool:
-    """Whether the run was evaluated after its last round; True if the number of rounds is unknown."""
+    """Whether the run was evaluated after its last round, or stopped before it; True if the number of rounds is unknown."""
     planned = rounds_planned(run)
-    return planned is None or any(row.round >= planned for row in run.evaluations_of.get((None, None), ()))
+    return planned is None or any(row.round >= planned for row in run.evaluations_of.get((None, None), ())) or stopped(run)
+
+
+def stopped(run: RunResults) -> bool:
+    """Whether the run stopped after its last finished round, as its run file says."""
+    return any(row.stopped and row.round == rounds_done(run) for row in run.evaluations_of.get((None, None), ()))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedexperts.errors import BadRun
+from fedexperts.io.manifest import require_undamaged
 from fedexperts.types import WireDtype
 
 Holds = Mapping[str, Sequence[int]]  # MoE block → ids of its experts that a client was assigned, or sent
@@ -167,6 +168,7 @@ class Evaluation:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     retained: Mapping[str, OnRetained] = field(default_factory=dict)  # task → scores
     drift: Mapping[str, float] = field(default_factory=dict)  # MoE block → nats
+    stopped: str | None = None  # why the run stopped after this evaluation of all clients
 
 
 @dataclass(frozen=True)
@@ -220,11 +222,12 @@ def read(folder: Path) -> RunResults:
     """The run in `folder`; files that a run in progress has not written yet are read as empty.
 
     Raises:
-        BadRun: the folder is not a run's, or one of its files cannot be read.
+        BadRun: the folder is not a run's, or one of its files cannot be read or is damaged.
     """
     plan = folder / "plan.json"
     if not plan.is_file():
         raise BadRun(f"{folder} is not the folder of a run (it has no plan.json); give a folder that `fedexperts run` wrote")
+    require_undamaged(folder)
     return RunResults(
         folder=folder,
         plan=_parse(TypeAdapter(Plan), _text(plan), str(plan)),

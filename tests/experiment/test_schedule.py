@@ -92,7 +92,7 @@ def test_a_cosine_that_would_rise_is_refused():
     run_config({"data": {"sources": ["synthetic/sort"]}}, "training.lr=1e-9")  # no schedule, so it is no matter
 
 
-@pytest.mark.parametrize("setting", ["training.schedule=linear", "training.final_lr=0"])
+@pytest.mark.parametrize("setting", ["training.schedule=steps", "training.final_lr=0"])
 def test_an_unknown_schedule_is_refused(setting):
     with pytest.raises(BadValue, match=f"^{setting.partition('=')[0]} = "):
         run_config({"data": {"sources": ["synthetic/sort"]}}, setting)

@@ -44,6 +44,17 @@ def rounds(out):
         ("fedavg", [Variant("fedavg", "fedavg")]),
         ("fedavg , local,,", [Variant("fedavg", "fedavg"), Variant("local", "local")]),
         ("fedavg,fedavg", [Variant("fedavg", "fedavg")]),
+        (
+            'flex:training.train=lora:training.parts=["attention"]',
+            [
+                Variant(
+                    "flex:train=lora:parts=attention",
+                    "flex",
+                    ("training.train=lora", 'training.parts=["attention"]'),
+                    former='flex:training.train=lora:training.parts=["attention"]',
+                )
+            ],
+        ),
         ("fedmoe:adjust=false", [Variant("fedmoe:adjust=false", "fedmoe", ("method.adjust=false",))]),
         ("fedavg:training.lr=1e-3", [Variant("fedavg:training.lr=1e-3", "fedavg", ("training.lr=1e-3",))]),
         ("slow=fedmoe:patience=3:training.lr=1e-4", [Variant("slow", "fedmoe", ("method.patience=3", "training.lr=1e-4"))]),
@@ -69,7 +80,7 @@ def test_methods_are_read_with_their_labels_and_settings(text, expected):
         ("a=fedavg,a=local", "two methods are called a"),
         ("../x=fedavg", "a name begins with a letter"),
         ("=fedavg", "a name begins with a letter"),
-        (f"fedavg:model.name={'x' * 300}", "give it a short one"),
+        (f"{'x' * 300}=fedavg", "give it a short one"),
         ("fedavg:training.lr=1:data.clients=3", r"sets data\.clients=3, but the methods of a comparison share data"),
         ("fedavg: devices.memory_gb=1", r"sets devices\.memory_gb=1, .* set it for all with --set, or give another run file"),
         ("mine=fedavg:evaluation.split=validation", r"mine=.* sets evaluation\.split=validation, but"),

@@ -13,6 +13,7 @@ import pytest
 import tomli_w
 import torch
 import transformers
+from older import without_hashes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -483,7 +484,7 @@ def test_a_client_of_a_run_over_several_machines_is_exported_only_with_its_clien
 
 def test_a_run_without_a_checkpoint_or_with_another_base_is_refused(ended, tmp_path):
     run = ended("olmoe", "full").folder
-    shutil.copytree(run, tmp_path / "run")
+    without_hashes(shutil.copytree(run, tmp_path / "run"))
     versions = json.loads((run / "versions.json").read_text())
     (tmp_path / "run" / "versions.json").write_text(json.dumps({**versions, "model_hash": "another", "data_hashes": {}}))
     refused(BadRun, "was made with other files: the model's weights changed since", tmp_path / "run", tmp_path / "out")
@@ -502,7 +503,7 @@ def test_a_run_without_a_checkpoint_or_with_another_base_is_refused(ended, tmp_p
 
 
 def test_without_its_client_state_a_client_is_not_exported_and_its_run_is_not_resumed(ended, tmp_path):
-    run = shutil.copytree(ended("olmoe", "grafted").folder, tmp_path / "run")
+    run = without_hashes(shutil.copytree(ended("olmoe", "grafted").folder, tmp_path / "run"))
     shutil.rmtree(run / "clients" / "c01")
     refused(BadRun, "what c01 keeps to itself is gone: there is no ", run, tmp_path / "out", "c01")
     export(run, tmp_path / "c02", "c02")
@@ -516,7 +517,7 @@ def test_without_its_client_state_a_client_is_not_exported_and_its_run_is_not_re
 
 def test_a_stopped_run_gives_its_last_checkpoint_and_says_so(ended, tmp_path):
     run = ended("olmoe", "full")
-    shutil.copytree(run.folder, tmp_path / "run")
+    without_hashes(shutil.copytree(run.folder, tmp_path / "run"))
     resolved = json.loads((run.folder / "resolved.json").read_text())
     resolved["federation"]["rounds"] = 7
     (tmp_path / "run" / "resolved.json").write_text(json.dumps(resolved))
@@ -624,7 +625,7 @@ def test_the_public_names_are_there_and_importing_the_package_imports_nothing_he
 @pytest.mark.parametrize("case", ["grafted", "personal", "own b"])
 def test_a_folder_without_what_its_clients_kept_gives_no_clients_model(ended, tmp_path, case):
     copied = tmp_path / "copied"
-    shutil.copytree(ended("olmoe", case).folder, copied)
+    without_hashes(shutil.copytree(ended("olmoe", case).folder, copied))
     shutil.rmtree(copied / "clients")
     with pytest.raises(BadRun, match="c01"):
         export(copied, tmp_path / "model", client="c01")
