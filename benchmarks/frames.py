@@ -1,4 +1,6 @@
-"""How a pretrained base is best asked: accuracy of its greedy answers under several frames of a prompt.
+"""How a pretrained base is best asked: how often the right choice is the likeliest per character, under several frames.
+
+Not greedy answers: a base that is not tuned to a frame goes on after its answer, and never ends it.
 
     python benchmarks/frames.py MODEL OUT.csv [ITEMS]
 
@@ -59,8 +61,8 @@ def main(name: str, out: Path, items: int) -> None:
         chosen = tests[:: max(1, len(tests) // items)][:items]
         for frame in frames:
             started = process_time()
-            asked = [framed(example, frame) for example in chosen]
-            accuracy = next(iter(score(model, asked, encoder, 8, 16).by_task().values()))["accuracy"]
+            asked = [replace(framed(example, frame), metric="likelihood") for example in chosen]
+            accuracy = next(iter(score(model, asked, encoder, 8, 16).by_task().values()))["likelihood"]
             half = 1.96 * sqrt(accuracy * (1 - accuracy) / len(chosen))
             rows.append((source, frame, len(chosen), f"{100 * accuracy:.1f}", f"{100 * half:.1f}"))
             print(*rows[-1], f"{process_time() - started:.0f} s", flush=True)
