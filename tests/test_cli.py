@@ -145,10 +145,10 @@ def test_a_folder_that_holds_a_run_is_not_written_without_resume(fedexperts, fin
 
 def test_resuming_with_a_changed_run_file_names_the_settings_that_changed(fedexperts, finished):
     run_file, out = finished
-    changes = ("--set", "training.lr=0.5", "--set", "federation.rounds=9", "--set", "federation.workers=2")
+    changes = ("--set", "training.lr=0.5", "--set", "federation.clients_per_round=1", "--set", "federation.workers=2")
     code, _, said = fedexperts("run", run_file, "--out", out, "--resume", *changes)
     assert code == 2
-    assert "other settings: federation.rounds, training.lr changed" in said
+    assert "other settings: federation.clients_per_round, training.lr changed" in said
     assert "workers" not in said
 
 

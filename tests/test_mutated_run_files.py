@@ -78,5 +78,5 @@ def test_the_same_seed_spoils_alike():
 @pytest.mark.parametrize("limit", [10**9, 10**400])
 def test_more_generated_examples_than_can_be_made_are_refused(tmp_path, limit):
     (tmp_path / "run.toml").write_text(to_toml({"data": {"sources": ["synthetic/copy"], "limit": limit}}))
-    with pytest.raises(BadValue, match=r"^limit = 10+.* is too many examples of synthetic/copy to generate"):
+    with pytest.raises(BadValue, match=r"^a limit of 10+.* examples of synthetic/copy is too many to generate"):
         prepare_run(config.read(tmp_path / "run.toml"), parts=Parts(load=load_shapes))

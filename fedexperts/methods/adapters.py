@@ -103,3 +103,8 @@ def subset(patch: Patch, names: Set[str]) -> Patch:
     """`patch` with only the tensors in `names`."""
     tensors, ids = ({name: t for name, t in each.items() if name in names} for each in (patch.tensors, patch.rows))
     return Patch(tensors, ids)
+
+
+def attention_adapters(training: Training) -> Training:
+    """`training`, but with adapters on attention in place of a training of the experts."""
+    return replace(training, train="lora", parts=("attention",)) if "experts" in training.trained else training

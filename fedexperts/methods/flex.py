@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedexperts.core.training import fit, load_weights, stratified_first_n, sub_model
 from fedexperts.errors import BadData, BadValue
+from fedexperts.methods.adapters import attention_adapters
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, entries, mean_rows, with_flops
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import update_client_state
@@ -30,11 +31,6 @@ GRAFTED = "grafted"
 
 WINDOW = 2000
 """Characters of a window of public text; it is truncated to the run's max_tokens."""
-
-
-def attention_adapters(training: Training) -> Training:
-    """`training`, but with adapters on attention, as in the paper, in place of a training of the experts."""
-    return replace(training, train="lora", parts=("attention",)) if "experts" in training.trained else training
 
 
 @dataclass(frozen=True)
@@ -173,9 +169,7 @@ def read_public_text(name: str) -> str:
     except (OSError, UnicodeDecodeError):
         text = ""
     if not text.strip():
-        raise BadValue(
-            f"method.public_text = {name!r} is no file with text (UTF-8) in it; give a text file that every client has"
-        )
+        raise BadValue(f"method.public_text = {name!r} is no file with text (UTF-8); give a text file that every client has")
     return text
 
 

@@ -88,10 +88,7 @@ def start_from(model: nn.Module, adapter: Adapter, tuning: Tuning) -> None:
     strange = sorted(targets.keys() ^ adapter.tensors.keys())
     if not targets or not same_size or strange:
         what = f"{strange[0]} is in only one of the two" if same_size and targets else "they differ"
-        raise BadValue(
-            f"model.adapter = {str(adapter.folder)!r} does not fit the adapters that [training] makes ({what}); "
-            f"set {adapter.settings}"
-        )
+        raise BadValue(f"model.adapter does not fit the adapters that [training] makes ({what}); set {adapter.settings}")
     for name, tensor in adapter.tensors.items():
         target = targets[name]
         if tensor.numel() != target.numel():

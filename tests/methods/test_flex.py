@@ -123,7 +123,7 @@ def test_settings_that_cannot_be_combined_are_refused_before_the_run(method, tra
 def test_a_public_text_file_without_text_is_refused(tmp_path, content):
     (tmp_path / "text.txt").write_bytes(content)
     method = FLEx(select="shared", public_text=str(tmp_path / "text.txt"))
-    with pytest.raises(BadValue, match=r"text.txt' is no file with text \(UTF-8\) in it"):
+    with pytest.raises(BadValue, match=r"text.txt' is no file with text \(UTF-8\)"):
         method.assign(replace(tiny_server(tiny_model("olmoe"), CLIENTS, TRAINING), task="train"), CLIENTS[0])
 
 

@@ -61,7 +61,7 @@ def test_a_run_without_shared_weights_is_refused():
 
 @pytest.mark.parametrize("method", ["fedper", "fedrep"])
 @pytest.mark.parametrize(
-    ("personal", "place"), [(["ears"], r"personal\.0 = 'ears'"), ([], r"personal = \[\]"), ("router", "personal")]
+    ("personal", "place"), [(["ears"], r"personal\.0 = 'ears'"), ([], r"personal is empty"), ("router", "personal")]
 )
 def test_a_value_that_names_no_parts_is_refused(method, personal, place):
     tree = {"method": {"name": method, "personal": personal}, "data": {"sources": ["synthetic/double"], "clients": 2}}

@@ -396,7 +396,7 @@ def test_the_run_file_of_the_shipped_base_is_what_its_recipe_says():
         ("mixture.exposed=[]", r"mixture\.exposed is empty; .*set mixture\.exposed_share = 0"),
         ("decay=1.5", "decay = 1.5 should be less than or equal to 1"),
         ('precision="fp16"', "precision = 'fp16' should be 'fp32' or 'bf16'"),
-        ("stream.texts=[]", r"stream\.texts = .* at least 1 item"),
+        ("stream.texts=[]", r"stream\.texts is empty; give at least 1"),
         ('stream.instructions=["mbpp"]', r"stream\.instructions and stream\.instruction_share go together"),
         ("stream.generated_share=0.5", r"stream\.generated and stream\.generated_share go together"),
         ('stream={texts=["a"], generated=["revers"], generated_share=0.5}', "'revers' is not one of .*; did you mean reverse"),
