@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 PLAIN, PLAIN_2 = "plain-1", "plain-2"
-"""The versions of the plain frames: "plain-1", in which our bases were pretrained, and "plain-2" for all others."""
+"""The plain frames: "plain-1", in which our bases were pretrained, and "plain-2", with answers in the line of the prompt's end."""
 
 PLAINS = (PLAIN, PLAIN_2)
 
@@ -111,7 +111,7 @@ def _template(name: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_template)]
-"""How prompts are asked: "chat" (the tokenizer's chat template), "plain" (the plain frames that suit the base), "plain-1" or
+"""How prompts are asked: "chat" (the tokenizer's chat template), "plain" (the present plain frames, "plain-1"), "plain-1" or
 "plain-2" (these), "auto" (chat where the tokenizer has a chat template, else plain), or a chat template in Jinja."""
 
 
@@ -221,11 +221,9 @@ class DataSettings(BaseModel):
         return self
 
 
-def with_templates(
-    sources: Sequence[SourceSettings], default: str, chat: bool = False, plain: str = PLAIN
-) -> tuple[SourceSettings, ...]:
-    """`sources`, each with its template. chat: whether "auto" is the tokenizer's chat template. plain: the frames of "plain"."""
-    names = {"auto": "chat" if chat else plain, "plain": plain}
+def with_templates(sources: Sequence[SourceSettings], default: str, chat: bool = False) -> tuple[SourceSettings, ...]:
+    """`sources`, each with its template; `chat`: whether that of "auto" is the tokenizer's chat template."""
+    names = {"auto": "chat" if chat else PLAIN, "plain": PLAIN}
     chosen = (source.template or default for source in sources)
     return tuple(
         source.model_copy(update={"template": names.get(template, template)})

@@ -1,7 +1,7 @@
 """From a row of a data set to an Example: the prompt, the response and the metric of each kind of task.
 
 Prompts are short, since small models see few tokens. In "plain-1" they end in a line break, where tokenizers do not join two
-words; in "plain-2" answers follow in the same line, as pretrained models have mostly read them (benchmarks/frames.py).
+words; in "plain-2" answers follow in the same line (benchmarks/frames.py compares them).
 """
 
 import re

@@ -19,14 +19,13 @@ from fedexperts.data.clients import Clients, make_clients
 from fedexperts.data.encode import Encoder
 from fedexperts.data.own import own_clients
 from fedexperts.data.pool import Pool, Retained, load_pool, load_retained, without_retained
-from fedexperts.data.settings import PLAIN, PLAIN_2, PLAINS, with_templates
+from fedexperts.data.settings import PLAINS, with_templates
 from fedexperts.data.too_long import fitting
 from fedexperts.errors import BadValue
 from fedexperts.federation import jobs_for, steps
 from fedexperts.methods.contract import Method
 from fedexperts.models.files import files_hash
 from fedexperts.models.load import Base, load
-from fedexperts.models.tokenizer import is_ours
 from fedexperts.moe import factors, rows
 from fedexperts.moe.adapter import CONFIG, WEIGHTS, read_adapter, start_from
 from fedexperts.moe.anatomy import anatomy
@@ -77,10 +76,8 @@ class Parts:
         """`config` with the template of each source in place of "auto", which the tokenizer decides, and of "plain"."""
         data, evaluation = config.data, config.evaluation
         names = {source.template or data.template for source in (*data.sources, *evaluation.retained)}
-        tokenizer = self.base(config.model).tokenizer if names & {"auto", "plain"} else None
-        chat = tokenizer is not None and isinstance(tokenizer.chat_template, str)
-        plain = PLAIN if tokenizer is None or is_ours(tokenizer) else PLAIN_2
-        sources, retained = (with_templates(some, data.template, chat, plain) for some in (data.sources, evaluation.retained))
+        chat = "auto" in names and isinstance(self.base(config.model).tokenizer.chat_template, str)
+        sources, retained = (with_templates(some, data.template, chat) for some in (data.sources, evaluation.retained))
         update = {
             "data": data.model_copy(update={"sources": sources}),
             "evaluation": evaluation.model_copy(update={"retained": retained}),

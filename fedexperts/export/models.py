@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
-from fedexperts.data.settings import PLAIN, PLAINS
+from fedexperts.data.settings import PLAIN
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.remote import GREETINGS, read_greetings
 from fedexperts.errors import BadRun, BadValue, Damaged, nearest
@@ -120,9 +120,6 @@ def open_run(folder: Path, round: int | Literal["best"] | None = None) -> Run:
     config, plan, begun = (read_object(folder / f"{name}.json") for name in ("resolved", "plan", "versions"))
     round = int(checkpoint.state_in(saved)["round"])
     config["data"] = {"template": PLAIN, **config["data"]}  # which all older runs have
-    noted = {*begun.get("template_hashes", {}).values()}
-    if config["data"]["template"] in ("auto", "plain") and len(noted) == 1 and noted <= {*PLAINS}:
-        config["data"]["template"] = noted.pop()  # what a base is asked in may change with a version of ours
     return Run(folder, checked(RunConfig, config), plan, begun, saved, round)
 
 

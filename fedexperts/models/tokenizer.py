@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fedexperts.data.synthetic import INSTRUCTIONS, SEPARATOR
 
@@ -36,12 +36,6 @@ def learn_tokenizer(max_tokens: int, merges: int, texts: Iterable[str]) -> PreTr
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.train_from_iterator(texts, trainer)
     return wrapped(tokenizer, max_tokens)
-
-
-def is_ours(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer begins with our special tokens and bytes: that of a base that we pretrained, or of a copy of one."""
-    first = [PAD, START, END, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    return bool(tokenizer.convert_ids_to_tokens(list(range(min(len(first), len(tokenizer))))) == first)
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -7,8 +7,6 @@ from fedexperts.data import templates
 from fedexperts.data.settings import SourceSettings, with_templates
 from fedexperts.data.templates import TEMPLATES, Hints, asked, frame, kind_of, names_of
 from fedexperts.errors import BadData
-from fedexperts.models.tokenizer import is_ours, learn_tokenizer, make_tokenizer
-from fedexperts.testing import tiny_tokenizer
 from fedexperts.types import Example
 
 NEWS = Hints("ag_news", question="What is this news about?", names=("World", "Sports"))
@@ -164,10 +162,8 @@ def test_in_plain_2_the_answer_follows_in_the_line_of_the_prompts_end():
     assert judge("Sports", example)[0]["accuracy"] == 1.0
 
 
-def test_plain_prompts_are_framed_as_suits_the_base():
-    ours, other = make_tokenizer(64), tiny_tokenizer()
-    assert is_ours(ours) and is_ours(learn_tokenizer(64, 4, ["a text of a few words"] * 3)) and not is_ours(other)
+def test_plain_is_plain_1():
     sources = (SourceSettings(name="mine.csv"), SourceSettings(name="chat.json", template="chat"))
-    assert [each.template for each in with_templates(sources, "plain", plain="plain-2")] == ["plain-2", "chat"]
-    assert [each.template for each in with_templates(sources, "auto", chat=True, plain="plain-2")] == ["chat", "chat"]
-    assert [each.template for each in with_templates(sources, "plain-1", plain="plain-2")] == ["plain-1", "chat"]
+    assert [each.template for each in with_templates(sources, "plain")] == ["plain-1", "chat"]
+    assert [each.template for each in with_templates(sources, "auto", chat=True)] == ["chat", "chat"]
+    assert [each.template for each in with_templates(sources, "plain-2")] == ["plain-2", "chat"]
