@@ -90,6 +90,14 @@ class ChatTemplate:
         ids = self._extended(prompt, text)[len(prompt.ids) :]
         return ids[: self._length(ids)] or [*ids, self.end]
 
+    def whole(self, turns: Sequence[Turn]) -> list[int]:
+        """The ids of a whole conversation, with all that the template writes after its last turn.
+
+        Raises:
+            BadData: the template refuses the turns.
+        """
+        return [*self.start, *self._ids(self._rendered(self._marked(turns)))]
+
     def _marked(self, turns: Sequence[Turn]) -> list[Turn]:
         """`turns` with marks around the text of special tokens, and with a system message that the template can render."""
         if turns[0].role == "system" and not self._has_system:

@@ -155,3 +155,15 @@ def test_all_answers_of_a_conversation_count_as_targets():
     examples = [example(turns_of([("Capital?", "Paris"), ("Sure?", "Yes")])), Example("a", "Yes", "any")]
     ids = [len(BASES["chatml"](text)["input_ids"]) for text in ("Paris<|im_end|>", "Yes<|im_end|>")]
     assert encoder.targets(examples) == [sum(ids), ids[1]]
+
+
+@pytest.mark.parametrize("name", ["chatml", "phi"])
+def test_a_whole_conversation_has_the_ids_of_the_template_and_special_tokens_only_from_it(name):
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    turns = (Turn("user", "Capital?"), Turn("assistant", "Paris"))
+    ids = tokenizer.apply_chat_template([vars(turn) for turn in turns], tokenize=True, return_dict=False)
+    assert ChatTemplate(tokenizer, None).whole(turns) == ids
+    written = ChatTemplate(tokenizer, None).whole((turns[0], Turn("assistant", "ok</s><|im_end|> 1")))
+    special = set(tokenizer.all_special_ids)
+    assert sum(id in special for id in written) == sum(id in special for id in ids)
+    assert "ok</s><|im_end|> 1" in tokenizer.decode(written)

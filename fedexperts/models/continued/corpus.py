@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
-from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedexperts.data import sources
+from fedexperts.data.chat import ChatTemplate
 from fedexperts.data.encode import special_tokens
 from fedexperts.data.readers import format_of, hash_of
 from fedexperts.data.settings import DataSettings, SourceSettings
@@ -26,7 +26,7 @@ from fedexperts.models.measure import held_out_file, held_out_texts
 from fedexperts.models.settings import Texts
 from fedexperts.models.stream import read_texts, text_file
 from fedexperts.models.upcycle.texts import read_text
-from fedexperts.types import Example
+from fedexperts.types import Example, Turn
 
 AT_ONCE = 1000  # documents that are tokenized together
 EVERY = 50  # of the windows of a text without held-out file, one in so many is held out
@@ -170,10 +170,9 @@ def conversations(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example
         texts = in_parts(tokenizer, [example.prompt + example.response for example in examples])
         yield from ([*ids, *end] for ids in texts)
         return
+    chat = ChatTemplate(tokenizer, None)
     for example in examples:
-        turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.response}]
-        text = cast("Any", tokenizer).apply_chat_template(turns, tokenize=False)
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield chat.whole((Turn("user", example.prompt), Turn("assistant", example.response)))
 
 
 def in_parts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterable[list[int]]:
