@@ -45,7 +45,8 @@ def _most_frequent(train: Sequence[Example], task: str) -> str | int | None:
     examples = [example for example in train if example.task == task]
     ways = {way_of(example) for example in examples}
     if ways == {"likelihood"}:
-        return Counter(example.choices.index(example.response) for example in examples).most_common(1)[0][0]
+        places = [example.choices.index(example.response) for example in examples if example.response in example.choices]
+        return Counter(places).most_common(1)[0][0] if places else None  # evaluations refuse examples without a right choice
     return None if "perplexity" in ways else Counter(example.response for example in examples).most_common(1)[0][0]
 
 

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 PLAIN, PLAIN_2 = "plain-1", "plain-2"
-"""The plain frames: "plain-1", in which our bases were pretrained, and "plain-2", with answers in the line of the prompts end."""
+"""The plain frames: "plain-1", in which our bases were pretrained, and "plain-2", with answers in the last line of the prompt."""
 
 PLAINS = (PLAIN, PLAIN_2)
 

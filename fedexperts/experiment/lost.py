@@ -67,7 +67,7 @@ def sentences(rows: Sequence[Lost], max_tokens: int, generate_tokens: int) -> It
         if any(cut):
             yield f"{row.task}: data.max_tokens = {max_tokens} cuts {' and '.join(filter(None, cut))}; raise it"
         if row.dropped:
-            yield f"{row.task}: of its examples {row.dropped} with more than data.max_tokens = {max_tokens} tokens are left out"
+            yield f"{row.task}: examples that are left out since they exceed data.max_tokens = {max_tokens}: {row.dropped}"
         if row.references_cut:
             yield (
                 f"{row.task}: {row.references_cut:.0%} of the test references are longer than evaluation.generate_tokens = "

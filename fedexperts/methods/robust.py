@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Float
 from pydantic import ConfigDict, Field
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fedexperts.io.files import safetensors_bytes
 from fedexperts.methods.base import Positive
 from fedexperts.methods.contract import Wrapper
 from fedexperts.types import Patch, Server, Tensors, Update
@@ -86,7 +86,7 @@ class Spooled:
 
     @classmethod
     def written(cls, path: Path, update: Update) -> "Spooled":
-        save_file({name: tensor.contiguous() for name, tensor in update.patch.tensors.items()}, path)
+        path.write_bytes(safetensors_bytes(update.patch.tensors))
         return cls(path, replace(update, patch=replace(update.patch, tensors={})))
 
     def of_at_most(self, examples: int) -> "Spooled":

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
@@ -89,6 +89,16 @@ class Texts(Settings):
     without: tuple[str, ...] = ()  # rows whose `source` begins with one of these are left out
 
 
+def _expand_names(texts: object) -> object:
+    """Texts as tables: each may be a name alone."""
+    if isinstance(texts, list | tuple):
+        return tuple({"name": text} if isinstance(text, str) else text for text in texts)
+    return texts
+
+
+TextSources = Annotated[tuple[Texts, ...], BeforeValidator(_expand_names)]
+
+
 class Stream(Settings):
     """Batches of windows of token sequences, with the loss on every token: the training data of `small`.
 
@@ -98,19 +108,12 @@ class Stream(Settings):
 
     window: int = Field(default=256, ge=2)  # tokens
     merges: PositiveInt = 3837  # byte pairs that the tokenizer learns from the texts and instructions
-    texts: tuple[Texts, ...] = Field(min_length=1)
+    texts: TextSources = Field(min_length=1)
     instructions: tuple[str, ...] = ()  # sources as a run file's data table names them
     generated: tuple[str, ...] = ()  # generated tasks
     generated_examples: PositiveInt = 10_000  # of each
     instruction_share: Share = 0.0  # of the windows of a batch, rounded
     generated_share: Share = 0.0  # likewise
-
-    @field_validator("texts", mode="before")
-    @classmethod
-    def expand_names(cls, texts: object) -> object:
-        if isinstance(texts, list | tuple):
-            return tuple({"name": text} if isinstance(text, str) else text for text in texts)
-        return texts
 
     @model_validator(mode="after")
     def shares_have_sources(self) -> Self:

@@ -56,7 +56,7 @@ def test_a_run_drops_and_its_plan_says_so(tiny_tree, tmp_path):
     prepared = prepare_run(checked(RunConfig, tree), parts=Parts(load=load_shapes))
     planned = plan(prepared)
     assert planned["lost"][0]["dropped"] == 8
-    assert any("of its examples 8 with more than data.max_tokens = 32" in each for each in planned["warnings"])
+    assert any("exceed data.max_tokens = 32: 8" in each for each in planned["warnings"])
     examples = [example for split in prepared.clients.values() for part in (split.train, split.validation) for example in part]
     assert all(len(example.prompt) < 100 for example in examples)
     refusing = {**tree, "data": {**tree["data"], "too_long": "refuse"}}

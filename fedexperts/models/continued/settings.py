@@ -3,27 +3,20 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from fedexperts.io.toml import Tree, checked
-from fedexperts.models.settings import Settings, Share, Texts
+from fedexperts.models.settings import Settings, Share, TextSources
 
 
 class Corpus(Settings):
     """What is trained on: windows of texts, and windows of conversations in the chat template of the tokenizer."""
 
     window: int = Field(default=256, ge=8)  # tokens
-    texts: tuple[Texts, ...] = ()
+    texts: TextSources = ()
     instructions: tuple[str, ...] = ()  # sources as a run file's data table names them
     instruction_share: Share = 0.0  # of the windows of a batch, rounded
     separator: str | None = None  # a token of the tokenizer, before each document and window of text; None: its first or last one
-
-    @field_validator("texts", mode="before")
-    @classmethod
-    def expand_names(cls, texts: object) -> object:
-        if isinstance(texts, list | tuple):
-            return tuple({"name": text} if isinstance(text, str) else text for text in texts)
-        return texts
 
     @model_validator(mode="after")
     def has_sources(self) -> Self:
