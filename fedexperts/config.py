@@ -165,6 +165,8 @@ class EvaluationSettings(Settings):
     FLEx does). `retained`: sources as in `data.sources`, on whose test examples (at most `limit` of each) the base model is
     scored before the first round and every client's model after the last; no client trains on them.
     `drift`: whether the routing of the clients' models is compared with the base model's after the last round.
+    `clients`: number of clients that are evaluated, the same ones at each evaluation; None: all. `pooled`: whether clients whose
+    model is the same are scored in passes over the examples of all of them; None: if a run has at least MANY_CLIENTS clients.
     """
 
     every: int = Field(5, ge=1)  # rounds; the last round is always evaluated
@@ -174,6 +176,8 @@ class EvaluationSettings(Settings):
     score: Literal["after_aggregation", "before_aggregation"] = "after_aggregation"
     retained: Sources = ()
     drift: bool = False
+    clients: int | None = Field(None, ge=1)
+    pooled: bool | None = None
 
 
 class CheckpointSettings(Settings):
@@ -224,6 +228,15 @@ class RunConfig(Settings):
             raise BadValue(
                 f"{chooses} goes by the score of the aggregated weights on validation examples, but evaluation.score = "
                 f'"before_aggregation" scores others; set evaluation.score = "after_aggregation", or leave {chooses} out'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def own_data_are_scored_where_they_are(self) -> Self:
+        if self.evaluation.pooled and self.data.own:
+            raise BadValue(
+                "evaluation.pooled = true scores the examples of several clients in one process, but with data.own = true no "
+                "process has those of others; leave evaluation.pooled out"
             )
         return self
 

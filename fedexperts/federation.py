@@ -51,11 +51,21 @@ def federate(
 
 
 def answers(
-    server: Server, method: Method, engine: Engine, ledger: Ledger, clients: Iterable[Client], reports: Reports = no_reports
+    server: Server,
+    method: Method,
+    engine: Engine,
+    ledger: Ledger,
+    clients: Iterable[Client],
+    reports: Reports = no_reports,
+    also: Mapping[str, tuple[str, ...]] = {},
 ) -> Iterator[Update]:
-    """Sends the jobs of `server.task` for `clients` to `engine` and yields the valid updates, in the order of the jobs."""
+    """Sends the jobs of `server.task` for `clients` to `engine` and yields the valid updates, in the order of the jobs.
+
+    also: client → other clients that its evaluation scores with the same model.
+    """
     expect = partial(expectation, server, method, reports, known_norms={})
-    return reorder_and_validate(engine.run, jobs_for(server, method, clients), expect, ledger)
+    jobs = (replace(job, also=also.get(job.client, ())) for job in jobs_for(server, method, clients))
+    return reorder_and_validate(engine.run, jobs, expect, ledger)
 
 
 def accepted(ledger: Ledger) -> dict[str, str]:

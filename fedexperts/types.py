@@ -136,6 +136,7 @@ class Job:
     extra: Tensors = field(default_factory=dict)
     accepted: str = ""  # `job_key` of the client's last merged job: the client continues from its state after that job
 
+    also: tuple[str, ...] = ()  # other clients that an evaluation scores with the same model
     most_bytes_up: int = 0  # limit of the answer's size; not sent to the client
 
     @property

@@ -17,8 +17,9 @@ from fedexperts.methods import METHODS
 
 KILLED, INTERRUPTED = "a worker dies", "a client hangs"
 ROUNDED = "fedmoe in int8"
+POOLED = "fedavg, evaluated in one pass"
 PATIENCE = 900  # seconds for all runs
-every_method = pytest.mark.parametrize("method", [*METHODS, ROUNDED])
+every_method = pytest.mark.parametrize("method", [*METHODS, ROUNDED, POOLED])
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,7 @@ def runs(method_trees, tmp_path_factory):
     trees = {name: {**tree, **short} for name, tree in method_trees.items()}
     trees[KILLED] = {**trees["ditto"], "federation": {"rounds": 2, "clients_per_round": 4}, "kill": "c03"}
     trees[ROUNDED] = {**trees["fedmoe"], "federation": {**trees["fedmoe"]["federation"], "wire_dtype": "int8"}}
+    trees[POOLED] = {**trees["fedavg"], "evaluation": {**trees["fedavg"]["evaluation"], "pooled": True}}
     trees[INTERRUPTED] = {**trees["fedavg"], "federation": {"rounds": 2, "clients_per_round": 4}, "hang": "c04"}
     (folder / "trees.json").write_text(json.dumps(trees))
     command = [sys.executable, Path(__file__).with_name("agreeing.py"), folder / "trees.json", folder / "out"]

@@ -237,7 +237,22 @@ def score(
     Raises:
         BadValue: an unknown metric, or an example scored by likelihood whose response is not among its choices.
     """
-    return in_task_order(merge(one_by_one(model, examples, encoder, generate_tokens, batch_size)), examples)
+    return score_several(model, {"": examples}, encoder, generate_tokens, batch_size)[""]
+
+
+def score_several(
+    model: nn.Module, examples: Mapping[str, Sequence[Example]], encoder: Encoder, generate_tokens: int, batch_size: int
+) -> dict[str, Scores]:
+    """Client → `score` on its examples, in batches of the examples of all clients.
+
+    The padding, and so the last bits of the losses, depend on the other clients' examples.
+    """
+    union = [example for own in examples.values() for example in own]
+    clients = [client for client, own in examples.items() for _ in own]
+    parts: dict[str, list[Scores]] = {client: [] for client in examples}
+    for position, part in one_by_one(model, union, encoder, generate_tokens, batch_size):
+        parts[clients[position]].append(part)
+    return {client: in_task_order(merge(parts[client]), own) for client, own in examples.items()}
 
 
 def by_example(
@@ -248,7 +263,7 @@ def by_example(
     The values of two models on the same examples are in the same order. `values` is empty if the metric is not a mean over
     examples.
     """
-    parts = one_by_one(model, examples, encoder, generate_tokens, batch_size)
+    parts = [part for _, part in one_by_one(model, examples, encoder, generate_tokens, batch_size)]
     merged = in_task_order(merge(parts), examples)
     return {
         task: {
@@ -270,18 +285,22 @@ def in_task_order(scores: Scores, examples: Sequence[Example]) -> Scores:
 
 def one_by_one(
     model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int, batch_size: int
-) -> list[Scores]:
-    """The scores of each example, in an order that depends only on the examples."""
+) -> list[tuple[int, Scores]]:
+    """The place in `examples` and the scores of each example, in an order that depends only on the examples."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        parts = [part for batch in batches(examples, batch_size) for part in scored(model, batch, encoder, generate_tokens)]
+        parts = [
+            each
+            for places in batches(examples, batch_size)
+            for each in zip(places, scored(model, [examples[i] for i in places], encoder, generate_tokens), strict=True)
+        ]
     model.train(was_training)
     return parts
 
 
-def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Batches of examples that are scored in the same way, sorted by length to limit padding.
+def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Batches, as places in `examples`, of those that are scored in the same way, sorted by length to limit padding.
 
     Raises:
         BadValue: an unknown metric, or an example scored by likelihood whose response is not among its choices.
@@ -297,8 +316,8 @@ def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[Examp
             )
     for way in ("answer", "likelihood", "perplexity"):
         alike = sorted(
-            (example for example in examples if way_of(example) == way),
-            key=lambda example: len(example.prompt) + len(example.response),
+            (place for place, example in enumerate(examples) if way_of(example) == way),
+            key=lambda place: len(examples[place].prompt) + len(examples[place].response),
         )
         yield from (alike[start : start + batch_size] for start in range(0, len(alike), batch_size))
 

@@ -43,7 +43,7 @@ class ClientTask(Protocol):
         """`update` with scores of the weights that it sends, if the run requests them."""
         ...
 
-    def evaluate(self, job: Job, context: ClientContext) -> Update: ...
+    def evaluate(self, job: Job, context: ClientContext, others: Mapping[str, Split]) -> Update: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ClientRuntime:
             context = self.context(job, client_state)
             with seeded_torch(job.seed, device), working_on(device):
                 if job.task == "evaluate":
-                    update = self.task.evaluate(job, context)
+                    update = self.task.evaluate(job, context, {name: self.data[name] for name in job.also})
                 else:
                     update = self.task.method.train(job, self.task.scheduled(job, context))
                     require_declared(self.task.method, job, update, client_state)

@@ -61,6 +61,7 @@ class JobHead:
     seed: str
     experts: dict[str, tuple[int, ...]]
     accepted: str
+    also: tuple[str, ...]
     wire_dtype: WireDtype
 
 
@@ -103,6 +104,7 @@ def job_message(job: Job) -> Message:
         "seed": job.seed,
         "experts": dict(job.experts),
         "accepted": job.accepted,
+        "also": list(job.also),
         "wire_dtype": job.patch.wire_dtype,
     }
     return message_with_tensors({"job": head}, job.patch, job.extra)

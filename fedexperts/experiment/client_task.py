@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedexperts.config import EvaluationSettings
 from fedexperts.core import evaluation
 from fedexperts.engines.base import Check
+from fedexperts.errors import quoted
 from fedexperts.methods.contract import Method
 from fedexperts.moe.packed import stored
 from fedexperts.moe.routing import router_drift
@@ -31,6 +32,7 @@ class ClientTask:
     rounds: int  # of the whole run
     retained: Sequence[Example] = ()
     validates: bool = False  # whether evaluations score the validation examples, too
+    evaluated: frozenset[str] | None = None  # clients that are scored; None: all
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def scheduled(self, job: Job, context: ClientContext) -> ClientContext:
@@ -43,14 +45,15 @@ class ClientTask:
         if not self.scores_with(job):
             return update
         model = self.method.build_model(apply_update(job, update), context)
-        return replace(update, metrics={**update.metrics, "scores": self.scores(model, context)})
+        scores = self.scores(model, context, {job.client: self.scored_examples(context.data)})
+        return replace(update, metrics={**update.metrics, "scores": scores})
 
     def scores_with(self, job: Job) -> bool:
         """Whether the answer to `job` contains scores."""
         if job.task == "evaluate":
             return job.round == 0 or not self.scores_after_training
         due = job.task == "train" and is_eval_round(job.round, self.evaluation, self.rounds)
-        return due and self.scores_after_training
+        return due and self.scores_after_training and (self.evaluated is None or job.client in self.evaluated)
 
     def measures_with(self, job: Job) -> bool:
         """Whether the answer to `job` contains the comparison of the client's model with the base model."""
@@ -63,12 +66,13 @@ class ClientTask:
         clients are scored on.
         """
         checks: dict[str, Check] = {}
+        clients = (job.client, *job.also)
         if self.scores_with(job):
-            number = len(self.scored_examples(data[job.client]))
-            checks["scores"] = lambda value: evaluation.scores_error(value, tasks, number)
+            numbers = {client: len(self.scored_examples(data[client])) for client in clients}
+            checks["scores"] = lambda value: each_scores_error(value, tasks, numbers)
         if job.task == "evaluate" and self.validates:
-            held_out = len(self.held_out(data[job.client]))
-            checks["validation"] = lambda value: evaluation.scores_error(value, tasks, held_out)
+            held_out = {client: len(self.held_out(data[client])) for client in clients}
+            checks["validation"] = lambda value: each_scores_error(value, tasks, held_out)
         if self.measures_with(job) and self.retained:
             checks["retained"] = lambda value: evaluation.by_example_error(value, self.retained)
         if self.measures_with(job) and self.evaluation.drift:
@@ -85,29 +89,29 @@ class ClientTask:
         measured = bool(self.retained) or self.evaluation.drift
         return not self.scores_after_training or round == 0 or (round == self.rounds and measured)
 
-    def evaluate(self, job: Job, context: ClientContext) -> Update:
+    def evaluate(self, job: Job, context: ClientContext, others: Mapping[str, Split]) -> Update:
         """Scores the client's model, built from the job's weights and the client state, on the client's examples.
 
-        After the last round also compares it with the base model (`against_base`).
+        others: the data of the clients of `job.also`, which are scored in the same passes: the scores are then by client.
+        After the last round also compares the model with the base model (`against_base`).
         """
         model = self.method.build_model(job, context)
         metrics: dict[str, Any] = {}
+        data = {job.client: context.data, **others}
         if self.scores_with(job):
-            metrics["scores"] = self.scores(model, context)
+            metrics["scores"] = self.scores(model, context, {name: self.scored_examples(each) for name, each in data.items()})
         if self.validates:
-            metrics["validation"] = self.scores_on(model, self.held_out(context.data), context)
+            metrics["validation"] = self.scores(model, context, {name: self.held_out(each) for name, each in data.items()})
         if self.measures_with(job):
             metrics |= self.against_base(model, job, context)
         return Update(job.client, job.round, job.task, Patch({}), len(context.data.train), metrics=metrics)
 
-    def scores(self, model: nn.Module, context: ClientContext) -> dict[str, Any]:
-        """Scores on the client's examples, as JSON values."""
-        return self.scores_on(model, self.scored_examples(context.data), context)
-
-    def scores_on(self, model: nn.Module, examples: Sequence[Example], context: ClientContext) -> dict[str, Any]:
-        """Scores on `examples`, as JSON values."""
-        settings = self.evaluation
-        return evaluation.score(model, examples, context.encoder, settings.generate_tokens, settings.batch_size).to_json()
+    def scores(self, model: nn.Module, context: ClientContext, examples: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+        """Scores on each client's examples, as JSON values; those of one client alone are not by client."""
+        size = (self.evaluation.generate_tokens, self.evaluation.batch_size)
+        scores = evaluation.score_several(model, examples, context.encoder, *size)
+        by_client = {client: each.to_json() for client, each in scores.items()}
+        return by_client if len(by_client) > 1 else by_client[context.client.name]
 
     def held_out(self, data: Split) -> Sequence[Example]:
         """The validation examples that are scored beside test examples: all of the client's."""
@@ -138,6 +142,19 @@ class ClientTask:
                 comparison["drift"] = router_drift(base, model, batches(texts, context, settings.batch_size))
             self.known[key] = comparison
         return self.known[key]
+
+
+def each_scores_error(value: object, tasks: Mapping[str, str], numbers: Mapping[str, int]) -> str | None:
+    """Why `value` is no scores of clients with so many examples, as the rest of a sentence; None where it is.
+
+    numbers: client → number of its examples. Scores of several clients are by client.
+    """
+    if len(numbers) == 1:
+        return evaluation.scores_error(value, tasks, *numbers.values())
+    if not isinstance(value, Mapping) or value.keys() != numbers.keys():
+        return f"is {quoted(value)}, and should be scores of {len(numbers)} clients, by client"
+    errors = {client: evaluation.scores_error(value[client], tasks, number) for client, number in numbers.items()}
+    return next((f"of client {client} {error}" for client, error in errors.items() if error), None)
 
 
 def is_eval_round(round: int, evaluation: EvaluationSettings, rounds: int) -> bool:

@@ -24,11 +24,12 @@ from fedexperts.errors import BadRun, BadValue, Damaged
 from fedexperts.experiment import checkpoint, control, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
+from fedexperts.experiment.pooled import evaluate_clients
 from fedexperts.experiment.progress import Progress, Quiet
 from fedexperts.experiment.reference_lines import lines_of, overall_line, score_lines
 from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, runtime_for, task_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
-from fedexperts.federation import answers, federate, steps
+from fedexperts.federation import federate, steps
 from fedexperts.io.files import locked, write_text
 from fedexperts.io.manifest import MANIFEST, append, changed, finite, object_or_empty, read_object, write_manifest, write_sealed
 from fedexperts.io.toml import different, flattened, to_toml
@@ -271,9 +272,7 @@ def assess(
     server, task = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
     metrics: dict[str, Mapping[str, Any]] = {}
     if task.evaluates(server.round):
-        progress.evaluating(len(server.clients))
-        updates = answers(server, prepared.method, engine, ledger, server.clients.values(), reports_of(prepared))
-        metrics = {update.client: update.metrics for update in updates}
+        metrics = evaluate_clients(prepared, server, engine, ledger, reports_of(prepared), progress)
         require_answers(server, ledger)
     evaluated = {client: each["scores"] for client, each in metrics.items() if "scores" in each}
     scores = {client: evaluation.Scores.from_json(each) for client, each in evaluated.items()} | dict(reported)

@@ -2,6 +2,7 @@
 
 from math import inf
 from pathlib import Path
+from random import Random
 
 from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Clock
@@ -66,8 +67,17 @@ def everyone(prepared: Prepared) -> dict[str, Client]:
 
 def task_for(prepared: Prepared) -> ClientTask:
     config = prepared.config
-    retained, validates = prepared.retained.examples, needs_validation(config)
-    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, retained, validates)
+    retained, validates, evaluated = prepared.retained.examples, needs_validation(config), frozenset(evaluated_clients(prepared))
+    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, retained, validates, evaluated)
+
+
+def evaluated_clients(prepared: Prepared) -> dict[str, Client]:
+    """The clients that evaluations score: all, or `evaluation.clients` of them, drawn once from the seed."""
+    clients, number = prepared.server.clients, prepared.config.evaluation.clients
+    if number is None or number >= len(clients):
+        return dict(clients)
+    chosen = {*Random(f"{prepared.config.seed}/evaluation").sample(list(clients), number)}
+    return {name: client for name, client in clients.items() if name in chosen}
 
 
 def encoder_for(prepared: Prepared) -> Encoder:
