@@ -5,6 +5,7 @@ unpacks it for as long as it runs: autograd saves the packed weight and unpacks 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -248,9 +249,24 @@ def _grouped_product(rows: Tensor, packed: Packed, ends: Tensor, *_: Any, **__: 
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(rows[start:end], plain(packed[expert]), out=out[start:end])
+            torch.mm(rows[start:end], in_fast_layout(plain(packed[expert])), out=out[start:end])
         start = end
     return out
+
+
+def in_fast_layout(matrix: Tensor) -> Tensor:
+    """`matrix`, with its columns contiguous where torch has a fast product for these only: 25 times as fast as by rows.
+
+    So it is in bfloat16 and float16 on CPUs without AVX-512, for which oneDNN has no kernels.
+    """
+    slow = matrix.dtype in (torch.bfloat16, torch.float16) and matrix.device.type == "cpu" and not has_half_kernels()
+    return matrix.t().contiguous().t() if slow and matrix.is_contiguous() else matrix
+
+
+@cache
+def has_half_kernels() -> bool:
+    """Whether oneDNN has kernels for bfloat16 on this CPU."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 WITHOUT_UNPACKING: Mapping[Any, Callable[..., Any]] = {
