@@ -50,6 +50,9 @@ bench: install ## what federation, sub-models, a selective backward, personal ex
 smol: install ## build the base smol in FEDEXPERTS_BASES: SmolLM2-135M-Instruct as a Mixture of Experts; about an hour; needs FEDEXPERTS_DATA
 	sh assets/smol/build.sh $(BIN)/fedexperts $(BIN)/python
 
+results-check: install ## compare the pages of results with what their templates and CSVs give
+	$(BIN)/python benchmarks/results_pages.py --check
+
 ceilings: install ## what the base small reaches on each data set by itself; needs FEDEXPERTS_DATA
 	$(BIN)/python benchmarks/ceilings.py --epochs 5 --lr 1.5e-3
 

@@ -1,0 +1,210 @@
+"""The pages of results, from their templates and CSVs: every figure of ours in them is computed here.
+
+    python benchmarks/results_pages.py            # writes docs/results/*.md
+    python benchmarks/results_pages.py --check    # fails if a page is not what its template and the CSVs give
+
+The second is `make results-check`. A template is docs/results/pages/NAME.md.jinja. A decimal number that stands in its text must
+be a setting or be quoted from elsewhere; its line then ends with {# quoted: SOURCE #}, which is not part of the page.
+"""
+
+import csv
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from statistics import fmean, median
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy import stats
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
+PAGES = RESULTS / "pages"
+DECIMAL = re.compile(r"\d\.\d")
+QUOTED = re.compile(r"\{#-? quoted: [^#]+ #\}\s*$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a CSV: the mean over seeds with the bounds of its 95 % interval, and the same of the paired difference."""
+
+    setting: str
+    method: str
+    measure: str
+    task: str
+    seeds: int
+    mean: float
+    half: float  # of the interval; NaN of one seed
+    paired: float
+    paired_half: float
+
+
+def number(text: str) -> float:
+    return float(text) if text else float("nan")
+
+
+class Table:
+    """The lines of one CSV, of one setting, and the reference lines of the same examples."""
+
+    def __init__(self, name: str) -> None:
+        path, setting = name, ""
+        if not (RESULTS / f"{path}.csv").exists():
+            folder, setting = name.rsplit("/", 1)
+            path = f"{folder}/all"
+        self.name, self.rows = name, {}
+        with (RESULTS / f"{path}.csv").open(newline="") as file:
+            for line in csv.DictReader(file):
+                if line["setting"] == setting:
+                    low, high = number(line["low"]), number(line["high"])
+                    paired_low, paired_high = number(line["difference_low"]), number(line["difference_high"])
+                    row = Row(
+                        setting, line["method"], line["measure"], line["task"], int(line["seeds"] or 0), number(line["mean"]),
+                        (high - low) / 2, number(line["difference"]), (paired_high - paired_low) / 2,
+                    )  # fmt: skip
+                    self.rows[row.method, row.measure, row.task] = row
+
+    @property
+    def methods(self) -> list[str]:
+        """By quality, best first."""
+        return sorted({method for method, _, _ in self.rows}, key=lambda method: -self.row(method).mean)
+
+    def row(self, method: str, measure: str = "quality", task: str = "") -> Row:
+        return self.rows[method, measure, task]
+
+    def value(self, method: str, measure: str = "quality", task: str = "", digits: int = 1) -> str:
+        """The mean over seeds with the half-width of its interval."""
+        row = self.row(method, measure, task)
+        return f"{row.mean:.{digits}f} ± {row.half:.{digits}f}"
+
+    def mean(self, method: str, measure: str = "quality", task: str = "", digits: int = 1) -> str:
+        return f"{self.row(method, measure, task).mean:.{digits}f}"
+
+    def paired(self, method: str, measure: str = "quality", task: str = "", digits: int = 1) -> str:
+        """The paired difference from the table's baseline with the half-width of its interval; "–" for the baseline."""
+        row = self.row(method, measure, task)
+        return "–" if row.paired != row.paired else f"{signed(row.paired, digits)} ± {row.paired_half:.{digits}f}"
+
+    def p_values(self) -> dict[str, float]:
+        """Method → two-sided p of its paired difference from the baseline (t test over seeds)."""
+        found = {}
+        for method in self.methods:
+            row = self.row(method)
+            if row.paired == row.paired and row.paired_half > 0:
+                error = row.paired_half / stats.t.ppf(0.975, row.seeds - 1)
+                found[method] = float(2 * stats.t.sf(abs(row.paired) / error, row.seeds - 1))
+        return found
+
+    def told_apart(self, corrected: bool = True) -> list[str]:
+        """Methods whose difference from the baseline is told apart at 5 %; corrected: by Holm, for all methods of the table."""
+        waiting = sorted(self.p_values().items(), key=lambda pair: pair[1])
+        apart = []
+        for rank, (method, p) in enumerate(waiting):
+            if p > (0.05 / (len(waiting) - rank) if corrected else 0.05):
+                if corrected:
+                    break
+                continue
+            apart.append(method)
+        return [method for method in self.methods if method in apart]
+
+    def could_see(self) -> str:
+        """Points that these runs could have told from 0 with a power of 80 %, without correction: the median over methods."""
+        found = []
+        for method in self.methods:
+            row = self.row(method)
+            if row.paired == row.paired and row.paired_half > 0:
+                t = stats.t.ppf(0.975, row.seeds - 1)
+                found.append(row.paired_half / t * (t + stats.t.ppf(0.8, row.seeds - 1)))
+        return f"{median(found):.1f}"
+
+    def line(self, name: str, task: str = "", metric_digits: int = 1) -> str:
+        """A reference line, mean over the same seeds, in per cent."""
+        found = [value for table, line, of, value in reference_lines() if (table, line, of) == (self.name, name, task)]
+        return f"{100 * fmean(found):.{metric_digits}f}" if found else "–"
+
+    def quality_table(self, tasks: dict[str, str], measures: dict[str, tuple[str, int]], against: str = "") -> str:
+        """Markdown: quality overall (paired), by task, and other measures; reference lines among the methods, by their score.
+
+        tasks: heading → task. measures: heading → measure and digits. against: heading of the paired differences; "": none.
+        """
+        head = ["method", "mean", *([against] if against else []), *tasks, *measures]
+        lines = []
+        for method in self.methods:
+            cells = [method, self.value(method), *([self.paired(method)] if against else [])]
+            cells += [self.mean(method, task=task) for task in tasks.values()]
+            cells += [self.mean(method, measure, digits=digits) for measure, digits in measures.values()]
+            lines.append((self.row(method).mean, cells))
+        for name in ("constant answer", "copy of the input"):
+            if (whole := self.line(name)) != "–":
+                cells = [f"*{name}*", whole, *([""] if against else []), *(self.line(name, task) for task in tasks.values())]
+                lines.append((float(whole), cells + [""] * len(measures)))
+        rows = [cells for _, cells in sorted(lines, key=lambda each: -each[0])]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def signed(value: float, digits: int) -> str:
+    return f"{'−' if round(value, digits) < 0 else '+' if round(value, digits) > 0 else ''}{abs(value):.{digits}f}"
+
+
+@cache
+def reference_lines() -> tuple[tuple[str, str, str, float], ...]:
+    """Table, line, task ("" for all) and value, of each seed."""
+    with (RESULTS / "reference_lines.csv").open(newline="") as file:
+        return tuple((row["table"], row["line"], row["task"], float(row["value"])) for row in csv.DictReader(file))
+
+
+@cache
+def lost() -> dict[tuple[str, str], dict[str, str]]:
+    """Run file and task → what a run of it loses, in per cent."""
+    with (RESULTS / "lost.csv").open(newline="") as file:
+        return {(row["run_file"], row["task"]): row for row in csv.DictReader(file)}
+
+
+def cut(run_file: str, *tasks: str, share: str = "prompt_tokens_lost") -> str:
+    """Per cent of the prompts' tokens that a run file cuts off, from the least to the most of `tasks`."""
+    found = sorted(float(lost()[run_file, task][share]) for task in tasks)
+    return f"{found[0]:.0f}" if len(found) == 1 or round(found[0]) == round(found[-1]) else f"{found[0]:.0f} to {found[-1]:.0f}"
+
+
+def ratio(a: float, b: float, digits: int = 2) -> str:
+    return f"{a / b:.{digits}f}"
+
+
+def listed(names: list[str]) -> str:
+    """ "a, b and c"; "none" of no names."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else "none"
+
+
+def rendered(template: Path) -> str:
+    environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "signed": signed}
+    return "".join(f"{line.rstrip()}\n" for line in environment.get_template(template.name).render().splitlines())
+
+
+def unsourced(template: Path) -> list[str]:
+    """Lines of `template` with a decimal number in the text that no comment gives a source for."""
+    text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", template.read_text(), flags=re.DOTALL)
+    return [line for line in text.splitlines() if DECIMAL.search(line) and not QUOTED.search(line)]
+
+
+def main() -> int:
+    check, failed = "--check" in sys.argv[1:], 0
+    for template in sorted(PAGES.glob("*.md.jinja")):
+        page, text = RESULTS / template.name.removesuffix(".jinja"), rendered(template)
+        computed = len(re.findall(r"\{\{", template.read_text()))
+        for line in unsourced(template):
+            failed += 1
+            print(f"{template.name}: a figure without a source: {line}")
+        if not check:
+            page.write_text(text)
+        elif page.read_text() != text:
+            failed += 1
+            lines = zip_longest(page.read_text().splitlines(), text.splitlines(), fillvalue="(nothing)")
+            wrong = next(pair for pair in lines if pair[0] != pair[1])
+            print(f"{page.name}: says\n  {wrong[0]}\nand its CSVs give\n  {wrong[1]}")
+        print(f"{page.name}: {computed} expressions computed from CSVs")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
