@@ -66,8 +66,8 @@ class Table:
 
     @property
     def methods(self) -> list[str]:
-        """By quality, best first."""
-        return sorted({method for method, _, _ in self.rows}, key=lambda method: -self.row(method).mean)
+        """By quality, best first; equal ones by name."""
+        return sorted({method for method, _, _ in self.rows}, key=lambda method: (-round(self.row(method).mean, 9), method))
 
     def row(self, method: str, measure: str = "quality", task: str = "") -> Row:
         return self.rows[method, measure, task]
