@@ -103,6 +103,7 @@ class FederationSettings(Settings):
     stop: StopSettings = StopSettings()
     server_optimizer: Tree | None = None  # its name and fields; None: the merged weights are used as they are
     robust: RobustMerging | None = None  # a rule that limits what single clients can do to a merge; None: the method's mean
+    undo: float | None = Field(None, gt=1)  # a round is undone if the clients' validation loss grows by more than this factor
 
     @field_validator("server_optimizer", "robust", mode="before")
     @classmethod
@@ -223,7 +224,8 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def validation_is_scored_after_aggregation(self) -> Self:
-        chooses = "federation.stop" if self.federation.stop.given else "checkpoint.best" if self.checkpoint.best else ""
+        asked = {"federation.stop": self.federation.stop.given, "checkpoint.best": self.checkpoint.best}
+        chooses = next((name for name, given in {**asked, "federation.undo": self.federation.undo}.items() if given), "")
         if chooses and self.evaluation.score == "before_aggregation":
             raise BadValue(
                 f"{chooses} goes by the score of the aggregated weights on validation examples, but evaluation.score = "

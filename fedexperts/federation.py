@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import Protocol
 
 import torch
 
@@ -20,6 +21,14 @@ def no_reports(job: Job) -> Mapping[str, Check]:
     return {}
 
 
+class Guard(Protocol):
+    """Sees the updates of a round, and decides whether the round stays."""
+
+    def seen(self, server: Server, updates: Iterable[Update]) -> Iterable[Update]: ...
+
+    def accepts(self, before: Server, after: Server) -> bool: ...
+
+
 def federate(
     server: Server,
     method: Method,
@@ -30,23 +39,28 @@ def federate(
     clients_per_round: int,
     by_task: bool = False,
     reports: Reports = no_reports,
+    guard: Guard | None = None,
 ) -> Iterator[Server]:
     """Yields the server after each setup task and each round; continues after the last completed step of `server`.
 
     Setup tasks are round 0 and go to every client once; in a round, `clients_per_round` clients are sampled. `reports`: the
-    metrics that the run requests in addition to the method's.
+    metrics that the run requests in addition to the method's. `guard`: decides whether a round stays.
 
     Raises:
-        BadRun: the merged weights are not finite.
+        BadRun: the merged weights are not finite, and there is no guard.
     """
     for round, task in steps(method, rounds)[done(server, method, rounds) :]:
         server = replace(server, round=round, task=task)
         clients = list(server.clients.values())
         chosen = choose(clients, clients_per_round, Random(f"{server.seed}/{round}"), by_task) if round else clients
-        merged = method.merge(server, answers(server, method, engine, ledger, chosen, reports))
+        updates = answers(server, method, engine, ledger, chosen, reports)
+        watched = guard if round else None
+        merged = method.merge(server, updates if watched is None else watched.seen(server, updates))
         if not ledger.lost:  # a round without usable answers leaves the server unchanged
-            require_finite(server.weights, merged)
-            server = replace(merged, accepted={**server.accepted, **accepted(ledger)})
+            after = replace(merged, accepted={**server.accepted, **accepted(ledger)})
+            if watched is None:
+                require_finite(server.weights, after)
+            server = after if watched is None or watched.accepts(server, after) else server
         yield server
 
 

@@ -50,10 +50,15 @@ class ClientTask:
 
     def scores_with(self, job: Job) -> bool:
         """Whether the answer to `job` contains scores."""
+        due = is_eval_round(job.round, self.evaluation, self.rounds)
         if job.task == "evaluate":
-            return job.round == 0 or not self.scores_after_training
-        due = job.task == "train" and is_eval_round(job.round, self.evaluation, self.rounds)
-        return due and self.scores_after_training and (self.evaluated is None or job.client in self.evaluated)
+            return job.round == 0 or (due and not self.scores_after_training)
+        return (
+            job.task == "train"
+            and due
+            and self.scores_after_training
+            and (self.evaluated is None or job.client in self.evaluated)
+        )
 
     def measures_with(self, job: Job) -> bool:
         """Whether the answer to `job` contains the comparison of the client's model with the base model."""

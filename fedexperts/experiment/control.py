@@ -18,7 +18,8 @@ VALIDATION = "validation"
 
 def needs_validation(config: RunConfig) -> bool:
     """Whether clients are scored on validation examples in addition to test examples."""
-    return (config.federation.stop.given or config.checkpoint.best) and config.evaluation.split == "test"
+    chooses = config.federation.stop.given or config.checkpoint.best
+    return bool(config.federation.undo) or (chooses and config.evaluation.split == "test")
 
 
 def overall(scores: Scores) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Evaluations: one job for each client, or one for several clients whose model is the same."""
 
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,13 +25,17 @@ EXAMPLES = 256
 
 
 def evaluate_clients(
-    prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, reports: Reports, progress: Progress
+    prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, progress: Progress
 ) -> dict[str, Mapping[str, Any]]:
-    """Client → the metrics of its evaluation, in the order of `server.clients`; clients that fail are left out.
+    """Client → the metrics of its evaluation with the weights of `server`, in the run's order; clients that fail are left out.
 
     Where a pass over several clients fails, each of them is evaluated alone.
     """
-    task = task_for(prepared)
+    server, task, reports = (
+        replace(server, task="evaluate", clients=prepared.server.clients),
+        task_for(prepared),
+        reports_of(prepared),
+    )
     chosen = {name: server.clients[name] for name in evaluated_clients(prepared)}
     progress.evaluating(len(chosen))
 
@@ -50,6 +56,11 @@ def evaluate_clients(
         ledger.entries = [entry for entry in ledger.entries if entry.client not in leaders]
         metrics |= metrics_of([[client] for group in lost for client in group])
     return {client: metrics[client] for client in chosen if client in metrics}
+
+
+def reports_of(prepared: Prepared) -> Reports:
+    """The metrics that the run requests from clients."""
+    return partial(task_for(prepared).reports, prepared.data, prepared.clients.metrics())
 
 
 def by_client(first: str, also: Mapping[str, tuple[str, ...]], metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

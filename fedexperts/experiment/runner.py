@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from math import isfinite, nan
 from pathlib import Path
@@ -18,17 +17,17 @@ from fedexperts.core import evaluation
 from fedexperts.core.devices import UTILIZATION
 from fedexperts.core.ledger import Ledger
 from fedexperts.data.settings import PLAIN
-from fedexperts.engines.base import Reports
 from fedexperts.engines.local import LocalEngine
 from fedexperts.errors import BadRun, BadValue, Damaged
 from fedexperts.experiment import checkpoint, control, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
-from fedexperts.experiment.pooled import evaluate_clients
+from fedexperts.experiment.pooled import evaluate_clients, reports_of
 from fedexperts.experiment.progress import Progress, Quiet
 from fedexperts.experiment.reference_lines import lines_of, overall_line, score_lines
 from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, runtime_for, task_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
+from fedexperts.experiment.undo import Undo
 from fedexperts.federation import federate, steps
 from fedexperts.io.files import locked, write_text
 from fedexperts.io.manifest import MANIFEST, append, changed, finite, object_or_empty, read_object, write_manifest, write_sealed
@@ -129,13 +128,14 @@ def run(
                 server, prepared = checkpoint.load(out, prepared.server), without_weights(prepared)
                 if behind == 0 and not prepared.method.setup_tasks:
                     assess(prepared, server, running, ledger, out, shown, {})
+                undo = Undo(prepared, running, out, shown) if config.federation.undo else None
                 started, noted = perf_counter(), False
                 # The name is used again, so that the first weights stay no longer than the first round
-                for server in rounds_after(server, prepared, running, ledger):  # noqa: B020
+                for server in rounds_after(server, prepared, running, ledger, undo):  # noqa: B020
                     if not noted and no_expert_sent(ledger):
                         shown.noted(server, NO_EXPERT_SENT + prepared.method.declare().if_no_expert_is_sent)
                         noted = True
-                    finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started)
+                    finish_round(prepared, server, running, ledger, out, shown, perf_counter() - started, undo)
                     track()  # after the checkpoint: a resumed run never truncates lines that a tracker has received
                     shown.round(server)
                     if server.round and (reason := control.reason_to_stop(control.history(out), config.federation.stop)):
@@ -145,7 +145,7 @@ def run(
     return out
 
 
-def rounds_after(server: Server, prepared: Prepared, engine: Engine, ledger: Ledger) -> Iterator[Server]:
+def rounds_after(server: Server, prepared: Prepared, engine: Engine, ledger: Ledger, undo: Undo | None) -> Iterator[Server]:
     """The run's rounds that `server` does not have behind it."""
     federation = prepared.config.federation
     return federate(
@@ -157,11 +157,19 @@ def rounds_after(server: Server, prepared: Prepared, engine: Engine, ledger: Led
         clients_per_round=federation.clients_per_round or len(server.clients),
         by_task=federation.sampling == "by task",
         reports=reports_of(prepared),
+        guard=undo,
     )
 
 
 def finish_round(
-    prepared: Prepared, server: Server, engine: Engine, ledger: Ledger, out: Path, progress: Progress, seconds: float
+    prepared: Prepared,
+    server: Server,
+    engine: Engine,
+    ledger: Ledger,
+    out: Path,
+    progress: Progress,
+    seconds: float,
+    undo: Undo | None = None,
 ) -> None:
     """Completes a round: writes its log lines, evaluates if an evaluation is due, and saves the checkpoint.
 
@@ -172,17 +180,13 @@ def finish_round(
     progress.failed(server, failures(ledger))
     scores = reported_scores(ledger)
     require_answers(server, ledger, fewest if server.round else max(fewest, 1))
-    record(out, server, ledger, seconds)
+    record(out, server, ledger, seconds, undo.line if undo and server.round else {})
     settings, score = prepared.config.checkpoint, None
     if due(server, prepared.method, prepared.config):
-        validation = assess(prepared, server, engine, ledger, out, progress, scores)
+        known = undo.metrics if undo and server.round else None
+        validation = assess(prepared, server, engine, ledger, out, progress, scores, known)
         score = control.signed(validation) if settings.best and server.round else None
     checkpoint.save(out, server, settings.keep, score if score is None or isfinite(score) else None)
-
-
-def reports_of(prepared: Prepared) -> Reports:
-    """The metrics that the run requests from clients."""
-    return partial(task_for(prepared).reports, prepared.data, prepared.clients.metrics())
 
 
 def due(server: Server, method: Method, config: RunConfig) -> bool:
@@ -192,8 +196,8 @@ def due(server: Server, method: Method, config: RunConfig) -> bool:
     return is_eval_round(server.round, config.evaluation, config.federation.rounds)
 
 
-def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
-    """Writes a line for the round and one for each client."""
+def record(out: Path, server: Server, ledger: Ledger, seconds: float, more: Mapping[str, Any]) -> None:
+    """Writes a line for the round, with `more`, and one for each client."""
     entries = ledger.entries
     losses = [entry.loss for entry in entries if entry.loss is not None]
     line = {
@@ -207,6 +211,7 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float) -> None:
         "holds": {client: {block: list(ids) for block, ids in experts.items()} for client, experts in ledger.holds.items()},
         **({"sends": ledger.sends} if ledger.sends else {}),
         **({"uses": ledger.uses} if ledger.uses else {}),
+        **more,
     }
     append(out / "rounds.jsonl", [line])
     append(out / "ledger.jsonl", [entry.as_json() for entry in entries])
@@ -261,18 +266,19 @@ def assess(
     out: Path,
     progress: Progress,
     reported: Mapping[str, evaluation.Scores],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Mapping[str, Any]:
     """Appends to evals.jsonl each client's scores on its examples of `evaluation.split`, and those of all clients together.
 
     After the last round also compares each client's model with the base model. reported: the scores of clients that are scored
-    before aggregation; the others count with their last scores.
+    before aggregation; the others count with their last scores. known: client → metrics of these weights, if already evaluated.
 
     Returns the overall score on validation examples, or, if those are not scored, on test examples.
     """
     server, task = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
     metrics: dict[str, Mapping[str, Any]] = {}
     if task.evaluates(server.round):
-        metrics = evaluate_clients(prepared, server, engine, ledger, reports_of(prepared), progress)
+        metrics = evaluate_clients(prepared, server, engine, ledger, progress) if known is None else dict(known)
         require_answers(server, ledger)
     evaluated = {client: each["scores"] for client, each in metrics.items() if "scores" in each}
     scores = {client: evaluation.Scores.from_json(each) for client, each in evaluated.items()} | dict(reported)
