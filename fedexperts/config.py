@@ -157,6 +157,10 @@ class DeviceSettings(Settings):
         return self
 
 
+EVERY = 1_000_000
+"""More answers than a client has examples."""
+
+
 class EvaluationSettings(Settings):
     """When and on what models are scored.
 
@@ -165,6 +169,7 @@ class EvaluationSettings(Settings):
     FLEx does). `retained`: sources as in `data.sources`, on whose test examples (at most `limit` of each) the base model is
     scored before the first round and every client's model after the last; no client trains on them.
     `drift`: whether the routing of the clients' models is compared with the base model's after the last round.
+    `predictions`: how many answers of each client are kept at each evaluation, with their prompts and references, or "all".
     """
 
     every: int = Field(5, ge=1)  # rounds; the last round is always evaluated
@@ -174,6 +179,7 @@ class EvaluationSettings(Settings):
     score: Literal["after_aggregation", "before_aggregation"] = "after_aggregation"
     retained: Sources = ()
     drift: bool = False
+    predictions: Annotated[int, Field(ge=0, le=EVERY)] | Literal["all"] | None = None  # None: see RunConfig.predictions
 
 
 class CheckpointSettings(Settings):
@@ -245,6 +251,17 @@ class RunConfig(Settings):
             except BadValue as error:
                 raise BadValue(f"[methods.{name}]: {error}") from None
         return self
+
+    @property
+    def predictions(self) -> int:
+        """How many answers of each client are kept at each evaluation, by default 5; 0 if clients bring their own data."""
+        match self.evaluation.predictions:
+            case None:
+                return 0 if self.data.own else 5
+            case "all":
+                return EVERY
+            case number:
+                return number
 
     def of_its_method(self) -> "RunConfig":
         """The settings of a run: those of `[methods.NAME]` for its method in place of the others, and no such tables."""

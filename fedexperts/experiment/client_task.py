@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from typing import Any, cast
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.config import EvaluationSettings
-from fedexperts.core import evaluation
-from fedexperts.engines.base import Check
+from fedexperts.core import evaluation, predictions
+from fedexperts.core.evaluation import Judged
+from fedexperts.engines.base import Report
 from fedexperts.methods.contract import Method
 from fedexperts.moe.packed import stored
 from fedexperts.moe.routing import router_drift
@@ -31,6 +33,8 @@ class ClientTask:
     rounds: int  # of the whole run
     retained: Sequence[Example] = ()
     validates: bool = False  # whether evaluations score the validation examples, too
+    predictions: int = 0  # answers that a client sends with its scores, at most
+    own_data: bool = False  # whether clients bring their own data, which the server does not see
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def scheduled(self, job: Job, context: ClientContext) -> ClientContext:
@@ -43,7 +47,7 @@ class ClientTask:
         if not self.scores_with(job):
             return update
         model = self.method.build_model(apply_update(job, update), context)
-        return replace(update, metrics={**update.metrics, "scores": self.scores(model, context)})
+        return replace(update, metrics={**update.metrics, **self.scores(model, context)})
 
     def scores_with(self, job: Job) -> bool:
         """Whether the answer to `job` contains scores."""
@@ -56,24 +60,33 @@ class ClientTask:
         """Whether the answer to `job` contains the comparison of the client's model with the base model."""
         return job.task == "evaluate" and job.round == self.rounds
 
-    def reports(self, data: Mapping[str, Split], tasks: Mapping[str, str], job: Job) -> dict[str, Check]:
+    def reports(self, data: Mapping[str, Split], tasks: Mapping[str, str], job: Job) -> dict[str, Report]:
         """The metrics that the answer to `job` has in addition to those of the method.
 
         data: of each client; placeholders for clients with their own data. tasks: task → its main metric, for all tasks that
         clients are scored on.
         """
-        checks: dict[str, Check] = {}
+        reports: dict[str, Report] = {}
         if self.scores_with(job):
-            number = len(self.scored_examples(data[job.client]))
-            checks["scores"] = lambda value: evaluation.scores_error(value, tasks, number)
+            examples = self.scored_examples(data[job.client])
+            reports["scores"] = Report(lambda value: evaluation.scores_error(value, tasks, len(examples)))
+            if self.predictions:  # not required: whether its examples are sent is the client's decision
+                most = min(self.predictions, len(examples))
+                check = partial(self.predictions_error, tasks, examples)
+                reports["predictions"] = Report(check, required=False, characters=most * predictions.MOST_JSON)
         if job.task == "evaluate" and self.validates:
             held_out = len(self.held_out(data[job.client]))
-            checks["validation"] = lambda value: evaluation.scores_error(value, tasks, held_out)
+            reports["validation"] = Report(lambda value: evaluation.scores_error(value, tasks, held_out))
         if self.measures_with(job) and self.retained:
-            checks["retained"] = lambda value: evaluation.by_example_error(value, self.retained)
+            reports["retained"] = Report(lambda value: evaluation.by_example_error(value, self.retained))
         if self.measures_with(job) and self.evaluation.drift:
-            checks["drift"] = lambda value: evaluation.drift_error(value, job.experts)
-        return checks
+            reports["drift"] = Report(lambda value: evaluation.drift_error(value, job.experts))
+        return reports
+
+    def predictions_error(self, tasks: Mapping[str, str], examples: Sequence[Example], value: object) -> str | None:
+        """Why `value` is no sample of answers to `examples`; of a client with its own data these are placeholders."""
+        shown = predictions.chosen(examples, self.predictions)
+        return predictions.rows_error(value, tasks, len(shown), None if self.own_data else shown)
 
     @property
     def scores_after_training(self) -> bool:
@@ -93,21 +106,27 @@ class ClientTask:
         model = self.method.build_model(job, context)
         metrics: dict[str, Any] = {}
         if self.scores_with(job):
-            metrics["scores"] = self.scores(model, context)
+            metrics |= self.scores(model, context)
         if self.validates:
-            metrics["validation"] = self.scores_on(model, self.held_out(context.data), context)
+            held_out = self.held_out(context.data)
+            metrics["validation"] = evaluation.together(self.judged(model, held_out, context), held_out).to_json()
         if self.measures_with(job):
             metrics |= self.against_base(model, job, context)
         return Update(job.client, job.round, job.task, Patch({}), len(context.data.train), metrics=metrics)
 
     def scores(self, model: nn.Module, context: ClientContext) -> dict[str, Any]:
-        """Scores on the client's examples, as JSON values."""
-        return self.scores_on(model, self.scored_examples(context.data), context)
+        """`scores` on the client's examples and, if the run keeps some, `predictions`, its answers to a few, as JSON values."""
+        examples = self.scored_examples(context.data)
+        judged = self.judged(model, examples, context)
+        metrics: dict[str, Any] = {"scores": evaluation.together(judged, examples).to_json()}
+        if self.predictions:
+            metrics["predictions"] = predictions.rows(judged, predictions.chosen(examples, self.predictions))
+        return metrics
 
-    def scores_on(self, model: nn.Module, examples: Sequence[Example], context: ClientContext) -> dict[str, Any]:
-        """Scores on `examples`, as JSON values."""
+    def judged(self, model: nn.Module, examples: Sequence[Example], context: ClientContext) -> Sequence[Judged]:
+        """`examples`, each with its answer and scores."""
         settings = self.evaluation
-        return evaluation.score(model, examples, context.encoder, settings.generate_tokens, settings.batch_size).to_json()
+        return evaluation.one_by_one(model, examples, context.encoder, settings.generate_tokens, settings.batch_size)
 
     def held_out(self, data: Split) -> Sequence[Example]:
         """The validation examples that are scored beside test examples: all of the client's."""

@@ -66,8 +66,15 @@ def everyone(prepared: Prepared) -> dict[str, Client]:
 
 def task_for(prepared: Prepared) -> ClientTask:
     config = prepared.config
-    retained, validates = prepared.retained.examples, needs_validation(config)
-    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, retained, validates)
+    return ClientTask(
+        prepared.method,
+        config.evaluation,
+        config.federation.rounds,
+        retained=prepared.retained.examples,
+        validates=needs_validation(config),
+        predictions=config.predictions,
+        own_data=config.data.own,
+    )
 
 
 def encoder_for(prepared: Prepared) -> Encoder:
