@@ -24,6 +24,12 @@ def config(tree, method="fedavg", **evaluation):
     return checked(RunConfig, {**tree, "method": {"name": method}, "evaluation": settings})
 
 
+def over(tree, source):
+    """The tree of a run of one round on other data."""
+    data = {**tree["data"], "sources": [source], "max_tokens": 64, "limit": 30}
+    return {**tree, "data": data, "federation": {"rounds": 1}}
+
+
 def logged(out, name):
     return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
 
@@ -99,18 +105,17 @@ def test_of_a_multiple_choice_the_chosen_option_is_shown_beside_the_right_one(ti
     rows = [{"instruction": "Choose.", "input": f"question {n}", "choices": ["x", "y", "z"], "gold": n % 3} for n in range(40)]
     (tmp_path / "quiz.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     source = {"name": str(tmp_path / "quiz.jsonl"), "metric": "likelihood"}
-    tree = {**tiny_tree, "data": {**tiny_tree["data"], "sources": [source], "max_tokens": 64, "limit": 30}, "federation": {"rounds": 1}}
-    rows = read(run(config(tree), tmp_path / "out")).predictions
+    rows = read(run(config(over(tiny_tree, source)), tmp_path / "out")).predictions
     assert len(rows) > 4
     for row in rows:
-        assert {row.answer, row.reference} <= {"x", "y", "z"} and row.score == float(row.answer == row.reference)
+        assert {row.answer, row.reference} <= {"A", "B", "C"} and row.score == float(row.answer == row.reference)
         assert row.source == source["name"]
 
 
 def test_a_text_without_an_answer_is_shown_with_its_perplexity(tiny_tree, tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps({'text': f'a text with {n} words'})}\n" for n in range(40)))
-    data = {**tiny_tree["data"], "sources": [{"name": str(tmp_path / "text.jsonl"), "task": "text"}], "max_tokens": 64, "limit": 30}
-    rows = read(run(config({**tiny_tree, "data": data, "federation": {"rounds": 1}}), tmp_path / "out")).predictions
+    source = {"name": str(tmp_path / "text.jsonl"), "task": "text"}
+    rows = read(run(config(over(tiny_tree, source)), tmp_path / "out")).predictions
     assert len(rows) > 4
     assert {(row.answer, row.metric) for row in rows} == {(None, "perplexity")} and min(row.score for row in rows) > 1
 
