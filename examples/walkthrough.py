@@ -7,10 +7,7 @@ minute; all results are in results/walkthrough.
 """
 
 # %% The settings of the run
-import json
 from pathlib import Path
-
-import pandas as pd
 
 import fedexperts
 from fedexperts import report
@@ -39,20 +36,26 @@ RUN = {
 # %% Run it. If it is killed and started again, it continues; a finished run is not repeated
 folder = fedexperts.run(RUN, OUT / "run", resume=True)
 
-# %% Quality: a row for each evaluation, client and task; no client means all clients together, no task means overall
-scores = pd.read_json(folder / "evals.jsonl", lines=True)
+# %% All that it wrote, as pandas DataFrames; a notebook shows the table of results
+results = fedexperts.results(folder)
+print(results)
+
+# %% Quality: a row for each evaluation, client, task and metric; no client means all clients together, no task means overall
+scores = results.evaluations[results.evaluations.main]
 by_task = scores[scores.client.isna() & scores.task.notna()].pivot(index="round", columns="task", values="value")
 print(by_task.round(2))
 
-# %% Cost: a row for each client and round
-ledger = pd.read_json(folder / "ledger.jsonl", lines=True)
-trained = ledger[ledger.task == "train"]
+# %% Cost: a row for each job of a client
+trained = results.ledger[results.ledger.task == "train"]
 print(trained.groupby("client")[["bytes_up", "peak_bytes", "experts"]].mean().round())
 
-# %% Which experts each client held in the last round
-rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-for client, layers in sorted(rounds[-1]["holds"].items()):
-    print(client, [len(experts) for experts in layers.values()], "of 16 in each layer")
+# %% How many of the 16 experts of each layer each client held in the last round
+held = results.experts[results.experts["round"] == results.experts["round"].max()]
+print(held.groupby(["client", "block"]).size().unstack())
+
+# %% What their models answered after it
+answers = results.predictions[results.predictions["round"] == results.predictions["round"].max()]
+print(answers[["client", "task", "prompt", "reference", "answer", "score"]])
 
 # %% The same, with figures, as a self-contained page
 report.write([folder], html=folder / "report.html")

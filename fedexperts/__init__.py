@@ -2,6 +2,7 @@
 
     run(run_file, out)                      one run, into a results folder
     compare(run_file, methods, seeds, out=) several methods over the same data and clients
+    results(folder)                         what runs wrote, as pandas DataFrames
     load(folder)                            a model that `fedexperts export` wrote
     Method                                  what a federated method is: a base class for your own
     METHODS                                 the methods by name; one of your own is entered here
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from fedexperts.export import load
     from fedexperts.methods import METHODS
     from fedexperts.methods.contract import Method
+    from fedexperts.report.results import results
 
 # oneDNN, which multiplies in bfloat16 on a CPU, compiles a kernel for each shape and keeps 1,024 of them. The number of tokens
 # of an expert changes with every batch, so a step of an MoE needs several thousand, and would compile them again in each step.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
-__all__ = ["METHODS", "Method", "__version__", "compare", "load", "partition", "run"]
+__all__ = ["METHODS", "Method", "__version__", "compare", "load", "partition", "results", "run"]
 __version__ = version("fedexperts")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns that kernels are missing that we do not use
 
@@ -36,6 +38,7 @@ _WHERE = {
     "Method": "fedexperts.methods.contract",
     "compare": "fedexperts.api",
     "load": "fedexperts.export",
+    "results": "fedexperts.report.results",
     "run": "fedexperts.api",
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 from fedexperts import config
 from fedexperts.config import RunConfig
 from fedexperts.experiment import runner, sweep
+from fedexperts.experiment.on_round import OnRound, Telling
 from fedexperts.experiment.sweep import Compared
 from fedexperts.io.toml import with_settings
 
@@ -14,20 +15,26 @@ RunFile = Path | str | Mapping[str, Any] | RunConfig
 """A run: the path of a run file, the content of such a file, or the settings read from one."""
 
 
-def run(run: RunFile, out: Path | str, *, set: Sequence[str] = (), resume: bool = False) -> Path:
+def run(run: RunFile, out: Path | str, *, set: Sequence[str] = (), resume: bool = False, on_round: OnRound | None = None) -> Path:
     """Executes a run, as `fedexperts run` does, and returns its results folder, `out`.
+
+    `fedexperts.results(folder)` has what it wrote as DataFrames.
 
     Args:
         run: a run file or its content.
         out: the results folder.
         set: settings that replace those of the run file, such as "training.lr=1e-3".
         resume: whether to continue the run in `out`.
+        on_round: called after each round with a `RoundDone`, what the round added to the results. If it raises an exception, the
+            run ends with that exception and can be resumed after this round; so does KeyboardInterrupt at any time.
 
     Raises:
         BadValue: the settings, the data or the model do not allow the run.
         BadRun: `out` contains another run, or all clients of a round failed.
     """
-    return runner.run(settings_of(run, set).of_its_method(), Path(out), resume=resume)
+    settings, folder = settings_of(run, set).of_its_method(), Path(out)
+    progress = Telling(on_round, folder, settings.federation.rounds) if on_round else None
+    return runner.run(settings, folder, resume=resume, progress=progress)
 
 
 def compare(
@@ -41,8 +48,8 @@ def compare(
 ) -> Compared:
     """Runs several methods on the same data and clients, as `fedexperts compare` does; completed runs are not repeated.
 
-    After `from fedexperts import report`, `report.table(compared.folders)` is the table of results and
-    `report.write([out], html=…)` writes the page.
+    A notebook shows the table of results, as does `print`; `compare(…).results` has all rounds and scores as DataFrames. After
+    `from fedexperts import report`, `report.write([out], html=…)` writes the page.
 
     Args:
         runs: one run, or several by name; each is a setting of the comparison.

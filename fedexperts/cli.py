@@ -213,6 +213,20 @@ def report(
         say(f"written: {path}")
 
 
+@app.command()
+def results(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders of run or compare.", show_default=False)],
+    to: Annotated[Path | None, typer.Option(help="The folder to write; by default tables/ in the first folder.")] = None,
+    format: Annotated[str, typer.Option(help="csv or parquet.")] = "csv",
+    table: Annotated[list[str] | None, typer.Option("--table", help="Write only this table. Repeatable.")] = None,
+) -> None:
+    """Write the results of runs as tidy tables, with a row for each seed, round, client and metric."""
+    from fedexperts.report import results
+
+    for path in results.results(folders).write(to or folders[0] / "tables", format, table or ()):  # type: ignore[arg-type]  # checked
+        say(f"written: {path}")
+
+
 app.command()(pretrain)
 app.command()(upcycle)
 

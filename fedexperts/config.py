@@ -158,6 +158,10 @@ class DeviceSettings(Settings):
         return self
 
 
+EVERY = 1_000_000
+"""More answers than a client has examples."""
+
+
 class EvaluationSettings(Settings):
     """When and on what models are scored.
 
@@ -168,6 +172,7 @@ class EvaluationSettings(Settings):
     `drift`: whether the routing of the clients' models is compared with the base model's after the last round.
     `clients`: number of clients that are evaluated, the same ones at each evaluation; None: all. `pooled`: whether clients whose
     model is the same are scored in passes over the examples of all of them; None: if a run has at least MANY_CLIENTS clients.
+    `predictions`: how many answers of each client are kept at each evaluation, with their prompts and references, or "all".
     """
 
     every: int = Field(5, ge=1)  # rounds; the last round is always evaluated
@@ -179,6 +184,7 @@ class EvaluationSettings(Settings):
     drift: bool = False
     clients: int | None = Field(None, ge=1)
     pooled: bool | None = None
+    predictions: Annotated[int, Field(ge=0, le=EVERY)] | Literal["all"] | None = None  # None: see RunConfig.predictions
 
 
 class CheckpointSettings(Settings):
@@ -260,6 +266,17 @@ class RunConfig(Settings):
             except BadValue as error:
                 raise BadValue(f"[methods.{name}]: {error}") from None
         return self
+
+    @property
+    def predictions(self) -> int:
+        """How many answers of each client are kept at each evaluation, by default 5; 0 if clients bring their own data."""
+        match self.evaluation.predictions:
+            case None:
+                return 0 if self.data.own else 5
+            case "all":
+                return EVERY
+            case number:
+                return number
 
     def of_its_method(self) -> "RunConfig":
         """The settings of a run: those of `[methods.NAME]` for its method in place of the others, and no such tables."""

@@ -9,14 +9,14 @@ from typing import Protocol
 import torch
 
 from fedexperts.core.ledger import Ledger
-from fedexperts.engines.base import Check, Reports, expectation, reorder_and_validate
+from fedexperts.engines.base import Report, Reports, expectation, reorder_and_validate
 from fedexperts.errors import BadRun
 from fedexperts.methods.base import patch_for
 from fedexperts.methods.contract import Method
 from fedexperts.types import Assignment, Client, Engine, Job, Server, Tensors, Update, job_key
 
 
-def no_reports(job: Job) -> Mapping[str, Check]:
+def no_reports(job: Job) -> Mapping[str, Report]:
     """No metrics besides those of the method."""
     return {}
 

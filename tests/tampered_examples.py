@@ -1,7 +1,7 @@
 """Answers that broke a run, or might have, one by one: what `tampering.generated` does not come upon by itself."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ def examples() -> Iterator[Kind]:
     yield from extras()
     yield from metrics()
     yield from scores()
+    yield from predictions()
     yield from against_base()
 
 
@@ -418,6 +419,36 @@ def scores() -> Iterator[Kind]:
         yield Kind(f"labels of a task = {shown(value)}", of_first_task("labels", value=value))
     yield Kind("a field more in a task's scores", of_first_task(value=lambda before: {**before, "more": 1}))
     yield Kind("a field less in a task's scores", of_first_task("nll", value=REMOVED))
+
+
+def predictions() -> Iterator[Kind]:
+    for value in (None, 5, "x", {}, [1], [{}], nested(900), ["x" * 3_000_000]):
+        yield Kind(f"predictions = {shown(value)}", metric("predictions", value=value))
+    yield Kind("predictions = []", metric("predictions", value=[]), harmless=True)
+    yield Kind("no predictions", metric("predictions", value=REMOVED), harmless=True)
+    yield Kind("more predictions than asked for", metric("predictions", value=lambda rows: rows * 1_000))
+    wrong: Mapping[str, Sequence[object]] = {
+        "task": (None, 5, "invented", ["double"], "\ud800"),
+        "prompt": (None, 5, "another", "", "\ud800", "x" * 6_000),
+        "reference": (None, 5, "another", "\x1b[2J", "x" * 6_000),
+        "answer": (None, 5, "\ud800", "\x1b[2J", "x" * 6_000, ["x"], nested(900)),
+        "score": (-1, 2, math.nan, math.inf, 10**400, "1", True, [0.5]),
+        "more": (1,),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            yield Kind(f"{name} of a prediction = {shown(value)}", of_first_prediction(name, value))
+    yield Kind("a prediction without its answer", of_first_prediction("answer", REMOVED))
+    yield Kind("another answer", of_first_prediction("answer", "<script>alert(1)</script>"), harmless=True)
+
+
+def of_first_prediction(name: str, value: object) -> Callable[[Update], object]:
+    def change(update: Update) -> object:
+        if not update.metrics.get("predictions"):
+            raise Absent
+        return with_metric(update, ("predictions", 0, name), value)
+
+    return change
 
 
 def split_in_two(before: Mapping[str, Any]) -> object:

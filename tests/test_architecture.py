@@ -144,6 +144,8 @@ METHODS_ROLES = {
     ("report.run_cost_tables", "sent"),
     ("report.run_figures", "stack"),  # plotly's way to draw bars
     ("report.scores", "score"),  # a setting of evaluations
+    ("core.predictions", "score"),  # of a single answer
+    ("report.frames", "score"),
     ("report.facts", "rank"),  # of LoRA
     ("export.models", "rank"),
     ("export.models", "grafted"),  # a key of an exported model's config

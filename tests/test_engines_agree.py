@@ -85,7 +85,7 @@ def test_local_and_simulation_end_with_the_same_bits(runs, said, method):
 def test_local_and_simulation_tell_the_same_ledger_but_for_measured_seconds(runs, said, method):
     assert method not in said["stopped"], said["stopped"][method]
     local, flower = runs / "local" / method, runs / "flower" / method
-    for name in ("ledger.jsonl", "rounds.jsonl", "evals.jsonl"):
+    for name in ("ledger.jsonl", "rounds.jsonl", "evals.jsonl", "predictions.jsonl"):
         assert lines(local / name) == lines(flower / name)
     trained = [line for line in lines(local / "ledger.jsonl") if line["task"] == "train"]
     assert len(trained) == (2 if method == "centralized" else 4)

@@ -3,8 +3,10 @@
 import csv
 import re
 import runpy
+import statistics
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -33,7 +35,7 @@ def quality(run):
 def test_every_example_is_executed_here():
     executed = set(re.findall(r'execute\("(\w+\.py)"\)', Path(__file__).read_text()))
     assert executed == {path.name for path in EXAMPLES.glob("*.py")}
-    assert len(executed) == 5
+    assert len(executed) == 6
 
 
 def test_a_method_with_a_model_of_its_own_is_compared_and_its_clients_models_are_taken_home(execute):
@@ -103,6 +105,35 @@ def test_the_walk_goes_from_a_run_to_an_answer_and_can_be_walked_again(execute):
     lines = (variables["folder"] / "evals.jsonl").read_text()
     again = execute("walkthrough.py")
     assert (again["folder"] / "evals.jsonl").read_text() == lines and again["answer"] == "n"
+
+
+def test_a_table_and_a_figure_are_made_of_a_results_folder_alone(execute, tiny_tree):
+    compared = api.compare(tiny_tree, ["fedavg", "random_moe:experts_per_layer=3"], seeds=2, out="results/quickstart")
+    assert not compared.failed
+    execute("paper.py")
+    runs = [read(folder) for folder in compared.folders]
+    paper = Path("results/paper")
+    head, _, *rows = [line.strip("| ").split(" | ") for line in (paper / "table.md").read_text().splitlines()]
+    assert head == ["Method", "Quality (%)", "Sent (MB)"]
+    assert [row[0] for row in rows] == ["fedavg", "random_moe:experts_per_layer=3"]
+    for method, shown, sent in rows:
+        mine = [run for run in runs if run.plan.method == method]
+        assert shown == "{:.1f} ± {:.1f}".format(*mean_and_deviation([100 * quality(run)[-1] for run in mine]))
+        trained = [[row for row in run.ledger if row.task == "train"] for run in mine]
+        megabytes = [sum(row.bytes_down + row.bytes_up for row in some) / 1e6 for some in trained]
+        assert sent == "{:.1f} ± {:.1f}".format(*mean_and_deviation(megabytes))
+    latex = (paper / "table.tex").read_text()
+    assert [latex.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert rows[1][0].replace("_", r"\_") in latex and rows[0][1].replace("±", r"$\pm$") in latex
+    figure = ElementTree.parse(paper / "figure.svg").getroot()
+    lines = [each.get("points").split() for each in figure if each.tag.endswith("polyline")]
+    assert len(lines) == 2 and {len(line) for line in lines} == {3}  # evaluated in rounds 0, 2 and 3
+    mean, _ = mean_and_deviation([100 * quality(run)[-1] for run in runs[:1] + runs[2:3]])
+    assert lines[0][-1] == f"460.0,{round(340 - 3 * mean, 1)}"
+
+
+def mean_and_deviation(values):
+    return statistics.fmean(values), statistics.stdev(values)
 
 
 def test_a_comparison_takes_what_a_run_takes():

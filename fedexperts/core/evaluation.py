@@ -97,6 +97,9 @@ class Scores:
         return cls({task: task_from_json(**fields) for task, fields in data.items()})
 
 
+Judged = tuple[Example, str | None, Scores]  # an example, the answer to it (None: judged by perplexity), and its scores
+
+
 def task_from_json(labels: Mapping[str, tuple[int, int, int]], **fields: Any) -> TaskScores:
     return TaskScores(labels={label: (tp, fp, fn) for label, (tp, fp, fn) in labels.items()}, **fields)
 
@@ -237,22 +240,7 @@ def score(
     Raises:
         BadValue: an unknown metric, or an example scored by likelihood whose response is not among its choices.
     """
-    return score_several(model, {"": examples}, encoder, generate_tokens, batch_size)[""]
-
-
-def score_several(
-    model: nn.Module, examples: Mapping[str, Sequence[Example]], encoder: Encoder, generate_tokens: int, batch_size: int
-) -> dict[str, Scores]:
-    """Client → `score` on its examples, in batches of the examples of all clients.
-
-    The padding, and so the last bits of the losses, depend on the other clients' examples.
-    """
-    union = [example for own in examples.values() for example in own]
-    clients = [client for client, own in examples.items() for _ in own]
-    parts: dict[str, list[Scores]] = {client: [] for client in examples}
-    for position, part in one_by_one(model, union, encoder, generate_tokens, batch_size):
-        parts[clients[position]].append(part)
-    return {client: in_task_order(merge(parts[client]), own) for client, own in examples.items()}
+    return together(one_by_one(model, examples, encoder, generate_tokens, batch_size), examples)
 
 
 def by_example(
@@ -263,40 +251,51 @@ def by_example(
     The values of two models on the same examples are in the same order. `values` is empty if the metric is not a mean over
     examples.
     """
-    parts = [part for _, part in one_by_one(model, examples, encoder, generate_tokens, batch_size)]
-    merged = in_task_order(merge(parts), examples)
+    judged = one_by_one(model, examples, encoder, generate_tokens, batch_size)
+    parts = [scores.tasks for _, _, scores in judged]
     return {
         task: {
             "metric": scores.metric,
             "examples": scores.examples,
             "value": scores.values()[scores.metric],
-            "values": [
-                part.tasks[task].sums[scores.metric] for part in parts if task in part.tasks and scores.metric in scores.sums
-            ],
+            "values": [part[task].sums[scores.metric] for part in parts if task in part and scores.metric in scores.sums],
         }
-        for task, scores in merged.tasks.items()
+        for task, scores in together(judged, examples).tasks.items()
     }
 
 
-def in_task_order(scores: Scores, examples: Sequence[Example]) -> Scores:
-    """`scores` with tasks in the order of their first examples."""
+def together(judged: Iterable[Judged], examples: Sequence[Example]) -> Scores:
+    """The scores of all `examples`, which are those of `judged`, with tasks in the order of their first examples."""
+    scores = merge(part for _, _, part in judged)
     return Scores({task: scores.tasks[task] for task in dict.fromkeys(example.task for example in examples)})
 
 
 def one_by_one(
     model: nn.Module, examples: Sequence[Example], encoder: Encoder, generate_tokens: int, batch_size: int
-) -> list[tuple[int, Scores]]:
-    """The place in `examples` and the scores of each example, in an order that depends only on the examples."""
+) -> list[Judged]:
+    """Each example with its answer and scores, in an order that depends only on the examples."""
+    return judged_by_client(model, {"": examples}, encoder, generate_tokens, batch_size)[""]
+
+
+def judged_by_client(
+    model: nn.Module, examples: Mapping[str, Sequence[Example]], encoder: Encoder, generate_tokens: int, batch_size: int
+) -> dict[str, list[Judged]]:
+    """Client → `one_by_one` on its examples, in batches of the examples of all clients.
+
+    The padding, and so the last bits of the losses, depend on the other clients' examples.
+    """
+    union = [example for own in examples.values() for example in own]
+    clients = [client for client, own in examples.items() for _ in own]
+    judged: dict[str, list[Judged]] = {client: [] for client in examples}
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        parts = [
-            each
-            for places in batches(examples, batch_size)
-            for each in zip(places, scored(model, [examples[i] for i in places], encoder, generate_tokens), strict=True)
-        ]
+        for places in batches(union, batch_size):
+            parts = scored(model, [union[place] for place in places], encoder, generate_tokens)
+            for place, part in zip(places, parts, strict=True):
+                judged[clients[place]].append(part)
     model.train(was_training)
-    return parts
+    return judged
 
 
 def batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
@@ -327,20 +326,21 @@ def way_of(example: Example) -> str:
     return example.metric if example.metric in ("likelihood", "perplexity") else "answer"
 
 
-def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_tokens: int) -> list[Scores]:
-    """The scores of each example of `batch`."""
+def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_tokens: int) -> list[Judged]:
+    """Each example of `batch` with its answer and scores."""
+    answers: Sequence[str | None] = [None] * len(batch)
     verdicts: list[Verdict] = [({}, {})] * len(batch)
     if way_of(batch[0]) == "answer":
         answers = answer(model, encoder.prompts(batch), encoder, generate_tokens)
         verdicts = [judge(given, example) for given, example in zip(answers, batch, strict=True)]
     elif way_of(batch[0]) == "likelihood":
-        chosen = likeliest(model, batch, encoder)
-        verdicts = [({"likelihood": float(one == example.response)}, {}) for one, example in zip(chosen, batch, strict=True)]
+        answers = likeliest(model, batch, encoder)
+        verdicts = [({"likelihood": float(one == example.response)}, {}) for one, example in zip(answers, batch, strict=True)]
     losses, tokens = reference_losses(model, encoder.batch(batch))
     parts = []
-    for index, (example, (sums, labels)) in enumerate(zip(batch, verdicts, strict=True)):
+    for index, (example, given, (sums, labels)) in enumerate(zip(batch, answers, verdicts, strict=True)):
         part = TaskScores(example.metric, 1, sums, labels, float(losses[index]), int(tokens[index]))
-        parts.append(Scores({example.task: part}))
+        parts.append((example, given, Scores({example.task: part})))
     return parts
 
 

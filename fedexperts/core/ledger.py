@@ -58,7 +58,7 @@ class Clock:
 
 
 class Ledger:
-    """The entries of the current round, in the order of its jobs, and the experts that each client held, sent and used.
+    """The entries of the current round, in the order of its jobs; the experts that each client held, sent and used; predictions.
 
     on_answer: called with the entry of each validated answer.
     """
@@ -71,9 +71,10 @@ class Ledger:
         self.uses: dict[
             str, Mapping[str, Sequence[int]]
         ] = {}  # MoE block → training tokens routed to each of the client's experts
+        self.predictions: dict[str, Sequence[Mapping[str, Any]]] = {}  # of clients that sent some with their scores
 
     def clear(self) -> None:
-        self.entries, self.holds, self.sends, self.uses = [], {}, {}, {}
+        self.entries, self.holds, self.sends, self.uses, self.predictions = [], {}, {}, {}, {}
 
     @property
     def clock_seconds(self) -> float | None:
@@ -99,6 +100,8 @@ class Ledger:
             return ()
         self.note_experts(answer)
         self.note_uses(answer)
+        if shown := answer.metrics.get("predictions"):
+            self.predictions[answer.client] = shown
         return (answer,)
 
     def note_experts(self, update: Update) -> None:
@@ -129,5 +132,6 @@ def answered(entry: Entry, answer: Update | Failure, clock: Clock) -> Entry:
         return clock.timed(replace(entry, failed=answer.reason, bytes_up=answer.bytes_up))
     metrics = {} if entry.task == "evaluate" else dict(answer.metrics)  # those of an evaluation are in evals.jsonl
     loss = metrics.pop("loss", None)
-    metrics.pop("routed", None)  # written to rounds.jsonl, beside the assigned experts
+    for elsewhere in ("routed", "predictions"):  # in rounds.jsonl, beside the assigned experts, and in predictions.jsonl
+        metrics.pop(elsewhere, None)
     return clock.timed(replace(entry, bytes_up=answer.nbytes, loss=loss, metrics=metrics, **asdict(answer.cost)))

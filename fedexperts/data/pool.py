@@ -24,6 +24,7 @@ class Pool:
     left_out: int = 0  # number of examples that repeated others
     dropped: Mapping[str, int] = field(default_factory=dict)  # task → training and test examples that were too long
     frames: Mapping[str, Frame | None] = field(default_factory=dict)  # task → what its prompts begin and end with
+    sources: Mapping[str, str] = field(default_factory=dict)  # task → the names of its sources
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def load_pool(settings: DataSettings) -> Pool:
     test = [example for source in sources for example in source.test]
     pool = deduplicated_pool(train, test, {source.name: source.hash for source in sources})
     _require_examples_of_each_source(sources, pool)
-    return replace(pool, frames=_merged_frames(sources))
+    return replace(pool, frames=_merged_frames(sources), sources=_names_of_sources(sources))
 
 
 def load_retained(sources: Sequence[SourceSettings], settings: DataSettings) -> Retained:
@@ -122,6 +123,15 @@ def _merged_frames(sources: Iterable[Source]) -> dict[str, Frame | None]:
         for task, frame in source.frames.items():
             frames[task] = frame if frames.setdefault(task, frame) == frame else ("", "")
     return frames
+
+
+def _names_of_sources(sources: Iterable[Source]) -> dict[str, str]:
+    """Task → the names of the sources that have examples of it."""
+    names: dict[str, list[str]] = {}
+    for source in sources:
+        for task in tasks_of(source):
+            names.setdefault(task, []).append(source.name)
+    return {task: ", ".join(dict.fromkeys(some)) for task, some in names.items()}
 
 
 def _require_examples_of_each_source(sources: Sequence[Source], pool: Pool) -> None:

@@ -144,10 +144,15 @@ class ClientWorker:
             "training": {**server_settings["training"], "device": own["training"]["device"]},
             "data": own["data"],
             "devices": {**own["devices"], **self.devices},
-            "evaluation": {**server_settings["evaluation"], "retained": own["evaluation"].get("retained", [])},
         }
-        server_method = checked(RunConfig, server_settings).build_method()  # the server must not name a file of this machine
-        own_files = {name: own["method"].get(name) for name in server_method.declare().local_files}
+        of_server = checked(RunConfig, server_settings)
+        own_evaluation = {  # the server must not ask for more of the client's examples than the client's own run file shows
+            "retained": own["evaluation"].get("retained", []),
+            "predictions": min(self.config.predictions, of_server.predictions),
+        }
+        settings["evaluation"] = {**server_settings["evaluation"], **own_evaluation}
+        # the server must not name a file of this machine
+        own_files = {name: own["method"].get(name) for name in of_server.build_method().declare().local_files}
         settings["method"] = {**server_settings["method"], **own_files}
         return settings
 

@@ -24,8 +24,18 @@ from fedexperts.types import Cost, Failure, Job, Patch, Server, Tensors, Update
 Check = Callable[[object], str | None]
 """Of a metric's value: why it is none, as the rest of a sentence; None where it is one."""
 
-Reports = Callable[[Job], Mapping[str, Check]]
-"""The metrics that a run, rather than its method, asks for in the answer to a job: each of them must be in it."""
+
+@dataclass(frozen=True)
+class Report:
+    """A metric that a run, rather than its method, asks for."""
+
+    check: Check
+    required: bool = True  # whether an answer without it is refused
+    characters: int = 0  # as JSON, that it may take in addition to MOST_JSON of all others
+
+
+Reports = Callable[[Job], Mapping[str, Report]]
+"""What a run asks for in the answer to a job."""
 
 LARGEST_NORM = 100.0
 """A weight may come back with at most this many times the norm that it would have with all elements at 1; one that has as much
@@ -41,7 +51,7 @@ COSTS = {
     "flops_estimated": Metric(low=0, high=1e30),
 }
 MOST_JSON = 2**20
-"""Characters of an answer's metrics as JSON."""
+"""Characters of an answer's metrics as JSON, without those that have room of their own (`Report.characters`)."""
 FRAMING = 2**16
 """Bytes that the form of an answer may take beside its tensors and metrics."""
 LONGEST_REASON = 500
@@ -59,13 +69,14 @@ class Expectation:
     extra: Mapping[str, Expected] = field(default_factory=dict)
     metrics: Mapping[str, Check] = field(default_factory=dict)
     reports: frozenset[str] = frozenset()  # those of the metrics that must be there
+    most_json: int = MOST_JSON  # characters of the metrics
 
     @property
     def most_bytes(self) -> int:
         """Bytes that the answer may take in all: known before anything of it is decoded."""
         extra = sum(math.prod(each.shape) * each.dtype.itemsize for each in self.extra.values())
         names = sum(len(name) + 200 for name in (*self.job.patch.tensors, *self.extra))  # headers of as many small files
-        return self.job.patch.nbytes + extra + names + MOST_JSON + FRAMING
+        return self.job.patch.nbytes + extra + names + self.most_json + FRAMING
 
 
 def expectation(
@@ -97,8 +108,9 @@ def expectation(
         client.examples if client else None,
         norms_of(job, server, {} if known_norms is None else known_norms),
         {} if not training else expected_extra(fields, server, job),
-        {**(checks if training else {}), **asked},
-        frozenset(asked),
+        {**(checks if training else {}), **{name: report.check for name, report in asked.items()}},
+        frozenset(name for name, report in asked.items() if report.required),
+        MOST_JSON + sum(report.characters for report in asked.values()),
     )
 
 
@@ -369,7 +381,8 @@ def metrics_error(expected: Expectation, metrics: Mapping[str, Any]) -> str | No
         if why := expected.metrics[name](value):
             return f"its metric {name} {why}"
     length = len(json.dumps(dict(metrics)))
-    return None if length <= MOST_JSON else f"its metrics take {length:,} characters, and may take {MOST_JSON:,}"
+    most = expected.most_json
+    return None if length <= most else f"its metrics take {length:,} characters, and may take {most:,}"
 
 
 def counts_of_tokens(job: Job) -> Check:

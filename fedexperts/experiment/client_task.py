@@ -1,7 +1,8 @@
 """How a client executes a job: a task of its method, or an evaluation."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from typing import Any, cast
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.config import EvaluationSettings
-from fedexperts.core import evaluation
-from fedexperts.engines.base import Check
+from fedexperts.core import evaluation, predictions
+from fedexperts.core.evaluation import Judged
+from fedexperts.engines.base import Report
 from fedexperts.errors import quoted
 from fedexperts.methods.contract import Method
 from fedexperts.moe.packed import stored
@@ -33,6 +35,8 @@ class ClientTask:
     retained: Sequence[Example] = ()
     validates: bool = False  # whether evaluations score the validation examples, too
     evaluated: frozenset[str] | None = None  # clients that are scored; None: all
+    predictions: int = 0  # answers that a client sends with its scores, at most
+    own_data: bool = False  # whether clients bring their own data, which the server does not see
     known: dict[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def scheduled(self, job: Job, context: ClientContext) -> ClientContext:
@@ -45,8 +49,8 @@ class ClientTask:
         if not self.scores_with(job):
             return update
         model = self.method.build_model(apply_update(job, update), context)
-        scores = self.scores(model, context, {job.client: self.scored_examples(context.data)})
-        return replace(update, metrics={**update.metrics, "scores": scores})
+        scores = self.scores(model, {job.client: self.scored_examples(context.data)}, context)
+        return replace(update, metrics={**update.metrics, **scores})
 
     def scores_with(self, job: Job) -> bool:
         """Whether the answer to `job` contains scores."""
@@ -64,25 +68,34 @@ class ClientTask:
         """Whether the answer to `job` contains the comparison of the client's model with the base model."""
         return job.task == "evaluate" and job.round == self.rounds
 
-    def reports(self, data: Mapping[str, Split], tasks: Mapping[str, str], job: Job) -> dict[str, Check]:
+    def reports(self, data: Mapping[str, Split], tasks: Mapping[str, str], job: Job) -> dict[str, Report]:
         """The metrics that the answer to `job` has in addition to those of the method.
 
         data: of each client; placeholders for clients with their own data. tasks: task → its main metric, for all tasks that
         clients are scored on.
         """
-        checks: dict[str, Check] = {}
+        reports: dict[str, Report] = {}
         clients = (job.client, *job.also)
         if self.scores_with(job):
-            numbers = {client: len(self.scored_examples(data[client])) for client in clients}
-            checks["scores"] = lambda value: each_scores_error(value, tasks, numbers)
+            examples = {client: self.scored_examples(data[client]) for client in clients}
+            reports["scores"] = Report(partial(each_error, partial(scores_error, tasks), examples))
+            if self.predictions:  # not required: whether its examples are sent is the client's decision
+                most = sum(min(self.predictions, len(own)) for own in examples.values())
+                check = partial(each_error, partial(self.predictions_error, tasks), examples)
+                reports["predictions"] = Report(check, required=False, characters=most * predictions.MOST_JSON)
         if job.task == "evaluate" and self.validates:
-            held_out = {client: len(self.held_out(data[client])) for client in clients}
-            checks["validation"] = lambda value: each_scores_error(value, tasks, held_out)
+            held_out = {client: self.held_out(data[client]) for client in clients}
+            reports["validation"] = Report(partial(each_error, partial(scores_error, tasks), held_out))
         if self.measures_with(job) and self.retained:
-            checks["retained"] = lambda value: evaluation.by_example_error(value, self.retained)
+            reports["retained"] = Report(lambda value: evaluation.by_example_error(value, self.retained))
         if self.measures_with(job) and self.evaluation.drift:
-            checks["drift"] = lambda value: evaluation.drift_error(value, job.experts)
-        return checks
+            reports["drift"] = Report(lambda value: evaluation.drift_error(value, job.experts))
+        return reports
+
+    def predictions_error(self, tasks: Mapping[str, str], examples: Sequence[Example], value: object) -> str | None:
+        """Why `value` is no sample of answers to `examples`; of a client with its own data these are placeholders."""
+        shown = predictions.chosen(examples, self.predictions)
+        return predictions.rows_error(value, tasks, len(shown), None if self.own_data else shown)
 
     @property
     def scores_after_training(self) -> bool:
@@ -104,19 +117,28 @@ class ClientTask:
         metrics: dict[str, Any] = {}
         data = {job.client: context.data, **others}
         if self.scores_with(job):
-            metrics["scores"] = self.scores(model, context, {name: self.scored_examples(each) for name, each in data.items()})
+            metrics |= self.scores(model, {client: self.scored_examples(split) for client, split in data.items()}, context)
         if self.validates:
-            metrics["validation"] = self.scores(model, context, {name: self.held_out(each) for name, each in data.items()})
+            held_out = {client: self.held_out(split) for client, split in data.items()}
+            metrics["validation"] = self.scores(model, held_out, context)["scores"]
         if self.measures_with(job):
             metrics |= self.against_base(model, job, context)
         return Update(job.client, job.round, job.task, Patch({}), len(context.data.train), metrics=metrics)
 
-    def scores(self, model: nn.Module, context: ClientContext, examples: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
-        """Scores on each client's examples, as JSON values; those of one client alone are not by client."""
-        size = (self.evaluation.generate_tokens, self.evaluation.batch_size)
-        scores = evaluation.score_several(model, examples, context.encoder, *size)
-        by_client = {client: each.to_json() for client, each in scores.items()}
-        return by_client if len(by_client) > 1 else by_client[context.client.name]
+    def scores(self, model: nn.Module, examples: Mapping[str, Sequence[Example]], context: ClientContext) -> dict[str, Any]:
+        """`scores` on the clients' examples and, if the run keeps some, `predictions`, the answers to a few, as JSON values.
+
+        Those of several clients are by client.
+        """
+        settings = self.evaluation
+        judged = evaluation.judged_by_client(model, examples, context.encoder, settings.generate_tokens, settings.batch_size)
+        metrics = {"scores": unless_single({client: merged(judged[client], own) for client, own in examples.items()})}
+        if self.predictions:
+            shown = {client: predictions.chosen(own, self.predictions) for client, own in examples.items()}
+            metrics["predictions"] = unless_single(
+                {client: predictions.rows(judged[client], own) for client, own in shown.items()}
+            )
+        return metrics
 
     def held_out(self, data: Split) -> Sequence[Example]:
         """The validation examples that are scored beside test examples: all of the client's."""
@@ -149,17 +171,33 @@ class ClientTask:
         return self.known[key]
 
 
-def each_scores_error(value: object, tasks: Mapping[str, str], numbers: Mapping[str, int]) -> str | None:
-    """Why `value` is no scores of clients with so many examples, as the rest of a sentence; None where it is.
+def merged(judged: Iterable[Judged], examples: Sequence[Example]) -> dict[str, Any]:
+    """The scores of `examples`, as JSON values."""
+    return evaluation.together(judged, examples).to_json()
 
-    numbers: client → number of its examples. Scores of several clients are by client.
+
+def unless_single(by_client: Mapping[str, Any]) -> Any:
+    """`by_client`; the value alone of a single client."""
+    return by_client if len(by_client) > 1 else next(iter(by_client.values()))
+
+
+def scores_error(tasks: Mapping[str, str], examples: Sequence[Example], value: object) -> str | None:
+    return evaluation.scores_error(value, tasks, len(examples))
+
+
+def each_error(
+    error: Callable[[Sequence[Example], object], str | None], examples: Mapping[str, Sequence[Example]], value: object
+) -> str | None:
+    """Why `value` is not what each client sends of its `examples`, as the rest of a sentence; None where it is.
+
+    error: the same for one client. What several clients send is by client.
     """
-    if len(numbers) == 1:
-        return evaluation.scores_error(value, tasks, *numbers.values())
-    if not isinstance(value, Mapping) or value.keys() != numbers.keys():
-        return f"is {quoted(value)}, and should be scores of {len(numbers)} clients, by client"
-    errors = {client: evaluation.scores_error(value[client], tasks, number) for client, number in numbers.items()}
-    return next((f"of client {client} {error}" for client, error in errors.items() if error), None)
+    if len(examples) == 1:
+        return error(next(iter(examples.values())), value)
+    if not isinstance(value, Mapping) or value.keys() != examples.keys():
+        return f"is {quoted(value)}, and should hold a value of each of {len(examples)} clients, by client"
+    errors = {client: error(own, value[client]) for client, own in examples.items()}
+    return next((f"of client {client} {why}" for client, why in errors.items() if why), None)
 
 
 def is_eval_round(round: int, evaluation: EvaluationSettings, rounds: int) -> bool:

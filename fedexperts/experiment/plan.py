@@ -103,11 +103,21 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]], losses: S
     return [
         *([memory_warning] if over else []),
         *([tokenizer_warning] if configuration_only else []),
+        *shown_examples(prepared),
         *too_few_clients(prepared),
         *too_long_labels(prepared),
         *too_many_positions(prepared),
         *sentences(losses, config.data.max_tokens, config.evaluation.generate_tokens),
     ]
+
+
+def shown_examples(prepared: Prepared) -> Iterator[str]:
+    """A sentence if clients send examples of their own data to the server."""
+    if prepared.config.data.own and (number := prepared.config.predictions):
+        yield (
+            f"evaluation.predictions = {number}: at each evaluation a client whose own run file says so too sends the server as "
+            "many prompts, references and answers of its own examples, which are otherwise never sent"
+        )
 
 
 def too_few_clients(prepared: Prepared) -> Iterator[str]:

@@ -42,7 +42,10 @@ def evaluate_clients(
     def metrics_of(groups: list[list[Client]]) -> dict[str, Mapping[str, Any]]:
         also = {first.name: tuple(client.name for client in rest) for first, *rest in groups}
         updates = answers(server, prepared.method, engine, ledger, [first for first, *_ in groups], reports, also)
-        return {client: each for update in updates for client, each in by_client(update.client, also, update.metrics).items()}
+        found = {client: each for update in updates for client, each in by_client(update.client, also, update.metrics).items()}
+        shown = {client: each["predictions"] for client, each in found.items() if "predictions" in each}
+        ledger.predictions = {**ledger.predictions, **shown}  # by client, also those of a pass
+        return found
 
     groups = [*grouped(prepared, server, task, chosen)]
     metrics = metrics_of(groups)
@@ -67,7 +70,7 @@ def by_client(first: str, also: Mapping[str, tuple[str, ...]], metrics: Mapping[
     """Client → its metrics, of an evaluation of the client `first` and of `also`; a comparison with the base is that of all."""
     if not also[first]:
         return {first: metrics}
-    scored = ("scores", "validation")
+    scored = ("scores", "predictions", "validation")
     shared = {name: each for name, each in metrics.items() if name not in scored}
     own = {client: {name: metrics[name][client] for name in scored if name in metrics} for client in (first, *also[first])}
     return {client: {**each, **shared} for client, each in own.items()}

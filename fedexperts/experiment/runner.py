@@ -23,6 +23,7 @@ from fedexperts.experiment import checkpoint, control, trackers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.pooled import evaluate_clients, reports_of
+from fedexperts.experiment.predictions import keep_predictions
 from fedexperts.experiment.progress import Progress, Quiet
 from fedexperts.experiment.reference_lines import lines_of, overall_line, score_lines
 from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, runtime_for, task_for
@@ -43,6 +44,7 @@ MAY_DIFFER = (
     "federation.round_seconds",
     "track.to",
     "checkpoint.keep",
+    "evaluation.predictions",
     "federation.stop.patience",
     "federation.stop.min_delta",
     "federation.stop.target",
@@ -76,8 +78,8 @@ BEFORE = {
 }
 """Values of these settings in runs that started before the settings existed."""
 
-SCORED = {"scores", control.VALIDATION}
-"""Metrics of evaluations that are merged over clients."""
+SCORED = {"scores", "predictions", control.VALIDATION}
+"""Metrics of evaluations that are merged over clients, or have a log of their own."""
 
 NO_EXPERT_SENT = "no client sent an expert, so the training of experts is lost and they stay as they are; "
 
@@ -180,6 +182,7 @@ def finish_round(
     progress.failed(server, failures(ledger))
     scores = reported_scores(ledger)
     require_answers(server, ledger, fewest if server.round else max(fewest, 1))
+    keep_predictions(prepared, server.round, ledger, out)
     record(out, server, ledger, seconds, undo.line if undo and server.round else {})
     settings, score = prepared.config.checkpoint, None
     if due(server, prepared.method, prepared.config):
@@ -297,6 +300,7 @@ def assess(
     comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - SCORED]
     append(out / "evals.jsonl", [*lines, *comparisons])
     append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
+    keep_predictions(prepared, server.round, ledger, out)
     progress.failed(server, failures(ledger))
     progress.scored(server, together)
     ledger.clear()

@@ -67,8 +67,16 @@ def everyone(prepared: Prepared) -> dict[str, Client]:
 
 def task_for(prepared: Prepared) -> ClientTask:
     config = prepared.config
-    retained, validates, evaluated = prepared.retained.examples, needs_validation(config), frozenset(evaluated_clients(prepared))
-    return ClientTask(prepared.method, config.evaluation, config.federation.rounds, retained, validates, evaluated)
+    return ClientTask(
+        prepared.method,
+        config.evaluation,
+        config.federation.rounds,
+        retained=prepared.retained.examples,
+        validates=needs_validation(config),
+        evaluated=frozenset(evaluated_clients(prepared)),
+        predictions=config.predictions,
+        own_data=config.data.own,
+    )
 
 
 def evaluated_clients(prepared: Prepared) -> dict[str, Client]:

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fedexperts.experiment.progress import Progress, Quiet, Shown
 from fedexperts.experiment.runner import claim, require_same_inputs, run
 from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.experiment.variants import LONGEST, Variant, as_folder, named, pieces, read_variants, training_notes
+from fedexperts.report.results import Results, results
 
 REPORTS = ("report.html", "report.csv", "report.md")
 DEEPEST = 4  # levels of subfolders in which a report searches for runs
@@ -37,14 +39,44 @@ class Planned:
     together: Path  # folder of the comparison
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compared:
-    """Results of a comparison: its runs, those left to another process, and the reasons of those that failed."""
+    """Results of a comparison: its runs, those left to another process, and the reasons of those that failed.
+
+    A notebook shows the table of results, as does `print`.
+    """
 
     folders: tuple[Path, ...]  # in the order in which settings and methods were named
     left: tuple[Path, ...]
     failed: Mapping[Path, str]
     notes: tuple[str, ...] = ()  # what each method trains, and a warning where these are different parts
+
+    @property
+    def results(self) -> Results:
+        """The results of its runs, as `fedexperts.results` reads them.
+
+        Raises:
+            BadRun: no run has started, or a file is damaged.
+        """
+        return results(self.started)
+
+    @property
+    def started(self) -> Sequence[Path]:
+        """The folders of its runs that have begun."""
+        return [folder for folder in self.folders if (folder / "plan.json").exists()]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Its notes, the runs that were left to another process, and those that failed."""
+        left = (f"left to another process: {folder}" for folder in self.left)
+        return (*self.notes, *left, *(f"{folder} failed: {reason}" for folder, reason in self.failed.items()))
+
+    def __repr__(self) -> str:
+        return "\n".join([*([repr(self.results)] if self.started else []), *self.remarks])
+
+    def _repr_html_(self) -> str:
+        lines = "".join(f"<p>{escape(remark)}</p>" for remark in self.remarks)
+        return (self.results._repr_html_() if self.started else "") + lines
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedexperts.errors import BadValue
 from fedexperts.io.files import run_id, write_text
-from fedexperts.io.manifest import LOGS
+from fedexperts.io.manifest import NUMBERS
 from fedexperts.io.toml import Tree, flattened, to_toml
 
 Points = Mapping[str, float]
@@ -80,16 +80,26 @@ class Reader:
     """Reads the lines that were appended to a run's logs since the last call and writes their metrics."""
 
     def __init__(self, out: Path, write: Write) -> None:
-        self.out, self.write = out, write
-        self.read = dict.fromkeys(LOGS, 0)
+        self.new_lines, self.write = NewLines(out), write
 
     def __call__(self) -> None:
-        added = {name: self.added(name) for name in LOGS}
-        points = points_of(added["rounds.jsonl"], added["ledger.jsonl"], added["evals.jsonl"])
+        points = points_of(*self.new_lines())
         for round in sorted(points):
             self.write(round, points[round])
 
+
+class NewLines:
+    """The lines that were appended to the rounds, the ledger and the evaluations of a run since the last call."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.read = dict.fromkeys(NUMBERS, 0)
+
+    def __call__(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+        return self.added("rounds.jsonl"), self.added("ledger.jsonl"), self.added("evals.jsonl")
+
     def added(self, name: str) -> list[dict[str, Any]]:
+        """New lines of one log; none if it does not exist yet."""
         path = self.out / name
         if not path.exists():
             return []

@@ -15,7 +15,9 @@ STARTED = ("resolved.json", "run.toml", "versions.json", "partition.json", "refe
 """Files that do not change during a run."""
 MANIFEST = "manifest.json"
 """Their sha256, by name."""
-LOGS = ("rounds.jsonl", "evals.jsonl", "ledger.jsonl")
+NUMBERS = ("rounds.jsonl", "evals.jsonl", "ledger.jsonl")
+PREDICTIONS = "predictions.jsonl"
+LOGS = (*NUMBERS, PREDICTIONS)
 STATE = "state.json"
 """The manifest of a checkpoint, written last."""
 SEAL = "sha256"

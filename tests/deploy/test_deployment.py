@@ -99,7 +99,7 @@ def require_same(deployment, out, local, rounds=ROUNDS):
     assert newest == checkpoint.latest(out).relative_to(out) == Path(f"checkpoint/{rounds:06d}-train")
     for name in ("weights", "method_state"):
         assert tensors(out / newest / f"{name}.safetensors") == tensors(local / newest / f"{name}.safetensors")
-    for name in ("ledger.jsonl", "rounds.jsonl", "evals.jsonl"):
+    for name in ("ledger.jsonl", "rounds.jsonl", "evals.jsonl", "predictions.jsonl"):
         assert lines(out / name) == lines(local / name)
     for client in NAMES:  # each on its own disk, and nothing of it on the server's
         own = deployment.folder / client / (out / "id").read_text()

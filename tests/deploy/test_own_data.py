@@ -103,6 +103,22 @@ def test_nothing_that_the_server_writes_holds_an_example(tree, files, tmp_path):
     assert all(SECRET in Path(file).read_text() for (file,) in files.values())
 
 
+def test_examples_are_sent_only_if_the_run_files_of_server_and_client_both_say_so(tree, files, tmp_path):
+    asks = {**tree, "evaluation": {**tree["evaluation"], "predictions": "all"}}
+    shown = federation(asks, files, tmp_path / "shown")
+    quiet = ClientWorker("east", checked(RunConfig, tree), tmp_path / "shown" / "east", files["east"], {"memory_gb": 1})
+    shown.workers["east"] = quiet
+    out = serve(asks, tmp_path / "shown", shown)
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [(row["client"], row["round"]) for row in rows] == [("north", 0)] * 2 + [("north", 2)] * 2
+    assert all(SECRET in row["prompt"] and row["source"] == "theirs" for row in rows)
+    evaluated = [line for line in map(json.loads, (out / "ledger.jsonl").read_text().splitlines()) if line["task"] == "evaluate"]
+    assert {line["client"] for line in evaluated} == set(ROWS) and not any(line["failed"] for line in evaluated)
+    assert any("prompts, references and answers" in each for each in json.loads((out / "plan.json").read_text())["warnings"])
+    silent = serve(tree, tmp_path / "silent", federation(asks, files, tmp_path / "silent"))
+    assert not (silent / "predictions.jsonl").exists()
+
+
 def test_a_client_exports_its_own_model_where_its_data_and_its_client_state_are(tree, files, tmp_path):
     out = serve(
         {**tree, "method": {"name": "ditto"}}, tmp_path, federation({**tree, "method": {"name": "ditto"}}, files, tmp_path)

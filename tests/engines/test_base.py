@@ -8,7 +8,7 @@ import torch
 
 from fedexperts.core.ledger import Ledger
 from fedexperts.engines import base
-from fedexperts.engines.base import expectation, reorder_and_validate, validate_update
+from fedexperts.engines.base import MOST_JSON, Report, expectation, reorder_and_validate, validate_update
 from fedexperts.engines.serialization import pack_answer
 from fedexperts.federation import no_reports
 from fedexperts.methods.base import by_examples, mean_rows
@@ -288,10 +288,23 @@ def test_adapters_of_experts_have_a_rank_that_they_can_be_trained_with():
 
 
 def test_what_the_run_asks_for_must_be_in_the_answer():
-    expected = expectation(SERVER, Plain(), lambda job: {"scores": lambda value: None}, JOB)
+    expected = expectation(SERVER, Plain(), lambda job: {"scores": Report(lambda value: None)}, JOB)
     without = validate_update(expected, update(JOB.patch.tensors, {"e": IDS}))
     assert without.reason == "its update does not report scores, which the run asks for"
     assert isinstance(validate_update(expected, update(JOB.patch.tensors, {"e": IDS}, metrics={"scores": 1})), Update)
+
+
+def test_what_a_client_may_keep_to_itself_need_not_be_in_the_answer_and_has_room_of_its_own():
+    report = Report(lambda value: None if isinstance(value, str) else "is no text", required=False, characters=MOST_JSON)
+    expected = expectation(SERVER, Plain(), lambda job: {"shown": report}, JOB)
+    assert expected.most_bytes - expectation(SERVER, Plain(), no_reports, JOB).most_bytes == MOST_JSON
+
+    def answer(**metrics):
+        return validate_update(expected, update(JOB.patch.tensors, {"e": IDS}, metrics=metrics))
+
+    assert isinstance(answer(), Update) and isinstance(answer(shown="x" * MOST_JSON), Update)
+    assert answer(shown=5).reason == "its metric shown is no text"
+    assert "may take 2,097,152" in answer(shown="x" * 2 * MOST_JSON).reason
 
 
 @pytest.mark.parametrize("reason", ["", " \n", "\0", None, 10**5000], ids=["empty", "blank", "zero", "None", "5,001 digits"])

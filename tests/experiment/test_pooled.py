@@ -9,7 +9,7 @@ from fedexperts.config import RunConfig
 from fedexperts.core import evaluation
 from fedexperts.errors import BadValue
 from fedexperts.experiment import pooled, runner
-from fedexperts.experiment.client_task import each_scores_error
+from fedexperts.experiment.client_task import each_error
 from fedexperts.experiment.pooled import by_client, grouped
 from fedexperts.experiment.progress import Quiet
 from fedexperts.experiment.runtime import evaluated_clients, task_for
@@ -106,14 +106,14 @@ def test_clients_with_the_same_experts_are_scored_together(method_trees):
 
 def test_a_failed_pass_is_repeated_client_by_client(tiny_tree, tmp_path, monkeypatch):
     """Only the client whose examples cannot be scored is left out, and the repetition is said."""
-    whole = evaluation.score_several
+    whole = evaluation.judged_by_client
 
     def fails_with_c02(model, examples, *rest):
         if "c02" in examples:
             raise RuntimeError("a broken example")
         return whole(model, examples, *rest)
 
-    monkeypatch.setattr(evaluation, "score_several", fails_with_c02)
+    monkeypatch.setattr(evaluation, "judged_by_client", fails_with_c02)
     sentences = run(tiny_tree, tmp_path / "run", "evaluation.pooled=true", "federation.rounds=1")
     assert "c01 and 5 more clients are evaluated one by one" in sentences[0]
     assert "a broken example" in sentences[0]
@@ -138,13 +138,23 @@ def test_metrics_of_a_pass_go_to_their_clients():
     assert by_client("a", {"a": ()}, {"scores": 1}) == {"a": {"scores": 1}}
 
 
-def test_the_boundary_checks_the_scores_of_each_client():
-    fine = {"t": {"metric": "verbatim", "examples": 2, "sums": {"verbatim": 1.0}, "labels": {}, "nll": 3.0, "tokens": 4}}
-    assert each_scores_error({"a": fine, "b": fine}, {"t": "verbatim"}, {"a": 2, "b": 2}) is None
-    assert "by client" in each_scores_error(fine, {"t": "verbatim"}, {"a": 2, "b": 2})
-    assert "by client" in each_scores_error({"a": fine}, {"t": "verbatim"}, {"a": 2, "b": 2})
-    wrong = {"t": {**fine["t"], "sums": {"verbatim": 9.0}}}
-    assert each_scores_error({"a": fine, "b": wrong}, {"t": "verbatim"}, {"a": 2, "b": 2}).startswith("of client b of task 't'")
+def test_the_boundary_checks_what_each_client_sends():
+    error = lambda examples, value: None if value == len(examples) else f"is {value}"  # noqa: E731
+    assert each_error(error, {"a": [1, 2]}, 2) is None
+    assert each_error(error, {"a": [1, 2]}, 3) == "is 3"
+    assert each_error(error, {"a": [1, 2], "b": [1]}, {"a": 2, "b": 1}) is None
+    assert each_error(error, {"a": [1, 2], "b": [1]}, {"a": 2, "b": 2}) == "of client b is 2"
+    for value in (2, {"a": 2}, {"a": 2, "b": 1, "c": 1}):
+        assert "a value of each of 2 clients, by client" in each_error(error, {"a": [1, 2], "b": [1]}, value)
+
+
+def test_answers_of_a_pass_are_kept_by_client(tiny_tree, tmp_path):
+    kept = {}
+    for value in ("true", "false"):
+        run(tiny_tree, tmp_path / value, f"evaluation.pooled={value}", "evaluation.predictions=1", "federation.rounds=1")
+        kept[value] = [(row["round"], row["client"], row["prompt"]) for row in rows(tmp_path / value / "predictions.jsonl")]
+    assert kept["true"] == kept["false"]
+    assert len(kept["true"]) == 2 * 6
 
 
 def test_a_sample_of_clients_is_evaluated(tiny_tree, tmp_path):

@@ -14,7 +14,7 @@ from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import setup, sweep
 from fedexperts.experiment.runner import run
-from fedexperts.experiment.sweep import Variant, compare, read_settings, read_variants
+from fedexperts.experiment.sweep import Compared, Variant, compare, read_settings, read_variants
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked
 from fedexperts.methods import METHODS
@@ -333,3 +333,15 @@ def test_a_repeated_comparison_leaves_finished_runs_unchanged_and_detects_change
     source.write_text("\n".join(map(json.dumps, rows[:-1])))
     with pytest.raises(BadRun, match="the data changed"):
         compare(chosen, read_variants("fedavg"), 1, out)
+
+
+def test_what_a_comparison_returns_shows_as_its_table_and_has_its_results(settings, tmp_path):
+    compared = compare({"standard": settings["standard"]}, read_variants("fedavg,local"), 1, tmp_path / "out")
+    text, html = str(compared), compared._repr_html_()
+    assert repr(compared) == text and all(name in part for name in ("fedavg", "local") for part in (text, html))
+    assert html.count("<tr>") >= 3 and "2 runs" in html
+    assert set(compared.results.runs.method) == {"fedavg", "local"}
+    folder = tmp_path / "<none>"
+    failed = Compared((folder,), (), {folder: "no memory"}, ("fedavg trains all",))
+    assert str(failed) == f"fedavg trains all\n{folder} failed: no memory"
+    assert failed._repr_html_() == "<p>fedavg trains all</p>" + f"<p>{tmp_path}/&lt;none&gt; failed: no memory</p>"

@@ -86,7 +86,7 @@ READERS = {"tensorboard": read_tensorboard, "mlflow": read_mlflow, "wandb": read
 
 def logged(out):
     """What the logs say, in the order of names and rounds."""
-    logs = [[json.loads(line) for line in (out / name).read_text().splitlines()] for name in trackers.LOGS]
+    logs = [[json.loads(line) for line in (out / name).read_text().splitlines()] for name in trackers.NUMBERS]
     rounds, evals, ledger = logs
     points = trackers.points_of(rounds, ledger, evals)
     return sorted((name, round, value) for round, of_round in points.items() for name, value in of_round.items())

@@ -197,9 +197,9 @@ def test_whatever_is_changed_on_the_way_is_refused(place):
 
 def test_another_protocol_is_refused_before_anything_else_is_read():
     with pytest.raises(
-        BadMessage, match=rf"protocol 9 \(FedExperts 9\.9\), and this side speaks {PROTOCOL}.*same version on both"
+        BadMessage, match=rf"protocol 99 \(FedExperts 9\.9\), and this side speaks {PROTOCOL}.*same version on both"
     ):
-        from_records(RecordDict({ABOUT: ConfigRecord({"protocol": 7, "version": "9.9"}), PARTS: ArrayRecord({})}))
+        from_records(RecordDict({ABOUT: ConfigRecord({"protocol": 99, "version": "9.9"}), PARTS: ArrayRecord({})}))
 
 
 def test_a_message_of_someone_else_is_refused():
