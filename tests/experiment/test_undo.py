@@ -75,7 +75,7 @@ def weights(out):
 
 
 def test_a_round_that_ruins_the_model_is_undone_and_its_attacker_named(tiny_tree, tmp_path):
-    sentences = run(tiny_tree, tmp_path, "federation.undo=1.5", factor=-300.0)
+    sentences = run(tiny_tree, tmp_path, "federation.undo=1.5", factor=-3000.0)
     assert len(sentences) == 1
     assert sentences[0].startswith("the round is undone, since the clients' validation loss is")
     assert sentences[0].endswith("above federation.undo = 1.5; suspects: c02")
@@ -88,8 +88,8 @@ def test_a_round_that_ruins_the_model_is_undone_and_its_attacker_named(tiny_tree
 
 
 def test_an_undone_round_leaves_the_weights_as_they_were(tiny_tree, tmp_path):
-    run(tiny_tree, tmp_path / "one", "federation.undo=1.5", "federation.rounds=1", factor=-300.0)
-    run(tiny_tree, tmp_path / "two", "federation.undo=1.5", "federation.rounds=2", factor=-300.0)
+    run(tiny_tree, tmp_path / "one", "federation.undo=1.5", "federation.rounds=1", factor=-3000.0)
+    run(tiny_tree, tmp_path / "two", "federation.undo=1.5", "federation.rounds=2", factor=-3000.0)
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
@@ -105,9 +105,9 @@ def test_a_run_in_which_nothing_explodes_has_the_same_bits(tiny_tree, tmp_path, 
 @pytest.mark.parametrize("method", ["fedavg", "ditto"])
 def test_resumed_after_an_undone_round_it_ends_with_the_same_bits(tiny_tree, tmp_path, method):
     settings = [f"method.name={method}", "federation.undo=1.5"]
-    run(tiny_tree, tmp_path / "whole", *settings, factor=-300.0)
-    run(tiny_tree, tmp_path / "parts", *settings, "federation.rounds=2", factor=-300.0)
-    run(tiny_tree, tmp_path / "parts", *settings, factor=-300.0, resume=True)
+    run(tiny_tree, tmp_path / "whole", *settings, factor=-3000.0)
+    run(tiny_tree, tmp_path / "parts", *settings, "federation.rounds=2", factor=-3000.0)
+    run(tiny_tree, tmp_path / "parts", *settings, factor=-3000.0, resume=True)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     kept = [
         sorted((path.name, digest(path)) for path in (tmp_path / name / "clients").rglob("*.safetensors"))
