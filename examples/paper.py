@@ -17,24 +17,26 @@ import fedexperts
 
 COMPARISON, PAPER = Path("results/quickstart"), Path("results/paper")
 print(fedexperts.results(COMPARISON))  # in a notebook the last line of a cell is enough: fedexperts.results(COMPARISON)
-fedexperts.results(COMPARISON).write(PAPER / "data", tables=["evaluations", "rounds"])
+fedexperts.results(COMPARISON).write(PAPER / "data", tables=["runs", "evaluations", "rounds"])
 
 # %% From here on the files alone; columns.csv says what each of their columns means
-scores = pd.read_csv(PAPER / "data" / "evaluations.csv")
-rounds = pd.read_csv(PAPER / "data" / "rounds.csv")
+runs, scores, rounds = (pd.read_csv(PAPER / "data" / f"{name}.csv") for name in ("runs", "evaluations", "rounds"))
+finished = runs.loc[runs.finished, ["method", "seed"]]
+scores, rounds = scores.merge(finished), rounds.merge(finished)  # only rows of finished runs
 overall = scores[scores.metric == "overall"].assign(quality=lambda rows: 100 * rows.value)  # the mean over tasks, in %
 methods = list(overall.method.unique())
 
 # %% One row per run: the quality after its last round, and what all clients and the server sent each other
-runs = overall.sort_values("round").groupby(["method", "seed"])[["quality"]].last()
-runs["sent"] = rounds.groupby(["method", "seed"])[["bytes_down", "bytes_up"]].sum().sum(axis=1) / 1e6
+per_run = overall.sort_values("round").groupby(["method", "seed"])[["quality"]].last()
+per_run["sent"] = rounds.groupby(["method", "seed"])[["bytes_down", "bytes_up"]].sum().sum(axis=1) / 1e6
 
-# %% The table: mean and standard deviation over the seeds
-mean, deviation = runs.groupby("method").mean(), runs.groupby("method").std().fillna(0)
+# %% The table: mean and standard deviation over the seeds; the mean alone of a single one
+mean, deviation = per_run.groupby("method").mean(), per_run.groupby("method").std()
 
 
 def cell(method, column):
-    return f"{mean.loc[method, column]:.1f} ± {deviation.loc[method, column]:.1f}"
+    spread = deviation.loc[method, column]
+    return f"{mean.loc[method, column]:.1f}" + ("" if pd.isna(spread) else f" ± {spread:.1f}")
 
 
 table = pd.DataFrame(

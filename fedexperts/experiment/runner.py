@@ -386,6 +386,8 @@ def require_begun(out: Path) -> None:
     wrong = changed(out)
     if error := wrong.get("resolved.json") or wrong.get("versions.json"):
         raise Damaged(f"{error}, so the run cannot be continued; {checkpoint.REMEDY}")
+    if "federation" not in read_object(out / "resolved.json"):  # it may have changed places with the manifest
+        raise Damaged(f"{out / 'resolved.json'} holds no settings of a run, so it cannot be continued; {checkpoint.REMEDY}")
 
 
 def same_as_begun(prepared: Prepared, out: Path) -> Prepared:

@@ -131,18 +131,30 @@ class Results:
     @property
     def table(self) -> Table:
         """The table that ends a run or comparison: of the finished runs, or of all if none is finished."""
-        settings = by_setting([run for run in self.read_runs if progress.finished(run)] or self.read_runs)
+        settings = by_setting(self.finished or self.read_runs)
         return comparison_tables.final(settings[""]) if len(settings) == 1 else settings_tables.overall(settings)
+
+    @property
+    def finished(self) -> Sequence[RunResults]:
+        """The finished runs."""
+        return [run for run in self.read_runs if progress.finished(run)]
+
+    @property
+    def note(self) -> str:
+        """How many runs there are, and what tables."""
+        left, several = len(self.read_runs) - len(self.finished), len(self.read_runs) > 1
+        unfinished = "" if not left else f", {left} not finished" + (" and left out here" if self.finished else "")
+        return f"{len(self.read_runs)} run{'s' if several else ''}{unfinished}; tables: {', '.join(FRAMES)}"
 
     def __repr__(self) -> str:
         shown = Console(file=StringIO(), width=WIDEST, color_system=None)
         with shown.capture() as text:
             shown.print(to_rich(self.table))
         lines = (line.rstrip() for line in text.get().splitlines())
-        return "\n".join([*filter(None, lines), f"{len(self.read_runs)} runs; tables: {', '.join(FRAMES)}"])
+        return "\n".join([*filter(None, lines), self.note])
 
     def _repr_html_(self) -> str:
-        return f"{to_html(self.table)}<p>{len(self.read_runs)} runs; tables: {', '.join(FRAMES)}</p>"
+        return f"{to_html(self.table)}<p>{self.note}</p>"
 
 
 def results(folders: Path | str | Sequence[Path | str]) -> Results:

@@ -167,6 +167,15 @@ def test_a_run_with_all_checkpoints_damaged_or_gone_is_not_begun_anew(stopped, c
         resume(copy, config)
 
 
+def test_settings_that_changed_places_with_the_manifest_are_refused_in_a_sentence(stopped, config, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    (tmp_path / "run/resolved.json").rename(tmp_path / "settings")
+    (tmp_path / "run/manifest.json").rename(tmp_path / "run/resolved.json")
+    (tmp_path / "settings").rename(tmp_path / "run/manifest.json")
+    with pytest.raises(Damaged, match="holds no settings of a run, so it cannot be continued"):
+        resume(tmp_path / "run", config)
+
+
 def test_a_lost_client_state_comes_back_from_the_checkpoint(stopped, config, expected, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(stopped, copy)

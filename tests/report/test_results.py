@@ -126,6 +126,9 @@ def test_an_unfinished_run_has_the_rounds_that_are_there_and_half_a_line_is_left
     some = results(folder)
     assert some.rounds["round"].max() == 4
     assert some.runs[["rounds_planned", "rounds_done", "finished"]].values.tolist() == [[9, 4, False]]
+    assert str(some).splitlines()[-1].startswith("1 run, 1 not finished; tables: ") and "fedmoe" in str(some)
+    write_run(tmp_path / "other", "fedavg", rounds=4)
+    assert "<p>2 runs, 1 not finished and left out here; " in results(tmp_path)._repr_html_()
 
 
 def test_a_folder_that_is_damaged_or_no_runs_is_refused_in_a_sentence(tmp_path):
