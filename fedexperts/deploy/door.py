@@ -39,6 +39,8 @@ HEAD_SECONDS = 10.0
 """For a connection to shake hands, and then to send the head of its first request."""
 BODY_SECONDS = 30.0
 """Between two pieces of a request's body."""
+CLOSE_SECONDS = 1.0
+"""For the last response on a connection to arrive before it is cut off."""
 MOST_CONNECTIONS = 100
 """Of one address that is not this machine's; a client has a few."""
 
@@ -162,6 +164,11 @@ class ImpatientProtocol(H11Protocol):
                 transport.abort()
                 return
         self.loop.call_later(HEAD_SECONDS, self.end_if_silent)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():  # by itself it would read on until the other side closes, too
+            self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
     def end_if_silent(self) -> None:
         if self.cycle is None:  # no request has begun

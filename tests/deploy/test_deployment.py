@@ -169,6 +169,7 @@ def test_a_client_whose_superexec_is_killed_misses_a_round_and_comes_back_under_
 def test_a_client_whose_key_the_server_has_not_never_gets_in(deployment):
     make_keys(deployment.keys, ["localhost"], ["stranger"])
     shutil.copytree(deployment.keys / "stranger", deployment.folder / "false-key")
+    (deployment.folder / "false-key" / "node.pub").unlink()  # else they say whose they are, and it does not start
     before = {node.node_id for node in deployment.federation.grid.get_nodes()}
     home = deployment.folder / "impostor"
     deployment.started.start(

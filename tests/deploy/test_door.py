@@ -16,7 +16,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedexperts.deploy import door, site
-from fedexperts.deploy.door import MAX_UNKNOWN_BYTES, ImpatientProtocol, LimitedAccess, is_signed, timed
+from fedexperts.deploy.door import MAX_UNKNOWN_BYTES, ImpatientProtocol, LimitedAccess, is_signed, refusal, timed
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.site import signed_headers
 from fedexperts.engines.message import PROTOCOL, VERSION
@@ -137,15 +137,14 @@ def test_a_sender_that_pauses_in_its_body_is_taken_for_gone_and_one_that_has_sen
     assert (whole["type"], gone["type"], last["type"]) == ("http.request", "http.disconnect", "late")
 
 
+async def empty(scope, receive, send):
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
 @contextmanager
-def serving(**options):
-    """The address of a server with the protocol and the loop of a SuperLink."""
-
-    async def app(scope, receive, send):
-        if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 204, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-
+def serving(app=empty, **options):
+    """The address of a server of `app` with the protocol and the loop of a SuperLink."""
     own = {"http": ImpatientProtocol, "loop": "fedexperts.deploy.door:ImpatientLoop", "lifespan": "off", "ws": "none"}
     running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **own, **options))
     thread = Thread(target=running.run)
@@ -188,6 +187,22 @@ def test_a_connection_that_sends_no_request_is_closed_and_others_are_answered_me
         assert has_closed(each)
         each.close()
     assert time.monotonic() - started < 10
+
+
+def test_a_sender_whose_body_is_refused_is_cut_off(monkeypatch):
+    monkeypatch.setattr(door, "CLOSE_SECONDS", 0.2)
+
+    async def app(scope, receive, send):
+        await refusal("no", 401)(scope, receive, send)
+
+    with serving(app) as address, socket.create_connection(address) as sender:
+        sender.settimeout(20)
+        sender.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 16000000000\r\n\r\n")
+        assert sender.recv(1000).startswith(b"HTTP/1.1 401")
+        started = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() < started + 20:
+                sender.sendall(b"0" * 2**16)
 
 
 def test_an_address_of_another_machine_has_so_many_connections_and_no_more(address, monkeypatch):
