@@ -39,7 +39,7 @@ from pathlib import Path
 from fedexperts.deploy.supervisor import SuperNodeSupervisor
 options = json.loads(sys.argv[1])
 paths = Path(options["home"]), Path(options["keys"])
-SuperNodeSupervisor(options["name"], options["server"], *paths, options["worker"], print).run()
+SuperNodeSupervisor(options["name"], options["server"], *paths, options["worker"]).run()
 """
 
 Start = Callable[[Prepared, Path], AbstractContextManager[Engine]]

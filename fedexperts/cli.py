@@ -3,7 +3,6 @@
 import errno
 import os
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,17 +11,16 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork into worker processes
 
 import typer
-from rich.console import Console
 
+from fedexperts.deploy.commands import audit, check, client, keys, server
 from fedexperts.errors import BadValue, FedExpertsError
+from fedexperts.experiment.console import console, finish, progress, say
 from fedexperts.io.toml import renamed_settings_as_notes
 from fedexperts.models.continued.command import pretrain
 from fedexperts.models.upcycle.command import upcycle
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from fedexperts.experiment.progress import Progress
 
 app = typer.Typer(
     name="fedexperts",
@@ -31,7 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
 
 INTERRUPTED = 130
 OF_THE_DISK = {
@@ -42,8 +39,6 @@ OF_THE_DISK = {
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the run file: a.b=c. Repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
-Keys = Annotated[Path | None, typer.Option("--keys", help="The folder that `fedexperts keys` made for this machine.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Use no TLS and no keys: for tests on this machine only.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -128,17 +123,37 @@ def compare(
 
 
 @app.command()
-def plan(run_file: RunFile, set: Set = None, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def plan(
+    run_file: RunFile,
+    set: Set = None,
+    counts: Annotated[
+        str | None,
+        typer.Option(
+            help="With data.own: the examples of each client (train:validation:test), such as north=1200,south=300:50:60."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Show what a run would do, without running it: clients, data, memory, and the experts of each client."""
     from json import dumps
 
     from fedexperts import config
     from fedexperts.experiment.plan import plan
     from fedexperts.experiment.plan_tables import plan_tables
+    from fedexperts.experiment.reported import parts_from_counts
     from fedexperts.experiment.setup import Parts, prepare_run
     from fedexperts.models.shapes import load_shapes
 
-    planned = plan(prepare_run(config.read(run_file, set or []), parts=Parts(load=load_shapes)))
+    settings = config.read(run_file, set or [])
+    if settings.data.own != (counts is not None):
+        raise BadValue(
+            "data.own = true: the examples are at the clients; give how many each has with --counts, such as "
+            f"{','.join(f'{name}=1000' for name in settings.data.names[:8])}, or run `fedexperts check` at each of them"
+            if settings.data.own
+            else "--counts was given, but the clients of the run do not bring their own data; set data.own, or leave it out"
+        )
+    parts = parts_from_counts(settings, counts, load_shapes) if counts is not None else Parts(load=load_shapes)
+    planned = plan(prepare_run(settings, parts=parts))
     if json:
         typer.echo(dumps(planned))
     else:
@@ -273,135 +288,8 @@ def generate(
     typer.echo(generate(folder, prompt, tokens, task, trust_remote_code))
 
 
-@app.command()
-def keys(
-    folder: Annotated[Path, typer.Argument(help="The folder to write all keys to.", show_default=False)],
-    host: Annotated[
-        str, typer.Option(help="Comma-separated host names and addresses by which clients reach the server.", show_default=False)
-    ],
-    clients: Annotated[str, typer.Option(help="Comma-separated names of the clients.", show_default=False)],
-) -> None:
-    """Make the keys of a federation: the server's certificate and a key for each client. Existing keys are kept."""
-    require_flower()
-    from fedexperts.deploy.keys import make_keys
-
-    written = make_keys(folder, host.split(","), clients.split(","))
-    for path in written:
-        say(f"written: {path}")
-    if not written:
-        say("all keys exist already")
-
-
-@app.command()
-def server(
-    run_file: RunFile,
-    out: Annotated[Path, typer.Option("--out", help="The results folder.", show_default=False)],
-    keys: Keys = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all networks.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9092,
-    set: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the results folder, if it holds one.")] = False,
-    patience: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for all clients before federation.min_clients suffice.")
-    ] = 600,
-    insecure: Insecure = False,
-    quiet: QuietFlag = False,
-) -> None:
-    """Run federated training with clients on other machines, which join with `fedexperts client`."""
-    require_flower()
-    from fedexperts import config
-    from fedexperts.deploy import server
-    from fedexperts.deploy.deployment import Federation
-
-    settings = config.read(run_file, set or [])
-    server.deployed(settings)
-    treat_sigterm_as_interrupt()
-    home = out.with_name(f"{out.name}.flower")
-    with Federation(home, host=host, port=port, keys=secured(keys, insecure)) as federation:
-        server.serve(
-            settings, out, federation, resume=resume, setting="", progress=progress(quiet), announce=say, patience=patience
-        )
-    finish([out], out)
-
-
-@app.command()
-def client(
-    name: Annotated[str, typer.Option(help="The client's name in the run file.", show_default=False)],
-    server: Annotated[str, typer.Option(help="The server's host:port.", show_default=False)],
-    run: Annotated[Path, typer.Option(help="The run file (TOML), the same as the server's.", show_default=False)],
-    keys: Keys = None,
-    data: Annotated[list[str] | None, typer.Option(help="A file with the client's own data. Repeatable.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The folder for the client's private state; by default clients/<its name>.")
-    ] = None,
-    memory_gb: Annotated[float | None, typer.Option(help="The memory of the client's device, in 10⁹ bytes.")] = None,
-    profile: Annotated[str | None, typer.Option(help="The client's device: the name of a preset, such as laptop_gpu.")] = None,
-    set: Set = None,
-    insecure: Insecure = False,
-) -> None:
-    """Take part in a run as a client with the data of this machine, until interrupted."""
-    require_flower()
-    from json import dumps
-
-    from fedexperts.deploy.supervisor import SuperNodeSupervisor
-
-    devices = {key: value for key, value in (("memory_gb", memory_gb), ("profile", profile)) if value is not None}
-    folder = (out or Path("clients") / name).resolve()
-    options = {"name": name, "run": str(run), "set": set or [], "folder": str(folder), "data": data or [], "devices": devices}
-    worker = [sys.executable, "-m", "fedexperts.deploy.client", dumps(options)]
-    treat_sigterm_as_interrupt()
-    SuperNodeSupervisor(name, server, folder / "flower", secured(keys, insecure), worker, say).run()
-
-
-def treat_sigterm_as_interrupt() -> None:
-    """Lets SIGTERM, which systemd and Docker send, end this process and its child processes as Ctrl-C does."""
-    import signal
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def require_flower() -> None:
-    """Raises BadValue if Flower is not installed."""
-    from importlib.util import find_spec
-
-    if not find_spec("flwr"):
-        raise BadValue('this command needs Flower, which is not installed; install it: pip install "fedexperts[flower]"')
-
-
-def secured(keys: Path | None, insecure: bool) -> Path | None:
-    """`keys`, or None with --insecure.
-
-    Raises:
-        BadValue: neither or both were given.
-    """
-    if (keys is None) != insecure:
-        raise BadValue(
-            f"{'both' if insecure else 'neither'} of --keys and --insecure given; give --keys, the folder that "
-            "`fedexperts keys` made for this machine, or, for tests on one machine, --insecure"
-        )
-    return keys
-
-
-def say(sentence: str) -> None:
-    """Prints a sentence as it is: brackets are no markup, and the terminal wraps the line."""
-    console.print(sentence, markup=False, soft_wrap=True, highlight=False)
-
-
-def progress(quiet: bool) -> "Progress":
-    """An object that reports the progress of a run on the console, or, if `quiet`, nowhere."""
-    from fedexperts.experiment.progress import Quiet, Shown
-
-    return Quiet() if quiet else Shown(console)
-
-
-def finish(folders: Sequence[Path], out: Path) -> None:
-    """Prints the table of results and writes the report that a run ends with."""
-    from fedexperts import report as reports
-
-    summary = reports.write(folders, html=out / "report.html", csv=out / "report.csv", markdown=out / "report.md")
-    console.print(reports.table(folders))
-    for path in summary.written:
-        say(f"written: {path}")
+for command in (keys, check, server, client, audit):
+    app.command()(command)
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ class FederationSettings(Settings):
     workers: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0.0, ge=0)  # assigned to each worker of Flower's simulation; 0.25: four workers share a GPU
     min_clients: int = Field(1, ge=0)  # fewer answers stop the run; 0: a round without answers leaves the server unchanged
-    round_seconds: float | None = Field(None, gt=0)  # wall-clock limit of a client's answer; engine flower only
+    round_seconds: float | None = Field(None, gt=0)  # wall-clock limit of a client's answer
     wire_dtype: WireDtype = "float32"  # that weights travel in (engines.wire)
     stop: StopSettings = StopSettings()
     server_optimizer: Tree | None = None  # its name and fields; None: the merged weights are used as they are
@@ -114,10 +114,10 @@ class FederationSettings(Settings):
 
     @model_validator(mode="after")
     def only_with_flower(self) -> Self:
-        """Refuses settings of the engine flower if another engine is selected."""
-        for name, value in (("gpus_per_worker", self.gpus_per_worker), ("round_seconds", self.round_seconds)):
-            if value and self.engine != "flower":
-                raise BadValue(f'federation.{name} = {value:g} needs federation.engine = "flower"; set that, or leave it out')
+        """Refuses a setting of the engine flower if another engine is selected."""
+        if self.gpus_per_worker and self.engine != "flower":
+            given = f"federation.gpus_per_worker = {self.gpus_per_worker:g}"
+            raise BadValue(f'{given} needs federation.engine = "flower"; set that, or leave it out')
         return self
 
     @model_validator(mode="after")

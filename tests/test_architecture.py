@@ -136,7 +136,8 @@ def test_nothing_draws_from_a_global_generator():
 METHODS_ROLES = {
     ("config", "fedmoe"),  # the method of a run file that names none
     ("config", "local"),  # an engine
-    ("cli", "profile"),  # of pretraining
+    ("deploy.commands", "profile"),  # of a device
+    ("deploy.status", "score"),  # of an evaluation
     ("experiment.plan_tables", "budget"),  # a key of plan.json
     ("experiment.plan", "budget"),
     ("experiment.plan_tables", "sent"),  # headings of tables

@@ -4,6 +4,7 @@ python -m fedexperts.deploy.client SETTINGS SOCKET      (`fedexperts client` sta
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -25,8 +26,10 @@ import torch
 from fedexperts import config
 from fedexperts.config import RunConfig
 from fedexperts.data.own import counts
+from fedexperts.deploy.logs import LOG, logging_to, say
 from fedexperts.deploy.processes import POLL_SECONDS, end_with_parent
-from fedexperts.deploy.socket_rpc import serve
+from fedexperts.deploy.sent import SentLog
+from fedexperts.deploy.socket_rpc import Leaving, serve
 from fedexperts.deploy.supervisor import UNUSABLE
 from fedexperts.engines import remote
 from fedexperts.engines.local import ClientRuntime
@@ -36,6 +39,7 @@ from fedexperts.errors import BadMessage, BadValue, Busy, FedExpertsError
 from fedexperts.experiment.runtime import runtime_for
 from fedexperts.experiment.setup import OwnDataParts, Parts, prepare_run
 from fedexperts.io.files import locked
+from fedexperts.io.manifest import finite
 from fedexperts.io.toml import checked, different
 from fedexperts.models.load import load
 from fedexperts.moe.device import find_devices
@@ -117,7 +121,7 @@ class ClientWorker:
         if model not in parts.bases:
             started = perf_counter()
             parts.base(model)
-            self.log(f"loaded the base model {model.name} in {perf_counter() - started:.1f} s")
+            self.log(f"loaded the base model {model.name} in {perf_counter() - started:.1f} s", logging.INFO)
         prepared = prepare_run(agreed, parts=parts)
         if prepared.base.identity != run_info["model_hash"]:
             raise BadMessage(f"its base model {model.name} is not the server's: their files differ; give both the same")
@@ -156,8 +160,8 @@ class ClientWorker:
         settings["method"] = {**server_settings["method"], **own_files}
         return settings
 
-    def log(self, sentence: str) -> None:
-        print(f"{self.name}: {sentence}", file=sys.stderr, flush=True)
+    def log(self, sentence: str, level: int = logging.WARNING, **fields: Any) -> None:
+        say(level, f"{self.name}: {sentence}", client=self.name, **fields)
 
 
 @lru_cache(maxsize=1)
@@ -214,22 +218,26 @@ def main() -> int:
     options = json.loads(sys.argv[1])
     name, folder = options["name"], Path(options["folder"])
     try:
-        with exclusive(folder):
+        with exclusive(folder), logging_to(folder / LOG, options.get("level", logging.INFO)):
             run = config.read(Path(options["run"]), options["set"])
-            answer_messages(ClientWorker(name, run, folder, tuple(options["data"]), options["devices"]), int(sys.argv[2]))
+            worker = ClientWorker(name, run, folder, tuple(options["data"]), options["devices"])
+            answer_messages(worker, int(sys.argv[2]), SentLog(folder))
     except FedExpertsError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
     return UNUSABLE
 
 
-def answer_messages(worker: ClientWorker, listener: int) -> None:
-    """Answers messages that come to the socket with the file descriptor `listener`, for ever."""
+def answer_messages(worker: ClientWorker, listener: int, leaving: Leaving) -> None:
+    """Answers messages that come to the socket with the file descriptor `listener`, for ever, as `leaving` lets them leave."""
 
     def answer(message: Message) -> Message:
+        started = perf_counter()
         try:
             runtime, _ = worker.runtime(str(message.head.get("run")))
             torch.set_num_threads(runtime.training.threads)
-            return worker.answer(message)
+            reply = worker.answer(message)
+            log_answer(worker, reply, perf_counter() - started)
+            return reply
         except FedExpertsError as error:
             worker.log(str(error))
             raise
@@ -237,7 +245,24 @@ def answer_messages(worker: ClientWorker, listener: int) -> None:
             traceback.print_exc()
             raise BadMessage(f"{type(error).__name__}: {error}") from None
 
-    serve(socket.socket(fileno=listener), answer)
+    serve(socket.socket(fileno=listener), answer, leaving)
+
+
+def log_answer(worker: ClientWorker, reply: Message, seconds: float) -> None:
+    """Logs an answer that took so many `seconds`."""
+    head, size = reply.head, sum(map(len, reply.parts.values()))
+    if "greeting" in head:
+        worker.log(f"said who it is, in {seconds:.1f} s", logging.INFO, seconds=round(seconds, 3))
+        return
+    job = head.get("update") or head["failure"]
+    where = {"round": job["round"], "task": job["task"], "seconds": round(seconds, 3), "bytes": size}
+    what = f"round {job['round']}, {job['task']}"
+    if "failure" in head:
+        worker.log(f"{what}: failed after {seconds:.1f} s: {job['reason']}", logging.WARNING, **where, failed=job["reason"])
+        return
+    loss = job["metrics"].get("loss")
+    text = "" if loss is None else f", loss {loss:.4f}"
+    worker.log(f"{what}: answered in {seconds:.1f} s{text}, {size / 1e6:.2f} MB", logging.INFO, **finite({**where, "loss": loss}))
 
 
 if __name__ == "__main__":

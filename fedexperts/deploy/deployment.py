@@ -5,9 +5,9 @@ import logging
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Self
@@ -25,6 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedexperts.deploy.bundle import bundle
 from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.processes import (
+    ABOUT_VARIABLE,
     ALL_NETWORKS,
     OBJECTS_VARIABLE,
     PATIENCE_SECONDS,
@@ -38,10 +39,16 @@ from fedexperts.deploy.processes import (
     require_files,
     require_free,
     return_memory,
+    temporary,
 )
 from fedexperts.deploy.server_app import SOCKET_VARIABLE
+from fedexperts.deploy.site import expiry_in
 from fedexperts.deploy.socket_rpc import listening
 from fedexperts.errors import BadRun, BadValue
+from fedexperts.io.files import write_text
+
+ABOUT = "about.json"
+"""The file, in the home of a federation, of which registered nodes are told."""
 
 
 class Federation:
@@ -74,9 +81,10 @@ class Federation:
         self.home.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             require_free(self.host, self.port)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedexperts-")))  # its mode is 0700
+            folder = stack.enter_context(temporary(self.home))
             listener = stack.enter_context(listening(folder / "grid"))
             objects = stack.enter_context(empty_folder(self.home / "objects"))
+            (self.home / ABOUT).unlink(missing_ok=True)
             self.superlink = stack.enter_context(self.start_superlink(folder / "grid", objects))
             self.names = self.start_run()
             self.server_app = stack.enter_context(self.accept_server_app(listener))
@@ -97,7 +105,8 @@ class Federation:
             secured = [word for kind, name in files for word in (f"--ssl-{kind}", str(self.keys / name))]
             secured.append("--enable-supernode-auth")
         command = module("superlink", "--host", self.host, "--port", self.port, "--disable-runtime-dependency-installation")
-        own = {SOCKET_VARIABLE: str(grid), OBJECTS_VARIABLE: str(objects), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        paths = {SOCKET_VARIABLE: str(grid), OBJECTS_VARIABLE: str(objects), ABOUT_VARIABLE: str(self.home / ABOUT)}
+        own = {**paths, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
         with child_process([*command, *secured], self.home, "superlink", {**own, **RETURN_MEMORY}) as superlink:
             deadline = monotonic() + PATIENCE_SECONDS
             while not is_reachable(self.address):
@@ -139,6 +148,14 @@ class Federation:
         )
         grid.set_run(Run.create_empty(identity["run"]))
         return grid
+
+    def expiries(self) -> dict[str, datetime | None]:
+        """When the server's certificate and that of its authority expire; empty without keys."""
+        return {name: expiry_in(self.keys / name) for name in ("server.pem", "ca.pem")} if self.keys else {}
+
+    def tell(self, about: Mapping[str, object]) -> None:
+        """Has registered nodes told `about`, JSON values, when they ask who the server is."""
+        write_text(self.home / ABOUT, json.dumps(about))
 
     def check(self) -> None:
         """Raises BadRun when the SuperLink or its run has ended before its time."""

@@ -2,14 +2,13 @@
 
 FOLDER/ca.pem  ca.key            the authority; its key signs, and is needed nowhere else
 FOLDER/server/                   for the server: ca.pem, server.pem, server.key, and clients/NAME.pub of clients that may join
-FOLDER/NAME/                     for client NAME: ca.pem, node.key, node.pub
+FOLDER/NAME/                     for client NAME: ca.pem, node.key, node.pub, which has the name beside the key
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -29,13 +28,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedexperts.errors import BadValue
 from fedexperts.io.files import write_bytes
 
-DAYS = 3650
+AUTHORITY_DAYS, SERVER_DAYS = 1825, 365
+"""For which certificates are valid."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # by which the server's own processes reach it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED = ("server", "ca.pem", "ca.key")
+RESERVED = ("server", "ca", "ca.pem", "ca.key")
 CURVE = ec.SECP384R1()
-PRIVATE, PUBLIC = 0o600, 0o644
-"""A file that only its owner reads, and one that anyone may read."""
+PRIVATE = 0o600
+"""The permissions of a file that only its owner reads."""
 
 
 def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> list[Path]:
@@ -68,15 +68,51 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
     return files.paths
 
 
+def rotate_keys(folder: Path, name: str) -> list[Path]:
+    """Replaces the keys of `name` in `folder`, and returns the files it wrote. A second call after a kill makes all of them anew.
+
+    name: a client, whose former key is refused as soon as the server has the new one; "server", which gets another key and a
+    certificate for the same hosts; or "ca", the authority: then `ca.pem` has the new and the former certificate, so that clients
+    trust the server's present certificate and its next one.
+
+    Raises:
+        BadValue: there are no such keys, or the authority's key is not there.
+    """
+    ca, server = folder / "ca.pem", folder / "server"
+    if name not in ("server", "ca") and not (folder / name / "node.key").exists():
+        raise BadValue(f"{folder / name} has no node.key to replace; make the keys of a new client with --clients {name}")
+    if name in ("server", "ca") and not (folder / "ca.key").exists():
+        raise BadValue(f"{folder / 'ca.key'}, which has to sign, is not there; bring it back")
+    files = NewFiles([], replaces=True)
+    if name == "ca":
+        former = x509.load_pem_x509_certificate(ca.read_bytes())
+        files.add(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        own = certificate_pem(authority_certificate(key_at(folder / "ca.key")))
+        for path in [ca, *sorted(folder.glob("*/ca.pem"))]:
+            files.add(path, lambda: own + certificate_pem(former))
+    elif name == "server":
+        hosts = [str(each.value) for each in hosts_of(server / "server.pem")]
+        files.add(server / "server.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
+        key = key_at(server / "server.key")
+        files.add(server / "server.pem", lambda: certificate_pem(server_certificate(folder, key, hosts)))
+    else:
+        own_folder = folder / name
+        files.add(own_folder / "node.key", lambda: node_pem(ec.generate_private_key(CURVE)), PRIVATE)
+        files.add(own_folder / "node.pub", lambda: public_key_of(own_folder / "node.key", name))
+        files.add(server / "clients" / f"{name}.pub", (own_folder / "node.pub").read_bytes)
+    return files.paths
+
+
 @dataclass(frozen=True)
 class NewFiles:
-    """The files that were written."""
+    """The files that were written. replaces: whether those that exist are written anew, too."""
 
     paths: list[Path]
+    replaces: bool = False
 
-    def add(self, path: Path, make: Callable[[], bytes], mode: int = PUBLIC) -> None:
-        """Writes the result of `make` to `path`, unless the file exists."""
-        if not path.exists():
+    def add(self, path: Path, make: Callable[[], bytes], mode: int | None = None) -> None:
+        """Writes the result of `make` to `path`, unless the file exists and stays."""
+        if self.replaces or not path.exists():
             write_bytes(path, make(), mode)
             self.paths.append(path)
 
@@ -109,7 +145,7 @@ def make_client_keys(folder: Path, name: str, registered: Path, files: NewFiles)
     if (own / "ca.pem").exists():  # written last: where its public key is missing, somebody has shut the client out
         return
     files.add(own / "node.key", lambda: node_pem(ec.generate_private_key(CURVE)), PRIVATE)
-    files.add(own / "node.pub", partial(public_key_of, own / "node.key"))
+    files.add(own / "node.pub", lambda: public_key_of(own / "node.key", name))
     files.add(registered, (own / "node.pub").read_bytes)
     files.add(own / "ca.pem", (folder / "ca.pem").read_bytes)
 
@@ -120,10 +156,10 @@ def key_at(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def public_key_of(path: Path) -> bytes:
-    """The public key of the private one at `path`, as OpenSSH writes it."""
+def public_key_of(path: Path, name: str) -> bytes:
+    """The public key of the private one at `path`, as OpenSSH writes it, with the `name` of the client whose it is."""
     key = load_ssh_private_key(path.read_bytes(), None)
-    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {name}\n".encode()
 
 
 def node_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -137,7 +173,7 @@ def authority_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
         False, False, False, False, False, True, True, False, False
     )  # it signs certificates and their revocation
     return (
-        certificate_builder(name, name, key.public_key(), key.public_key())
+        certificate_builder(name, name, key.public_key(), key.public_key(), AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA384())
@@ -152,7 +188,7 @@ def server_certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Ite
         True, False, False, False, False, False, False, False, False
     )  # it signs what proves that it has the key
     return (
-        certificate_builder(x509_name("FedExperts server"), issuer, key.public_key(), authority.public_key())
+        certificate_builder(x509_name("FedExperts server"), issuer, key.public_key(), authority.public_key(), SERVER_DAYS)
         .add_extension(x509.SubjectAlternativeName(list(map(general_name, hosts))), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=True)
@@ -162,7 +198,7 @@ def server_certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Ite
 
 
 def certificate_builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePublicKey
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, signer: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
@@ -172,7 +208,7 @@ def certificate_builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))  # clocks of machines differ
-        .not_valid_after(now + timedelta(days=DAYS))
+        .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer), critical=False)
     )
@@ -191,14 +227,19 @@ def general_name(host: str) -> x509.GeneralName:
 
 def require_hosts(path: Path, hosts: Iterable[str]) -> None:
     """Raises BadValue when the certificate at `path` is not for all of `hosts`."""
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    names = hosts_of(path)
     if missing := [host for host in hosts if general_name(host) not in names]:
         known = ", ".join(str(name.value) for name in names)
         raise BadValue(
             f"{path} is there already, for {known}, and not for {', '.join(missing)}; keys are never overwritten: "
             f"remove it and {path.with_name('server.key')} to have another made"
         )
+
+
+def hosts_of(path: Path) -> x509.SubjectAlternativeName:
+    """The hosts that the certificate at `path` is for."""
+    certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
 
 
 def pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -1,18 +1,23 @@
 """What the two sides of a deployment share: child processes, addresses, files of keys. Needs neither torch nor Flower."""
 
 import ctypes
+import fcntl
 import os
+import shutil
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from fedexperts.errors import BadRun, BadValue
+from fedexperts.errors import BadRun, BadValue, Busy
 from fedexperts.io import processes
 
 PATIENCE_SECONDS = 60.0
@@ -31,8 +36,72 @@ RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_BYTES), "MALLOC_ARENA_MA
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h; each arena keeps some of what the threads freed that it was for
 OBJECTS_VARIABLE = "FEDEXPERTS_OBJECTS"
 """The environment variable with the path of an empty folder in which a SuperLink keeps messages."""
+ABOUT_PATH = "/v1/fleet/about"
+"""At which a SuperLink says what time it has and which version it is."""
+ABOUT_VARIABLE = "FEDEXPERTS_ABOUT"
+"""The environment variable with the path of a JSON file of which a SuperLink tells registered nodes, if it exists."""
 PARENT_VARIABLE = "FEDEXPERTS_PARENT"
 """The environment variable with the id of the process that started this one; that may have ended before this one can look."""
+
+
+@contextmanager
+def private() -> Iterator[None]:
+    """New files of this process and of those that it starts are its user's only: 0600, and folders 0700."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def temporary(owner: Path) -> Iterator[Path]:
+    """A folder for all temporary files of this process and of those that it starts, by the folder `owner` that it works for.
+
+    What an earlier process left in it that was killed is removed. Its path is short, since sockets lie in it.
+
+    Raises:
+        Busy: another process works for `owner`.
+        BadRun: the folder is another user's.
+    """
+    name = f"fedexperts-{os.getuid()}-{sha256(os.fsencode(owner.resolve())).hexdigest()[:12]}"
+    folder, before, variable = Path(tempfile.gettempdir()) / name, tempfile.tempdir, os.environ.get("TMPDIR")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise BadRun(f"{folder} is not a folder that only this user can read; remove it, or set TMPDIR to another folder")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle, owner)
+        remove_contents(folder)
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
+        tempfile.tempdir = before
+        if variable is None:
+            os.environ.pop("TMPDIR", None)
+        else:
+            os.environ["TMPDIR"] = variable
+
+
+def lock(handle: int, owner: Path) -> None:
+    """Raises Busy when another process has locked the folder that `handle` opened, for `owner`."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy(f"another process is running for {owner}; wait for it, or give another folder with --out") from None
+
+
+def remove_contents(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def return_memory() -> None:
@@ -51,14 +120,18 @@ def child_process(
     environment: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the context. Its output goes to the file `log`.log in `home`, and without `log` to ours."""
+    """A process that ends with the context. Its output goes to the file `log`.log in `home`, and without `log` to ours.
+
+    Files that it writes are its user's only.
+    """
     commands = Path(sys.executable).parent  # Flower's, which its processes start by name
     path = f"{commands}{os.pathsep}{os.environ.get('PATH', '')}"
     ours = {"FLWR_HOME": str(home), "PATH": path, PARENT_VARIABLE: str(os.getpid())}
     every = {**os.environ, **ours, **(environment or {})}
     with ExitStack() as stack:
         output: Any = stack.enter_context((home / f"{log}.log").open("ab")) if log else None
-        child = subprocess.Popen(command, env=every, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=pass_fds)
+        options: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "pass_fds": pass_fds, "umask": 0o077}
+        child = subprocess.Popen(command, env=every, **options)
         try:
             yield child
         finally:

@@ -11,7 +11,7 @@ from fedexperts.config import RunConfig
 from fedexperts.deploy.deployment import Federation
 from fedexperts.engines.flower.engine import FlowerEngine
 from fedexperts.engines.remote import GREETINGS, Greeting, read_greetings, write_greetings
-from fedexperts.errors import BadValue
+from fedexperts.errors import BadValue, listed
 from fedexperts.experiment import flower, runner
 from fedexperts.experiment.progress import Progress
 from fedexperts.experiment.reported import parts_from_greetings
@@ -46,7 +46,8 @@ def serve(
     runner.claim(config, out, resume)
     options = engine_options(federation, in_flight=config.data.clients)  # each has a machine of its own
     options["announce"] = announce
-    engine: EngineFactory = flower.over(federation.grid, federation.check, patience=patience, **options)
+    connect: EngineFactory = flower.over(federation.grid, federation.check, patience=patience, **options)
+    engine = partial(telling, federation, connect)
     if config.data.own:
         bases = Parts()
         greetings = greetings_of(config, out, federation, options, bases)
@@ -90,12 +91,24 @@ def greetings_of(
     if saved.exists() and (out / "resolved.json").exists():
         return read_greetings(saved)
     names = dict.fromkeys(config.data.names)
+    if without_key := [name for name in names if federation.names and name not in federation.names.values()]:
+        raise BadValue(
+            f"data.names has {listed(without_key)}, whose key the server does not have, and the first start needs what every "
+            "client says of its data; leave it out of data.names, or copy its .pub file to keys/server/clients"
+        )
     run = flower.about(config, bases.base(config.model).identity, federation.home)
+    federation.tell({"model_hash": bases.base(config.model).identity, "clients": list(names)})
     engine = FlowerEngine(federation.grid, run, names, check=federation.check, **options)
     engine.connect(seconds=inf)
     greetings = [engine.greetings[name] for name in names]
     write_greetings(saved, greetings)
     return greetings
+
+
+def telling(federation: Federation, engine: EngineFactory, prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
+    """`engine`, after registered nodes can be told what base model the run has."""
+    federation.tell({"model_hash": prepared.base.identity, "clients": list(prepared.clients)})
+    return engine(prepared, out)
 
 
 def with_greetings(

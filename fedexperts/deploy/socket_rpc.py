@@ -19,6 +19,8 @@ MAX_PATH_BYTES = 103
 """Of a socket's path, on the system that allows the least."""
 
 Handler = Callable[[Message], Message]
+Leaving = Callable[[Message | None, Message], Message]
+"""Called with a request (None: one that cannot be read) and the answer to it before this leaves; returns what leaves."""
 
 
 def listening(path: Path) -> socket.socket:
@@ -39,20 +41,27 @@ def listening(path: Path) -> socket.socket:
     return listener
 
 
-def serve(listener: socket.socket, handle: Handler) -> None:
+def unrecorded(request: Message | None, reply: Message) -> Message:
+    return reply
+
+
+def serve(listener: socket.socket, handle: Handler, leaving: Leaving = unrecorded) -> None:
     """Answers messages that come to `listener`, one after the other, for ever; refusals travel back as their sentence."""
     while True:
         connection, _ = listener.accept()
         with connection, suppress(ConnectionError, EOFError):  # the caller has gone
-            send(connection, to_bytes(answered(receive(connection), handle)))
+            send(connection, to_bytes(answered(receive(connection), handle, leaving)))
 
 
-def answered(data: bytes, handle: Handler) -> Message:
-    """The answer of `handle` to the message in `data`, or its refusal."""
+def answered(data: bytes, handle: Handler, leaving: Leaving = unrecorded) -> Message:
+    """The answer of `handle` to the message in `data`, or its refusal, as `leaving` returns it."""
+    request = None
     try:
-        return handle(from_bytes(data))
+        request = from_bytes(data)
+        reply = handle(request)
     except FedExpertsError as error:
-        return Message({"refused": str(error)}, {})
+        reply = Message({"refused": str(error)}, {})
+    return leaving(request, reply)
 
 
 def call(path: str, message: Message) -> Message:

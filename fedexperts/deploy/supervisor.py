@@ -1,16 +1,16 @@
 """A client of a deployment: supervises Flower's SuperNode and the worker that stays. Needs neither torch nor Flower."""
 
+import logging
 import re
 import socket
-import ssl
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
+from fedexperts.deploy.logs import say
 from fedexperts.deploy.processes import (
     POLL_SECONDS,
     RECONNECT_SECONDS,
@@ -20,8 +20,19 @@ from fedexperts.deploy.processes import (
     is_loopback,
     module,
     require_files,
+    temporary,
+)
+from fedexperts.deploy.site import (
+    address_of,
+    ask,
+    clock_error,
+    expiry_in,
+    expiry_warnings,
+    require_own_keys,
+    require_same_protocol,
 )
 from fedexperts.deploy.socket_rpc import listening
+from fedexperts.engines.message import VERSION
 from fedexperts.errors import BadRun, BadValue
 
 RETRY_SECONDS = 3.0
@@ -36,7 +47,6 @@ class SuperNodeSupervisor:
 
     worker: the command of a process that answers messages on the listening socket whose file descriptor is its last argument. The
     socket stays open when the worker dies, so a message that comes meanwhile waits for the next one.
-    announce: receives a sentence when something happens that a person should know.
     """
 
     name: str
@@ -44,18 +54,18 @@ class SuperNodeSupervisor:
     home: Path
     keys: Path | None
     worker: Sequence[str]
-    announce: Callable[[str], None]
+    warned_of: str | None = None  # the server's version
+    is_expiry_known: bool = False  # whether it has warned of certificates that expire
 
     def __post_init__(self) -> None:
         self.home = self.home.resolve()
         self.log = self.home / "supernode.log"
-        host, _, port = self.server.rpartition(":")
-        if not host or "/" in host or not port.isdigit():
-            raise BadValue(f"--server {self.server!r} is no address; give host:port, such as 10.0.0.1:9092")
+        host, _ = address_of(self.server)
         if self.keys is None and not is_loopback(host):
             raise BadValue(f"--insecure is for a server on this machine, and {host} is none; give --keys")
         if self.keys is not None:
             require_files(self.keys, ("ca.pem", "node.key"), self.name)
+            require_own_keys(self.keys, self.name)
 
     def run(self) -> None:
         """Runs until it is interrupted.
@@ -66,31 +76,31 @@ class SuperNodeSupervisor:
         """
         self.home.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedexperts-")))  # its mode is 0700
+            folder = stack.enter_context(temporary(self.home))
             listener = stack.enter_context(listening(folder / "worker"))
             worker_stack = stack.enter_context(ExitStack())
             node_stack = stack.enter_context(ExitStack())
             worker = self.start_worker(worker_stack, listener)
             node: subprocess.Popen[bytes] | None = None
-            retry_at, announced = 0.0, False
+            retry_at, announced = 0.0, ""  # why it has not joined
             while True:
                 if (code := worker.poll()) is not None:
                     if code == UNUSABLE:
                         raise BadRun(f"{self.name} cannot take part: its worker ended for the reason above; correct that first")
-                    self.announce(f"{self.name}: its worker ended ({code}) and is started again")
+                    say(logging.WARNING, f"{self.name}: its worker ended ({code}) and is started again")
                     worker_stack.close()
                     worker = self.start_worker(worker_stack, listener)
                 if node is not None and node.poll() is not None:
-                    self.announce(f"{self.name}: {exit_reason(self.new_log())}; trying again")
+                    say(logging.WARNING, f"{self.name}: {exit_reason(self.new_log())}; trying again")
                     node_stack.close()
                     node, retry_at = None, monotonic() + RETRY_SECONDS
                 if node is None and monotonic() >= retry_at:
-                    if self.server_answers():
-                        node, announced = self.start_node(node_stack, folder / "worker"), False
-                    elif not announced:
-                        self.announce(f"{self.name}: nobody answers at {self.server} yet; trying again")
-                        announced = True
-                    retry_at = monotonic() + RETRY_SECONDS
+                    obstacle = self.obstacle()
+                    if not obstacle:
+                        node = self.start_node(node_stack, folder / "worker")
+                    elif obstacle != announced:
+                        say(logging.WARNING, f"{self.name}: {obstacle}; trying again")
+                    announced, retry_at = obstacle, monotonic() + RETRY_SECONDS
                 sleep(POLL_SECONDS)
 
     def start_worker(self, stack: ExitStack, listener: socket.socket) -> subprocess.Popen[bytes]:
@@ -105,7 +115,7 @@ class SuperNodeSupervisor:
             secured = ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
         own = ("--host", "127.0.0.1", "--port", free_port(), "--max-wait-time", RECONNECT_SECONDS)
         config = ("--node-config", f'name="{self.name}" socket="{worker}"')
-        self.announce(f"{self.name}: joining {self.server}")
+        say(logging.INFO, f"{self.name}: joining {self.server}")
         self.log_start = len(self.log.read_text(errors="replace")) if self.log.exists() else 0  # after those before it
         command = module("supernode", "--superlink", self.server, *own, *config)
         environment = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **RETURN_MEMORY}
@@ -115,30 +125,29 @@ class SuperNodeSupervisor:
         """The output of the SuperNode that was started last."""
         return self.log.read_text(errors="replace")[self.log_start :]
 
-    def server_answers(self) -> bool:
-        """Whether a server that can be trusted answers.
+    def obstacle(self) -> str:
+        """Why it cannot join yet; empty if it can.
 
         Raises:
-            BadRun: one answers that cannot.
+            BadRun: the server cannot be trusted, or has a version that does not work with this one.
         """
-        host, _, port = self.server.rpartition(":")
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as connection:
-                if self.keys is not None:
-                    context = ssl.create_default_context(cafile=str(self.keys / "ca.pem"))
-                    context.wrap_socket(connection, server_hostname=host.strip("[]")).close()
-                return True
-        except ssl.SSLCertVerificationError as error:
-            raise BadRun(
-                f"the server at {self.server} has a certificate that {self.keys}/ca.pem does not vouch for "
-                f"({error.verify_message}); give the keys that were made with the server's, for this host"
-            ) from None
-        except ssl.SSLEOFError:  # it ended in the middle of the handshake
-            return False
-        except ssl.SSLError as error:
-            raise BadRun(f"the server at {self.server} does not speak TLS ({error.reason}); start it with --keys") from None
-        except OSError:
-            return False
+        info = ask(self.server, self.keys)
+        if info is None:
+            return f"nobody answers at {self.server} yet"
+        require_same_protocol(info, self.server)
+        if not self.is_expiry_known and self.keys is not None:
+            self.is_expiry_known = True
+            for sentence in expiry_warnings(
+                {"the server's certificate": info.expires, "ca.pem": expiry_in(self.keys / "ca.pem")}
+            ):
+                say(logging.WARNING, f"{self.name}: {sentence}")
+        if info.version not in (None, VERSION, self.warned_of):
+            say(
+                logging.WARNING,
+                f"{self.name}: the server has FedExperts {info.version}, and this is {VERSION}; they can work together",
+            )
+            self.warned_of = info.version
+        return clock_error(info) or ""
 
 
 def exit_reason(output: str) -> str:

@@ -20,7 +20,7 @@ from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answe
 from fedexperts.engines.wire import decode, encode
 from fedexperts.errors import BadMessage, BadValue, Undeclared
 from fedexperts.io.allocator import return_freed
-from fedexperts.io.processes import ProcessDied, Receive, WorkerProcess
+from fedexperts.io.processes import ProcessDied, Receive, TookTooLong, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
 from fedexperts.moe.anatomy import Experts
 from fedexperts.moe.device import kept_generators, on_device, out_of_memory, release, working_on
@@ -136,18 +136,25 @@ class LocalEngine:
     The base model is in shared memory, and once on each graphics card, so that workers do not copy it. (On mps, where processes
     cannot share it, each has a copy.) If a worker dies, the job of its client fails, and the worker is replaced.
 
+    seconds: after which a job without an answer fails, and its worker, which may hang or be stopped, is killed and replaced.
+    With it, one worker too is a process of its own. None: no limit.
+
     Raises:
         Undeclared: from `run`, if the method keeps, sends or reports something that it does not declare.
     """
 
-    def __init__(self, runtime: ClientRuntime, workers: int = 1, devices: Sequence[str] = ()) -> None:
+    def __init__(
+        self, runtime: ClientRuntime, workers: int = 1, devices: Sequence[str] = (), seconds: float | None = None
+    ) -> None:
         chosen = [*islice(cycle(devices or [runtime.device]), workers)]
-        place = shared if workers > 1 else placed
+        place = placed if workers == 1 and seconds is None else shared
         self.runtimes = {device: place(runtime, device) for device in dict.fromkeys(chosen)}
         self.runtime = self.runtimes[chosen[0]]
         self.workers: list[WorkerProcess] = []
-        if workers > 1:
-            self.workers = [WorkerProcess(partial(answer_packed, self.runtimes[each]), daemon=True) for each in chosen]
+        if place is shared:
+            self.workers = [
+                WorkerProcess(partial(answer_packed, self.runtimes[each]), daemon=True, seconds=seconds) for each in chosen
+            ]
 
     def __enter__(self) -> Self:
         return self
@@ -237,6 +244,9 @@ def answer_of(worker: WorkerProcess, job: Job) -> Update | Failure:
         if data.startswith(UNDECLARED):
             raise Undeclared(data.removeprefix(UNDECLARED).decode())
         return unpack_answer(data)
+    except TookTooLong:
+        late = f"it did not answer within federation.round_seconds = {worker.seconds:g}, and its worker process was killed"
+        return Failure(job.client, job.round, job.task, late)
     except ProcessDied as death:
         return Failure(job.client, job.round, job.task, f"its worker process died ({death})")
     except BadMessage as error:

@@ -16,9 +16,12 @@ MOST = 2000
 
 def lost(prepared: Prepared) -> list[Lost]:
     """What is lost of each task of the run; nothing is known of data that clients bring themselves."""
+    return [] if prepared.config.data.own else losses_of(prepared)
+
+
+def losses_of(prepared: Prepared) -> list[Lost]:
+    """What is lost of each task of the examples in `prepared`."""
     config, base = prepared.config, prepared.base
-    if config.data.own:
-        return []
     encoder = Encoder(base.tokenizer, config.data.max_tokens, base.encoder_decoder)
     pool = prepared.clients.pool
     tasks = dict.fromkeys(example.task for example in pool.train)

@@ -1,6 +1,6 @@
 """The parts of a server whose clients bring their own data: what they reported of it, validated."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,8 +11,9 @@ from fedexperts.core.evaluation import is_text
 from fedexperts.data.clients import Clients
 from fedexperts.data.own import Counts, placeholder_clients
 from fedexperts.engines.remote import Greeting
-from fedexperts.errors import BadValue, quoted
+from fedexperts.errors import BadValue, listed, quoted
 from fedexperts.experiment.setup import Parts
+from fedexperts.models.load import Base
 from fedexperts.types import METRIC_NAMES
 
 MOST_EXAMPLES = 10**7
@@ -22,12 +23,10 @@ REMEDY = "install this version of FedExperts there, or leave it out of data.name
 
 
 @dataclass(frozen=True)
-class ReportedParts(Parts):
-    """Parts of a server whose clients bring their own data: built from the counts that they reported."""
+class CountedParts(Parts):
+    """Parts of a run whose clients bring their own data, of which only the counts are known."""
 
     counts: Mapping[str, Counts] = field(default_factory=dict)
-    devices: Mapping[str, Profile] = field(default_factory=dict)
-    memory: Mapping[str, int | None] = field(default_factory=dict)
 
     def clients(self, config: RunConfig) -> Clients:
         source = self.with_templates(config).data.sources[0]
@@ -36,11 +35,53 @@ class ReportedParts(Parts):
     def longest_response(self, config: RunConfig) -> int:
         return max(count.longest_response for count in self.counts.values())
 
+
+@dataclass(frozen=True)
+class ReportedParts(CountedParts):
+    """Parts of a server whose clients bring their own data: built from what they reported."""
+
+    devices: Mapping[str, Profile] = field(default_factory=dict)
+    memory: Mapping[str, int | None] = field(default_factory=dict)
+
     def profiles(self, config: RunConfig) -> dict[str, Profile]:
         return dict(self.devices)
 
     def memories(self, config: RunConfig, full_bytes: int) -> Mapping[str, int | None]:
         return self.memory
+
+
+def parts_from_counts(config: RunConfig, given: str, load: Callable[..., Base]) -> CountedParts:
+    """The parts of a plan with the counts `given`: NAME=TRAIN or NAME=TRAIN:VALIDATION:TEST, with commas between clients.
+
+    Responses are taken to be as long as `data.max_tokens` allows.
+
+    Raises:
+        BadValue: other clients than the run's, or what is no count.
+    """
+    task = str(config.data.sources[0].task)
+    numbers = {name: numbers_of(name, text) for name, _, text in (each.partition("=") for each in given.split(","))}
+    if {*numbers} != {*config.data.names}:
+        raise BadValue(f"--counts is for {listed(numbers)}, and the clients of the run are {listed(config.data.names)}")
+    longest = config.data.max_tokens
+    counts = {name: Counts({task: train}, held_out, test, longest) for name, (train, held_out, test) in numbers.items()}
+    return CountedParts(load=load, counts=counts)
+
+
+def numbers_of(name: str, text: str) -> tuple[int, int, int]:
+    """The numbers of training, validation and test examples in `text`.
+
+    Raises:
+        BadValue: it has none, or more than MOST_EXAMPLES.
+    """
+    train, *others = text.split(":")
+    digits = [train, *(others or ["0", "0"])]
+    numbers = [int(each) for each in digits if each.isascii() and each.isdigit() and len(each) < 10]
+    if len(digits) != 3 or len(numbers) != 3 or not numbers[0] or sum(numbers) > MOST_EXAMPLES:
+        raise BadValue(
+            f"--counts: {quoted(f'{name}={text}')} is no count; give NAME=TRAIN or NAME=TRAIN:VALIDATION:TEST, such as "
+            f"north=1200:200:300, with at most {MOST_EXAMPLES:,} in all"
+        )
+    return numbers[0], numbers[1], numbers[2]
 
 
 def parts_from_greetings(greetings: Iterable[Greeting], bases: Parts) -> ReportedParts:

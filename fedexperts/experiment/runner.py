@@ -339,7 +339,8 @@ def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
         from fedexperts.experiment.flower import simulated  # an extra
 
         return simulated(prepared, out)
-    return LocalEngine(runtime_for(prepared, out), prepared.config.federation.workers, devices_of(prepared.config))
+    federation = prepared.config.federation
+    return LocalEngine(runtime_for(prepared, out), federation.workers, devices_of(prepared.config), federation.round_seconds)
 
 
 def require_extras(config: RunConfig) -> None:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,22 +19,26 @@ from fedexperts.errors import BadValue, Busy
 ALIGNMENT = 64  # bytes; tensors in memory start at multiples of it
 
 
-def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Writes `data` to `path`; a crash at any moment leaves the old content or the new. `mode`: the file's permissions."""
+def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Writes `data` to `path`; a crash at any moment leaves the old content or the new. `mode`: see `atomic_file`."""
     with atomic_file(path, mode) as scratch:
         scratch.write_bytes(data)
 
 
 @contextmanager
-def atomic_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """A temporary file to write into, which becomes `path`, synced, on leaving the block; after an exception it is deleted."""
+def atomic_file(path: Path, mode: int | None = None) -> Iterator[Path]:
+    """A temporary file to write into, which becomes `path`, synced, on leaving the block; after an exception it is deleted.
+
+    mode: the file's permissions; None: those that the process gives to new files (its umask).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    scratch = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    handle = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    usual = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
-    scratch = Path(name)
     try:
         yield scratch
-        scratch.chmod(mode)
+        scratch.chmod(usual if mode is None else mode)  # safetensors lets only the owner read
         sync(scratch)
         scratch.replace(path)
     except BaseException:
@@ -120,10 +124,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     require_empty(folder)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    scratch = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+    scratch.mkdir()
     try:
         yield scratch
-        scratch.chmod(0o755)
         for path in (*scratch.rglob("*"), scratch):
             sync(path)
         require_empty(folder)

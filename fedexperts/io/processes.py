@@ -6,13 +6,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from threading import Thread
+from threading import Lock, Thread, Timer, current_thread
 from time import sleep
 
 STOP_SECONDS = 30.0
 """Time for a worker process to end by itself before it is killed."""
+START_SECONDS = 120.0
+"""Time that a new process has to start, on top of that for its first message."""
 WATCH_SECONDS = 0.5
-"""Between two looks at whether the parent still lives."""
+"""Between two looks at whether the parent still lives, or whether an answer that has come has been read."""
 
 Receive = Callable[[], bytes]
 Handler = Callable[[Receive], bytes]
@@ -23,17 +25,27 @@ class ProcessDied(Exception):
     """A worker process ended before it answered; the message is the signal or the exit code it ended with."""
 
 
+class TookTooLong(ProcessDied):
+    """A worker process was killed because it had not answered by its deadline."""
+
+
 class WorkerProcess:
     """A spawned process that answers one message at a time by `handle`, which must be picklable.
 
-    One that dies is replaced. daemon: the process may start none of its own, and ends with the interpreter of this one.
+    One that dies is replaced, and so is one that has not begun to answer by its deadline: it is killed, even if it is stopped.
+    daemon: the process may start none of its own, and ends with the interpreter of this one.
+    seconds: for each message, from when it is sent; a process that has just started has START_SECONDS more. None: no deadline.
     """
 
-    def __init__(self, handle: Handler, *, daemon: bool) -> None:
-        self.handle, self.daemon = handle, daemon
+    def __init__(self, handle: Handler, *, daemon: bool, seconds: float | None = None) -> None:
+        self.handle, self.daemon, self.seconds = handle, daemon, seconds
+        self.lock = Lock()
+        self.timer: Timer | None = None
+        self.sender: Thread | None = None
         self.start()
 
     def start(self) -> None:
+        self.is_new, self.is_late = True, False
         context = get_context("spawn")
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=serve, args=(self.handle, child_pipe), daemon=self.daemon)
@@ -41,26 +53,66 @@ class WorkerProcess:
         child_pipe.close()  # so that the end of the process ends the pipe
 
     def send(self, message: bytes) -> None:
+        if self.seconds is None:
+            self.write(message)
+        else:
+            self.set_timer(self.seconds + START_SECONDS * self.is_new)
+            self.is_new = False
+            # A stopped process reads nothing, and no other worker may wait for that
+            self.sender = Thread(target=self.write, args=(message,), name="send to worker", daemon=True)
+            self.sender.start()
+
+    def write(self, message: bytes) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # it died idle: receive will say so
             self.pipe.send_bytes(message)
+
+    def set_timer(self, seconds: float) -> None:
+        self.timer = Timer(seconds, self.expire)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def expire(self) -> None:
+        """Kills the process, unless its answer has begun to come in time, and waits to be read. Runs in the thread of a timer."""
+        with self.lock:
+            if current_thread() is not self.timer:  # it was cancelled at the last moment
+                return
+            if self.pipe.poll():
+                self.set_timer(WATCH_SECONDS)
+            else:
+                self.is_late = True
+                self.process.kill()
+
+    def cancel_timer(self) -> None:
+        with self.lock:
+            if self.timer is not None:
+                self.timer.cancel()
+            self.timer = None
 
     def receive(self) -> bytes:
         """The answer to the message that was sent last.
 
         Raises:
-            ProcessDied: the process ended before; a new one has taken its place.
+            TookTooLong: the process was killed at its deadline; a new one has taken its place.
+            ProcessDied: the process ended before its answer; likewise.
         """
         try:
             return self.pipe.recv_bytes()
         except (EOFError, OSError):  # it died before its answer, or in the middle of it
             self.process.join()
-            death = ProcessDied(exit_reason(self.process.exitcode))
+            kind = TookTooLong if self.is_late else ProcessDied
+            death = kind(exit_reason(self.process.exitcode))
+            self.cancel_timer()
+            if self.sender is not None:
+                self.sender.join()  # nobody reads at the other end any more
             self.pipe.close()
             self.start()
             raise death from None
+        finally:
+            self.cancel_timer()
 
     def stop(self) -> None:
         """Interrupts the process and waits for it; after STOP_SECONDS it is killed."""
+        self.cancel_timer()
         self.process.terminate()
         self.pipe.close()
         self.process.join(STOP_SECONDS)

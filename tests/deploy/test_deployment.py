@@ -19,6 +19,7 @@ from fedexperts.deploy import server
 from fedexperts.deploy.deployment import Federation
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.processes import free_port
+from fedexperts.deploy.sent import audit
 from fedexperts.deploy.supervisor import SuperNodeSupervisor
 from fedexperts.errors import BadRun
 from fedexperts.experiment import checkpoint
@@ -168,6 +169,7 @@ def test_a_client_whose_superexec_is_killed_misses_a_round_and_comes_back_under_
 def test_a_client_whose_key_the_server_has_not_never_gets_in(deployment):
     make_keys(deployment.keys, ["localhost"], ["stranger"])
     shutil.copytree(deployment.keys / "stranger", deployment.folder / "false-key")
+    (deployment.folder / "false-key" / "node.pub").unlink()  # else they say whose they are, and it does not start
     before = {node.node_id for node in deployment.federation.grid.get_nodes()}
     home = deployment.folder / "impostor"
     deployment.started.start(
@@ -185,12 +187,10 @@ def test_a_client_whose_key_the_server_has_not_never_gets_in(deployment):
 
 def test_a_client_with_another_authority_does_not_join(deployment, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    supervisor = SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path / "home", tmp_path / "north", [], print)
+    supervisor = SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path / "home", tmp_path / "north", [])
     with pytest.raises(BadRun, match="does not vouch for"):
-        supervisor.server_answers()
-    assert SuperNodeSupervisor(
-        "north", f"localhost:{deployment.port}", tmp_path, deployment.keys / "north", [], print
-    ).server_answers()
+        supervisor.obstacle()
+    assert not SuperNodeSupervisor("north", f"localhost:{deployment.port}", tmp_path, deployment.keys / "north", []).obstacle()
 
 
 def test_plaintext_is_refused(deployment):
@@ -199,11 +199,35 @@ def test_plaintext_is_refused(deployment):
 
 
 def test_a_socket_and_its_folder_are_their_owners_only(deployment):
-    folders = [Path(path) for path in Path(tempfile.gettempdir()).glob("fedexperts-*")]
+    folders = [Path(path) for path in Path(tempfile.gettempdir()).parent.glob("fedexperts-*")]
     sockets = [path for folder in folders for path in folder.iterdir() if path.is_socket()]
     assert len(sockets) >= len(NAMES)
     assert {path.stat().st_mode & 0o777 for path in sockets} == {0o600}
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
+
+
+def test_what_a_client_writes_is_its_owners_only(deployment):
+    written = [path for name in NAMES for path in [deployment.folder / name, *(deployment.folder / name).rglob("*")]]
+    names = {path.name for path in written}
+    assert {"sent.jsonl", "log.jsonl", "supernode.log", "answered"} <= names and any(
+        name.endswith(".safetensors") for name in names
+    )
+    assert [path for path in written if path.stat().st_mode & 0o077] == []
+
+
+def test_the_record_of_a_client_has_every_answer_that_the_server_counted(deployment):
+    """At least once: an answer whose worker was killed while it left is there twice."""
+    for name in NAMES:
+        records = audit(deployment.folder / name).records
+        sent = {(line["run"], line["round"], line["task"]): line for line in records if line["what"] == "update"}
+        counted = 0
+        for out in (deployment.folder / "out").iterdir():
+            for entry in lines(out / "ledger.jsonl"):
+                if entry["client"] == name and not entry["failed"]:
+                    line = sent[(out / "id").read_text(), entry["round"], entry["task"]]
+                    assert line["bytes"] > entry["bytes_up"] or entry["task"] == "evaluate"
+                    counted += 1
+        assert counted and any(line["what"] == "greeting" for line in records)
 
 
 def test_when_the_superlink_dies_the_run_stops_with_a_sentence(deployment):

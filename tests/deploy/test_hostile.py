@@ -45,7 +45,7 @@ from fedexperts.deploy.supervisor import SuperNodeSupervisor
 end_with_parent()
 options = json.loads(sys.argv[1])
 worker = [sys.executable, "-c", options["code"], json.dumps(options)]
-SuperNodeSupervisor(options["name"], options["server"], Path(options["folder"]) / "flower", None, worker, print).run()
+SuperNodeSupervisor(options["name"], options["server"], Path(options["folder"]) / "flower", None, worker).run()
 """
 
 

@@ -1,5 +1,6 @@
 """Keys and certificates: who may read them, whom they vouch for, and that none is ever replaced."""
 
+import shutil
 import socket
 import ssl
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from fedexperts.deploy import keys as keys_module
-from fedexperts.deploy.keys import make_keys
+from fedexperts.deploy.keys import make_keys, rotate_keys
 from fedexperts.deploy.processes import require_files
 from fedexperts.errors import BadValue
 
@@ -124,7 +125,7 @@ def test_killed_before_any_file_it_makes_the_rest_when_it_is_called_again(tmp_pa
             assert (
                 after[f"{name}/node.pub"]
                 == after[f"server/clients/{name}.pub"]
-                == keys_module.public_key_of(folder / name / "node.key")
+                == keys_module.public_key_of(folder / name / "node.key", name)
             )
 
 
@@ -184,3 +185,67 @@ def test_a_private_key_that_others_may_read_is_refused(tmp_path):
     (tmp_path / "north" / "node.key").chmod(0o644)
     with pytest.raises(BadValue, match="chmod 600"):
         require_files(tmp_path / "north", ("ca.pem", "node.key"), "north")
+
+
+def copied(keys, tmp_path):
+    return Path(shutil.copytree(keys, tmp_path / "copy"))
+
+
+def changed_by(folder, name):
+    """The files that the rotation of `name` changed."""
+    before = files(folder)
+    written = rotate_keys(folder, name)
+    after = files(folder)
+    assert after.keys() == before.keys()
+    changed = {path for path in after if after[path] != before[path]}
+    assert {str(path.relative_to(folder)) for path in written} == changed
+    return changed
+
+
+def test_the_rotation_of_a_client_replaces_its_key_and_its_place_at_the_server_alone(keys, tmp_path):
+    folder = copied(keys, tmp_path)
+    assert changed_by(folder, "north") == {"north/node.key", "north/node.pub", "server/clients/north.pub"}
+    private = load_ssh_private_key((folder / "north" / "node.key").read_bytes(), None)
+    registered = load_ssh_public_key((folder / "server" / "clients" / "north.pub").read_bytes())
+    assert registered.public_numbers() == private.public_key().public_numbers()
+    assert (folder / "north" / "node.key").stat().st_mode & 0o777 == 0o600
+    assert (folder / "north" / "node.pub").read_text().split()[2] == "north"
+
+
+def test_the_rotation_of_the_server_keeps_its_hosts_and_its_authority(keys, tmp_path):
+    folder = copied(keys, tmp_path)
+    assert changed_by(folder, "server") == {"server/server.key", "server/server.pem"}
+    for host in ("localhost", "10.0.0.1", "fed.example"):
+        assert greet(folder, host, keys / "north" / "ca.pem")
+
+
+def test_the_rotation_of_the_authority_leaves_every_connection_trusted_at_every_step(keys, tmp_path):
+    folder = copied(keys, tmp_path)
+    before = keys / "north" / "ca.pem"
+    assert changed_by(folder, "ca") == {"ca.key", "ca.pem", "server/ca.pem", "north/ca.pem", "east/ca.pem"}
+    assert greet(folder, "localhost", before)  # the server still has the former certificate
+    assert greet(folder, "localhost", folder / "north" / "ca.pem")
+    rotate_keys(folder, "server")
+    assert greet(folder, "localhost", folder / "north" / "ca.pem")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        greet(folder, "localhost", before)  # who did not get the new one in time
+    rotate_keys(folder, "ca")
+    assert (folder / "ca.pem").read_text().count("BEGIN CERTIFICATE") == 2  # the first of all is gone
+
+
+def test_a_rotation_of_what_is_not_there_is_refused(keys, tmp_path, fedexperts):
+    folder = copied(keys, tmp_path)
+    before = files(folder)
+    (folder / "ca.key").unlink()
+    code, _, err = fedexperts("keys", folder, "--rotate", "south")
+    assert code == 2 and "has no node.key to replace; make the keys of a new client with --clients south" in err
+    for name in ("server", "ca"):
+        code, _, err = fedexperts("keys", folder, "--rotate", name)
+        assert code == 2 and "which has to sign, is not there; bring it back" in err
+    code, _, err = fedexperts("keys", folder, "--rotate", "north", "--host", "x", "--clients", "y")
+    assert code == 2 and "or --rotate alone" in err
+    code, _, err = fedexperts("keys", folder)
+    assert code == 2 and "give --host and --clients" in err
+    assert files(folder) == {path: data for path, data in before.items() if path != "ca.key"}
+    code, out, _ = fedexperts("keys", folder, "--rotate", "north")
+    assert code == 0 and "north/node.key" in out

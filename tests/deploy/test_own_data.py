@@ -67,6 +67,9 @@ class Federation:
     def check(self):
         return None
 
+    def tell(self, about):
+        self.told = about
+
 
 def federation(tree, files, folder, **settings):
     config = checked(RunConfig, tree)
@@ -93,6 +96,13 @@ def test_a_run_goes_with_data_that_only_the_clients_have(tree, files, tmp_path):
     trained = [line for line in ledger if line["task"] == "train"]
     assert len(trained) == 4 and not any(line["failed"] for line in ledger)
     assert all(line["tokens"] > 0 for line in trained)
+
+
+def test_a_first_start_without_the_key_of_a_client_is_refused_at_once(tree, files, tmp_path):
+    with pytest.raises(
+        BadValue, match=r"data\.names has east, whose key the server does not have, .*leave it out of data\.names"
+    ):
+        serve(tree, tmp_path, federation(tree, files, tmp_path, keys=("north",)))
 
 
 def test_nothing_that_the_server_writes_holds_an_example(tree, files, tmp_path):

@@ -72,3 +72,13 @@ def test_nodes_whose_keys_are_known_are_their_clients_and_no_others(tmp_path):
         engine.greet()
     assert set(engine.nodes) == {"c03", "c04"}
     assert "refused: c02: a node with the key of c02 says it is c01; give each client its own keys" in announced
+
+
+def test_a_client_whose_key_was_removed_is_not_waited_for(tmp_path):
+    clients, announced = FakeClients(tmp_path), []
+    names = dict(enumerate(["c01", "c02", "c03"], 1))
+    revoked = clients.grid.apps.pop(4)
+    engine = clients.engine(names=names, announce=announced.append, poll_seconds=0)
+    engine.connect(seconds=60)
+    assert set(engine.nodes) == {"c01", "c02", "c03"} and revoked is not None
+    assert announced[0] == "not waited for, since no key of theirs is registered here: c04"

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import sys
 import zipfile
+from importlib import import_module
 from io import BytesIO
 from threading import Thread
 from types import SimpleNamespace
@@ -22,9 +23,10 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedexperts.deploy import superlink
 from fedexperts.deploy.bundle import bundle, contents, require_ours
 from fedexperts.deploy.deployment import Federation
+from fedexperts.deploy.door import MAX_REQUEST_BYTES, ImpatientLoop, ImpatientProtocol, LimitedAccess
 from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.keys import make_keys
-from fedexperts.deploy.superlink import MAX_REQUEST_BYTES, DiskObjectStore, LimitedAccess, ReconnectingLinkState
+from fedexperts.deploy.superlink import DiskObjectStore, ReconnectingLinkState
 from fedexperts.deploy.supervisor import SuperNodeSupervisor
 from fedexperts.engines.flower.codec import MAX_TEXT_BYTES
 from fedexperts.errors import BadMessage, BadRun, BadValue
@@ -88,10 +90,17 @@ def test_nobody_else_is_believed_on_where_a_request_comes_from(monkeypatch, tmp_
     monkeypatch.setattr(sys, "argv", ["superlink", "--host", "0.0.0.0"])
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
     monkeypatch.setenv(superlink.OBJECTS_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(superlink.ABOUT_VARIABLE, str(tmp_path / "about.json"))
+    command = import_module("flwr.superlink.cli.flower_superlink")
+    monkeypatch.setattr(command, "uvicorn", command.uvicorn)
+    monkeypatch.setattr(superlink, "allow_open_files", lambda: None)
     forwarded = []
     monkeypatch.setattr(superlink, "flower_superlink", lambda: forwarded.append(uvicorn.Config(None).forwarded_allow_ips))
     superlink.main()
     assert forwarded == ["127.0.0.1"]
+    limits = command.uvicorn.run.keywords
+    assert limits["http"] is ImpatientProtocol and limits["ws"] == "none"
+    assert uvicorn.Config(None, **limits).get_loop_factory() is ImpatientLoop
 
 
 def test_a_node_that_still_counts_as_connected_reconnects_at_once_and_an_unknown_one_never():
@@ -185,16 +194,16 @@ def test_without_keys_nothing_but_this_machine_is_served_or_joined(tmp_path, hos
     with pytest.raises(BadValue, match="--insecure"):
         Federation(tmp_path, host=host, port=9092, keys=None)
     with pytest.raises(BadValue, match="--insecure"):
-        SuperNodeSupervisor("north", f"{host}:9092", tmp_path, None, [], print)
+        SuperNodeSupervisor("north", f"{host}:9092", tmp_path, None, [])
 
 
 def test_missing_keys_and_a_missing_port_are_errors_that_name_them(tmp_path):
     with pytest.raises(BadValue, match=r"has no ca\.pem"):
         Federation(tmp_path, port=9092, keys=tmp_path)
     with pytest.raises(BadValue, match=r"has no ca\.pem"):
-        SuperNodeSupervisor("north", "10.0.0.1:9092", tmp_path, tmp_path, [], print)
+        SuperNodeSupervisor("north", "10.0.0.1:9092", tmp_path, tmp_path, [])
     with pytest.raises(BadValue, match="host:port"):
-        SuperNodeSupervisor("north", "10.0.0.1", tmp_path, tmp_path, [], print)
+        SuperNodeSupervisor("north", "10.0.0.1", tmp_path, tmp_path, [])
 
 
 @pytest.fixture
@@ -217,14 +226,14 @@ def server():
 
 def test_a_server_that_ends_in_the_middle_of_a_handshake_is_tried_again(server, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    supervisor = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    supervisor = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [])
     server.reply.append(b"")
-    assert not supervisor.server_answers()
+    assert supervisor.obstacle() == f"nobody answers at {server.address} yet"
 
 
 def test_a_server_without_tls_is_refused(server, tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
-    supervisor = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [], print)
+    supervisor = SuperNodeSupervisor("north", server.address, tmp_path / "home", tmp_path / "north", [])
     server.reply.append(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(BadRun, match="does not speak TLS"):
-        supervisor.server_answers()
+        supervisor.obstacle()

@@ -1,7 +1,11 @@
 """One worker or two, dying workers, and what workers share."""
 
+import json
+import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -19,7 +23,7 @@ from fedexperts.experiment.client_task import ClientTask
 from fedexperts.experiment.runner import engine_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.federation import federate
-from fedexperts.io.toml import checked
+from fedexperts.io.toml import checked, to_toml
 from fedexperts.methods.base import all_experts, mean_rows
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric
 from fedexperts.methods.fedavg import FedAvg
@@ -54,6 +58,8 @@ class Obeys(Method):
             signal.setitimer(signal.ITIMER_REAL, 0.3)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             return answer(job, extra={"much": torch.zeros(200_000_000, dtype=torch.uint8)})
+        if job.task == "hang":
+            time.sleep(600)
         if job.task == "raise":
             raise RuntimeError("two\nlines of trouble")
         if job.task == "run out of memory":
@@ -173,6 +179,85 @@ def test_a_worker_that_is_killed_is_its_clients_failure_and_another_takes_its_pl
 def test_a_worker_that_is_killed_in_the_middle_of_its_answer_is_a_failure_too(two):
     (found,) = two.run(jobs("die of a long answer", ["c01"]))
     assert found == Failure("c01", 1, "die of a long answer", "its worker process died (SIGALRM)")
+
+
+LATE = "it did not answer within federation.round_seconds = 6, and its worker process was killed"
+
+
+@pytest.fixture(scope="module")
+def with_deadline(prepared, tmp_path_factory):
+    config, out = prepared.config, tmp_path_factory.mktemp("deadline")
+    federation = config.federation.model_copy(update={"workers": 2, "round_seconds": 6})
+    with engine_for(replace(prepared, config=config.model_copy(update={"federation": federation})), out) as running:
+        yield running
+
+
+@pytest.fixture
+def patient(with_deadline):
+    """Two workers that have started, with six seconds for a job."""
+    assert [type(answer) for answer in with_deadline.run(jobs("look"))] == [Update] * 4
+    return with_deadline
+
+
+def test_a_worker_that_is_stopped_is_killed_at_its_deadline_named_and_replaced(patient):
+    victim = patient.workers[0].process
+    os.kill(victim.pid, signal.SIGSTOP)
+    started, much = time.monotonic(), {"much": torch.zeros(2_000_000, dtype=torch.uint8)}
+    work = [replace(job, extra=much) for job in jobs("look")]  # more than a pipe holds: nobody reads it
+    answers = {found.client: found for found in patient.run(work)}
+    assert 6 <= time.monotonic() - started < 60
+    assert answers.pop("c01") == Failure("c01", 1, "look", LATE)
+    assert [type(answer) for answer in answers.values()] == [Update] * 3
+    assert not victim.is_alive()
+    assert patient.workers[0].process.pid != victim.pid
+
+
+def test_a_job_that_hangs_is_its_clients_failure_and_the_next_job_of_that_worker_is_not(patient):
+    answers = {found.client: found for found in patient.run([*jobs("hang", ["c01"]), *jobs("look", ["c02", "c03"])])}
+    assert answers.pop("c01") == Failure("c01", 1, "hang", LATE)
+    assert [type(answer) for answer in answers.values()] == [Update] * 2
+    assert [type(answer) for answer in patient.run(jobs("look"))] == [Update] * 4  # also of the process that has just started
+
+
+def test_an_answer_that_came_in_time_counts_although_it_is_read_later(patient):
+    answers = patient.run(jobs("look", ["c01", "c02"]))
+    found = [next(answers)]
+    time.sleep(7)  # as a server that merges the first
+    found += answers
+    assert [type(answer) for answer in found] == [Update] * 2
+    assert [worker.timer for worker in patient.workers] == [None, None]
+
+
+def test_a_run_whose_worker_is_stopped_names_its_client_and_goes_on(fedexperts, tiny_tree, tmp_path):
+    out, federation = tmp_path / "out", {"rounds": 4, "workers": 2, "round_seconds": 8}
+    (tmp_path / "run.toml").write_text(to_toml({**tiny_tree, "federation": federation}))
+
+    def stop_one():
+        rounds = out / "rounds.jsonl"
+        while not (rounds.exists() and rounds.read_text()):
+            time.sleep(0.05)
+        stopped.append(multiprocessing.active_children()[0])
+        os.kill(stopped[0].pid, signal.SIGSTOP)
+
+    stopped, thread = [], threading.Thread(target=stop_one)
+    thread.start()
+    code, _, err = fedexperts("run", tmp_path / "run.toml", "--out", out, "--quiet")
+    thread.join()
+    assert code == 0, err
+    lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    failed = [line for line in lines if line["failed"]]
+    assert [line["failed"] for line in failed] == [LATE.replace("= 6", "= 8")]
+    assert {line["round"] for line in lines if line["task"] == "train"} == {1, 2, 3, 4}
+    assert not stopped[0].is_alive()
+
+
+def test_with_a_deadline_one_worker_is_a_process_of_its_own_and_gives_the_same_bits(prepared, one, tmp_path):
+    with LocalEngine(replace(one.runtime, client_store=ClientStateStore(tmp_path)), 1, seconds=600) as running:
+        (look,) = running.run(jobs("look", ["c01"]))
+        assert look.metrics["pid"] == running.workers[0].process.pid != os.getpid()
+        (alone, entries), (beside, entries_beside) = (federated(prepared, each, "keep") for each in (one, running))
+    assert all(torch.equal(alone.weights[name], beside.weights[name]) for name in alone.weights)
+    assert entries == entries_beside
 
 
 def test_a_worker_that_died_while_it_had_nothing_to_do_is_the_next_clients_failure(two):

@@ -46,8 +46,8 @@ def from_records(records: RecordDict, limit: float = inf) -> Message:
     texts = sum(len(value) for value in about.values() if isinstance(value, bytes))
     require_size(texts + sum(len(array.data) for array in arrays.values()), limit)
     require_protocol(about.get("protocol"), about.get("version"))
-    head = decompressed(about.get("head"))
-    parts = unpacked(read_json(decompressed(about.get("sizes"))), arrays)
+    head = decompressed(about.get("head"), limit)
+    parts = unpacked(read_json(decompressed(about.get("sizes"), limit)), arrays)
     if parts is None or digest(head, parts) != about.get("sha256"):
         raise BadMessage("its sha256 is not that of what was sent: it was cut off or changed on the way")
     values = read_json(head)
@@ -64,17 +64,17 @@ def compressed(text: str) -> bytes:
     return zlib.compress(data)
 
 
-def decompressed(data: object) -> str:
+def decompressed(data: object, limit: float = inf) -> str:
     """The text that `compressed` made `data` of.
 
     Raises:
-        BadMessage: it made it of nothing, or of more than MAX_TEXT_BYTES.
+        BadMessage: it made it of nothing, or of more than `limit` or MAX_TEXT_BYTES.
     """
-    unfolding = zlib.decompressobj()
+    unfolding, most = zlib.decompressobj(), int(min(MAX_TEXT_BYTES, limit))
     try:
-        text = unfolding.decompress(data, MAX_TEXT_BYTES) if isinstance(data, bytes) else b""
+        text = unfolding.decompress(data, most) if isinstance(data, bytes) else b""
         if not unfolding.eof or unfolding.unused_data:
-            raise BadMessage(f"its head was cut off or added to, or has more than {MAX_TEXT_BYTES:,} bytes")
+            raise BadMessage(f"its head was cut off or added to, or has more than {most:,} bytes")
         return text.decode()
     except (zlib.error, UnicodeDecodeError) as error:
         raise BadMessage(f"its head cannot be read ({type(error).__name__}: {error})") from None

@@ -18,7 +18,7 @@ from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.message import Message
 from fedexperts.engines.remote import Greeting, greeting_request, job_request, read_greeting
 from fedexperts.engines.serialization import read_answer
-from fedexperts.errors import BadMessage, BadRun
+from fedexperts.errors import BadMessage, BadRun, listed
 from fedexperts.types import Client, Failure, Job, Update
 
 POLL_SECONDS = 0.05
@@ -102,22 +102,26 @@ class FlowerEngine:
     def connect(self, seconds: float | None = None, fewest: int | None = None) -> None:
         """Waits until every client is there; after `seconds` for no more than `fewest` of them.
 
-        Without `seconds` no node will join later than the others: it ends when they all have answered.
+        A client whose key no node may have is not waited for. Without `seconds` no node will join later than the others: it ends
+        when they all have answered.
 
         Raises:
             BadRun: too few are there.
         """
         deadline = monotonic() + (inf if seconds is None else seconds)
-        enough = len(self.clients) if fewest is None else fewest
+        awaited = [name for name in self.clients if not self.names or name in self.names.values()]
+        enough = len(awaited) if fewest is None else fewest
         announced: list[str] = []
+        if revoked := [name for name in self.clients if name not in awaited]:
+            self.announce(f"not waited for, since no key of theirs is registered here: {listed(revoked)}")
         while True:
             self.check()
             self.greet()
-            missing = [name for name in self.clients if name not in self.nodes]
+            missing = [name for name in awaited if name not in self.nodes]
             over = monotonic() >= deadline
             if not missing or (over and len(self.nodes) >= enough):
                 return
-            all_answered = seconds is None and len(self.greeted) >= len(self.clients) and not self.pending_greetings
+            all_answered = seconds is None and len(self.greeted) >= len(awaited) and not self.pending_greetings
             if over or all_answered:
                 because = f" ({'; '.join(self.refused.values())})" if self.refused else ""
                 raise BadRun(

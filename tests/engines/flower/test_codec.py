@@ -289,6 +289,15 @@ def test_a_small_message_that_would_unfold_into_a_large_one_is_refused(monkeypat
         compressed("a" * 1001)
 
 
+@pytest.mark.parametrize("name", ["head", "sizes"])
+def test_no_text_of_a_message_unfolds_into_more_than_the_message_may_take(name):
+    records = to_records(job_message(JOB))
+    text = decompressed(records[ABOUT][name]).encode()
+    records[ABOUT][name] = zlib.compress(text + b" " * 2_000_000)
+    with pytest.raises(BadMessage, match="more than 1,000,000 bytes"):
+        from_records(records, 1_000_000)
+
+
 def test_names_take_few_bytes():
     names = [
         f"model.layers.{layer}.self_attn.{each}_proj.lora_{ab}.default.weight"

@@ -72,7 +72,6 @@ def test_answers_that_come_twice_and_failures_are_in_the_results_folder(tiny_tre
     ("federation", "sentence"),
     [
         ({"clients_per_round": 2, "min_clients": 3}, "federation.min_clients = 3 is larger than .* = 2; lower min_clients"),
-        ({"engine": "local", "round_seconds": 5}, 'federation.round_seconds = 5 needs federation.engine = "flower"'),
         ({"engine": "local", "gpus_per_worker": 0.5}, 'federation.gpus_per_worker = 0.5 needs federation.engine = "flower"'),
     ],
 )
