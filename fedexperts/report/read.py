@@ -179,6 +179,21 @@ class ReferenceLine(Evaluation):
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """A line of predictions.jsonl: the answer of a client's model to one of the client's examples, at one evaluation."""
+
+    round: int
+    client: str
+    task: str
+    source: str  # where the examples of the task come from
+    metric: str  # the task's main one
+    prompt: str
+    reference: str
+    answer: str | None  # generated, or the choice with the highest likelihood; None: scored by perplexity
+    score: float | None  # of this example, by the metric; None: not a number
+
+
+@dataclass(frozen=True)
 class RunResults:
     """All that a report needs to know about one run."""
 
@@ -190,6 +205,15 @@ class RunResults:
     run_file: str = ""  # run.toml, as resolved
     versions: Mapping[str, Any] = field(default_factory=dict)
     reference_lines: tuple[ReferenceLine, ...] = ()
+
+    @cached_property
+    def predictions(self) -> Sequence[Prediction]:
+        """The answers in predictions.jsonl, read when they are first asked for; empty if the run writes none.
+
+        Raises:
+            BadRun: the file does not have the format that a run writes.
+        """
+        return tuple(_lines(TypeAdapter(Prediction), self.folder / "predictions.jsonl"))
 
     @cached_property
     def evaluations_of(self) -> Mapping[tuple[str | None, str | None], Sequence[Evaluation]]:

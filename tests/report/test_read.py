@@ -100,3 +100,17 @@ def test_one_method_run_twice_with_a_seed_is_told_apart_by_folder(tmp_path: Path
     groups = grouped(read_all([tmp_path / "patient", tmp_path / "hasty"]))
     assert list(groups) == [f"fedmoe ({tmp_path / 'patient'})", f"fedmoe ({tmp_path / 'hasty'})"]
     assert [len(runs) for runs in groups.values()] == [2, 2]
+
+
+def test_the_predictions_of_a_run_are_read_and_a_run_without_any_has_none(tmp_path: Path):
+    folder = write_run(tmp_path / "run", rounds=2)
+    assert read(folder).predictions == ()
+    row = {"round": 2, "client": "c01", "task": "sort", "source": "synthetic/sort", "metric": "exact_match"}
+    text = {"prompt": "sort b a\u2028c", "reference": "a b c", "answer": None, "score": 0.5}
+    (folder / "predictions.jsonl").write_text(json.dumps({**row, **text}) + "\n" + '{"round": 2, "client": "c0')
+    (only,) = read(folder).predictions
+    assert (only.round, only.client, only.source, only.prompt) == (2, "c01", "synthetic/sort", "sort b a\u2028c")
+    assert only.answer is None and only.score == 0.5
+    (folder / "predictions.jsonl").write_text('{"round": "two"}\n')
+    with pytest.raises(BadRun, match=r"predictions\.jsonl, line 1, .*round"):
+        _ = read(folder).predictions
