@@ -113,6 +113,7 @@ class Round:
     task: str = "train"
     clients: tuple[str, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)  # client → reason
+    loss: float | None = None  # mean over the clients that answered
     seconds: float = 0.0
     clock_seconds: float | None = None  # virtual; None: no clock
     holds: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → its assigned experts
@@ -135,6 +136,7 @@ class LedgerRow:
     flops_estimated: float = 0.0
     experts: int = 0
     failed: str | None = None
+    loss: float | None = None  # mean over the client's training steps
     clock_seconds: float | None = None  # virtual; None: no clock
     metrics: Mapping[str, Any] = field(default_factory=dict)  # reported by the client
 
