@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
 from math import isfinite, nan
@@ -115,7 +116,7 @@ def run(
         ledger = Ledger(clock_for(prepared), shown.answered)
         write_start(prepared, out, shown)
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds, shown.say)
-        shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
+        shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, *in_rounds(prepared, behind))
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
         reason = control.reason_to_stop(control.history(out), config.federation.stop)
         with trackers.tracking(config.track.to, about, done=behind == total or bool(reason)) as track:
@@ -142,6 +143,12 @@ def run(
                         break
                     started = perf_counter()
     return out
+
+
+def in_rounds(prepared: Prepared, behind: int) -> tuple[int, int]:
+    """How many rounds are done and how many there are, after `behind` steps, of which setup tasks are no rounds."""
+    rounds = prepared.config.federation.rounds
+    return max(0, behind - (len(steps(prepared.method, rounds)) - rounds)), rounds
 
 
 def rounds_after(server: Server, prepared: Prepared, engine: Engine, ledger: Ledger) -> Iterator[Server]:
@@ -433,7 +440,8 @@ def write_start(prepared: Prepared, out: Path, progress: Progress) -> None:
     write_text(out / "resolved.json", json.dumps(resolved))  # written first: from here on the run can be resumed
     write_text(out / "run.toml", to_toml(resolved))
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
-        write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind_of(devices_of(prepared.config))}))
+        begun = {"device": kind_of(devices_of(prepared.config)), "begun": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_text(out / "versions.json", json.dumps({**versions(prepared), **begun}))
     prepared.clients.save(out / "partition.json")
     write_text(out / "reference_lines.jsonl", "".join(json.dumps(finite(line)) + "\n" for line in lines_of(prepared)))
     write_text(out / "plan.json", json.dumps(finite(plan(prepared)), allow_nan=False))  # reports read a folder that has it
