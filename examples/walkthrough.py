@@ -54,7 +54,7 @@ rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().spl
 for client, layers in sorted(rounds[-1]["holds"].items()):
     print(client, [len(experts) for experts in layers.values()], "of 16 in each layer")
 
-# %% The same, with figures, as a self-contained page
+# %% The same, with figures, as a page
 report.write([folder], html=folder / "report.html")
 
 # %% Export the model of the first client, exactly as it was scored

@@ -44,6 +44,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting
 Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
 Keys = Annotated[Path | None, typer.Option("--keys", help="The folder that `fedexperts keys` made for this machine.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Use no TLS and no keys: for tests on this machine only.")]
+Figures = Annotated[
+    Path | None,
+    typer.Option(help="Write every figure as such a file to this folder; needs fedexperts\\[png].", show_default=False),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -198,19 +202,39 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="Write all numbers to this CSV file.")] = None,
     markdown: Annotated[Path | None, typer.Option("--md", help="Write the tables to this Markdown file.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with.")] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Write every figure as a PNG file to this folder; needs fedexperts\\[png].")
-    ] = None,
+    png: Figures = None,
+    svg: Figures = None,
+    pdf: Figures = None,
+    tex: Annotated[Path | None, typer.Option(help="Write the tables to this LaTeX file; they need booktabs.")] = None,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the code that draws into the page (4.8 MB) instead of a file beside it.")
+    ] = False,
 ) -> None:
     """Write the report of one run or of several side by side: an HTML page that opens from disk."""
     from fedexperts import report as reports
 
-    summary = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline, png)
+    page = html or folders[0] / "report.html"
+    summary = reports.write(folders, page, csv, markdown, baseline, png, tex, svg, pdf, single_file)
     console.print(reports.table(folders))
     for name in summary.unfinished:
         say(f"not finished: {name}")
     for path in summary.written:
         say(f"written: {path}")
+
+
+@app.command()
+def watch(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders of run or compare.", show_default=False)],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port of this machine; 0 for any that is free.")] = 8765,
+    every: Annotated[int, typer.Option(min=1, help="Seconds between reloads of the page.")] = 10,
+    baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with.")] = None,
+) -> None:
+    """Show the report of runs under way in a browser of this machine, until Ctrl-C."""
+    from fedexperts.report.watch import Server, serve
+
+    server = Server(folders, port, every, baseline)
+    say(f"open {server.url} in a browser of this machine; Ctrl-C ends this command and no run")
+    serve(server)
 
 
 app.command()(pretrain)
@@ -384,7 +408,8 @@ def finish(folders: Sequence[Path], out: Path) -> None:
     """Prints the table of results and writes the report that a run ends with."""
     from fedexperts import report as reports
 
-    summary = reports.write(folders, html=out / "report.html", csv=out / "report.csv", markdown=out / "report.md")
+    html, csv, markdown, latex = (out / f"report.{kind}" for kind in ("html", "csv", "md", "tex"))
+    summary = reports.write(folders, html, csv, markdown, latex=latex)
     console.print(reports.table(folders))
     for path in summary.written:
         say(f"written: {path}")
