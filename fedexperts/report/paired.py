@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isclose
+from statistics import fmean
 
 from fedexperts.report import measures, scores, stats
 from fedexperts.report.measures import Measure
@@ -35,10 +36,12 @@ def _by_example(measure: Measure, runs: Sequence[RunResults], baseline: Sequence
     for run, other in _pairs(runs, baseline):
         for task in _tasks(measure, [run, other]):
             one, two = _scores(run, task), _scores(other, task)
-            if not one or one.keys() != two.keys():
+            counts = [{example: len(values) for example, values in each.items()} for each in (one, two)]
+            if not one or counts[0] != counts[1]:
                 return []
-            scale = scores.to_unit(1.0, measure.unit)
-            found += [Paired(run.plan.seed, task, key, scale * (one[key] - two[key])) for key in one]
+            for key, values in one.items():
+                points = scores.to_unit(fmean(values) - fmean(two[key]), measure.unit)
+                found.append(Paired(run.plan.seed, task, key, points, len(values)))
     return found
 
 
@@ -72,14 +75,13 @@ def _tasks(measure: Measure, runs: Sequence[RunResults]) -> list[str]:
     return counted if all(scores.main_metric(runs, task) in MEANS_OVER_EXAMPLES for task in counted) else []
 
 
-def _scores(run: RunResults, task: str) -> Mapping[Example, float]:
-    """Example → its score at the last evaluation; empty unless there is one of each example that was scored."""
+def _scores(run: RunResults, task: str) -> Mapping[Example, Sequence[float]]:
+    """Example → its scores at the last evaluation, one of each client that has it; empty unless there are all that there were."""
     if any(isinstance(row, ReferenceLine) for row in run.evaluations):
         return {}
     last = {client: row for client in scores.clients_of(run, task) if (row := scores.last_evaluation(run, client, task))}
-    found = {
-        (row.prompt, row.reference): row.score
-        for row in run.predictions
-        if row.task == task and row.score is not None and row.client in last and row.round == last[row.client].round
-    }
-    return found if len(found) == sum(row.examples for row in last.values()) else {}
+    found: dict[Example, list[float]] = {}
+    for each in run.predictions:
+        if each.task == task and each.score is not None and each.client in last and each.round == last[each.client].round:
+            found.setdefault((each.prompt, each.reference), []).append(each.score)
+    return found if sum(map(len, found.values())) == sum(row.examples for row in last.values()) else {}

@@ -158,6 +158,19 @@ def test_where_the_scores_of_all_examples_are_known_the_interval_is_over_them_to
     assert fallen_back is not None and (fallen_back.over, fallen_back.error) == ("seeds", 0.0)
 
 
+def test_an_example_that_two_clients_have_is_one_with_the_mean_of_its_scores(tmp_path: Path):
+    scores = {"fedavg": [[0.0] * 4] * 2, "fedmoe": [[1.0, 0.0, 1.0, 0.0]] * 2}
+    groups = with_predictions(tmp_path, scores)
+    for runs in groups.values():
+        for each in runs:  # client b has the examples of a
+            path = each.folder / "predictions.jsonl"
+            path.write_text(path.read_text().replace('"b0"', '"a0"').replace('"b1"', '"a1"'))
+    measure = measures.quality([run for runs in groups.values() for run in runs], None)
+    difference = paired.difference(measure, groups["fedmoe"], groups["fedavg"])
+    assert difference is not None and (difference.mean, difference.over) == (50.0, "seeds and examples")
+    assert difference.error == pytest.approx(100 * (0.5 / 2) ** 0.5, rel=0.06)  # two examples, 1 and 0: s² = 1/2
+
+
 def test_tasks_are_compared_with_the_baseline_and_corrected_together(tmp_path: Path):
     runs = write_comparison(tmp_path, methods=("fedmoe", "fedavg", "local"), seeds=3)
     groups = read.grouped(read.read_all([runs]))
