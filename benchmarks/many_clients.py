@@ -21,7 +21,6 @@ from fedexperts.core.ledger import Ledger
 from fedexperts.engines.local import LocalEngine
 from fedexperts.experiment.pooled import evaluate_clients
 from fedexperts.experiment.progress import Quiet
-from fedexperts.experiment.runner import reports_of
 from fedexperts.experiment.runtime import encoder_for, runtime_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked
@@ -46,7 +45,7 @@ def evaluated(settings: RunConfig, folder: Path) -> tuple[float, dict[str, evalu
     server = replace(prepared.server, round=1, task="evaluate")
     with LocalEngine(runtime_for(prepared, folder)) as engine:
         started = time.process_time()
-        metrics = evaluate_clients(prepared, server, engine, Ledger(), reports_of(prepared), Quiet())
+        metrics = evaluate_clients(prepared, server, engine, Ledger(), Quiet())
         seconds = time.process_time() - started
     return seconds, {client: evaluation.Scores.from_json(each["scores"]) for client, each in metrics.items()}
 

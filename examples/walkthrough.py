@@ -57,7 +57,7 @@ print(held.groupby(["client", "block"]).size().unstack())
 answers = results.predictions[results.predictions["round"] == results.predictions["round"].max()]
 print(answers[["client", "task", "prompt", "reference", "answer", "score"]])
 
-# %% The same, with figures, as a self-contained page
+# %% The same, with figures, as a page
 report.write([folder], html=folder / "report.html")
 
 # %% Export the model of the first client, exactly as it was scored

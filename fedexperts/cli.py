@@ -39,6 +39,10 @@ OF_THE_DISK = {
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the run file: a.b=c. Repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The results folder; by default results/<name of the run file>.")]
+Figures = Annotated[
+    Path | None,
+    typer.Option(help="Write every figure as such a file to this folder; needs fedexperts\\[png].", show_default=False),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -213,14 +217,19 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="Write all numbers to this CSV file.")] = None,
     markdown: Annotated[Path | None, typer.Option("--md", help="Write the tables to this Markdown file.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with.")] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Write every figure as a PNG file to this folder; needs fedexperts\\[png].")
-    ] = None,
+    png: Figures = None,
+    svg: Figures = None,
+    pdf: Figures = None,
+    tex: Annotated[Path | None, typer.Option(help="Write the tables to this LaTeX file; they need booktabs.")] = None,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the code that draws into the page (4.8 MB) instead of a file beside it.")
+    ] = False,
 ) -> None:
     """Write the report of one run or of several side by side: an HTML page that opens from disk."""
     from fedexperts import report as reports
 
-    summary = reports.write(folders, html or folders[0] / "report.html", csv, markdown, baseline, png)
+    page = html or folders[0] / "report.html"
+    summary = reports.write(folders, page, csv, markdown, baseline, png, tex, svg, pdf, single_file)
     console.print(reports.table(folders))
     for name in summary.unfinished:
         say(f"not finished: {name}")
@@ -240,6 +249,21 @@ def results(
 
     for path in results.results(folders).write(to or folders[0] / "tables", format, table or ()):  # type: ignore[arg-type]  # checked
         say(f"written: {path}")
+
+
+@app.command()
+def watch(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders of run or compare.", show_default=False)],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port of this machine; 0 for any that is free.")] = 8765,
+    every: Annotated[int, typer.Option(min=1, help="Seconds between reloads of the page.")] = 10,
+    baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with.")] = None,
+) -> None:
+    """Show the report of runs under way in a browser of this machine, until Ctrl-C."""
+    from fedexperts.report.watch import Server, serve
+
+    server = Server(folders, port, every, baseline)
+    say(f"open {server.url} in a browser of this machine; Ctrl-C ends this command and no run")
+    serve(server)
 
 
 app.command()(pretrain)

@@ -7,7 +7,8 @@ from hashlib import sha256
 from itertools import zip_longest
 from typing import Any
 
-from fedexperts.core.evaluation import Judged, is_between, is_text
+from fedexperts.core.evaluation import Judged
+from fedexperts.core.score_errors import is_between, is_text
 from fedexperts.errors import quoted
 from fedexperts.types import Example
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedexperts.config import EvaluationSettings
-from fedexperts.core import evaluation, predictions
+from fedexperts.core import evaluation, predictions, score_errors
 from fedexperts.core.evaluation import Judged
 from fedexperts.engines.base import Report
 from fedexperts.errors import quoted
@@ -87,9 +87,9 @@ class ClientTask:
             held_out = {client: self.held_out(data[client]) for client in clients}
             reports["validation"] = Report(partial(each_error, partial(scores_error, tasks), held_out))
         if self.measures_with(job) and self.retained:
-            reports["retained"] = Report(lambda value: evaluation.by_example_error(value, self.retained))
+            reports["retained"] = Report(lambda value: score_errors.by_example_error(value, self.retained))
         if self.measures_with(job) and self.evaluation.drift:
-            reports["drift"] = Report(lambda value: evaluation.drift_error(value, job.experts))
+            reports["drift"] = Report(lambda value: score_errors.drift_error(value, job.experts))
         return reports
 
     def predictions_error(self, tasks: Mapping[str, str], examples: Sequence[Example], value: object) -> str | None:
@@ -182,7 +182,7 @@ def unless_single(by_client: Mapping[str, Any]) -> Any:
 
 
 def scores_error(tasks: Mapping[str, str], examples: Sequence[Example], value: object) -> str | None:
-    return evaluation.scores_error(value, tasks, len(examples))
+    return score_errors.scores_error(value, tasks, len(examples))
 
 
 def each_error(

@@ -28,7 +28,8 @@ def finish(folders: Sequence[Path], out: Path) -> None:
     """Prints the table of results and writes the report that a run ends with."""
     from fedexperts import report as reports
 
-    summary = reports.write(folders, html=out / "report.html", csv=out / "report.csv", markdown=out / "report.md")
+    html, csv, markdown, latex = (out / f"report.{kind}" for kind in ("html", "csv", "md", "tex"))
+    summary = reports.write(folders, html, csv, markdown, latex=latex)
     console.print(reports.table(folders))
     for path in summary.written:
         say(f"written: {path}")

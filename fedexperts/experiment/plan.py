@@ -1,9 +1,11 @@
 """The plan of a run: its model, clients and costs, computed before it starts."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from fedexperts.core.devices import held_by
@@ -172,6 +174,7 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
         "experts_fit": experts_fit(server, client),
         "full_fits": client.memory_bytes is None or full + prepared.personal_bytes <= client.memory_bytes,
         "tasks": prepared.clients.tasks(client.name),
+        **({} if prepared.config.data.own else distributions(split.train)),
         "first_task": first.task,
         "first_experts": sum(len(ids) for ids in assigned_experts.values()),
         "budget": budget,
@@ -179,6 +182,20 @@ def client_plan(prepared: Prepared, client: Client, full: int) -> dict[str, Any]
         "first_bytes_down": job_for(first, client, assignment).nbytes if assignment else 0,
         "first_fits": first.task != "train" or client.memory_bytes is None or needed <= client.memory_bytes,
     }
+
+
+def distributions(examples: Sequence[Example]) -> dict[str, Any]:
+    """`labels`: task → class → how many of `examples` have it, of tasks with classes. `lengths`: of prompts and of answers, in
+    characters: the least, the quartiles and the most. No text of the examples but the names of their classes.
+    """
+    labels: dict[str, Counter[str]] = {}
+    for example in examples:
+        if example.label is not None:
+            name = example.choices[example.label] if example.choices else f"class {example.label}"
+            labels.setdefault(example.task, Counter())[name] += 1
+    texts = {"prompt": [len(each.prompt) for each in examples], "answer": [len(each.response) for each in examples]}
+    lengths = {name: np.quantile(each, (0, 0.25, 0.5, 0.75, 1)).tolist() for name, each in texts.items()}
+    return {"labels": {task: dict(counts.most_common()) for task, counts in labels.items()}, "lengths": lengths}
 
 
 def experts_fit(server: Server, client: Client) -> int:

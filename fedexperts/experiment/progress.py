@@ -134,7 +134,8 @@ class Shown:
 
     def round(self, server: Server) -> None:
         self.answers = 0
-        self.bar.advance(self.task)
+        if server.round:  # a setup task is no round
+            self.bar.advance(self.task)
 
     def answered(self, entry: Entry) -> None:
         self.answers += 1

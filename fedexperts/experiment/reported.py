@@ -7,7 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedexperts.config import RunConfig
 from fedexperts.core.devices import Profile
-from fedexperts.core.evaluation import is_text
+from fedexperts.core.score_errors import is_text
 from fedexperts.data.clients import Clients
 from fedexperts.data.own import Counts, placeholder_clients
 from fedexperts.engines.remote import Greeting

@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.util import find_spec
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,20 +14,20 @@ from typing import Any
 import torch
 
 from fedexperts.config import RunConfig, with_current_names
-from fedexperts.core import evaluation
 from fedexperts.core.devices import UTILIZATION
 from fedexperts.core.ledger import Ledger
 from fedexperts.data.settings import PLAIN
 from fedexperts.engines.local import LocalEngine
 from fedexperts.errors import BadRun, BadValue, Damaged
 from fedexperts.experiment import checkpoint, control, trackers
+from fedexperts.experiment.assess import assess, assess_base, failures, reported_scores, require_answers
 from fedexperts.experiment.client_task import is_eval_round
 from fedexperts.experiment.plan import plan
-from fedexperts.experiment.pooled import evaluate_clients, reports_of
+from fedexperts.experiment.pooled import reports_of
 from fedexperts.experiment.predictions import keep_predictions
 from fedexperts.experiment.progress import Progress, Quiet
-from fedexperts.experiment.reference_lines import lines_of, overall_line, score_lines
-from fedexperts.experiment.runtime import clock_for, devices_of, encoder_for, runtime_for, task_for
+from fedexperts.experiment.reference_lines import lines_of
+from fedexperts.experiment.runtime import clock_for, devices_of, runtime_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
 from fedexperts.experiment.undo import Undo
 from fedexperts.federation import federate, steps
@@ -34,7 +35,7 @@ from fedexperts.io.files import locked, write_text
 from fedexperts.io.manifest import MANIFEST, append, changed, finite, object_or_empty, read_object, write_manifest, write_sealed
 from fedexperts.io.toml import different, flattened, to_toml
 from fedexperts.methods.contract import Method
-from fedexperts.moe.device import kind_of, on_device
+from fedexperts.moe.device import kind_of
 from fedexperts.types import Engine, Server
 
 MAY_DIFFER = (
@@ -78,9 +79,6 @@ BEFORE = {
 }
 """Values of these settings in runs that started before the settings existed."""
 
-SCORED = {"scores", "predictions", control.VALIDATION}
-"""Metrics of evaluations that are merged over clients, or have a log of their own."""
-
 NO_EXPERT_SENT = "no client sent an expert, so the training of experts is lost and they stay as they are; "
 
 
@@ -117,7 +115,7 @@ def run(
         ledger = Ledger(clock_for(prepared), shown.answered)
         write_start(prepared, out, shown)
         behind = checkpoint.rewind(out, prepared.method, config.federation.rounds, shown.say)
-        shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, behind, total)
+        shown.start(f"{setting}: {prepared.label}" if setting else prepared.label, config.seed, *in_rounds(prepared, behind))
         about = trackers.Tracked(out, together or out, prepared.label, setting, config.seed, config.resolved())
         reason = control.reason_to_stop(control.history(out), config.federation.stop)
         with trackers.tracking(config.track.to, about, done=behind == total or bool(reason)) as track:
@@ -145,6 +143,12 @@ def run(
                         break
                     started = perf_counter()
     return out
+
+
+def in_rounds(prepared: Prepared, behind: int) -> tuple[int, int]:
+    """How many rounds are done and how many there are, after `behind` steps, of which setup tasks are no rounds."""
+    rounds = prepared.config.federation.rounds
+    return max(0, behind - (len(steps(prepared.method, rounds)) - rounds)), rounds
 
 
 def rounds_after(server: Server, prepared: Prepared, engine: Engine, ledger: Ledger, undo: Undo | None) -> Iterator[Server]:
@@ -221,116 +225,10 @@ def record(out: Path, server: Server, ledger: Ledger, seconds: float, more: Mapp
     ledger.clear()
 
 
-def require_answers(server: Server, ledger: Ledger, fewest: int = 1) -> None:
-    """Raises BadRun if clients failed and fewer than `fewest` answered."""
-    failed, total = failures(ledger), len(ledger.entries)
-    if failed and total - len(failed) < fewest:
-        client, reason = next(iter(failed.items()))
-        number = f"all {total}" if len(failed) == total else f"{len(failed)} of {total}"
-        quorum = f", and federation.min_clients = {fewest} must answer" if fewest > 1 else ""
-        raise BadRun(
-            f"round {server.round}: {number} clients failed, {client} because {reason}{quorum}; "
-            "earlier rounds are saved: correct the cause and continue (`run` with --resume; `compare`: the same command), "
-            "or, if you must change settings or data, start a new run with another --out"
-        )
-
-
 def no_expert_sent(ledger: Ledger) -> bool:
     """Whether the clients of the current round select the experts that they send, and all selected none."""
     used = [entry.client for entry in ledger.entries if not entry.failed]
     return bool(used) and all(client in ledger.sends and not any(ledger.sends[client].values()) for client in used)
-
-
-def failures(ledger: Ledger) -> dict[str, str]:
-    """Client → why it was left out of the current round."""
-    return {entry.client: entry.failed for entry in ledger.entries if entry.failed}
-
-
-def reported_scores(ledger: Ledger) -> dict[str, evaluation.Scores]:
-    """The scores that clients reported with their updates, if they are scored before aggregation."""
-    reported = {entry.client: entry.metrics["scores"] for entry in ledger.entries if "scores" in entry.metrics}
-    return {client: evaluation.Scores.from_json(scores) for client, scores in reported.items()}
-
-
-def assess_base(prepared: Prepared, out: Path) -> None:
-    """Scores the base model on the retained examples and appends a line to evals.jsonl."""
-    settings, examples = prepared.config.evaluation, prepared.retained.examples
-    size = (settings.generate_tokens, settings.batch_size)
-    model = on_device(prepared.base.model, devices_of(prepared.config)[0])
-    retained = evaluation.by_example(model, examples, encoder_for(prepared), *size)
-    append(out / "evals.jsonl", [against_base(0, None, {"retained": retained})])
-
-
-def assess(
-    prepared: Prepared,
-    server: Server,
-    engine: Engine,
-    ledger: Ledger,
-    out: Path,
-    progress: Progress,
-    reported: Mapping[str, evaluation.Scores],
-    known: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Mapping[str, Any]:
-    """Appends to evals.jsonl each client's scores on its examples of `evaluation.split`, and those of all clients together.
-
-    After the last round also compares each client's model with the base model. reported: the scores of clients that are scored
-    before aggregation; the others count with their last scores. known: client → metrics of these weights, if already evaluated.
-
-    Returns the overall score on validation examples, or, if those are not scored, on test examples.
-    """
-    server, task = replace(server, task="evaluate", clients=prepared.server.clients), task_for(prepared)
-    metrics: dict[str, Mapping[str, Any]] = {}
-    if task.evaluates(server.round):
-        metrics = evaluate_clients(prepared, server, engine, ledger, progress) if known is None else dict(known)
-        require_answers(server, ledger)
-    evaluated = {client: each["scores"] for client, each in metrics.items() if "scores" in each}
-    scores = {client: evaluation.Scores.from_json(each) for client, each in evaluated.items()} | dict(reported)
-    latest = {**last_scores(out), **scores} if task.scores_after_training else scores
-    together = evaluation.merge(latest[client] for client in server.clients if client in latest)
-    with_sums = task.scores_after_training  # read by `last_scores` in later rounds, also after a resume
-    own = [line for client in server.clients if client in scores for line in score_lines(scores[client], client, with_sums)]
-    whole = dict(overall_line(together))
-    held_out = [evaluation.Scores.from_json(each["validation"]) for each in metrics.values() if "validation" in each]
-    validation = control.overall(evaluation.merge(held_out) if held_out else together)
-    if held_out or prepared.config.evaluation.split == "validation":
-        whole[control.VALIDATION] = validation
-        course = [*control.history(out), {"round": server.round, **validation}]
-        whole["stopped"] = control.reason_to_stop(course, prepared.config.federation.stop)
-    lines = [{"round": server.round, **line} for line in [*own, *score_lines(together, None), whole]]
-    comparisons = [against_base(server.round, client, each) for client, each in metrics.items() if each.keys() - SCORED]
-    append(out / "evals.jsonl", [*lines, *comparisons])
-    append(out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
-    keep_predictions(prepared, server.round, ledger, out)
-    progress.failed(server, failures(ledger))
-    progress.scored(server, together)
-    ledger.clear()
-    return validation
-
-
-def against_base(round: int, client: str | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A log line with the retained scores and the routers' drift of a client's model (None: of the base model).
-
-    It has no value, so that readers that do not know it ignore it.
-    """
-    count = sum(task["examples"] for task in metrics.get("retained", {}).values())
-    line = {"round": round, "client": client, "task": None, "examples": count, "metric": None, "value": None}
-    return {**line, **{name: each for name, each in metrics.items() if name not in SCORED}}
-
-
-def last_scores(out: Path) -> dict[str, evaluation.Scores]:
-    """Each client's latest scores in evals.jsonl."""
-    by_client: dict[str, dict[str, Any]] = {}
-    for line in map(json.loads, (out / "evals.jsonl").read_text().splitlines() if (out / "evals.jsonl").exists() else ()):
-        if line["client"] is not None and "sums" in line:
-            by_client.setdefault(line["client"], {})[line["task"]] = with_nan(line["sums"])
-    return {client: evaluation.Scores.from_json(tasks) for client, tasks in by_client.items()}
-
-
-def with_nan(sums: Any) -> Any:
-    """The sums of a log line, with NaN where JSON has null."""
-    if isinstance(sums, dict):
-        return {key: with_nan(value) for key, value in sums.items()}
-    return nan if sums is None else sums
 
 
 def engine_for(prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
@@ -445,7 +343,8 @@ def write_start(prepared: Prepared, out: Path, progress: Progress) -> None:
     write_text(out / "resolved.json", json.dumps(resolved))  # written first: from here on the run can be resumed
     write_text(out / "run.toml", to_toml(resolved))
     if not (out / "versions.json").exists():  # a resumed run keeps the versions that it started with
-        write_text(out / "versions.json", json.dumps({**versions(prepared), "device": kind_of(devices_of(prepared.config))}))
+        begun = {"device": kind_of(devices_of(prepared.config)), "begun": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_text(out / "versions.json", json.dumps({**versions(prepared), **begun}))
     prepared.clients.save(out / "partition.json")
     write_text(out / "reference_lines.jsonl", "".join(json.dumps(finite(line)) + "\n" for line in lines_of(prepared)))
     write_text(out / "plan.json", json.dumps(finite(plan(prepared)), allow_nan=False))  # reports read a folder that has it

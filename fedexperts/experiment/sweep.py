@@ -21,7 +21,7 @@ from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.experiment.variants import LONGEST, Variant, as_folder, named, pieces, read_variants, training_notes
 from fedexperts.report.results import Results, results
 
-REPORTS = ("report.html", "report.csv", "report.md")
+REPORTS = ("report.html", "report.csv", "report.md", "report.tex")
 DEEPEST = 4  # levels of subfolders in which a report searches for runs
 __all__ = ["Compared", "Variant", "compare", "named", "read_settings", "read_variants"]
 PARTS = Parts()

@@ -2,9 +2,9 @@
 
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from threading import Lock, Thread, Timer, current_thread
 from time import sleep
@@ -49,7 +49,8 @@ class WorkerProcess:
         context = get_context("spawn")
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=serve, args=(self.handle, child_pipe), daemon=self.daemon)
-        self.process.start()
+        with interrupts_held():
+            self.process.start()
         child_pipe.close()  # so that the end of the process ends the pipe
 
     def send(self, message: bytes) -> None:
@@ -119,6 +120,21 @@ class WorkerProcess:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Holds SIGINT back until the end of the block, and from processes that are started in it for good.
+
+    Ctrl-C reaches all processes of a terminal. A worker that is still importing would end with a traceback; it leaves Ctrl-C to
+    its parent.
+    """
+    resource_tracker.ensure_running()  # which else the first process would start, and which lets SIGINT through afterwards
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def serve(handle: Handler, pipe: Connection) -> None:

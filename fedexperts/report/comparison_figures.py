@@ -37,6 +37,7 @@ def several(groups: Groups) -> dict[str, list[Figure]]:
     """All figures of several runs that have data, by topic."""
     overall = [*(compared(groups, None, over) for over in axes.AXES), *tradeoffs(groups), spread(groups)]
     drawn = {"overall": overall, "each task": each_task(groups)}
+    drawn["training"] = [training_loss(groups)]
     return with_data({**drawn, "retained": retained_minus_base(groups), "drift": [drift_compared(groups)]})
 
 
@@ -48,7 +49,8 @@ def several_settings(settings: Settings) -> dict[str, list[Figure]]:
     }
     within = {
         f"setting {name}": [
-            _titled(name, each) for each in [*tradeoffs(groups), spread(groups), *each_task(groups), *against_base(groups)]
+            _titled(name, each)
+            for each in [*tradeoffs(groups), spread(groups), *each_task(groups), training_loss(groups), *against_base(groups)]
         ]
         for name, groups in settings.items()
     }
@@ -133,6 +135,23 @@ def _mean_points(runs: Sequence[RunResults], task: str | None, axis: Axis) -> It
     for round in sorted(set.intersection(*(set(each) for each in values)) if values else ()):
         each = [scores.to_unit(value, unit) for value in (of[round] for of in values) if value is not None]
         yield fmean([place(round) for place in places]), interval(each)
+
+
+def training_loss(groups: Groups) -> Figure:
+    """A line per method: the mean training loss of each round that all its seeds have, as the mean over seeds."""
+    drawing = blank("round", "training loss")
+    for index, (method, runs) in enumerate(groups.items()):
+        losses = [{row.round: row.loss for row in run.rounds if row.task == "train" and row.loss is not None} for run in runs]
+        shared = sorted(set.intersection(*map(set, losses))) if losses else []
+        points = [(float(round), interval([each[round] for each in losses])) for round in shared]
+        if points and all(each.half is not None for _, each in points):
+            drawing.add_trace(band_trace(points, index, method))
+        if points:
+            drawing.add_trace(line_trace(method, [(x, each.mean) for x, each in points], index, width=2.5, group=method))
+    tick_rounds(drawing, "rounds", all_runs(groups))
+    band = "Line: mean over seeds. Band: 95 % Student t interval." if max(map(len, groups.values())) > 1 else "One seed each."
+    caption = f"The mean over the clients of each round of their mean over local steps. {band}"
+    return Figure("Training loss over rounds", f"{caption} Methods may add terms of their own to the loss.", drawing)
 
 
 def spread(groups: Groups) -> Figure:

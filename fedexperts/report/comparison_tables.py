@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedexperts.errors import BadValue, nearest
-from fedexperts.report import measures, reference_lines, retention, scores
+from fedexperts.report import measures, paired, reference_lines, retention, scores, told_apart
 from fedexperts.report.measures import Measure
 from fedexperts.report.read import Groups, RunResults, all_runs
 from fedexperts.report.stats import Interval
@@ -12,10 +12,10 @@ from fedexperts.report.table_format import NONE, Table, plus_minus, with_unit
 
 
 def several(groups: Groups, baseline: str) -> tuple[Table, ...]:
-    """All tables of several runs: the final one, the comparison of all measures, the differences if there are several methods,
-    and the comparison with the base model if that was measured.
+    """All tables of several runs: the final one, the comparison of all measures, the differences and which of them are more than
+    chance if there are several methods, and the comparison with the base model if that was measured.
     """
-    versus = (differences(groups, baseline),) if len(groups) > 1 else ()
+    versus = (*told_apart.tables(groups, baseline), differences(groups, baseline)) if len(groups) > 1 else ()
     return (final(groups), comparison(groups), *versus, *against_base(groups))
 
 
@@ -35,7 +35,12 @@ def final(groups: Groups) -> Table:
         for label, members in groups.items()
     ]
     seeds = max(len(members) for members in groups.values())
-    notes = [interval_note(groups) if seeds > 1 else "", scores.scored_note(runs), reference_lines.note(groups)]
+    notes = [
+        told_apart.words(groups),
+        interval_note(groups) if seeds > 1 else "",
+        scores.scored_note(runs),
+        reference_lines.note(groups),
+    ]
     table = Table("Results", ("method", *(measure.label for measure in columns)), tuple(rows), note=" ".join(filter(None, notes)))
     return table.above(reference_lines.rows(groups, columns))
 
@@ -56,12 +61,13 @@ def comparison(groups: Groups) -> Table:
 
 
 def differences(groups: Groups, baseline: str) -> Table:
-    """Each method minus the baseline, paired over the seeds that both have, with its 95 % Student t interval."""
+    """Each method minus the baseline, paired over the seeds that both have, with its 95 % interval (see `paired.difference`)."""
     columns = all_measures(groups)
     rows = []
     for label, runs in groups.items():
         if label != baseline:
-            each = [measures.over_shared_seeds(measure, runs, groups[baseline]) for measure in columns]
+            every = [paired.difference(measure, runs, groups[baseline]) for measure in columns]
+            each = [None if one is None else one.interval for one in every]
             shared = {run.plan.seed for run in runs} & {run.plan.seed for run in groups[baseline]}
             rows.append(
                 (label, str(len(shared)), *(plus_minus(one, me.unit, sign="+") for one, me in zip(each, columns, strict=True)))
@@ -70,8 +76,8 @@ def differences(groups: Groups, baseline: str) -> Table:
         f"Difference from {baseline}",
         ("method", "shared seeds", *(measure.label for measure in columns)),
         tuple(rows),
-        note=f"Paired over seeds: the mean of method − {baseline} in the same seed. {interval_note(groups)} "
-        "Differences of percentages are in percentage points.",
+        note=f"Paired over seeds: the mean of method − {baseline} in the same seed. ±: 95 % interval over the seeds; of a "
+        "quality as in the tables above. Differences of percentages are in percentage points.",
     )
 
 

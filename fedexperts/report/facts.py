@@ -1,12 +1,15 @@
 """The top of a page: what was run and how, and the headline results, each as name → text."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from fedexperts.report import axes, expert_sets, progress, resources, scores
 from fedexperts.report.read import RunResults
 from fedexperts.report.table_format import NONE, count, megabytes, number, quality_value
 
+PACKAGES = ("fedexperts", "torch", "transformers", "peft")
+UNDER_WAY = "They are in tables and figures as far as they are."
 UNFINISHED = "Unfinished runs are in tables and figures only as long as no run is finished."
 
 
@@ -28,8 +31,30 @@ def of_run(run: RunResults) -> dict[str, str]:
         "partition": inline(run.plan.partition) or "given by the data",
         "rounds": _rounds(run),
         "seed": str(run.plan.seed),
+        **_when([run]),
         **({"warnings": "; ".join(run.plan.warnings)} if run.plan.warnings else {}),
     }
+
+
+def _when(runs: Sequence[RunResults]) -> dict[str, str]:
+    """When the runs began, how long their rounds took, and the versions they ran on; each if it was recorded."""
+    begun = sorted({each[:16].replace("T", " ") for run in runs if isinstance(each := run.versions.get("begun"), str)})
+    seconds = [sum(row.seconds for row in run.rounds) for run in runs if run.rounds]
+    packages = {name: dict.fromkeys(str(run.versions[name]) for run in runs if name in run.versions) for name in PACKAGES}
+    recorded = ", ".join(f"{name} {' and '.join(each)}" for name, each in packages.items() if each)
+    each = " a run on average" if len(seconds) > 1 else ""
+    return {
+        **({"begun (UTC)": " to ".join(dict.fromkeys((begun[0], begun[-1])))} if begun else {}),
+        **({"duration": f"{_clock(fmean(seconds))}{each}: wall time of the rounds, without evaluations"} if seconds else {}),
+        **({"versions": recorded} if recorded else {}),
+    }
+
+
+def _clock(seconds: float) -> str:
+    """`seconds` as hours, minutes and seconds, without those that are 0 at the front."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def _rounds(run: RunResults) -> str:
@@ -73,8 +98,10 @@ def headline(run: RunResults) -> dict[str, str]:
     }
 
 
-def of_comparison(methods: Sequence[str], runs: Sequence[RunResults], unfinished: Sequence[str]) -> dict[str, str]:
-    """What was compared: settings, methods, models, data and seeds."""
+def of_comparison(
+    methods: Sequence[str], runs: Sequence[RunResults], unfinished: Sequence[str], *, under_way: bool = False
+) -> dict[str, str]:
+    """What was compared: settings, methods, models, data and seeds; with `under_way`, unfinished runs too."""
     settings = dict.fromkeys(run.plan.setting for run in runs if run.plan.setting)
     return {
         **({"settings" if len(settings) > 1 else "setting": ", ".join(settings)} if settings else {}),
@@ -86,7 +113,8 @@ def of_comparison(methods: Sequence[str], runs: Sequence[RunResults], unfinished
         "clients": ", ".join(dict.fromkeys(str(len(run.plan.clients)) for run in runs)),
         "rounds": ", ".join(dict.fromkeys(str(progress.rounds_done(run)) for run in runs)),
         "seeds": ", ".join(map(str, sorted({run.plan.seed for run in runs}))),
-        **({"not finished": f"{'; '.join(unfinished)}. {UNFINISHED}"} if unfinished else {}),
+        **_when(runs),
+        **({"not finished": f"{'; '.join(unfinished)}. {UNDER_WAY if under_way else UNFINISHED}"} if unfinished else {}),
     }
 
 

@@ -17,7 +17,9 @@ def numbers_table(figure: Figure) -> Table:
     if any(trace.type == "box" for trace in traces):
         ends = ("lowerfence", "q1", "median", "q3", "upperfence")
         rows = [(unescape(trace.name), *(_cell(trace[end][0]) for end in ends)) for trace in traces]
-        return Table(figure.title, ("method", "lowest", "lower quartile", "median", "upper quartile", "highest"), tuple(rows))
+        return Table(
+            figure.title, (across or "method", "lowest", "lower quartile", "median", "upper quartile", "highest"), tuple(rows)
+        )
     horizontal = any(trace.orientation == "h" for trace in traces)
     points = [list(zip(*((t.y, t.x) if horizontal else (t.x, t.y)), strict=True)) for t in traces]
     lines = dict(zip((unescape(trace.name) for trace in traces), map(dict, points), strict=True))

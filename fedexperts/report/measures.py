@@ -9,7 +9,7 @@ from fedexperts.report import axes, client_metrics, expert_sets, resources, rete
 from fedexperts.report.expert_sets import ExpertCounts
 from fedexperts.report.read import RunResults
 from fedexperts.report.resources import MB
-from fedexperts.report.stats import Interval, interval, mean_or_none, paired
+from fedexperts.report.stats import Interval, interval, mean_or_none
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,6 @@ def over_seeds(measure: Measure, runs: Sequence[RunResults]) -> Interval | None:
     """The mean over the runs that have the measure; None if none has it."""
     values = list(by_seed(measure, runs).values())
     return interval(values) if values else None
-
-
-def over_shared_seeds(measure: Measure, runs: Sequence[RunResults], baseline: Sequence[RunResults]) -> Interval | None:
-    """The mean difference from `baseline` over the seeds that both have; None if there is none."""
-    return paired(by_seed(measure, runs), by_seed(measure, baseline))
 
 
 def _drift_in(block: str) -> Callable[[RunResults], float | None]:

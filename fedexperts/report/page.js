@@ -7,6 +7,7 @@ const config = {
   // plotly.js 4 shows a button that uploads the chart to its maker's cloud unless this is off
   showSendToCloud: false, plotlyServerURL: "",
 };
+const canDraw = typeof Plotly !== "undefined"; // the page may have been taken away from the file that it loads plotly from
 const PAPER = 640; // pixels across a printed page
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
@@ -33,6 +34,7 @@ function themedTrace(trace) {
 }
 
 function draw(id, data, layout) {
+  if (!canDraw) return;
   // plotly modifies its arguments, and the next theme needs the original
   const fresh = structuredClone({ data, layout });
   const place = document.getElementById(id);
@@ -141,7 +143,7 @@ function drawMap() {
     colorbar: { title: { text: UNIT[what], side: "right" }, thickness: 12, ...(most < 6 ? { dtick: 1 } : {}) },
     hovertemplate: `%{y}, expert %{x}: %{z} ${UNIT[what]}<extra></extra>`,
   }], {
-    height: 150 + Math.max(map.blocks.length * 22, 110), margin: { l: 56, r: 16, t: 8, b: 44 },
+    height: 182 + Math.max(map.blocks.length * 22, 110), margin: { l: 56, r: 16, t: 40, b: 44 }, // the toolbar is above the map
     xaxis: { title: { text: "expert" }, showgrid: false, zeroline: false, automargin: true },
     yaxis: { type: "category", autorange: "reversed", showgrid: false, automargin: true },
   });
@@ -199,6 +201,21 @@ function sortable(table) {
   });
 }
 
+/** Says of each table that is wider than its frame that it scrolls, and on which side there is more. */
+function scrollHints() {
+  const update = (frame) => {
+    const rest = frame.scrollWidth - frame.clientWidth;
+    frame.parentElement.classList.toggle("scrolls", rest > 1);
+    frame.parentElement.classList.toggle("at-end", frame.scrollLeft >= rest - 1);
+  };
+  const sizes = new ResizeObserver((entries) => entries.forEach((entry) => update(entry.target.closest(".wide"))));
+  document.querySelectorAll(".table > .wide").forEach((frame) => {
+    sizes.observe(frame);
+    sizes.observe(frame.querySelector("table"));
+    frame.addEventListener("scroll", () => update(frame), { passive: true });
+  });
+}
+
 function drawAll() {
   figures.forEach((figure) => draw(figure.id, figure.data, figure.layout));
   if (maps.length) drawMap();
@@ -212,7 +229,9 @@ if (maps.length) {
   pick.round.addEventListener("input", drawMap);
 }
 drawAll();
+if (!canDraw) document.getElementById("no-drawings").hidden = false;
 document.querySelectorAll("table:not(.plain)").forEach((table) => { if (table.tBodies[0].rows.length > 1) sortable(table); });
+scrollHints();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
 /** On paper: light colors, as wide as a page, long tables unfolded. */

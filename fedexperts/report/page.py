@@ -1,7 +1,7 @@
-"""One HTML file with everything in it: no network, light and dark, wide and narrow.
+"""One HTML file: no network, light and dark, wide and narrow. The code that draws lies beside it, or in it.
 
-The templates escape every text from a run's files. Besides, the page allows only the two scripts it was written with, by their
-hashes, and no connection at all, so nothing in a results folder can run in the reader's browser.
+The templates escape every text from a run's files. Besides, the page allows only the scripts it was written with, by their
+hashes and in its own folder, and no connection at all, so nothing in a results folder can run in the reader's browser.
 """
 
 import base64
@@ -14,28 +14,37 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from fedexperts.report import (
     axes,
     cautions,
     comparison_figures,
     comparison_tables,
+    data_figures,
     experts_map,
     facts,
     figure_numbers,
+    progress,
     run_cost_tables,
     run_figures,
     run_tables,
+    sample_answers,
     settings_tables,
+    target_ratios,
+    told_apart,
 )
 from fedexperts.report.read import Groups, RunResults, Settings, all_runs, by_label
 from fedexperts.report.table_format import Table
 from fedexperts.report.traces import Figure
 
+LIBRARY = f"plotly-{get_plotlyjs_version()}.min.js"
+"""The file that pages without plotly in them load from their own folder."""
+BESIDE = "'self' file: "  # of a page opened from disk, 'self' is nothing in some browsers
 POLICY = "style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
 LONG_TABLE = 25  # rows; longer ones are folded
 LONG_HEAD = 20  # characters
+LONG_CELL = 24  # characters; longer ones are broken into lines
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,23 @@ class RunFile:
     text: str
 
 
-def one_run(run: RunResults) -> str:
+@dataclass(frozen=True)
+class Form:
+    """How a page is written.
+
+    whole: with plotly in it, instead of `LIBRARY` beside it. seconds: between reloads of a page that follows runs under way.
+    """
+
+    whole: bool = False
+    seconds: int | None = None
+
+
+def library() -> str:
+    """The content of `LIBRARY`."""
+    return str(get_plotlyjs())
+
+
+def one_run(run: RunResults, form: Form = Form()) -> str:
     """The page of a single run."""
     drawn = run_figures.one_run(run)
     maps = _maps({run.plan.method: [run]})
@@ -89,12 +114,14 @@ def one_run(run: RunResults) -> str:
     sections = {
         "Quality": [*_figures(drawn["quality"]), *_tables(run_tables.all_metrics(run))],
         "Quality across clients": [*_figures(drawn["clients"]), *_tables(run_tables.by_client(run))],
+        "Sample answers": _tables(sample_answers.of_run(run)),
+        "Training": _figures(drawn["training"]),
         "Retained knowledge": [*_figures(drawn["retained"]), *_tables(run_tables.retained(run))],
         "Router drift": [*_figures(drawn["drift"]), *_tables(run_tables.drift(run))],
         "Experts": [*_map(maps), *_figures(drawn["experts"]), *_tables(*experts)],
         "Bytes and memory": [*_tables(*costs), *_figures(drawn["costs"])],
         "Failures": _failures(run_cost_tables.failures(run)),
-        "Data": [*_figures(drawn["data"]), *_tables(run_tables.partition(run))],
+        "Data": [*_figures(drawn["data"]), *_tables(run_tables.partition(run)), *_unknown_data(run)],
         "Clients": _tables(run_tables.clients(run)),
         "Run file": [_run_file(run, "run.toml, as resolved")],
     }
@@ -107,18 +134,23 @@ def one_run(run: RunResults) -> str:
         sections=sections,
         drawn=drawn,
         maps=maps,
+        form=form,
     )
 
 
-def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> str:
+def several(groups: Groups, baseline: str, unfinished: Sequence[str] = (), form: Form = Form()) -> str:
     """The page of several runs side by side; `unfinished` names those that are not finished."""
     drawn = comparison_figures.several(groups)
     maps = _maps(groups)
+    apart = told_apart.tables(groups, baseline) if len(groups) > 1 else []
     compared = (comparison_tables.comparison(groups), comparison_tables.differences(groups, baseline))
     sections = {
         "Against each other": _figures(drawn["overall"]),
-        "To the target": _tables(*settings_tables.to_target({"": groups})),
+        "Told apart or not": _tables(*apart),
+        "To the target": _tables(*settings_tables.to_target({"": groups}), *target_ratios.tables({"": groups}, baseline)),
         "Each task": _figures(drawn["each task"]),
+        "Sample answers": _tables(sample_answers.of_groups(groups)),
+        "Training": _figures(drawn["training"]),
         "All measures": _tables(*compared),
         "Retained knowledge": [*_figures(drawn["retained"]), *_tables(comparison_tables.retained_compared(groups))],
         "Router drift": [*_figures(drawn["drift"]), *_tables(comparison_tables.drift_compared(groups))],
@@ -127,17 +159,18 @@ def several(groups: Groups, baseline: str, unfinished: Sequence[str] = ()) -> st
     }
     return _page(
         title=f"{len(groups)} methods compared" if len(groups) > 1 else f"{next(iter(groups))} over several seeds",
-        facts=facts.of_comparison(list(groups), all_runs(groups), unfinished),
+        facts=facts.of_comparison(list(groups), all_runs(groups), unfinished, under_way=form.seconds is not None),
         warning=cautions.warning(groups),
         cards={},
         overview=_tables(comparison_tables.final(groups)),
         sections=sections,
         drawn=drawn,
         maps=maps,
+        form=form,
     )
 
 
-def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str] = ()) -> str:
+def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str] = (), form: Form = Form()) -> str:
     """The page of several settings; `unfinished` names the runs that are not finished."""
     methods = settings_tables.methods(settings)
     drawn = comparison_figures.several_settings(settings)
@@ -148,26 +181,40 @@ def several_settings(settings: Settings, baseline: str, unfinished: Sequence[str
         f"Setting {name}": [
             *_tables(*settings_tables.of_setting(settings, name, baseline)),
             *_figures(drawn[f"setting {name}"]),
+            *_tables(sample_answers.of_groups(settings_tables.with_runs(settings[name]))),
         ]
         for name in settings
     }
     sections = {
         "Over the settings": [*over_axes, *_tables(*settings_tables.by_task(settings))],
-        "To the target": _tables(*settings_tables.to_target(settings)),
+        "To the target": _tables(*settings_tables.to_target(settings), *target_ratios.tables(settings, baseline)),
         "Experts": [*_tables(settings_tables.assigned_experts(settings)), *_map(maps)],
         **within,
         **_of_each_run(every),
     }
     return _page(
         title=f"{len(methods)} methods in {len(settings)} settings",
-        facts=facts.of_comparison(methods, all_runs(every), unfinished),
+        facts=facts.of_comparison(methods, all_runs(every), unfinished, under_way=form.seconds is not None),
         warning=cautions.warning(every),
         cards={},
         overview=_tables(settings_tables.overall(settings)),
         sections=sections,
         drawn=drawn,
         maps=maps,
+        form=form,
     )
+
+
+def _unknown_data(run: RunResults) -> list[Part]:
+    """Says that classes and lengths are not known, if clients bring their own data."""
+    own = progress.settings(run).get("data", {}).get("own")
+    return [Part("paragraph.html.j2", data_figures.UNKNOWN)] if own else []
+
+
+def waiting(reason: str, form: Form) -> str:
+    """The page of runs that cannot be shown yet, for this `reason`."""
+    sections = {"Waiting": [Part("paragraph.html.j2", reason)]}
+    return _page("No report yet", {}, "", {}, (), sections, {}, (), form)
 
 
 def _of_each_run(groups: Groups) -> dict[str, list[Part]]:
@@ -198,9 +245,10 @@ def _page(
     sections: Mapping[str, Sequence[Part]],
     drawn: Mapping[str, Sequence[Figure]],
     maps: Sequence[Mapping[str, Any]],
+    form: Form,
 ) -> str:
     """The page, of the sections that have any part."""
-    scripts = [get_plotlyjs(), _text_of("page.js")]
+    scripts = [*([library()] if form.whole else []), _text_of("page.js")]
     hashes = " ".join(f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
     values = [{"id": _id(figure), **json.loads(figure.drawing.to_json())} for group in drawn.values() for figure in group]
     return (
@@ -208,7 +256,9 @@ def _page(
         .get_template("page.html.j2")
         .render(
             title=title,
-            policy=f"default-src 'none'; script-src {hashes}; {POLICY}",
+            policy=f"default-src 'none'; script-src {'' if form.whole else BESIDE}{hashes}; {POLICY}",
+            library=None if form.whole else LIBRARY,
+            seconds=form.seconds,
             style=_text_of("page.css"),
             facts=facts,
             warning=warning,
@@ -220,6 +270,7 @@ def _page(
             scripts=scripts,
             long_table=LONG_TABLE,
             long_head=LONG_HEAD,
+            long_cell=LONG_CELL,
         )
     )
 

@@ -49,6 +49,8 @@ class ClientPlan:
     experts_fit: int | None = None
     full_fits: bool = True
     tasks: Mapping[str, int] = field(default_factory=dict)  # training examples of each task
+    labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # task → class → training examples
+    lengths: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # "prompt", "answer" → quantiles of characters
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from fedexperts.report import axes, expert_sets, measures, resources, retention, scores
+from fedexperts.report import axes, data_figures, expert_sets, measures, resources, retention, scores
 from fedexperts.report.axes import Axis
 from fedexperts.report.read import RunResults
 from fedexperts.report.resources import MB
@@ -45,10 +45,11 @@ def one_run(run: RunResults) -> dict[str, list[Figure]]:
     return with_data(
         {
             "quality": [curves(run, over, unit) for unit in ("%", "") for over in axes.AXES],
+            "training": [training_loss(run)],
             "clients": [spread_over_rounds(run), quality_by_client(run)],
             "experts": [experts_over_rounds(run), overlap(run)],
             "costs": [bytes_by_client(run), memory_by_client(run)],
-            "data": [partition(run)],
+            "data": [partition(run), *data_figures.labels(run), *data_figures.lengths(run)],
             "retained": [retained_by_client(run, unit) for unit in ("%", "")],
             "drift": [drift(run)],
         }
@@ -75,6 +76,27 @@ def curves(run: RunResults, over: str, unit: str) -> Figure:
     what = "Quality" if unit else "Perplexity"
     caption = f"Thick: the mean over tasks. Middle: each task. Thin: {clients_drawn(every, 'each client')} on its task."
     return Figure(f"{what} over {over}", f"{caption} {axis.note}".strip(), drawing)
+
+
+def training_loss(run: RunResults) -> Figure:
+    """The mean training loss of each round, and of each client in its rounds."""
+    drawing, every = blank("round", "training loss"), run.client_names
+    rows = [row for row in run.rounds if row.task == "train" and row.loss is not None]
+    losses = {
+        name: [(float(row.round), row.loss) for row in run.work_of.get(name, ()) if row.task == "train" and row.loss is not None]
+        for name in every[:MANY_CLIENTS]
+    }
+    for index, (name, points) in enumerate(losses.items() if rows else ()):
+        if points:
+            drawing.add_trace(line_trace(name, points, index, width=1, opacity=0.5, legend=False))
+    if rows:
+        mean = [(float(row.round), row.loss) for row in rows if row.loss is not None]
+        drawing.add_trace(line_trace("mean over clients", mean, 0, width=4, meta=INK))
+    tick_rounds(drawing, "rounds", [run])
+    caption = (
+        f"Mean over local steps, as clients report it. Thick: the mean of a round. Thin: {clients_drawn(every, 'each client')}."
+    )
+    return Figure("Training loss over rounds", caption, drawing)
 
 
 def spread_over_rounds(run: RunResults) -> Figure:

@@ -4,7 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
 
-from fedexperts.report import axes, comparison_tables, expert_sets, measures, reference_lines, scores, targets
+from fedexperts.report import (
+    axes,
+    comparison_tables,
+    expert_sets,
+    measures,
+    reference_lines,
+    scores,
+    target_ratios,
+    targets,
+    told_apart,
+)
 from fedexperts.report.axes import Axis
 from fedexperts.report.expert_sets import ExpertCounts
 from fedexperts.report.read import Groups, RunResults, Settings, all_runs, by_label
@@ -15,7 +25,8 @@ from fedexperts.report.targets import Target
 def all_tables(settings: Settings, baseline: str) -> tuple[Table, ...]:
     """All tables of several settings that have rows: those over all settings, then those within each."""
     within = [table for name in settings for table in of_setting(settings, name, baseline)]
-    every = [overall(settings), *by_task(settings), *to_target(settings), assigned_experts(settings), *within]
+    ends = (*to_target(settings), *target_ratios.tables(settings, baseline))
+    every = [overall(settings), *by_task(settings), *ends, assigned_experts(settings), *within]
     return tuple(table for table in every if table.rows)
 
 
@@ -31,8 +42,8 @@ def overall(settings: Settings) -> Table:
         "Over the settings: overall quality",
         ("method", *_heads(settings, None), *(f"variation, {'overall' if task is None else task}" for task in overall_and_tasks)),
         tuple(rows),
-        note=f"{_note(settings)} Variation: the coefficient of variation, over the settings, of the means over seeds: sample "
-        "standard deviation (divided by n − 1) over mean; lower is more stable.",
+        note=f"{told_apart_in_each(settings)} {_note(settings)} Variation: the coefficient of variation, over the settings, of "
+        "the means over seeds: sample standard deviation (divided by n − 1) over mean; lower is more stable.".lstrip(),
     ).above([(*row, *variations) for row in _reference_rows(settings, None)])
 
 
@@ -107,7 +118,8 @@ def assigned_experts(settings: Settings) -> Table:
 def of_setting(settings: Settings, name: str, baseline: str) -> list[Table]:
     """The comparison within a setting, and the differences from the baseline if that was run there."""
     groups = with_runs(settings[name])
-    versus = [comparison_tables.differences(groups, baseline)] if baseline in groups and len(groups) > 1 else []
+    differ = [comparison_tables.differences(groups, baseline)] if baseline in groups and len(groups) > 1 else []
+    versus = [*told_apart.tables(groups, baseline), *differ]
     tables = [comparison_tables.comparison(groups), *versus, *comparison_tables.against_base(groups)]
     return [replace(table, title=f"{name}: {table.title}") for table in tables]
 
@@ -195,6 +207,12 @@ def _expert_counts(runs: Sequence[RunResults], when: Callable[[RunResults], Expe
 def percent(share: float) -> str:
     """0.9 as `90 %`."""
     return f"{100 * share:.0f} %"
+
+
+def told_apart_in_each(settings: Settings) -> str:
+    """Of each setting, which methods are told apart in it, in words."""
+    each = {name: told_apart.words(with_runs(groups)) for name, groups in settings.items()}
+    return " ".join(f"{name}: {words}" for name, words in each.items() if words)
 
 
 def _note(settings: Settings) -> str:

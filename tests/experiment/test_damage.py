@@ -17,6 +17,7 @@ from fedexperts import report
 from fedexperts.config import RunConfig
 from fedexperts.errors import BadRun, Damaged, FedExpertsError
 from fedexperts.experiment import checkpoint, runner
+from fedexperts.experiment.assess import last_scores
 from fedexperts.experiment.progress import Quiet
 from fedexperts.experiment.setup import Parts
 from fedexperts.export import export
@@ -212,7 +213,7 @@ def test_logs_are_valid_json_whatever_is_logged(tmp_path):
 def test_sums_that_are_not_finite_come_back_from_the_log(tmp_path):
     sums = {"metric": "perplexity", "examples": 1, "sums": {}, "labels": {}, "nll": float("nan"), "tokens": 2}
     append(tmp_path / "evals.jsonl", [{"client": "c01", "task": "a", "sums": sums}])
-    scores = runner.last_scores(tmp_path)["c01"].tasks["a"]
+    scores = last_scores(tmp_path)["c01"].tasks["a"]
     assert (scores.nll != scores.nll, scores.tokens) == (True, 2)
 
 

@@ -6,12 +6,13 @@ from io import StringIO
 from rich.console import Console
 
 from fedexperts.config import RunConfig
-from fedexperts.experiment.plan import plan
+from fedexperts.experiment.plan import distributions, plan
 from fedexperts.experiment.plan_tables import plan_tables
 from fedexperts.experiment.setup import Parts, prepare_run
 from fedexperts.io.toml import checked
 from fedexperts.methods.hfedmoe import HFedMoE
 from fedexperts.models.shapes import load_shapes
+from fedexperts.types import Example
 
 
 def prepared_with(tiny_tree, **devices):
@@ -137,3 +138,17 @@ def test_the_bound_counts_what_a_method_computes_beside_its_steps(tiny_tree):
     assert most["ditto"] == 2 * most["fedavg"]
     forward = (most["fedmoe"] - most["fedavg"]) / batches
     assert 3.0 < most["fedavg"] / steps / forward < 3.1  # and fused attention's second product
+
+
+def test_the_classes_and_lengths_of_a_clients_examples_are_counted_without_their_text():
+    labeled = [
+        Example("12345", "World", "news", label=0, choices=("World", "Sports")),
+        Example("1", "Sports", "news", label=1, choices=("World", "Sports")),
+        Example("123", "World", "news", label=0, choices=("World", "Sports")),
+        Example("", "once upon", "text", label=7),
+        Example("secret", "secret", "sort"),
+    ]
+    assert distributions(labeled) == {
+        "labels": {"news": {"World": 2, "Sports": 1}, "text": {"class 7": 1}},
+        "lengths": {"prompt": [0, 1, 3, 5, 6], "answer": [5, 5, 6, 6, 9]},
+    }

@@ -5,8 +5,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from fedexperts.config import RunConfig
 from fedexperts.core.ledger import Entry
-from fedexperts.experiment.progress import Shown
+from fedexperts.experiment import runner
+from fedexperts.experiment.progress import Quiet, Shown
+from fedexperts.io.toml import checked
 from fedexperts.types import Server
 
 
@@ -65,3 +68,22 @@ def test_without_a_terminal_only_permanent_unwrapped_lines_are_written():
     assert console.file.getvalue() == (
         "round 2: c03 failed in train and is left out: out of memory: it needs 12.0 MB and has 10.0 MB\n"
     )
+
+
+def test_setup_tasks_before_the_rounds_are_not_counted_as_rounds(tiny_tree, tmp_path):
+    console = Console(file=StringIO(), width=100, force_terminal=True)
+    started = []
+
+    class Noted(Quiet):
+        def start(self, label, seed, done, total):
+            started.append((done, total))
+
+    with Shown(console) as shown:
+        shown.start("fedmoe", 3, 0, 5)
+        for number in (0, 0, 1):  # two setup tasks and a round
+            shown.round(server(number))
+        assert [(task.completed, task.total) for task in shown.bar.tasks] == [(1, 5)]
+    tree = {**tiny_tree, "method": {"name": "fedmoe"}, "federation": {"rounds": 2, "clients_per_round": 2}}
+    for resume in (False, True):
+        runner.run(checked(RunConfig, tree), tmp_path / "run", resume=resume, progress=Noted())
+    assert started == [(0, 2), (2, 2)]

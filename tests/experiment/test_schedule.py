@@ -13,7 +13,8 @@ from fedexperts.config import EvaluationSettings, RunConfig
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.experiment import checkpoint
 from fedexperts.experiment.client_task import ClientTask
-from fedexperts.experiment.runner import claim, engine_for, run, task_for
+from fedexperts.experiment.runner import claim, engine_for, run
+from fedexperts.experiment.runtime import task_for
 from fedexperts.experiment.setup import prepare_run
 from fedexperts.io.toml import checked, with_settings
 from fedexperts.methods.fedavg import FedAvg

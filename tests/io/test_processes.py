@@ -126,3 +126,25 @@ def test_processes_end_with_the_parent_that_is_killed_though_they_are_busy(tmp_p
 def test_worker_processes_need_no_torch():
     code = "import sys, fedexperts.io.processes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def blocked(pid):
+    """The signals that a process holds back, from the mask that Linux shows."""
+    with open(f"/proc/{pid}/status") as lines:  # noqa: PTH123, no file on a disk
+        mask = next(int(line.split()[1], 16) for line in lines if line.startswith("SigBlk:"))
+    return {signal.Signals(number) for number in range(1, 32) if mask >> (number - 1) & 1}
+
+
+def test_ctrl_c_while_processes_start_interrupts_the_parent_alone_and_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), processes.interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        arrived = True
+    assert arrived
+    worker = WorkerProcess(obey, daemon=True)
+    try:
+        assert signal.SIGINT in blocked(worker.process.pid)  # also while it imports, before it can ignore it
+        assert signal.SIGINT not in blocked(os.getpid())
+        os.kill(worker.process.pid, signal.SIGINT)
+        assert ask(worker, b"") == str(worker.process.pid).encode()
+    finally:
+        worker.stop()

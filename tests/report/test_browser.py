@@ -13,6 +13,7 @@ from fedexperts import report
 from fedexperts.config import RunConfig
 from fedexperts.experiment.sweep import compare, read_variants
 from fedexperts.io.toml import checked
+from fedexperts.report import page as library
 
 pytest.importorskip("playwright", reason="playwright, which drives the browser, is not installed: pip install 'fedexperts[dev]'")
 
@@ -56,7 +57,7 @@ def pages(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     out = tmp_path_factory.mktemp("pages")
     report.write([compared], html=out / "several.html")
     report.write([compared / "hfedmoe" / "seed-0"], html=out / "one.html")
-    return {path.stem: path for path in out.iterdir()}
+    return {path.stem: path for path in out.glob("*.html")}
 
 
 class Visit:
@@ -111,7 +112,8 @@ def test_a_page_draws_every_figure_and_is_readable_by_everybody(browser, pages, 
         assert not axe.violations_count, axe.generate_report()
         assert visit.messages == []
         assert [url for url in visit.requests if not url.startswith(("file:", "data:", "blob:"))] == []
-        assert [url for url in visit.requests if url.startswith("file:")] == [pages[which].as_uri()]
+        beside = pages[which].with_name(library.LIBRARY)
+        assert [url for url in visit.requests if url.startswith("file:")] == [pages[which].as_uri(), beside.as_uri()]
 
 
 def test_a_table_is_sorted_by_click_and_by_key_and_says_so(browser, pages):
@@ -189,3 +191,44 @@ def test_on_paper_a_page_is_light_and_its_long_tables_are_whole(browser, pages, 
         assert all(each.evaluate("long => long.open") for each in visit.page.locator("details.long").all())
         visit.page.evaluate("dispatchEvent(new Event('afterprint'))")
         assert visit.page.evaluate(background) == dark
+
+
+def test_a_table_that_is_wider_than_the_page_says_so_until_its_end_is_in_sight(browser, pages):
+    with Visit(browser, pages["several"], "phone") as visit:
+        frame = visit.page.locator(".table", has=visit.page.locator("caption", has_text="Results")).first
+        hint = frame.locator(".hint")
+        assert hint.is_visible() and "scroll sideways" in hint.inner_text()
+        assert "at-end" not in (frame.get_attribute("class") or "")
+        frame.locator(".wide").evaluate("each => { each.scrollLeft = each.scrollWidth; }")
+        visit.page.wait_for_function("document.querySelector('.table.at-end.scrolls')")
+    with Visit(browser, pages["one"]) as visit:
+        narrow = visit.page.locator(".table", has=visit.page.locator("caption", has_text="Router drift")).first
+        assert not narrow.locator(".hint").is_visible()
+
+
+def test_the_toolbar_of_the_map_does_not_cover_it(browser, pages):
+    with Visit(browser, pages["one"]) as visit:
+        visit.page.locator("#map").hover()
+        bar = visit.page.locator("#map .modebar-group").first.bounding_box()
+        cells = visit.page.locator("#map .heatmaplayer image, #map .hm").first.bounding_box()
+        assert bar["y"] + bar["height"] <= cells["y"]
+
+
+def test_without_the_file_beside_it_a_page_says_what_is_missing_and_keeps_its_tables(browser, pages, tmp_path):
+    alone = tmp_path / "alone.html"
+    alone.write_text(pages["several"].read_text())
+    with Visit(browser, alone) as visit:
+        missing = visit.page.locator("#no-drawings")
+        assert missing.is_visible() and library.LIBRARY in missing.inner_text()
+        head = visit.page.get_by_role("columnheader", name="method").first
+        head.get_by_role("button").click()
+        assert head.get_attribute("aria-sort") == "ascending"
+        assert [each for each in visit.messages if "ERR_FILE_NOT_FOUND" not in each] == []
+
+
+def test_a_page_in_a_single_file_draws_without_any_other(browser, compared, tmp_path):
+    report.write([compared / "fedavg" / "seed-0"], html=tmp_path / "one.html", single_file=True)
+    with Visit(browser, tmp_path / "one.html") as visit:
+        assert visit.page.locator(".drawing svg[role=img]").count() > 5
+        assert visit.messages == []
+        assert [url for url in visit.requests if url.startswith("file:")] == [(tmp_path / "one.html").as_uri()]

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedexperts import report
 from fedexperts.errors import BadRun
+from fedexperts.report import comparison_figures, page, read
 
 from .fake import write_comparison, write_run
 
@@ -69,19 +70,41 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("which", ["single", "several"])
 def test_a_page_loads_nothing_from_anywhere(which: str, request: pytest.FixtureRequest):
     elements = Elements(request.getfixturevalue(which))
-    assert len(elements.all("script")) == 4  # figures, maps, plotly, page.js
-    assert all("src" not in script for script in elements.all("script"))
+    assert [script.get("src") for script in elements.all("script")] == [None, None, page.LIBRARY, None]  # figures, maps, page.js
     assert elements.all("link") == elements.all("iframe") == elements.all("img") == []
     assert all((link["href"] or "").startswith("#") for link in elements.all("a"))
 
 
 def test_only_the_scripts_of_the_page_may_run(single: str):
     elements, policy = Elements(single), policy_of(single)
-    own = [script for script, kind in zip(elements.scripts, elements.all("script"), strict=True) if "type" not in kind]
-    hashes = [f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in own]
-    assert len(hashes) == 2
-    assert f"default-src 'none'; script-src {' '.join(hashes)};" in policy
+    assert f"default-src 'none'; script-src 'self' file: {' '.join(hashes_of(elements, 1))};" in policy
     assert "connect-src" not in policy
+
+
+def hashes_of(elements: Elements, number: int) -> list[str]:
+    """Those of the `number` scripts within the page that are code."""
+    scripts = zip(elements.scripts, elements.all("script"), strict=True)
+    own = [script for script, attributes in scripts if not attributes.keys() & {"type", "src"}]
+    assert len(own) == number
+    return [f"'sha256-{base64.b64encode(sha256(script.encode()).digest()).decode()}'" for script in own]
+
+
+def test_a_page_is_small_since_what_draws_lies_beside_it_once(several: str, single: str, tmp_path: Path):
+    assert max(len(single.encode()), len(several.encode())) < 1_500_000
+    run = write_run(tmp_path / "run", rounds=2)
+    first = report.write([run], html=tmp_path / "out" / "one.html").written
+    assert first == (tmp_path / "out" / "one.html", tmp_path / "out" / page.LIBRARY)
+    report.write([run], html=tmp_path / "out" / "two.html")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one.html", page.LIBRARY, "two.html"]
+    assert f'id="no-drawings" hidden>No figure can be drawn without {page.LIBRARY}' in (tmp_path / "out" / "one.html").read_text()
+
+
+def test_a_page_in_a_single_file_allows_no_script_but_its_own(tmp_path: Path):
+    written = report.write([write_run(tmp_path / "run", rounds=2)], html=tmp_path / "r.html", single_file=True)
+    text = (tmp_path / "r.html").read_text()
+    assert written.written == (tmp_path / "r.html",)
+    assert f"script-src {' '.join(hashes_of(Elements(text), 2))};" in policy_of(text)
+    assert page.LIBRARY not in text
 
 
 def test_plotly_offers_no_upload(single: str):
@@ -113,6 +136,7 @@ def test_every_link_within_the_page_has_its_target(single: str):
     assert links == [
         "quality",
         "quality-across-clients",
+        "training",
         "experts",
         "bytes-and-memory",
         "failures",
@@ -162,14 +186,18 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path):
 def test_a_comparison_writes_all_it_was_asked_for(tmp_path: Path):
     runs = write_comparison(tmp_path / "runs", seeds=2)
     result = report.write([runs], tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["r.csv", "r.html", "r.md"]
-    assert result.written == (tmp_path / "out/r.html", tmp_path / "out/r.csv", tmp_path / "out/r.md")
+    names = ("r.html", page.LIBRARY, "r.csv", "r.md")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    assert result.written == tuple(tmp_path / "out" / name for name in names)
     assert [table.title for table in result.tables] == [
         "Results",
         "Comparison",
+        "Overall quality: told apart or not",
+        "Quality of each task against fedavg: told apart or not",
         "Difference from fedavg",
         "Rounds to 90 % and 99 % of the target",
         "Sent (MB) to 90 % and 99 % of the target",
+        "Cost to the target relative to fedavg",
     ]
     assert re.findall("^### (.*)$", (tmp_path / "out/r.md").read_text(), re.M) == [table.title for table in result.tables]
 
@@ -216,8 +244,70 @@ def test_the_first_screen_names_the_optimizer_and_its_schedule(tmp_path: Path):
     folder = write_run(tmp_path / "run", rounds=2)
     assert "optimizer" not in page_of(folder, tmp_path / "r.html")
     training = '[training]\ntrain = "lora"\nrank = 8\nlr = 2e-4\nlocal_steps = 6\nbatch_size = 4\noptimizer = "adamw"\n'
-    text = (folder / "run.toml").read_text()
-    (folder / "run.toml").write_text(f'{text}{training}schedule = "cosine"\nfinal_lr = 1e-6\n')
-    page = page_of(folder, tmp_path / "r.html")
-    assert "<dt>training</dt><dd>lora of rank 8, 6 steps of 4 examples per client and round</dd>" in page
-    assert "<dt>optimizer</dt><dd>adamw, learning rate 0.0002, cosine to 1e-06 over the rounds</dd>" in page
+    before = (folder / "run.toml").read_text()
+    (folder / "run.toml").write_text(f'{before}{training}schedule = "cosine"\nfinal_lr = 1e-6\n')
+    text = page_of(folder, tmp_path / "r.html")
+    assert "<dt>training</dt><dd>lora of rank 8, 6 steps of 4 examples per client and round</dd>" in text
+    assert "<dt>optimizer</dt><dd>adamw, learning rate 0.0002, cosine to 1e-06 over the rounds</dd>" in text
+
+
+def test_the_first_screen_says_when_the_runs_began_how_long_they_took_and_on_what(tmp_path: Path):
+    runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=2)
+    for number, path in enumerate(sorted(runs.rglob("versions.json"))):
+        path.write_text(
+            json.dumps({"torch": "2.13.0", "fedexperts": "0.1.0", "begun": f"2026-12-0{number + 1}T21:0{number}:15+00:00"})
+        )
+    text = page_of(runs, tmp_path / "r.html")
+    assert "<dt>begun (UTC)</dt><dd>2026-12-01 21:00 to 2026-12-04 21:03</dd>" in text
+    assert "<dt>duration</dt><dd>55.5 s a run on average: wall time of the rounds, without evaluations</dd>" in text
+    assert "<dt>versions</dt><dd>fedexperts 0.1.0, torch 2.13.0</dd>" in text
+    alone = page_of(runs / "fedmoe" / "seed-0", tmp_path / "one.html")
+    assert (
+        "<dt>duration</dt><dd>57.0 s: wall time of the rounds, without evaluations</dd>" in alone
+    )  # 3 s, and 12 rounds of 4.5 s
+
+
+def test_sample_answers_stand_beside_their_references_and_those_of_other_methods(tmp_path: Path):
+    runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=1)
+    for path in sorted(runs.glob("*/seed-0")):
+        rows = [
+            {"round": round, "client": "c01", "task": task, "source": "s", "metric": "exact_match", "score": 0.5}
+            | {"prompt": f"{task} {number}", "reference": EVIL, "answer": f"{path.parent.name} in round {round}"}
+            for round in (2, 12)
+            for task in ("sort", "reverse")
+            for number in range(40)
+        ]
+        (path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(runs, tmp_path / "r.html")
+    assert '<th scope="row">sort</th><td class="text">sort 0</td>' in text
+    assert "fedmoe in round 12 [0.50]" in text and "fedavg in round 12 [0.50]" in text and "in round 2" not in text
+    assert len(re.findall('<th scope="row">(?:sort|reverse)</th><td class="text">(?:sort|reverse) ', text)) == 12
+    assert Elements(text).all("img") == []
+    alone = page_of(runs / "fedmoe" / "seed-0", tmp_path / "one.html")
+    assert '<td class="text">c01</td><td class="text">reverse 0</td>' in alone
+
+
+def test_classes_and_lengths_of_the_clients_data_are_shown_where_they_are_known(tmp_path: Path):
+    folder = write_run(tmp_path / "run", rounds=2)
+    assert "Length of prompts" not in page_of(folder, tmp_path / "r.html")
+    plan = json.loads((folder / "plan.json").read_text())
+    for number, client in enumerate(plan["clients"]):
+        client["labels"] = {"ag_news": {"World": number, "Sports": 3}}
+        client["lengths"] = {"prompt": [1, 2, 3, 4, 5.5], "answer": [1, 1, 2, 2, 9]}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    elements = Elements(page_of(folder, tmp_path / "r.html"))
+    drawn = {figure["layout"]["xaxis"]["title"]["text"]: figure for figure in json.loads(elements.scripts[0])}
+    assert drawn["class"]["data"][0]["z"][7] == [7, 3] and drawn["class"]["data"][0]["x"] == ["World", "Sports"]
+    text = (tmp_path / "r.html").read_text()
+    assert "Length of prompts" in text and "Length of answers" in text and "Classes of ag_news: clients × classes" in text
+    with (folder / "run.toml").open("a") as file:
+        file.write("data = { own = true }\n")
+    assert "not known of data that clients bring themselves" in page_of(folder, tmp_path / "r.html")
+
+
+def test_a_figure_of_the_training_loss_has_the_rounds_of_all_seeds(tmp_path: Path):
+    runs = write_comparison(tmp_path / "runs", methods=("fedmoe", "fedavg"), seeds=2)
+    (figure,) = comparison_figures.several(read.grouped(read.read_all([runs])))["training"]
+    lines = {trace.name: trace for trace in figure.drawing.data if trace.showlegend is not False}
+    assert set(lines) == {"fedmoe", "fedavg"}
+    assert list(lines["fedmoe"].x) == list(range(1, 13)) and list(lines["fedmoe"].y)[:2] == [2.0, 1.0]  # 2 / round

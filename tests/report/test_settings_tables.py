@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 
 from fedexperts import report
-from fedexperts.report import axes, comparison_tables, csv_export, settings_tables, targets
+from fedexperts.report import axes, comparison_tables, csv_export, settings_tables, target_ratios, targets
 from fedexperts.report.read import Evaluation, LedgerRow, ModelPlan, Plan, Round, RunResults, Settings, by_setting
 from fedexperts.report.table_format import Table
 from fedexperts.report.targets import Target
 
 from .fake import GAIN, TASKS, write_comparison, write_run, write_settings
+
+WITHIN = (
+    "Comparison",
+    "Overall quality: told apart or not",
+    "Quality of each task against fedavg: told apart or not",
+    "Difference from fedavg",
+)
+"""The tables of a setting in which several methods were run."""
 
 
 def run(
@@ -76,6 +84,41 @@ def test_rounds_to_the_target_are_a_mean_over_the_seeds_that_get_there():
     assert cost is not None
     assert (cost.mean, cost.n) == (4.0, 2)
     assert targets.cost_to_target(runs[2:], None, goal, 0.9) is None
+
+
+def test_the_cost_to_the_target_is_a_ratio_over_the_seeds_in_which_both_reach_it_and_the_others_are_counted():
+    """Of 80 %, fedavg gets to 90 % in rounds 2, 4, 6 and 8, and fedmoe in rounds 4, 16, never and 8; in one seed neither does."""
+    ends = {"fedavg": (2, 4, 6, 8, None), "fedmoe": (4, 16, None, 8, None)}
+    groups = {
+        method: [run(method, {1: 0.1, **({} if end is None else {end: 0.8})}, seed) for seed, end in enumerate(rounds)]
+        for method, rounds in ends.items()
+    }
+    goal = Target("fedavg", 80.0, "%")
+    against = targets.against(groups["fedmoe"], groups["fedavg"], None, goal, 0.9)
+    assert (against.both, against.only_method, against.only_baseline, against.neither) == (3, 0, 1, 1)
+    assert against.ratio is not None
+    assert against.ratio.mean == pytest.approx(2.0)  # of 2, 4 and 1: logarithms 1, 2, 0 in halvings, s = 1
+    assert against.ratio.high == pytest.approx(2 ** (1 + 4.302653 / sqrt(3)), rel=1e-5)
+    swapped = targets.against(groups["fedavg"], groups["fedmoe"], None, goal, 0.9)
+    assert swapped.ratio is not None and swapped.ratio.mean == pytest.approx(0.5)
+    assert (swapped.only_method, swapped.only_baseline) == (1, 0)
+
+
+def test_the_table_of_ratios_has_the_axes_that_all_runs_have_and_says_what_it_leaves_out():
+    groups = {"fedavg": [timed("fedavg", 100.0, 50.0, 25.0)], "fedmoe": [timed("fedmoe", 10.0, 20.0, 30.0)]}
+    table = target_ratios.table(groups, "fedavg")
+    assert table.columns[:5] == ("method", "of the target", "rounds", "sent", "virtual time")
+    assert table.columns[5:] == ("both reach it", "only it", "only fedavg", "neither")
+    assert table.rows[0] == ("fedmoe", "90 %", "1.00", "1.00", "0.34", "1", "0", "0", "0")  # 60 of 175 virtual seconds
+    assert "which it leaves out" in table.note
+    assert target_ratios.table(groups, "local").rows == ()
+    without_clock = {**groups, "local": [timed("local", None, None, None)]}
+    assert "virtual time" not in target_ratios.table(without_clock, "fedavg").columns
+    text = csv_export.to_csv({"": groups}, "fedavg")
+    (row,) = [
+        row for row in csv.DictReader(StringIO(text)) if row["measure"] == "sent to 99 % of target, ratio" and not row["task"]
+    ]
+    assert (row["method"], row["mean"], row["low"], row["baseline"], row["seeds"]) == ("fedmoe", "1.0", "", "fedavg", "1")
 
 
 def timed(method: str, *seconds: float | None, first: int = 1, **fields) -> RunResults:
@@ -148,8 +191,9 @@ def test_a_method_that_was_not_run_in_a_setting_has_no_number_there():
     assert "one: Difference from fedavg" in titles
     assert "two: Comparison" in titles
     assert "two: Difference from fedavg" not in titles
-    (two,) = settings_tables.of_setting(settings, "two", "fedavg")
+    two, apart = settings_tables.of_setting(settings, "two", "fedavg")
     assert [row[0] for row in two.rows] == ["fedmoe", "local"]
+    assert [row[:2] for row in apart.rows] == [("local", "fedmoe")]
 
 
 def test_a_variation_over_some_of_the_settings_says_of_how_many():
@@ -201,7 +245,8 @@ def test_experts_are_those_of_each_clients_first_and_last_training_over_all_seed
 def test_csv_has_targets_rounds_and_variations_of_each_task_too():
     rows = list(csv.DictReader(StringIO(csv_export.to_csv(settings_of(*FOUR), "fedavg"))))
     by_key = {(row["setting"], row["method"], row["measure"], row["task"]): row for row in rows}
-    assert len(by_key) == len(rows)
+    pairs = [row for row in rows if row["measure"] == "difference in quality"]  # a method has one with each other
+    assert len(by_key) + len(pairs) - len({(row["setting"], row["method"]) for row in pairs}) == len(rows)
     assert by_key["one", "fedmoe", "target", ""]["mean"] == "50.0"
     assert by_key["one", "fedavg", "rounds to 90 % of target", "sort"]["mean"] == "2.0"
     missed = by_key["one", "fedavg", "rounds to 99 % of target", "sort"]
@@ -218,9 +263,12 @@ def test_runs_without_a_setting_or_of_one_are_reported_as_ever(tmp_path: Path):
     assert [table.title for table in result.tables] == [
         "Results",
         "Comparison",
+        "Overall quality: told apart or not",
+        "Quality of each task against fedavg: told apart or not",
         "Difference from fedavg",
         "Rounds to 90 % and 99 % of the target",
         "Sent (MB) to 90 % and 99 % of the target",
+        "Cost to the target relative to fedavg",
     ]
     write_run(tmp_path / "runs" / "two", method="local", setting="two")
     result = report.write([runs])
@@ -236,8 +284,9 @@ def test_the_report_of_settings_is_written_with_all_its_tables(tmp_path: Path):
         *(f"Over the settings: {task}" for task in TASKS),
         "Rounds to 90 % and 99 % of the target",
         "Sent (MB) to 90 % and 99 % of the target",
+        *(f"{name}: Cost to the target relative to fedavg" for name in ("enforced", "standard")),
         "Experts held by a client, of 64",
-        *(f"{name}: {what}" for name in ("enforced", "standard") for what in ("Comparison", "Difference from fedavg")),
+        *(f"{name}: {what}" for name in ("enforced", "standard") for what in WITHIN),
     ]
     markdown, page = (tmp_path / "r.md").read_text(), (tmp_path / "r.html").read_text()
     assert [title for title in titles if f"### {title.replace('_', chr(92) + '_')}" not in markdown] == []

@@ -7,7 +7,7 @@ import pytest
 
 from fedexperts import report
 from fedexperts.errors import BadValue
-from fedexperts.report import axes, png, run_figures
+from fedexperts.report import axes, images, run_figures
 from fedexperts.report.read import read
 from fedexperts.report.table_format import NONE, Table, cells_csv
 
@@ -36,10 +36,10 @@ def test_every_figure_becomes_a_png_under_its_title(tmp_path: Path):
     folder = write_run(tmp_path / "run", rounds=2)
     drawn = [figure for group in run_figures.one_run(read(folder)).values() for figure in group]
     written = pngs_of(folder, tmp_path / "png")
-    assert [path.name for path in written] == [png.file_name(figure.title) for figure in drawn]
+    assert [path.name for path in written] == [images.file_name(figure.title) for figure in drawn]
     assert "quality-over-rounds.png" in {path.name for path in written}
     heights = [figure.drawing.layout.height for figure in drawn]
-    assert sizes(written) == [(png.WIDTH * png.SCALE, height * png.SCALE) for height in heights]
+    assert sizes(written) == [(images.WIDTH * images.SCALE, height * images.SCALE) for height in heights]
 
 
 def test_the_numbers_of_every_figure_lie_beside_it(tmp_path: Path):
@@ -64,8 +64,22 @@ def test_figures_of_settings_have_files_of_their_own(tmp_path: Path):
     assert {f"{name}-overall-quality-over-{axis}.png" for name in ("standard", "enforced") for axis in over} <= set(names)
 
 
+@pytest.mark.parametrize(("kind", "start"), [("svg", b"<svg"), ("pdf", b"%PDF-")])
+def test_figures_are_also_vectors_with_the_same_names(tmp_path: Path, kind: str, start: bytes):
+    folder = write_run(tmp_path / "run", rounds=2)
+    try:
+        written = report.write([folder], **{kind: tmp_path / "out"}).written
+    except BadValue as missing:
+        pytest.skip(f"no figure can be drawn here: {missing}")
+    files = [path for path in written if path.suffix == f".{kind}"]
+    drawn = [figure for group in run_figures.one_run(read(folder)).values() for figure in group]
+    assert [path.name for path in files] == [images.file_name(figure.title, kind) for figure in drawn]
+    assert len(files) == len([path for path in written if path.suffix == ".csv"]) > 5
+    assert all(path.read_bytes().startswith(start) for path in files)
+
+
 def test_a_file_name_takes_no_path_from_a_title():
-    assert png.file_name("../a b: Quality (%)/x") == "a-b-quality-x.png"
+    assert images.file_name("../a b: Quality (%)/x") == "a-b-quality-x.png"
 
 
 def test_without_kaleido_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Figures as PNG files: drawn by kaleido in a browser on this machine, without network access."""
+"""Figures as PNG, SVG and PDF files: drawn by kaleido in a browser on this machine, without network access."""
 
 import asyncio
 import re
@@ -16,40 +16,49 @@ TEXT, LINE = "#1d2530", "#d5dae1"  # these and those of maps are the colors of t
 MAPS = {"heat": "#14508f", "cells": "#8fbbe8"}
 
 
-def write(figures: Iterable[Figure], folder: Path) -> tuple[Path, ...]:
-    """Writes each figure to `folder`, named after its title, and returns the files.
+KINDS = ("png", "svg", "pdf")
+
+
+def write(figures: Iterable[Figure], folder: Path, kind: str = "png") -> tuple[Path, ...]:
+    """Writes each figure to `folder` as a file of a `kind` of KINDS, named after its title, and returns the files.
 
     Raises:
         BadValue: kaleido is not installed, or does not find a browser.
     """
     every = list(figures)
-    images = asyncio.run(images_of([still(figure) for figure in every]))
-    paths = tuple(folder / file_name(figure.title) for figure in every)
+    images = asyncio.run(images_of([still(figure) for figure in every], kind))
+    paths = tuple(folder / file_name(figure.title, kind) for figure in every)
     for path, image in zip(paths, images, strict=True):
         write_bytes(path, image)
     return paths
 
 
-def file_name(title: str) -> str:
-    """`title` in lower case, with hyphens for all but letters and digits."""
-    return re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
+def file_name(title: str, kind: str = "png") -> str:
+    """`title` in lower case, with hyphens for all but letters and digits, and the ending of a `kind`."""
+    return re.sub(r"\W+", "-", title.lower()).strip("-") + f".{kind}"
 
 
-async def images_of(drawings: Sequence[go.Figure]) -> list[bytes]:
-    """Each drawing as a PNG."""
+async def images_of(drawings: Sequence[go.Figure], kind: str) -> list[bytes]:
+    """Each drawing as the content of a file of a `kind` of KINDS; a PNG has SCALE pixels for each pixel of the layout."""
     try:
         from kaleido import Kaleido
-        from kaleido.errors import ChromeNotFoundError
+        from kaleido.errors import BrowserFailedError, ChromeNotFoundError
     except ImportError:
-        raise BadValue("PNG files need kaleido, which is not installed: pip install 'fedexperts[png]'") from None
+        raise BadValue("image files need kaleido, which is not installed: pip install 'fedexperts[png]'") from None
     try:
         browser = Kaleido(mathjax=False)  # mathjax would be loaded from the network
     except ChromeNotFoundError:
         raise BadValue(
-            "PNG files need a browser, and there is none: install Chromium or Chrome, or name one in BROWSER_PATH"
+            "image files need a browser, and there is none: install Chromium or Chrome, or name one in BROWSER_PATH"
         ) from None
-    async with browser:
-        return [await browser.calc_fig(each, {"format": "png", "width": WIDTH, "scale": SCALE}) for each in drawings]
+    scale = SCALE if kind == "png" else 1
+    try:
+        async with browser:
+            return [await browser.calc_fig(each, {"format": kind, "width": WIDTH, "scale": scale}) for each in drawings]
+    except BrowserFailedError:
+        raise BadValue(
+            "image files need a browser, and the one that was found ended at once; name another in BROWSER_PATH"
+        ) from None
 
 
 def still(figure: Figure) -> go.Figure:
