@@ -29,7 +29,7 @@ from fedexperts.experiment.progress import Progress, Quiet
 from fedexperts.experiment.reference_lines import lines_of
 from fedexperts.experiment.runtime import clock_for, devices_of, runtime_for
 from fedexperts.experiment.setup import INPUTS, Parts, Prepared, prepare_run, versions, without_weights
-from fedexperts.experiment.undo import Undo
+from fedexperts.experiment.undo import Undo, undo_for
 from fedexperts.federation import federate, steps
 from fedexperts.io.files import locked, write_text
 from fedexperts.io.manifest import MANIFEST, append, changed, finite, object_or_empty, read_object, write_manifest, write_sealed
@@ -128,8 +128,7 @@ def run(
                 server, prepared = checkpoint.load(out, prepared.server), without_weights(prepared)
                 if behind == 0 and not prepared.method.setup_tasks:
                     assess(prepared, server, running, ledger, out, shown, {})
-                undo = Undo(prepared, running, out, shown) if config.federation.undo else None
-                started, noted = perf_counter(), False
+                started, noted, undo = perf_counter(), False, undo_for(prepared, running, out, shown)
                 # The name is used again, so that the first weights stay no longer than the first round
                 for server in rounds_after(server, prepared, running, ledger, undo):  # noqa: B020
                     if not noted and no_expert_sent(ledger):

@@ -77,6 +77,11 @@ class Undo:
         return {client: loss_of(each["validation"]) for client, each in metrics.items() if "validation" in each}, metrics
 
 
+def undo_for(prepared: Prepared, engine: Engine, out: Path, progress: Progress) -> Undo | None:
+    """Decides whether the rounds of the run stay; None if all do."""
+    return Undo(prepared, engine, out, progress) if prepared.config.federation.undo else None
+
+
 def loss_of(scores: Mapping[str, Mapping[str, Any]]) -> float:
     """Nats per token of the references, of scores as JSON; infinite where they are not finite."""
     nll, tokens = (sum(task[name] for task in scores.values()) for name in ("nll", "tokens"))
