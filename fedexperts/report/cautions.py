@@ -3,13 +3,13 @@
 import tomllib
 
 from fedexperts.moe.tuning import PARTS
-from fedexperts.report import empty_updates
+from fedexperts.report import empty_updates, robustness
 from fedexperts.report.read import Groups, RunResults
 
 
 def warning(groups: Groups) -> str:
     """The warnings about `groups`, in one line; empty if there are none."""
-    return " ".join(filter(None, [empty_updates.warning(groups), different_parts(groups)]))
+    return " ".join(filter(None, [empty_updates.warning(groups), different_parts(groups), robustness.warning(groups)]))
 
 
 def different_parts(groups: Groups) -> str:

@@ -121,6 +121,8 @@ class Round:
     holds: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → its assigned experts
     sends: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → the experts it sent, if others
     uses: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)  # client → tokens of each assigned expert
+    undone: str | None = None  # why the round was undone
+    suspects: tuple[str, ...] = ()  # clients that stood out in an undone round
 
 
 @dataclass(frozen=True)
