@@ -17,7 +17,9 @@ from pathlib import Path
 from statistics import fmean, median
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from scipy import stats
+from scipy.special import stdtrit
+
+from fedexperts.report import stats
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 PAGES = RESULTS / "pages"
@@ -85,37 +87,25 @@ class Table:
         row = self.row(method, measure, task)
         return "–" if row.paired != row.paired else f"{signed(row.paired, digits)} ± {row.paired_half:.{digits}f}"
 
-    def p_values(self) -> dict[str, float]:
-        """Method → two-sided p of its paired difference from the baseline (t test over seeds)."""
+    def differences(self) -> dict[str, stats.Difference]:
+        """Method → its paired difference from the baseline, over seeds; without methods whose seeds all differ by the same."""
         found = {}
         for method in self.methods:
             row = self.row(method)
             if row.paired == row.paired and row.paired_half > 0:
-                error = row.paired_half / stats.t.ppf(0.975, row.seeds - 1)
-                found[method] = float(2 * stats.t.sf(abs(row.paired) / error, row.seeds - 1))
+                error = row.paired_half / float(stdtrit(row.seeds - 1, 0.975))
+                found[method] = stats.Difference(row.paired, error, row.seeds - 1, row.seeds)
         return found
 
     def told_apart(self, corrected: bool = True) -> list[str]:
         """Methods whose difference from the baseline is told apart at 5 %; corrected: by Holm, for all methods of the table."""
-        waiting = sorted(self.p_values().items(), key=lambda pair: pair[1])
-        apart = []
-        for rank, (method, p) in enumerate(waiting):
-            if p > (0.05 / (len(waiting) - rank) if corrected else 0.05):
-                if corrected:
-                    break
-                continue
-            apart.append(method)
-        return [method for method in self.methods if method in apart]
+        found = self.differences()
+        p = [each.p for each in found.values()]
+        return [method for method, value in zip(found, stats.holm(p) if corrected else p, strict=True) if value and value < 0.05]
 
     def could_see(self) -> str:
         """Points that these runs could have told from 0 with a power of 80 %, without correction: the median over methods."""
-        found = []
-        for method in self.methods:
-            row = self.row(method)
-            if row.paired == row.paired and row.paired_half > 0:
-                t = stats.t.ppf(0.975, row.seeds - 1)
-                found.append(row.paired_half / t * (t + stats.t.ppf(0.8, row.seeds - 1)))
-        return f"{median(found):.1f}"
+        return f"{median(each.detectable or 0.0 for each in self.differences().values()):.1f}"
 
     def line(self, name: str, task: str = "", metric_digits: int = 1) -> str:
         """A reference line, mean over the same seeds, in per cent."""
