@@ -74,9 +74,9 @@ def ran(tree, folder, **evaluation_settings):
         trained.append((context.client.name, logits(model)))
         return found
 
-    def watched(self, model, context):
+    def watched(self, model, examples, context):
         scored[context.client.name], models[context.client.name] = logits(model), model
-        return scores(self, model, context)
+        return scores(self, model, examples, context)
 
     tree = {**tree, "evaluation": {**tree["evaluation"], **evaluation_settings}}
     with pytest.MonkeyPatch.context() as patch:

@@ -116,9 +116,9 @@ def ended(bases, tmp_path_factory):
             return done[family, case]
         seen, scores = {}, ClientTask.scores
 
-        def watched(self, model, context):
+        def watched(self, model, examples, context):
             seen[context.client.name] = logits(model, family)
-            return scores(self, model, context)
+            return scores(self, model, examples, context)
 
         tree = {
             "model": {"name": str(bases(family))},

@@ -64,9 +64,9 @@ def ended(tmp_path_factory):
         tokenizer.save_pretrained(base)
         seen, scores = {}, ClientTask.scores
 
-        def watched(self, model, context):
+        def watched(self, model, examples, context):
             seen[context.client.name] = logits(model, family)
-            return scores(self, model, context)
+            return scores(self, model, examples, context)
 
         tree = {
             "model": {"name": str(base), **STORED[stored]},
