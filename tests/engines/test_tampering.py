@@ -116,7 +116,7 @@ def test_whatever_one_client_sends_in_int8_it_fails_with_a_reason_or_does_no_har
 
 def test_the_kinds_that_there_are(tasks_of):
     train = tasks_of("fedavg")[0]
-    assert len({kind.name for kind in EXAMPLES}) == len(EXAMPLES) == 372
+    assert len({kind.name for kind in EXAMPLES}) == len(EXAMPLES) == 417
     assert len({kind.name for kind in generated(train.answer)}) >= GENERATED
 
 
