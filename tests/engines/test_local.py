@@ -229,7 +229,10 @@ def test_an_answer_that_came_in_time_counts_although_it_is_read_later(patient):
 
 
 def test_a_run_whose_worker_is_stopped_names_its_client_and_goes_on(fedexperts, tiny_tree, tmp_path):
-    out, federation = tmp_path / "out", {"rounds": 4, "workers": 2, "round_seconds": 8}
+    out, federation = (
+        tmp_path / "out",
+        {"rounds": 4, "workers": 2, "round_seconds": 25},
+    )  # a busy machine takes seconds for an honest job
     (tmp_path / "run.toml").write_text(to_toml({**tiny_tree, "federation": federation}))
 
     def stop_one():
@@ -246,7 +249,7 @@ def test_a_run_whose_worker_is_stopped_names_its_client_and_goes_on(fedexperts, 
     assert code == 0, err
     lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     failed = [line for line in lines if line["failed"]]
-    assert [line["failed"] for line in failed] == [LATE.replace("= 6", "= 8")]
+    assert [line["failed"] for line in failed] == [LATE.replace("= 6", "= 25")]
     assert {line["round"] for line in lines if line["task"] == "train"} == {1, 2, 3, 4}
     assert not stopped[0].is_alive()
 
@@ -300,7 +303,7 @@ def test_workers_are_spread_over_the_devices_and_those_of_one_card_share_its_bas
     moved, started = [], []
 
     class Started:
-        def __init__(self, handle, daemon):
+        def __init__(self, handle, daemon, seconds):
             started.append(handle.args[0])
 
         def stop(self):
