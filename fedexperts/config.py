@@ -184,7 +184,9 @@ class EvaluationSettings(Settings):
     drift: bool = False
     clients: int | None = Field(None, ge=1)
     pooled: bool | None = None
-    predictions: Annotated[int, Field(ge=0, le=EVERY)] | Literal["all"] | None = None  # None: see RunConfig.predictions
+    predictions: Annotated[int, Field(ge=0, le=EVERY, strict=True)] | Literal["all"] | None = (
+        None  # None: see RunConfig.predictions
+    )
 
 
 class CheckpointSettings(Settings):

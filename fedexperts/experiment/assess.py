@@ -61,6 +61,7 @@ def assess(
     metrics: dict[str, Mapping[str, Any]] = {}
     if task.evaluates(server.round):
         metrics = evaluate_clients(prepared, server, engine, ledger, progress) if known is None else dict(known)
+        ledger.predictions |= {client: each["predictions"] for client, each in metrics.items() if "predictions" in each}
         require_answers(server, ledger)
     evaluated = {client: each["scores"] for client, each in metrics.items() if "scores" in each}
     scores = {client: evaluation.Scores.from_json(each) for client, each in evaluated.items()} | dict(reported)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedexperts.core.ledger import Ledger
+from fedexperts.experiment.assess import failures
 from fedexperts.experiment.pooled import evaluate_clients
 from fedexperts.experiment.progress import Progress
 from fedexperts.experiment.setup import Prepared
@@ -42,20 +43,23 @@ class Undo:
 
     def seen(self, server: Server, updates: Iterable[Update]) -> Iterator[Update]:
         """The same updates; keeps a sketch of each change."""
-        self.sketches = {}
+        self.sketches, self.metrics, self.line = {}, None, {}  # also of a round that all clients fail in
         for update in updates:
             self.sketches[update.client] = sketch(server, update)
             yield update
 
     def accepts(self, before: Server, after: Server) -> bool:
         """Whether the round stays; writes the evaluation's costs into ledger.jsonl."""
-        self.metrics = None
         if not self.losses:
             self.losses, _ = self.evaluated(before)
         if unfit := next((name for name, tensor in after.weights.items() if not bool(torch.isfinite(tensor).all())), None):
             return self.undone(after, f"the merged weights hold NaN or infinity in {unfit}")
         losses, metrics = self.evaluated(after)
-        ratios = [losses[client] / self.losses[client] for client in losses if self.losses.get(client)]
+        ratios = [losses[client] / before for client, before in self.losses.items() if client in losses and 0 < before < math.inf]
+        if not ratios:
+            self.progress.noted(
+                after, "the round stays without a check, since no client has a validation loss before and after it"
+            )
         if ratios and (ratio := median(ratios)) > self.most:
             why = f"the clients' validation loss is {ratio:.4g} times what it was, above federation.undo = {self.most:g}"
             return self.undone(after, why)
@@ -73,6 +77,7 @@ class Undo:
         """Each client's validation loss with the weights of `server`, and all metrics of the evaluation."""
         ledger = Ledger()
         metrics = evaluate_clients(self.prepared, server, self.engine, ledger, self.progress)
+        self.progress.failed(server, failures(ledger))
         append(self.out / "ledger.jsonl", [entry.as_json() for entry in ledger.entries])
         return {client: loss_of(each["validation"]) for client, each in metrics.items() if "validation" in each}, metrics
 

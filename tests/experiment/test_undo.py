@@ -37,7 +37,7 @@ class Attacked:
                 yield job
 
         for update in self.engine.run(noted()):
-            if update.client == "c02" and update.round == 2 and update.task == "train":
+            if isinstance(update, Update) and update.client == "c02" and update.round == 2 and update.task == "train":
                 before = sent["c02"].patch.tensors
                 tensors = {
                     name: before[name] + self.factor * (each - before[name]) for name, each in update.patch.tensors.items()
@@ -100,6 +100,8 @@ def test_a_run_in_which_nothing_explodes_has_the_same_bits(tiny_tree, tmp_path, 
     assert weights(tmp_path / "off") == weights(tmp_path / "on")
     values = [[(row["client"], row["value"]) for row in rows(tmp_path / name / "evals.jsonl")] for name in ("off", "on")]
     assert values[0] == values[1]
+    kept = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("off", "on")]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ditto"])
@@ -114,6 +116,22 @@ def test_resumed_after_an_undone_round_it_ends_with_the_same_bits(tiny_tree, tmp
         for name in ("whole", "parts")
     ]
     assert kept[0] == kept[1]
+
+
+def test_a_round_without_answers_repeats_nothing_of_the_round_before(tiny_tree, tmp_path, monkeypatch):
+    from fedexperts.methods.fedavg import FedAvg
+
+    train = FedAvg.train
+
+    def fails(self, job, context):
+        if job.round == 2:
+            raise RuntimeError("out of order")
+        return train(self, job, context)
+
+    monkeypatch.setattr(FedAvg, "train", fails)
+    run(tiny_tree, tmp_path, "federation.undo=2", "federation.min_clients=0")
+    lines = rows(tmp_path / "rounds.jsonl")
+    assert ["validation_losses" in line for line in lines] == [True, False, True]
 
 
 def test_weights_that_are_not_finite_undo_the_round(tiny_tree, tmp_path, monkeypatch):
