@@ -26,7 +26,7 @@ from fedexperts.export import export, load
 from fedexperts.io.toml import checked
 from fedexperts.types import Client
 
-SECRET = "4711"
+SECRET = "471108150042"  # so long that no time, size or hash holds it by chance
 ROWS = {"north": 16, "east": 28}
 
 
