@@ -3,16 +3,17 @@
 import sys
 from contextlib import contextmanager
 
+import peft  # noqa: F401  # what is imported under the hook is compiled anew in each process
+import pytest
+import torch
+import transformers
 from jaxtyping import install_import_hook
+from torch.overrides import TorchFunctionMode
 
 install_import_hook("fedexperts.moe", "beartype.beartype")  # before anything imports the library
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-
 from fedexperts import cli  # noqa: E402
+from fedexperts.experiment import setup  # noqa: E402
 from fedexperts.methods import METHODS  # noqa: E402
 from fedexperts.models.tokenizer import make_tokenizer  # noqa: E402
 from fedexperts.moe.anatomy import blocks  # noqa: E402
@@ -39,6 +40,21 @@ def pytest_collection_modifyitems(items):
     """The files that take longest first, in that order: else one worker is at one of them when the other is done."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def footprints_once():
+    """Counts the memory of models of the same shapes once for all runs of a process; tests of the count call it themselves."""
+    known, count = {}, setup.footprint
+
+    def once(model, *arguments, **options):
+        shapes = [(name, type(each), tuple(each.shape), each.dtype, each.device) for name, each in named_tensors(model)]
+        key = repr((type(model), model.config.to_dict(), shapes, arguments, options))
+        return setup.cached(known, 200, key, lambda: count(model, *arguments, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "footprint", once)
+        yield
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from fedexperts.engines.message import Message
 from fedexperts.engines.serialization import answer_message
 from fedexperts.errors import BadMessage, BadValue, Busy, FedExpertsError
 from fedexperts.experiment.runtime import runtime_for
-from fedexperts.experiment.setup import OwnDataParts, Parts, prepare_run
+from fedexperts.experiment.setup import Cache, OwnDataParts, Parts, cached, prepare_run
 from fedexperts.io.files import locked
 from fedexperts.io.manifest import finite
 from fedexperts.io.toml import checked, different
@@ -66,6 +66,7 @@ class ClientWorker:
     folder: Path  # of its client state
     data: tuple[str, ...] = ()
     devices: Mapping[str, Any] = field(default_factory=dict)  # fields of DeviceSettings that replace the run file's
+    prepared: Cache[tuple[ClientRuntime, Mapping[str, Any] | None]] = field(default_factory=dict)  # of the run that is under way
 
     def __post_init__(self) -> None:
         settings = self.config.data
@@ -110,9 +111,11 @@ class ClientWorker:
             record_answered(record, job_key(job["round"], job["task"]))
         return reply
 
-    @lru_cache(maxsize=1)  # noqa: B019  # there is one ClientWorker in a process
     def runtime(self, run: str) -> tuple[ClientRuntime, Mapping[str, Any] | None]:
         """The client runtime of the run that `run` describes, as JSON, and the counts of the client's own data."""
+        return cached(self.prepared, 1, run, lambda: self.prepare(run))
+
+    def prepare(self, run: str) -> tuple[ClientRuntime, Mapping[str, Any] | None]:
         run_info = json.loads(run)
         if not str(run_info["id"]).isalnum():  # it becomes a folder's name
             raise BadMessage(f"a run cannot be called {run_info['id']!r}")
@@ -164,7 +167,7 @@ class ClientWorker:
         say(level, f"{self.name}: {sentence}", client=self.name, **fields)
 
 
-@lru_cache(maxsize=1)
+@lru_cache  # a process has one client; tests have several
 def parts_of(name: str, data: tuple[str, ...]) -> Parts:
     read = partial(load, on_demand=True)
     return OwnDataParts(name=name, files=data, load=read) if data else Parts(load=read)
