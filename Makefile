@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+export PYTHONDONTWRITEBYTECODE =# where it is set, each of the processes that tests start would compile the library anew
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 help: ## what the targets do

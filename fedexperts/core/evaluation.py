@@ -9,11 +9,11 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Float, Int
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig
@@ -37,7 +37,6 @@ METRICS = {
 }
 LABELED = ("accuracy", "macro_f1")
 Verdict = tuple[dict[str, float], dict[str, tuple[int, int, int]]]  # metrics of one example, and the labels it touches
-ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
 @dataclass(frozen=True)
@@ -309,7 +308,7 @@ def reference_losses(
 def judge(given: str, example: Example) -> Verdict:
     """The per-example metrics of one answer, and the counts of each label that occurs in it or in the reference."""
     wanted = example.response
-    rouge = ROUGE.score(wanted, given)
+    rouge = rouge_scorer().score(wanted, given)
     sums = {
         "exact_match": float(normal(final(given)) == normal(final(wanted))),
         "token_f1": token_f1(given, wanted),
@@ -320,6 +319,13 @@ def judge(given: str, example: Example) -> Verdict:
         return sums, {}
     right, labels = judge_label(given, wanted, example.choices)
     return {"accuracy": right, **sums}, labels
+
+
+@cache
+def rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # takes seconds to import, and only a run that generates needs it
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
 def judge_label(given: str, wanted: str, choices: Sequence[str]) -> tuple[float, dict[str, tuple[int, int, int]]]:

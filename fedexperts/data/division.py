@@ -5,7 +5,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 from fedexperts.data import partition
-from fedexperts.data.partition import Clusters, Indices, apportion, indices_by_value, shuffled
+from fedexperts.data.partition import Indices, apportion, indices_by_value, shuffled
 from fedexperts.data.pool import Pool
 from fedexperts.data.settings import DataSettings, PartitionSettings
 from fedexperts.types import Example
@@ -56,6 +56,8 @@ def group_examples(pool: Pool, settings: PartitionSettings, seed: str) -> Groups
     labels_missing = settings.by in ("dirichlet", "pathological") and len(set(task_and_label.train)) == 1
     if settings.by != "clusters" and not labels_missing:
         return task_and_label
+    from fedexperts.data.clusters import Clusters  # the libraries behind it take seconds to import, and few runs need them
+
     clusters = Clusters([_text(example) for example in pool.train], settings.clusters, f"{seed}/clusters")
     return Groups(*(clusters.of([_text(example) for example in examples]) for examples in (pool.train, pool.test)))
 

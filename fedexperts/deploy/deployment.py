@@ -106,7 +106,7 @@ class Federation:
             secured.append("--enable-supernode-auth")
         command = module("superlink", "--host", self.host, "--port", self.port, "--disable-runtime-dependency-installation")
         paths = {SOCKET_VARIABLE: str(grid), OBJECTS_VARIABLE: str(objects), ABOUT_VARIABLE: str(self.home / ABOUT)}
-        own = {**paths, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+        own = {**paths, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}  # it has one task, and is asked for more as long as it runs
         with child_process([*command, *secured], self.home, "superlink", {**own, **RETURN_MEMORY}) as superlink:
             deadline = monotonic() + PATIENCE_SECONDS
             while not is_reachable(self.address):

@@ -1,10 +1,14 @@
-"""Worker processes: spawned, spoken to in bytes over a pipe, replaced when they die, ended with their parent. Needs no torch."""
+"""Worker processes: spoken to in bytes over a pipe, replaced when they die, ended with their parent. Needs no torch.
+
+They are forked from a process that does nothing but import the library, so that only one of them takes the time for it, a worker
+that takes the place of a dead one starts at once, and all share the memory of its code.
+"""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from threading import Lock, Thread, Timer, current_thread
 from time import sleep
@@ -15,6 +19,9 @@ START_SECONDS = 120.0
 """Time that a new process has to start, on top of that for its first message."""
 WATCH_SECONDS = 0.5
 """Between two looks at whether the parent still lives, or whether an answer that has come has been read."""
+
+PRELOADED = ("fedexperts.engines.local",)
+"""What the process imports that workers are forked from."""
 
 Receive = Callable[[], bytes]
 Handler = Callable[[Receive], bytes]
@@ -30,7 +37,7 @@ class TookTooLong(ProcessDied):
 
 
 class WorkerProcess:
-    """A spawned process that answers one message at a time by `handle`, which must be picklable.
+    """A process that answers one message at a time by `handle`, which must be picklable.
 
     One that dies is replaced, and so is one that has not begun to answer by its deadline: it is killed, even if it is stopped.
     daemon: the process may start none of its own, and ends with the interpreter of this one.
@@ -46,7 +53,8 @@ class WorkerProcess:
 
     def start(self) -> None:
         self.is_new, self.is_late = True, False
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED])
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=serve, args=(self.handle, child_pipe), daemon=self.daemon)
         with interrupts_held():
@@ -141,21 +149,32 @@ def serve(handle: Handler, pipe: Connection) -> None:
     """The main function of a worker process. SIGTERM and the end of its parent interrupt it, as Ctrl-C would."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    end_with(os.getppid(), grace_seconds=STOP_SECONDS)
+    parent = parent_process()
+    assert parent is not None  # it is not the process that this one was forked from
+    on_end(parent.join, grace_seconds=STOP_SECONDS)
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             pipe.send_bytes(handle(pipe.recv_bytes))
 
 
-def end_with(parent: int, *, grace_seconds: float = 0.0) -> None:
-    """Ends this process soon after the process `parent`, which started it, however that ends.
+def end_with(parent: int) -> None:
+    """Ends this process soon after the process `parent`, which started it, however that ends."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            sleep(WATCH_SECONDS)
+
+    on_end(wait)
+
+
+def on_end(wait: Callable[[], object], *, grace_seconds: float = 0.0) -> None:
+    """Ends this process after `wait`, which returns at the end of its parent.
 
     grace_seconds: time between SIGTERM and the end; with 0 it ends at once, without SIGTERM.
     """
 
     def watch() -> None:
-        while os.getppid() == parent:
-            sleep(WATCH_SECONDS)
+        wait()
         if grace_seconds:
             os.kill(os.getpid(), signal.SIGTERM)
             sleep(grace_seconds)

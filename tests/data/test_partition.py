@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedexperts.data import partition
-from fedexperts.data.partition import Clusters, Partition, from_object
+from fedexperts.data.clusters import Clusters
+from fedexperts.data.partition import Partition, from_object
 from fedexperts.errors import BadData, BadValue
 
 seeds = st.text(max_size=5)
@@ -76,7 +77,7 @@ MAKERS = {
     "quantity": lambda seed: partition.quantity(400, 7, 0.5, seed),
     "pathological": lambda seed: partition.pathological(labels_of(400, 5), 7, 2, seed),
     "task": lambda seed: partition.by_task(["sort"] * 250 + ["add"] * 150, 7, seed),
-    "clusters": lambda seed: partition.dirichlet(partition.Clusters(TEXTS, 4, seed).of(TEXTS), 7, 0.5, seed),
+    "clusters": lambda seed: partition.dirichlet(Clusters(TEXTS, 4, seed).of(TEXTS), 7, 0.5, seed),
 }
 
 
