@@ -1,5 +1,5 @@
-"""The local engine and Flower's simulation end with the same bits and the same ledger, whatever the method. So does a deployment, of
-the methods whose messages differ: test_deployment.py.
+"""The local engine and Flower's simulation end with the same bits and the same ledger, whatever the method. So does a deployment,
+with the methods whose messages differ: test_deployment.py.
 """
 
 import json

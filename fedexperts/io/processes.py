@@ -6,6 +6,7 @@ that takes the place of a dead one starts at once, and all share the memory of i
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process, resource_tracker
@@ -20,8 +21,8 @@ START_SECONDS = 120.0
 WATCH_SECONDS = 0.5
 """Between two looks at whether the parent still lives, or whether an answer that has come has been read."""
 
-PRELOADED = ("fedexperts.engines.local",)
-"""What the process imports that workers are forked from."""
+PRELOADED = ("fedexperts.engines.local", "peft")
+"""What the process imports that workers are forked from; the second, which only adapters need, if this one has it."""
 
 Receive = Callable[[], bytes]
 Handler = Callable[[Receive], bytes]
@@ -54,7 +55,7 @@ class WorkerProcess:
     def start(self) -> None:
         self.is_new, self.is_late = True, False
         context = get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED])
+        context.set_forkserver_preload([name for name in PRELOADED if name != "peft" or name in sys.modules])
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=serve, args=(self.handle, child_pipe), daemon=self.daemon)
         with interrupts_held():

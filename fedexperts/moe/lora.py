@@ -5,17 +5,15 @@ expert, with the same grouped products that the experts use. It can also adapt o
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
-import peft
 import torch
 from jaxtyping import Float, Int
-from peft.tuners.lora import Linear as LinearLoRA
-from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -25,8 +23,6 @@ from fedexperts.moe.kernel import IMPLEMENTATION, ROW_BYTES, choose_kernel, fits
 from fedexperts.moe.packed import plain
 from fedexperts.moe.precision import HALF, compute_dtype, for_product, trained_dtype
 from fedexperts.moe.shrink import kept_experts, own_stacks
-
-LINEAR = (nn.Linear, LinearLoRA)  # a linear layer, without or with an adapter
 
 
 class ExpertLoRA(nn.Module):
@@ -217,13 +213,27 @@ def expert_lora(
     return ExpertLoRA(a, b, alpha / rank, ids, block.shape.num_experts, dropout)
 
 
+def is_linear(module: object) -> bool:
+    """Whether `module` is a linear layer, without or with an adapter."""
+    return isinstance(module, nn.Linear) or is_adapted(module)
+
+
+def is_adapted(module: object) -> TypeGuard[Any]:
+    """Whether `module` is a linear layer with peft's adapter; there is none before peft is imported, which takes seconds."""
+    theirs = sys.modules.get("peft.tuners.lora")
+    return theirs is not None and isinstance(module, theirs.Linear)
+
+
 def attach_linears(model: nn.Module, names: Mapping[str, str], rank: int, alpha: float, seed: str, dropout: float = 0.0) -> None:
     """Puts peft's adapter on linear layers; B starts at zero, and A is drawn from `seed` and a name: `names` is path → name."""
-    config = peft.LoraConfig(r=rank, lora_alpha=cast("int", alpha), lora_dropout=dropout, init_lora_weights=False)
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    config = LoraConfig(r=rank, lora_alpha=cast("int", alpha), lora_dropout=dropout, init_lora_weights=False)
     for path, name in names.items():
         base = model.get_submodule(path)
         with torch.device("meta"):  # so that peft draws nothing from torch's global generator
-            layer: Any = LinearLoRA(base, "default", config=config, r=rank, lora_alpha=cast("int", alpha))
+            layer: Any = Linear(base, "default", config=config, r=rank, lora_alpha=cast("int", alpha))
         weight = cast("Tensor", base.weight)
         layer.lora_A["default"].weight = nn.Parameter(uniform((rank, layer.in_features), f"{seed}/{name}", weight))
         layer.lora_B["default"].weight = nn.Parameter(
@@ -251,7 +261,7 @@ def merge(model: nn.Module) -> nn.Module:
         merge_stack(experts)
     if stacks:
         choose_kernel(model)
-    for path, layer in [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]:
+    for path, layer in [(path, module) for path, module in model.named_modules() if is_adapted(module)]:
         base: Any = layer.get_base_layer()
         merged = (base.weight + layer.get_delta_weight("default")).to(base.weight.dtype)
         base.weight = nn.Parameter(merged, requires_grad=False)
@@ -285,7 +295,7 @@ def add_to_base_weights(model: nn.Module, products: Iterable[tuple[nn.Parameter,
     Weights that the model shares are not written.
     """
     product_of = {id(a): product for a, product in products}
-    for layer in [module for module in model.modules() if isinstance(module, LinearLoRA)]:
+    for layer in [module for module in model.modules() if is_adapted(module)]:
         if (product := product_of.get(id(layer.lora_A["default"].weight))) is not None:
             base: Any = layer.get_base_layer()
             added = (base.weight + layer.scaling["default"] * product).to(base.weight.dtype)
@@ -304,7 +314,7 @@ def beneath(model: nn.Module, base: nn.Module) -> Iterator[tuple[Any, Any]]:
     """
     there = dict(base.named_modules())
     for path, module in model.named_modules():
-        if path in there and isinstance(module, LinearLoRA):
+        if path in there and is_adapted(module):
             yield module.get_base_layer().weight, there[path].weight
         elif path in there and isinstance(adapters := module._modules.get("lora"), nn.ModuleDict):
             yield from ((getattr(module, name), getattr(there[path], name)) for name in adapters)
@@ -312,7 +322,7 @@ def beneath(model: nn.Module, base: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 def linears(model: nn.Module) -> list[tuple[str, int, float]]:
     """Path, rank and scale of each linear layer of `model` that has an adapter."""
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LinearLoRA)]
+    layers = [(path, module) for path, module in model.named_modules() if is_adapted(module)]
     return [(path, layer.r["default"], layer.scaling["default"]) for path, layer in layers]
 
 
@@ -326,6 +336,8 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
     Raises:
         BadValue: there are no adapters, or they have several ranks or scales.
     """
+    from peft import LoraConfig, get_peft_model
+
     ours = {path: cast("Any", model.get_submodule(path)) for path, _, _ in linears(model)}
     stacked = [
         (f"{name}.experts", matrix, cast("ExpertLoRA", adapter))
@@ -340,7 +352,7 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
         )
     ((rank, scale),) = sizes
     routers = {f"{name}.{router_name(block)}": block.router for name, block in blocks(model).items() if is_trained(block.router)}
-    config = peft.LoraConfig(
+    config = LoraConfig(
         r=rank,
         lora_alpha=cast("int", scale * rank),  # which need not be whole
         target_modules=sorted(ours),
@@ -352,7 +364,7 @@ def save_adapter(model: nn.Module, bare: nn.Module, folder: Path, base: str) -> 
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws weights, which are overwritten below
         warnings.simplefilter("ignore", FutureWarning)  # it calls transformers by a deprecated name
-        wrapped: Any = peft.get_peft_model(cast("Any", bare), config)
+        wrapped: Any = get_peft_model(cast("Any", bare), config)
     theirs = dict(wrapped.get_base_model().named_modules())
     with torch.no_grad():
         for path, layer in ours.items():
@@ -379,6 +391,8 @@ def is_trained(module: nn.Module) -> bool:
 
 def nested_wrappers(wrapper: Any) -> Iterator[Any]:
     """peft's wrappers of the matrices of one block's experts, of which each contains the next."""
+    from peft.tuners.lora import ParamWrapper
+
     while isinstance(wrapper, ParamWrapper):
         yield wrapper
         wrapper = wrapper.base_layer

@@ -190,7 +190,7 @@ def test_every_adapter_has_the_dropout_that_is_asked_for(family, grafted):
     model = prepare(tiny_model(family), tuning, seed="0")
     if grafted:
         graft.attach(model, dict.fromkeys(blocks(model), (2,)), tuning, seed="0")
-    adapted = [layer.lora_dropout["default"].p for layer in model.modules() if isinstance(layer, lora.LinearLoRA)]
+    adapted = [layer.lora_dropout["default"].p for layer in model.modules() if lora.is_adapted(layer)]
     adapted += [layer.dropout.p for layer in model.modules() if isinstance(layer, lora.ExpertLoRA)]
     assert len(adapted) > 2 * len(blocks(model))
     assert set(adapted) == {0.25}
