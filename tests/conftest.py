@@ -1,7 +1,8 @@
-"""Every test runs on one thread, and every call of fedexperts.moe has its types and shapes checked."""
+"""Every test runs on one thread, and calls of fedexperts.moe have their types and shapes checked."""
 
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import peft  # noqa: F401  # what is imported under the hook is compiled anew in each process
 import pytest
@@ -10,9 +11,12 @@ import transformers
 from jaxtyping import install_import_hook
 from torch.overrides import TorchFunctionMode
 
-install_import_hook("fedexperts.moe", "beartype.beartype")  # before anything imports the library
+MOE = Path(__file__).parents[1] / "fedexperts" / "moe"
+IN_EACH_OPERATION = ("memory", "footprint")  # of torch: the checks would take as long as all that they check
+checked = [f"fedexperts.moe.{path.stem}" for path in MOE.glob("*.py") if path.stem not in IN_EACH_OPERATION]
+install_import_hook(checked, "beartype.beartype")  # before anything imports the library
 
-from fedexperts import cli  # noqa: E402
+from fedexperts import cli, testing  # noqa: E402
 from fedexperts.experiment import setup  # noqa: E402
 from fedexperts.methods import METHODS  # noqa: E402
 from fedexperts.models.tokenizer import make_tokenizer  # noqa: E402
@@ -54,6 +58,7 @@ def footprints_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "footprint", once)
+        patch.setattr(testing, "footprint", once)
         yield
 
 

@@ -119,7 +119,7 @@ def attentions(model: nn.Module) -> list[str]:
     """Paths of the attention modules: those with projections for both queries and keys."""
 
     def has(module: nn.Module, kind: str) -> bool:
-        return any(lora.is_linear(module._modules.get(name)) for name in PROJECTIONS[kind])
+        return any(lora.is_linear(module._modules[name]) for name in PROJECTIONS[kind] if name in module._modules)
 
     return [name for name, module in model.named_modules() if has(module, "q") and has(module, "k")]
 
