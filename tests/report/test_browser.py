@@ -21,7 +21,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 METHODS = "fedmoe,hfedmoe,fedavg,local"
-SEEDS = 3
+SEEDS = 2
 WIDTHS = {"desk": (1440, 900), "phone": (390, 844)}
 
 
@@ -39,7 +39,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def compared(tiny_tree: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rounds of four methods with three seeds, and what their reports show besides."""
+    """Two rounds of four methods with two seeds, and what their reports show besides."""
     out = tmp_path_factory.mktemp("compared")
     tree = {
         **tiny_tree,
