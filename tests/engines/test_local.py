@@ -239,10 +239,10 @@ def test_a_run_whose_worker_is_stopped_names_its_client_and_goes_on(fedexperts, 
         rounds = out / "rounds.jsonl"
         while not (rounds.exists() and rounds.read_text()):
             time.sleep(0.05)
-        stopped.append(multiprocessing.active_children()[0])
+        stopped.append((set(multiprocessing.active_children()) - others).pop())
         os.kill(stopped[0].pid, signal.SIGSTOP)
 
-    stopped, thread = [], threading.Thread(target=stop_one)
+    stopped, others, thread = [], set(multiprocessing.active_children()), threading.Thread(target=stop_one)
     thread.start()
     code, _, err = fedexperts("run", tmp_path / "run.toml", "--out", out, "--quiet")
     thread.join()
