@@ -135,6 +135,15 @@ def blocked(pid):
     return {signal.Signals(number) for number in range(1, 32) if mask >> (number - 1) & 1}
 
 
+@pytest.fixture
+def heeding_interrupts():
+    """What a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_interrupts")
 def test_ctrl_c_while_processes_start_interrupts_the_parent_alone_and_is_not_lost():
     with pytest.raises(KeyboardInterrupt), processes.interrupts_held():
         os.kill(os.getpid(), signal.SIGINT)
