@@ -100,7 +100,9 @@ def test_ctrl_c_ends_the_command_without_a_word(tmp_path: Path):
     write_run(tmp_path / "runs", rounds=2)
     command = [sys.executable, "-m", "fedexperts", "watch", str(tmp_path / "runs"), "--port", "0"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     line = process.stdout.readline()
     port = int(re.fullmatch(r"open http://127\.0\.0\.1:(\d+)/ in a browser .*\n", line)[1])
