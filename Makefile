@@ -18,7 +18,7 @@ install: .venv/installed ## make .venv and install the package with the locked r
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-quickstart: install ## FedMoE against FedAvg, random sub-models and local training; under 3 minutes on two cores
+quickstart: install ## FedMoE against FedAvg, random sub-models and local training; 2 to 4 minutes on two cores
 	$(BIN)/fedexperts compare runs/quickstart.toml --methods fedmoe,random_moe,fedavg,local --out results/quickstart
 
 test: install ## the whole suite
