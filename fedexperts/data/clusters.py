@@ -1,6 +1,6 @@
-"""Clusters of texts: the labels by which Lin et al. divide texts among clients.
+"""Clusters of texts, over which the partition by clusters draws from Dirichlet distributions as it else does over labels.
 
-FedNLP, 2022, https://arxiv.org/abs/2104.08815 (there sentence embeddings; here TF-IDF, which needs no model).
+Lin et al., "FedNLP", 2022, https://arxiv.org/abs/2104.08815 (there sentence embeddings; here TF-IDF, which needs no model).
 """
 
 import warnings

@@ -6,8 +6,7 @@ if its `within` does; pathological leaves out the examples of labels that no cli
 Dirichlet over labels: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
 Classification", 2019, https://arxiv.org/abs/1909.06335. Pathological: McMahan et al., 2017, https://arxiv.org/abs/1602.05629.
 Draws with replacement: as in the public code of FLEx, Liu et al., 2025, https://arxiv.org/abs/2506.00965.
-Dirichlet over clusters of texts: Lin et al., "FedNLP", 2022, https://arxiv.org/abs/2104.08815 (there sentence embeddings;
-here TF-IDF, which needs no model).
+Dirichlet over clusters of texts: see clusters.py.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """Worker processes: spoken to in bytes over a pipe, replaced when they die, ended with their parent. Needs no torch.
 
 They are forked from a process that does nothing but import the library, so that only one of them takes the time for it, a worker
-that takes the place of a dead one starts at once, and all share the memory of its code.
+that takes the place of a dead one starts at once, and all share the memory of its code. Where the folder for temporary files has
+too long a path for a socket, each imports by itself.
 """
 
 import os
@@ -11,8 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
+from tempfile import gettempdir
 from threading import Lock, Thread, Timer, current_thread
 from time import sleep
+from typing import Any
 
 STOP_SECONDS = 30.0
 """Time for a worker process to end by itself before it is killed."""
@@ -21,8 +24,10 @@ START_SECONDS = 120.0
 WATCH_SECONDS = 0.5
 """Between two looks at whether the parent still lives, or whether an answer that has come has been read."""
 
-PRELOADED = ("fedexperts.engines.local", "peft")
-"""What the process imports that workers are forked from; the second, which only adapters need, if this one has it."""
+PRELOADED = "fedexperts.engines.local"
+"""What the process imports that workers are forked from, beside peft, where this one has it: only adapters need it."""
+LONGEST_FOLDER = 70
+"""Bytes of the path of the folder for temporary files in which that process can have its socket, whose path has at most 107."""
 
 Receive = Callable[[], bytes]
 Handler = Callable[[Receive], bytes]
@@ -54,8 +59,10 @@ class WorkerProcess:
 
     def start(self) -> None:
         self.is_new, self.is_late = True, False
-        context = get_context("forkserver")
-        context.set_forkserver_preload([name for name in PRELOADED if name != "peft" or name in sys.modules])
+        fits = len(os.fsencode(gettempdir())) <= LONGEST_FOLDER
+        context: Any = get_context("forkserver" if fits else "spawn")
+        context.set_forkserver_preload([PRELOADED, *({"peft"} & sys.modules.keys())])
+        self.pipe: Connection
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=serve, args=(self.handle, child_pipe), daemon=self.daemon)
         with interrupts_held():

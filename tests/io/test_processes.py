@@ -135,6 +135,18 @@ def blocked(pid):
     return {signal.Signals(number) for number in range(1, 32) if mask >> (number - 1) & 1}
 
 
+def test_a_folder_for_temporary_files_with_a_path_too_long_for_a_socket_is_no_obstacle(tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    worker = WorkerProcess(obey, daemon=True)
+    try:
+        assert type(worker.process).__name__ == "SpawnProcess"  # the other kind may have its socket from before
+        assert ask(worker, b"") == str(worker.process.pid).encode()
+    finally:
+        worker.stop()
+
+
 @pytest.fixture
 def heeding_interrupts():
     """What a shell starts in the background ignores SIGINT."""
