@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedexperts.errors import BadData, Undeclared
 from fedexperts.moe import rows
 from fedexperts.moe.anatomy import Experts, blocks
-from fedexperts.moe.backward import SelectiveBackward
+from fedexperts.moe.backward import SelectiveBackward, Through
 from fedexperts.moe.flops import FlopsEstimate
 from fedexperts.moe.footprint import checkpoint_activations
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, predictions
@@ -97,6 +97,7 @@ def fit(
     beside: Iterable[Tensor] = (),
     watch: Callable[[Recorder], Tensor | None] | None = None,
     select_experts: Callable[[Recorder], Experts] | None = None,
+    through: Through = "chosen",
 ) -> Fitted:
     """`steps` (default: the run's local_steps) optimizer steps on the client's training examples, with a new optimizer.
 
@@ -106,7 +107,7 @@ def fit(
 
     `watch` is called with the recorded routing of each batch; its result is added to the loss. `select_experts` then returns the
     experts that backward reaches (HFedMoE, equation 15): only they get gradients and are updated, and the optimizer drops its
-    state of the others.
+    state of the others. `through`: the experts through which gradients flow to the layers below (moe/backward.py).
 
     Routers are recorded if there is a load-balance loss, `watch` or `select_experts`; `routed` then counts the tokens per expert.
 
@@ -128,7 +129,7 @@ def fit(
     encode = context.encoder.packed if training.packing else context.encoder.batch
     drawn = [encode(chosen) for chosen in batches(context.data.train, training.batch_size, steps * together, seed)]
     metered = heaviest(drawn, together)
-    with SelectiveBackward(model) if select_experts else nullcontext() as selective:
+    with SelectiveBackward(model, through) if select_experts else nullcontext() as selective:
         trained = selective.parameters if selective else [each for each in model.parameters() if each.requires_grad]
         optimizer, scaler = optimizer_for(trained, training), scaler_for(model)
         for step in range(steps):
@@ -154,7 +155,7 @@ def fit(
                             forget(optimizer, idle)
                     scaler.scale(loss).backward()
                     step_losses.append(loss.detach())
-                    flops += estimate.step(estimate.size(batch), recorder.picks if recorder else None, chosen)
+                    flops += estimate.step(estimate.size(batch), recorder.picks if recorder else None, chosen, through)
                     if recorder is not None:
                         counted = recorder.routing().counts.items()
                         routed = {block: routed.get(block, 0) + counts for block, counts in counted}

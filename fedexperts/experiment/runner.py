@@ -77,7 +77,7 @@ BEFORE = {
     "checkpoint.best": False,
     "data.too_long": "cut",
 }
-"""Values of these settings in runs that started before the settings existed."""
+"""Values of these settings in runs that started before the settings existed; fields of methods then had their defaults."""
 
 NO_EXPERT_SENT = "no client sent an expert, so the training of experts is lost and they stay as they are; "
 
@@ -269,7 +269,8 @@ def claim(config: RunConfig, out: Path, resume: bool) -> None:
     if not resume:
         raise BadRun(f"{out} holds a run already; continue it with --resume, or give another folder with --out")
     require_begun(out)
-    begun = {**BEFORE, **flattened(with_current_names(read_object(resolved)))}
+    defaults = config.model_copy(update={"method": {"name": config.method["name"]}}).resolved()["method"]
+    begun = {**flattened({"method": defaults}), **BEFORE, **flattened(with_current_names(read_object(resolved)))}
     more = config.federation.rounds > begun["federation.rounds"]
     settings = [key for key in different(begun, config.resolved()) if key not in MAY_DIFFER]
     if settings := [key for key in settings if not (more and key == "federation.rounds")]:

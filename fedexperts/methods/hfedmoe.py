@@ -16,6 +16,7 @@ from fedexperts.methods.base import Budget, Share, Weight, answer, budget_for, b
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method, Metric, number_of_experts
 from fedexperts.methods.submodel import by_block, unmask
 from fedexperts.moe.anatomy import Anatomy, Experts, anatomy
+from fedexperts.moe.backward import Through
 from fedexperts.moe.flops import Batch
 from fedexperts.moe.importance import Importance, at_random, importance, select
 from fedexperts.moe.routing import Recorder
@@ -31,6 +32,9 @@ class HFedMoE(Method):
     aggregate: "selective": an expert is averaged over the clients that qualify it, (17); "selective+weighted router": and routers
     are weighted by preference, (21); "fedavg": clients send all experts, trained or not, and all is weighted by examples.
     alpha: a client's weight in (21) is one for all routers ("client", the paper's) or one per router ("layer").
+    gradient_through: the experts through which gradients flow to the layers below (ours: the paper says only which experts are
+    trained). "chosen": cheapest; routers and attention below the last layer then lack what comes through the other experts.
+    "all": all but the weights of experts that are not selected get the gradients of a full backward.
     """
 
     select: Literal["importance", "usage", "random", "none"] = "importance"
@@ -42,6 +46,7 @@ class HFedMoE(Method):
     absolute_floor: Weight | None = None  # τ itself, in place of usage_floor; the paper's is 0.05
     aggregate: Literal["selective+weighted router", "selective", "fedavg"] = "selective+weighted router"
     alpha: Literal["client", "layer"] = "client"
+    gradient_through: Through = "chosen"
 
     def declare(self) -> Declaration:
         return Declaration(
@@ -86,7 +91,12 @@ class HFedMoE(Method):
             return unmask(shape, reached[-1])
 
         fitted = fit(
-            model, context, seed=job.seed, watch=watch, select_experts=select_experts if budget < shape.num_experts else None
+            model,
+            context,
+            seed=job.seed,
+            watch=watch,
+            select_experts=select_experts if budget < shape.num_experts else None,
+            through=self.gradient_through,
         )
 
         tokens = torch.stack([batch.tokens for batch in batches])

@@ -7,7 +7,7 @@ inner activations is stored for backward, and each expert is a separate paramete
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -31,21 +31,29 @@ from fedexperts.moe.lora import (
 from fedexperts.moe.precision import current_autocast
 
 IMPLEMENTATION = "fedexperts_selective"  # the name of our experts function in transformers' registry
+CHOOSE = "choose experts between forward and backward"
+Through = Literal["chosen", "all"]
+"""The experts through which gradients flow to the layers below."""
 
 
 class SelectiveBackward:
     """Within its `with` block, forward of `model` is unchanged, and backward reaches only the chosen experts.
 
     `choose` sets them between forward and backward. Outputs of experts that are not chosen are constants in backward: their
-    weights get no gradient, and no gradient flows through them to the layers below. The gradient of the router is that of a
-    full backward, since the outputs of all experts are stored for it. All other activations of an expert are freed when it is
-    not chosen. (Experts of Switch store none; the chosen ones are computed again.)
+    weights get no gradient, and no gradient flows through them to the layers below. A router gets that of a full backward from
+    its own layer, since the outputs of all experts are stored for it; what comes from layers above lacks the way through experts
+    that are not chosen, so that in the last layer alone it is the full one. All other activations of an expert are freed when it
+    is not chosen. (Experts of Switch store none; the chosen ones are computed again.)
+
+    With `through` = "all", gradients do flow through all experts to the layers below, and only the weights of those that are not
+    chosen get none: the gradients of all other weights are those of a full backward. Then no activations are freed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, through: Through = "chosen") -> None:
         self.model = model
         self._parts = {
-            name: (_ModuleExperts if block.is_switch else _StackedExperts)(block) for name, block in blocks(model).items()
+            name: (_ModuleExperts if block.is_switch else _StackedExperts)(block, through == "all")
+            for name, block in blocks(model).items()
         }
         self._undo = ExitStack()
 
@@ -97,10 +105,10 @@ class SelectiveBackward:
 
 
 class _StackedExperts:
-    """The stacked experts of a block."""
+    """The stacked experts of a block. through_all: gradients flow through all of them, chosen or not."""
 
-    def __init__(self, block: Block) -> None:
-        self.experts = block.experts
+    def __init__(self, block: Block, through_all: bool) -> None:
+        self.experts, self.through_all = block.experts, through_all
         self.number = block.shape.num_experts
         self.device = next(block.experts.parameters()).device
         self.chosen: Tensor | None = None
@@ -142,7 +150,7 @@ class _StackedExperts:
 
     def choose(self, chosen: Tensor) -> None:
         self.chosen = chosen
-        if self.first_outputs is not None:
+        if self.first_outputs is not None and not self.through_all:
             self.keep_first_outputs_of(chosen)
 
     def keep_first_outputs_of(self, experts: Tensor) -> None:
@@ -162,12 +170,12 @@ class _StackedExperts:
         return normed(self.experts, out)
 
     def backward(self, rows: Tensor, expert: Tensor, gradient: Tensor, out: Tensor, reached: Tensor) -> Tensor:
-        """Backward from `gradient` through the `outputs` of chosen experts into their parameters; the gradient of `rows`.
+        """Backward from `gradient` through `outputs` into the parameters of chosen experts; the gradient of `rows`.
 
         out: the outputs for all pairs, of which those at `reached` belong to `rows`.
         """
         assert self.first_outputs is not None
-        sorted_rows = _SortedRows(expert, expert.unique_consecutive(), ends_of(expert, self.number))
+        sorted_rows = self.sorted(expert)
         if len(self.first_outputs) > len(rows):  # gradient checkpointing ran forward again after experts were chosen
             self.keep_first_outputs_of(sorted_rows.present)
         adapters = self.copies(sorted_rows.present)
@@ -184,14 +192,9 @@ class _StackedExperts:
     def through_matrix(
         self, name: str, inputs: Tensor, gradient: Tensor, rows: "_SortedRows", adapters: Mapping[str, ExpertLoRA]
     ) -> Tensor:
-        """Backward through `projected` into the trained parameters of the experts of `rows`; the gradient of `inputs`."""
+        """Backward through `projected` into the parameters of chosen experts among those of `rows`; the gradient of `inputs`."""
         gradient, present, ends = gradient.contiguous(), rows.present, rows.ends[rows.present]
-        if name in self.parameters:
-            left, right = (inputs, gradient) if self.experts.is_transposed else (gradient, inputs)
-            self.add_gradients(name, present, grouped_outer(left, right, ends))
-        if f"{name}_bias" in self.parameters:
-            sums = gradient.new_zeros(self.number, gradient.shape[1]).index_add_(0, rows.expert, gradient)
-            self.add_gradients(f"{name}_bias", present, sums[present])
+        self.weight_gradients(name, inputs, gradient, rows)
         weight = getattr(self.experts, name).detach()
         in_stack = ends_in_stack(self.experts, rows.ends, len(weight))
         grad_inputs = grouped(gradient, weight.transpose(1, 2) if self.experts.is_transposed else weight, in_stack)
@@ -201,8 +204,30 @@ class _StackedExperts:
         grad_inputs += _through(partial(adapter.add, torch.zeros_like(gradient), expert=local, ends=ends), inputs, gradient)
         for path, each in adapter.named_parameters():
             if each.grad is not None:
-                self.add_gradients(f"lora.{name}.{path}", present[adapter.ids], each.grad)
+                own = torch.isin(present[adapter.ids], self.reached)
+                self.add_gradients(f"lora.{name}.{path}", present[adapter.ids][own], each.grad[own])
         return grad_inputs
+
+    def weight_gradients(self, name: str, inputs: Tensor, gradient: Tensor, rows: "_SortedRows") -> None:
+        """Adds the gradients of the trained matrices and biases `name` of the chosen experts among those of `rows`."""
+        if self.through_all:
+            places = torch.isin(rows.expert, self.reached).nonzero().flatten()
+            inputs, gradient, rows = inputs[places], gradient[places], self.sorted(rows.expert[places])
+        if name in self.parameters:
+            left, right = (inputs, gradient) if self.experts.is_transposed else (gradient, inputs)
+            self.add_gradients(name, rows.present, grouped_outer(left, right, rows.ends[rows.present]))
+        if f"{name}_bias" in self.parameters:
+            sums = gradient.new_zeros(self.number, gradient.shape[1]).index_add_(0, rows.expert, gradient)
+            self.add_gradients(f"{name}_bias", rows.present, sums[rows.present])
+
+    def sorted(self, expert: Tensor) -> "_SortedRows":
+        return _SortedRows(expert, expert.unique_consecutive(), ends_of(expert, self.number))
+
+    @property
+    def reached(self) -> Tensor:
+        """The chosen experts."""
+        assert self.chosen is not None, CHOOSE
+        return self.chosen
 
     def copies(self, present: Tensor) -> dict[str, ExpertLoRA]:
         """The adapters of the experts `present`, with separate gradients and with the dropout of the forward pass."""
@@ -242,12 +267,12 @@ class _SortedRows(NamedTuple):
     ends: Tensor  # of the rows of each expert of the block
 
 
-def _through(function: Callable[[Tensor], Tensor], inputs: Tensor, gradient: Tensor) -> Tensor:
-    """Backward through `function` into its parameters; the gradient of `inputs`."""
+def _through(function: Callable[[Tensor], Tensor], inputs: Tensor, gradient: Tensor, into_weights: bool = True) -> Tensor:
+    """Backward through `function`, into its parameters if `into_weights`; the gradient of `inputs`."""
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
         out = function(leaf)
-    torch.autograd.backward(out, gradient.to(out.dtype))
+    torch.autograd.backward(out, gradient.to(out.dtype), inputs=None if into_weights else [leaf])
     return cast("Tensor", leaf.grad)
 
 
@@ -271,10 +296,13 @@ def _select_experts(adapter: ExpertLoRA, experts: Tensor) -> ExpertLoRA:
 
 
 class _ModuleExperts:
-    """The experts of a block that are modules (Switch). Both computations of a chosen expert draw the same dropout."""
+    """The experts of a block that are modules (Switch). Both computations of a chosen expert draw the same dropout.
 
-    def __init__(self, block: Block) -> None:
-        self.experts = cast("nn.ModuleDict", block.experts)
+    through_all: gradients flow through all of them, chosen or not.
+    """
+
+    def __init__(self, block: Block, through_all: bool) -> None:
+        self.experts, self.through_all = cast("nn.ModuleDict", block.experts), through_all
         self.number = block.shape.num_experts
         self.device = next(block.experts.parameters()).device
         self.chosen: Tensor | None = None
@@ -309,13 +337,15 @@ class _ModuleExperts:
         return out
 
     def backward(self, rows: Tensor, expert: Tensor, gradient: Tensor, *_: Tensor) -> Tensor:
-        """Computes chosen experts again, then backward through them into their parameters; the gradient of `rows`."""
-        grad_rows = torch.zeros_like(rows)
+        """Computes the experts again, then backward through them into parameters of chosen ones; the gradient of `rows`."""
+        assert self.chosen is not None, CHOOSE
+        grad_rows, chosen = torch.zeros_like(rows), set(self.chosen.tolist())
         for each in expert.unique().tolist():
             own = expert == each
             with kept_generators(self.device):
                 set_generator_states(self.rng_states[each], self.device)
-                grad_rows[own] = _through(self.experts[f"expert_{each}"], rows[own], gradient[own])
+                module = self.experts[f"expert_{each}"]
+                grad_rows[own] = _through(module, rows[own], gradient[own], into_weights=each in chosen)
         return grad_rows
 
 
@@ -347,11 +377,11 @@ class _Selective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weights, expert, pair, token, out = ctx.saved_tensors
-        chosen = ctx.part.chosen
-        assert chosen is not None, "choose experts between forward and backward"
+        assert ctx.part.chosen is not None, CHOOSE
+        through = expert.unique_consecutive() if ctx.part.through_all else ctx.part.chosen
         # index_select copies rows several times as fast as an index, and what is changed in place stays in the cache
         grad_pairs = gradients[0].index_select(0, token).to(torch.promote_types(out.dtype, weights.dtype))
-        reached = torch.isin(expert, chosen).nonzero().flatten()
+        reached = torch.isin(expert, through).nonzero().flatten()
         grad_out = grad_pairs.index_select(0, reached).mul_(weights.reshape(-1)[pair[reached]].unsqueeze(1)).to(out.dtype)
 
         grad_weights = torch.zeros_like(weights)

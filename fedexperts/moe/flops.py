@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedexperts.moe.anatomy import Block, Experts, blocks
+from fedexperts.moe.backward import Through
 from fedexperts.moe.graft import CHILD, Grafted
 from fedexperts.moe.logits import IGNORED, is_encoder_decoder, keeps_logits
 from fedexperts.moe.lora import ExpertLoRA
@@ -40,7 +41,8 @@ class FlopsEstimate:
     prompt, and all else those of the labels.
 
     If backward reaches only `chosen` experts (moe/backward.py), it takes their part alone, and 2 more for each weight of
-    Switch's experts and of adapters, which are computed again. All else is unchanged.
+    Switch's experts and of adapters, which are computed again. All else is unchanged. With `through` = "all" only the gradients
+    of weights are of chosen experts alone, and those of adapters of stacked experts of none alone.
 
     Layers under gradient checkpointing (set before this is created) take their forward twice in a step.
 
@@ -69,10 +71,16 @@ class FlopsEstimate:
         multiplied = sum(2 * each.rows(size) * each.weights for each in self.matrices)
         return float(multiplied + sum(each.forward(size) for each in self.scores))
 
-    def step(self, size: Size, picks: Mapping[str, Tensor] | None = None, chosen: Experts | None = None) -> float:
+    def step(
+        self,
+        size: Size,
+        picks: Mapping[str, Tensor] | None = None,
+        chosen: Experts | None = None,
+        through: Through = "chosen",
+    ) -> float:
         """FLOPs of a forward and a backward pass."""
         counts = {block: number.tolist() for block, number in (picks or {}).items()}
-        multiplied = sum(each.step(size, counts, chosen) for each in self.matrices)
+        multiplied = sum(each.step(size, counts, chosen, through) for each in self.matrices)
         return float(multiplied + sum(each.step(size) for each in self.scores))
 
 
@@ -102,13 +110,16 @@ class Matrix(NamedTuple):
             return float(sum(counts[self.block][expert] for expert in experts))
         return float(tokens * self.even_share * len(experts))
 
-    def step(self, size: Size, counts: Mapping[str, Sequence[int]], chosen: Experts | None) -> float:
+    def step(self, size: Size, counts: Mapping[str, Sequence[int]], chosen: Experts | None, through: Through) -> float:
         """FLOPs of forward, and of backward as far as it reaches."""
         rows = self.rows(size, counts)
         forward = 2 * rows * (1 + self.checkpointed)
         if self.block is None or chosen is None:
             return self.weights * (forward + 2 * rows * (self.passes_gradient + self.trained))
-        return self.weights * (forward + 2 * self.rows(size, counts, chosen) * (1 + self.trained + self.computed_again))
+        reached = self.rows(size, counts, chosen)
+        passed = rows if through == "all" else reached
+        weighed = passed if ".experts.lora." in self.path else reached  # adapters of a stack are one product
+        return self.weights * (forward + 2 * passed * (1 + self.computed_again) + 2 * weighed * self.trained)
 
 
 class Scores(NamedTuple):

@@ -21,7 +21,7 @@ STEP = Training(batch_size=4, local_steps=1, optimizer="sgd", lr=0.1, validation
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
 
 
-def trained(family, device, training, *, select=False, **options):
+def trained(family, device, training, *, select=False, through="chosen", **options):
     """A model of some experts after its local steps on `device`, what `fit` gave, and its loss afterwards."""
     base = on_device(tiny_model(family, **options), device)
     experts = tiny_experts(base)
@@ -29,7 +29,7 @@ def trained(family, device, training, *, select=False, **options):
     context = tiny_context(base, Client("a", 8, "x"), training)
     some = {name: ids[:1] for name, ids in anatomy(model).all_experts.items()}
     with seeded_torch("0", torch.device(device)):  # PhiMoE's router draws from torch's generator, as dropout does
-        fitted = fit(model, context, seed="0", select_experts=(lambda _: some) if select else None)
+        fitted = fit(model, context, seed="0", select_experts=(lambda _: some) if select else None, through=through)
     return model, fitted, validate(model, context)
 
 
@@ -52,8 +52,9 @@ def test_a_step_changes_the_weights_as_on_the_cpu(family, train, device, near):
 
 @every_tuning
 @every_family
-def test_a_step_that_reaches_some_experts_changes_the_weights_as_on_the_cpu(family, train, device, near):
-    assert_same(family, device, near, replace(STEP, train=train), select=True)
+@pytest.mark.parametrize("through", ["chosen", "all"])
+def test_a_step_that_reaches_some_experts_changes_the_weights_as_on_the_cpu(family, train, through, device, near):
+    assert_same(family, device, near, replace(STEP, train=train), select=True, through=through)
 
 
 @every_tuning

@@ -83,17 +83,20 @@ def test_the_virtual_clock_follows_the_bytes(outs):
     assert all(few < half < whole for whole, half, few in zip(*seconds.values(), strict=True))
 
 
-def test_a_run_is_not_resumed_in_another_dtype_and_older_runs_were_in_float32(outs, method_trees):
+def test_a_run_is_not_resumed_in_another_dtype_and_older_runs_had_the_defaults(outs, method_trees):
     tree, out = method_trees["fedmoe"], outs["float32"]
     with pytest.raises(BadRun, match=r"other settings: federation\.wire_dtype changed"):
         runner.run(config_of(tree, "bfloat16"), outs["int8"], resume=True, parts=PARTS)
     without_hashes(out)
     settings = json.loads((out / "resolved.json").read_text())
     assert settings["federation"].pop("wire_dtype") == "float32"
+    assert settings["method"].pop("reserve") == 0.7  # as if this field of the method were new
     (out / "resolved.json").write_text(json.dumps(settings))
     assert runner.run(config_of(tree, "float32"), out, resume=True, parts=PARTS) == out
     with pytest.raises(BadRun, match=r"other settings: federation\.wire_dtype changed"):
         runner.run(config_of(tree, "int8"), out, resume=True, parts=PARTS)
+    with pytest.raises(BadRun, match=r"other settings: method\.reserve changed"):
+        runner.run(config_of({**tree, "method": {**tree["method"], "reserve": 0.9}}, "float32"), out, resume=True, parts=PARTS)
 
 
 def test_a_dtype_that_there_is_not_is_refused(tiny_tree):

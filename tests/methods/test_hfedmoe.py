@@ -91,7 +91,7 @@ def recorder_of(model, gates):
 def by_hand(monkeypatch):
     """Runs the round above with a method and gives the server before, the updates, and the server after."""
 
-    def fake_fit(model, context, *, seed, watch, select_experts):
+    def fake_fit(model, context, *, seed, watch, select_experts, through):
         recorder = recorder_of(model, GATES[context.client.name])
         assert watch(recorder) is None
         if context.client.name == "a":
@@ -154,7 +154,7 @@ def test_a_round_by_hand(by_hand):
 
 
 def test_usage_weighs_each_batch_by_its_tokens(monkeypatch):
-    def fake_fit(model, context, *, seed, watch, select_experts):
+    def fake_fit(model, context, *, seed, watch, select_experts, through):
         for gates in ([[0.7, 0.1, 0.1, 0.1]] * 3, [[0.3, 0.5, 0.1, 0.1]]):
             watch(recorder_of(model, [gates, gates]))
         return Fitted(0.5, Cost())

@@ -103,6 +103,41 @@ def test_in_the_last_block_the_chosen_and_the_router_have_the_gradients_of_the_f
         assert torch.allclose(each, expected[name], atol=1e-6), name
 
 
+@every_family
+@full_and_lora
+def test_through_all_experts_every_gradient_but_those_of_experts_that_are_not_chosen_is_the_full_one(family, tuning):
+    model, batch = trained(family, tuning), tiny_batch(family)
+    model(**batch).loss.backward()
+    expected, chosen = full_gradients(model), tiny_experts(model)
+    model.zero_grad()
+
+    with SelectiveBackward(model, "all") as selective:
+        loss = model(**batch).loss
+        selective.choose(chosen)
+        loss.backward()
+        actual = gradients(model, selective)
+    ids = {(name, expert) for name, experts in chosen.items() for expert in experts}
+    wanted = {name for name, each in expected.items() if expert_of(name) is None or (expert_of(name) in ids and each.any())}
+    assert wanted <= set(actual) and {expert_of(name) for name in actual} - {None} <= ids
+    for name, each in actual.items():
+        assert (each - expected[name]).abs().max() <= 1e-6 * max(1.0, float(expected[name].abs().max())), name
+
+
+def test_through_the_chosen_experts_alone_a_router_below_has_another_gradient():
+    model, batch = trained("olmoe", TUNINGS["full"]), tiny_batch("olmoe")
+    model(**batch).loss.backward()
+    expected, chosen = full_gradients(model), tiny_experts(model)
+    model.zero_grad()
+    with SelectiveBackward(model) as selective:
+        loss = model(**batch).loss
+        selective.choose(chosen)
+        loss.backward()
+        first, *_, last = [name for name in gradients(model, selective) if name.endswith("gate.weight")]
+        actual = gradients(model, selective)
+    assert torch.allclose(actual[last], expected[last], atol=1e-6)
+    assert not torch.allclose(actual[first], expected[first], rtol=0.01, atol=1e-6)
+
+
 @full_and_lora
 def test_with_a_norm_on_the_outputs_of_experts_backward_is_the_full_one(tuning):
     model, batch = trained("olmoe", tuning), tiny_batch("olmoe")

@@ -128,13 +128,13 @@ TUNINGS = {
 }
 
 
-def counted(model, batch, chosen=None):
+def counted(model, batch, chosen=None, through="chosen"):
     """The estimate of a step, and of a forward pass, over torch's counts."""
     with flop_counter() as count, Recorder(model.train()) as recorder:
         if chosen is None:
             next_token_loss(model, batch).backward()
         else:
-            with SelectiveBackward(model) as selective:
+            with SelectiveBackward(model, through) as selective:
                 loss = next_token_loss(model, batch)
                 selective.choose(chosen)
                 loss.backward()
@@ -143,7 +143,7 @@ def counted(model, batch, chosen=None):
     estimate = FlopsEstimate(model)
     size = estimate.size(batch)
     return (
-        estimate.step(size, recorder.picks, chosen) / count.get_total_flops(),
+        estimate.step(size, recorder.picks, chosen, through) / count.get_total_flops(),
         estimate.forward(size) / forward.get_total_flops(),
     )
 
@@ -185,7 +185,8 @@ def test_of_a_sub_model_too(family, shared):
 def test_of_a_backward_that_reaches_some_experts_and_of_adapters_on_some_experts_too(family, train):
     experts = dict.fromkeys(blocks(tiny_model(family)), (1, 4))
     model = prepare(shrink(tiny_model(family), {}), Tuning(train, rank=4), seed="0")
-    assert counted(model, batch_of(family), experts) == pytest.approx((1, 1), rel=0.001)
+    for through in ("chosen", "all"):
+        assert counted(model, batch_of(family), experts, through) == pytest.approx((1, 1), rel=0.001)
     partly = prepare(shrink(tiny_model(family), {}), LORA, seed="0", only=experts)
     assert counted(partly, batch_of(family))[0] == pytest.approx(1, rel=0.001)
 
