@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedexperts.core.training import cross_entropy, examples, fit, seen
 from fedexperts.errors import TooSmall
-from fedexperts.methods.base import Weight, all_experts, answer, by_examples, mean_rows
+from fedexperts.methods.base import Share, Weight, all_experts, answer, by_examples, mean_rows
 from fedexperts.methods.contract import Declaration, ExtraTensor, Method, number_of_experts
 from fedexperts.methods.submodel import by_block, require_minimum, search
 from fedexperts.moe.flops import FlopsEstimate
@@ -31,12 +31,14 @@ class SEERMoE(Method):
 
     counting: "hard": tokens routed to an expert; "soft": the sum of its probability over all tokens.
     entropy: weight of the routers' entropy in the loss (ours: 0.01, as of the load balance, which has the opposite effect).
+    reserve: share of a client's memory that its experts may use (ours: all of it).
 
     `method_state` has `counts`, the sum over all clients.
     """
 
     counting: Literal["hard", "soft"] = "hard"
     entropy: Weight = 0.01
+    reserve: Share = 1.0
 
     def declare(self) -> Declaration:
         counts = ExtraTensor(number_of_experts, torch.float64, low=0.0, high=1e15, tasks=("count",))
@@ -51,7 +53,7 @@ class SEERMoE(Method):
         """
         require_minimum(server, client)
         if server.task != "count":
-            return Assignment(search(server, client, by_block(server.anatomy, server.method_state["counts"]), reserve=1.0))
+            return Assignment(search(server, client, by_block(server.anatomy, server.method_state["counts"]), self.reserve))
         needed = server.footprint.frozen_bytes + server.footprint.activation_bytes
         able = [each.name for each in server.clients.values() if each.memory_bytes is None or each.memory_bytes >= needed]
         if not able:
