@@ -2,13 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedexperts.errors import Damaged
 from fedexperts.io.files import sync, write_tensors
-from fedexperts.types import Job
+from fedexperts.types import Job, Tensors
+
+SHA256 = "sha256"
+"""Key, in the head of a file, of the `digest` of its tensors; older files have none and are not verified."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +28,26 @@ class ClientStateStore:
 
     folder: Path
 
-    def load(self, job: Job) -> dict[str, Tensor]:
-        """The client state after the last job whose answer the server merged (`job.accepted`); empty if there is none."""
+    def load(self, job: Job, set_aside: bool = False) -> dict[str, Tensor]:
+        """The client state after the last job whose answer the server merged (`job.accepted`); empty if there is none.
+
+        Raises:
+            Damaged: its file is not what was written. With `set_aside` it is renamed, and the next job goes on from the version
+                before.
+        """
         accepted = self.accepted(job)
-        return load_file(accepted[-1]) if accepted else {}
+        if not accepted:
+            return {}
+        last = accepted[-1]
+        tensors = undamaged(last)
+        if tensors is None:
+            before = f"from that of {accepted[-2].stem}" if accepted[1:] else "without"
+            if set_aside:
+                last.replace(last.with_name(f"damaged-{last.name}"))
+            raise Damaged(
+                f"its client state of {last.stem} is damaged; restore {last}, or let it continue {before} in its next job"
+            )
+        return tensors
 
     def save(self, job: Job, client_state: Mapping[str, Tensor]) -> None:
         """Writes the version of `job` and removes all others except the one that it started from, in case it is not accepted.
@@ -35,7 +58,7 @@ class ClientStateStore:
         for path in folder.glob(".*"):  # partial files of a killed process
             path.unlink()
         earlier = self.versions(job.client)
-        write_tensors(folder / f"{job.key}.safetensors", client_state)
+        write_tensors(folder / f"{job.key}.safetensors", client_state, {SHA256: digest(client_state)})
         sync(folder)
         for path in earlier:
             if path not in stays and path.stem != job.key:
@@ -55,3 +78,23 @@ class ClientStateStore:
         """Files of all versions of `client`, oldest first."""
         folder = self.folder / client
         return sorted(path for path in folder.iterdir() if path.name[0].isdigit()) if folder.is_dir() else []
+
+
+def undamaged(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a version; None if they are not what was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            wanted = (file.metadata() or {}).get(SHA256)
+        tensors = load_file(path)
+    except SafetensorError:
+        return None
+    return tensors if wanted in (None, digest(tensors)) else None
+
+
+def digest(tensors: Tensors) -> str:
+    """sha256 of the names, dtypes, shapes and bytes of `tensors`."""
+    whole = sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        whole.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()

@@ -18,7 +18,7 @@ from fedexperts.core.devices import Profile
 from fedexperts.engines.client_store import ClientStateStore
 from fedexperts.engines.serialization import pack_answer, pack_job, unpack_answer, unpack_job
 from fedexperts.engines.wire import decode, encode
-from fedexperts.errors import BadMessage, BadValue, Undeclared
+from fedexperts.errors import BadMessage, BadValue, Damaged, Undeclared
 from fedexperts.io.allocator import return_freed
 from fedexperts.io.processes import ProcessDied, Receive, TookTooLong, WorkerProcess
 from fedexperts.methods.contract import Method, require_declared
@@ -81,7 +81,7 @@ class ClientRuntime:
         started, client_state, device = perf_counter(), {}, torch.device(self.device)
         try:
             job = replace(job, patch=decode(job.patch, job.patch.wire_dtype))
-            client_state = self.client_store.load(job)
+            client_state = self.client_store.load(job, set_aside=True)
             context = self.context(job, client_state)
             with seeded_torch(job.seed, device), working_on(device):
                 if job.task == "evaluate":
@@ -125,7 +125,7 @@ class Impossible(Exception):
 def reason_of(error: Exception, device: torch.device) -> str:
     """Why a job on `device` failed."""
     said = " ".join(str(error).split())
-    if isinstance(error, Impossible):
+    if isinstance(error, Impossible | Damaged):
         return said
     return out_of_memory(error, device) or f"{type(error).__name__}: {said}"
 

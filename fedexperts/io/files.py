@@ -51,14 +51,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file; a crash at any moment leaves the old file or the new.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, with `metadata` in its head; a crash at any moment leaves the old file or the new.
 
     Raises:
         OSError: the disk refused, for example because it is full.
     """
     with atomic_file(path) as scratch, disk_errors(path):
-        save_file(without_shared_memory(tensors), scratch)  # without a copy in memory
+        save_file(without_shared_memory(tensors), scratch, dict(metadata or {}) or None)  # without a copy in memory
 
 
 @contextmanager

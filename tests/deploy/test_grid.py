@@ -1,5 +1,7 @@
 """A message over the wire piece by piece: as it was, never all of it twice, and no more than its job allows."""
 
+import sys
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -123,15 +125,36 @@ def test_a_message_of_just_the_bytes_that_are_allowed_is_fetched_and_a_larger_on
     assert superlink.confirmed == ["m1"]
 
 
-def test_an_array_of_a_thousand_times_the_same_piece_is_refused_before_it_is_joined(links):
-    piece = b"1" * 100_000
+def push_unfolding(links, piece, times):
+    """Pushes a message with an array that names its one piece so many times."""
+    links._client.objects.clear()
     links.push_messages([flower_message({"a": piece})])
     superlink = links._client
     (name,) = (name for name, content in superlink.objects.items() if content.startswith(b"Array "))
-    bomb = superlink.objects[name].replace(b'"arraychunk_ids": [0]', b'"arraychunk_ids": [' + b"0, " * 999 + b"0]")
-    head, _, body = bomb.partition(b"\0")
+    names = b'"arraychunk_ids": [' + b"0, " * (times - 1) + b"0]"
+    head, _, body = superlink.objects[name].replace(b'"arraychunk_ids": [0]', names).partition(b"\0")
     kind, children, _ = head.split(b" ")
     superlink.objects[name] = b" ".join([kind, children, str(len(body)).encode()]) + b"\0" + body
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
+def test_64_uploads_of_4_mb_that_unfold_to_256_are_refused_and_hardly_take_memory(links):
+    def memory(what):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+    push_unfolding(links, b"1" * 4_000_000, 64)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    for number in range(64):
+        push_unfolding(links, bytes([number]) * 4_000_000, 64)
+        with pytest.raises(BadMessage, match="takes at least 256,0"):
+            links.fetch("m1", 8_000_000)
+    assert memory("VmHWM") - before < 40_000_000
+
+
+def test_an_array_of_a_thousand_times_the_same_piece_is_refused_before_it_is_joined(links):
+    push_unfolding(links, b"1" * 100_000, 1000)
     with pytest.raises(BadMessage, match=r"takes at least 100,0\d\d,\d\d\d bytes, and its job allows 1,066,536"):
         links.fetch("m1", 1_000_000)
     (message,) = links.fetch("m1", 2 * 10**8)

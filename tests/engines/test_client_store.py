@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fedexperts.engines.client_store import ClientStateStore
+from fedexperts.engines.client_store import ClientStateStore, digest
+from fedexperts.errors import Damaged
 from fedexperts.types import Job, Patch, job_key
 
 
@@ -121,3 +123,45 @@ def test_versions_after_a_job_can_be_dropped(client_store):
     assert [path.stem for path in client_store.versions("c01")] == ["000001-train"]
     client_store.drop_newer("c01", "")
     assert client_store.versions("c01") == []
+
+
+def test_a_damaged_version_is_refused_and_set_aside_and_the_next_job_goes_on_from_the_one_before(client_store):
+    save(client_store, 1)
+    save(client_store, 2, 1)
+    first, last = client_store.versions("c01")
+    sound = last.read_bytes()
+    for place in (3, 12, len(sound) // 2, len(sound) - 1):  # the length of the head, the head, the numbers
+        last.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        with pytest.raises(
+            Damaged, match=r"state of 000002-train is damaged; restore .*, or let it continue from that of 000001-"
+        ):
+            loaded(client_store, 3, 2)
+    last.write_bytes(sound[:-2])
+    with pytest.raises(Damaged):
+        client_store.load(job(3, 2), set_aside=True)
+    assert loaded(client_store, 4, 2) == 1.0
+    last.write_bytes(sound)  # restored
+    assert loaded(client_store, 4, 2) == 2.0
+    last.unlink()
+    first.write_bytes(b"nothing")
+    with pytest.raises(Damaged, match="let it continue without in its next job"):
+        client_store.load(job(4, 2), set_aside=True)
+    assert loaded(client_store, 5, 2) is None
+
+
+def test_versions_of_before_there_was_a_sha256_are_read(client_store):
+    save(client_store, 1)
+    (path,) = client_store.versions("c01")
+    save_file(load_file(path), path)
+    assert loaded(client_store, 2, 1) == 1.0
+
+
+def test_the_sha256_is_of_names_kinds_shapes_and_bytes():
+    tensors = {"a": torch.zeros(2, 3), "b": torch.tensor(1.5, dtype=torch.bfloat16), "c": torch.zeros(0, dtype=torch.bool)}
+    other = [
+        {**tensors, "a": tensors["a"].T},
+        {**tensors, "c": torch.zeros(0)},
+        {"d" if n == "a" else n: t for n, t in tensors.items()},
+    ]
+    assert digest(tensors) == digest(dict(reversed(tensors.items())))
+    assert len({digest(tensors), *map(digest, other)}) == 4
