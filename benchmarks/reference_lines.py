@@ -16,6 +16,7 @@ from fedexperts.experiment.setup import Parts, prepare_run
 
 TABLES = {
     "flex/superni": ("runs/flex/superni.toml", [], 5),
+    "flex/banking77": ("runs/flex/banking77.toml", [], 1),
     "flex/pathological": ("runs/flex/pathological.toml", [], 3),
     "flex/dirichlet-0.5": ("runs/flex/dirichlet.toml", ["data.partition.alpha=0.5"], 3),
     "flex/dirichlet-1.0": ("runs/flex/dirichlet.toml", ["data.partition.alpha=1.0"], 3),

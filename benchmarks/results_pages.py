@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.special import stdtrit
@@ -133,6 +133,63 @@ class Table:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
+class Attacks:
+    """The lines of robustness.csv: honest clients' quality, in per cent, by method, attack, number of attackers and rule."""
+
+    def __init__(self) -> None:
+        with (RESULTS / "robustness.csv").open(newline="") as file:
+            self.rows = {
+                (row["method"], row["attack"], int(row["attackers"]), row["rule"], int(row["seed"])): row
+                for row in csv.DictReader(file)
+            }
+
+    def of(self, method: str, attack: str, rule: str, attackers: int = 2, column: str = "honest_quality") -> dict[int, float]:
+        """Seed → value."""
+        wanted = (method, attack, attackers, rule)
+        return {seed: float(row[column]) for (*key, seed), row in self.rows.items() if tuple(key) == wanted}
+
+    def value(self, method: str, attack: str, rule: str, attackers: int = 2, column: str = "honest_quality") -> str:
+        return interval([*self.of(method, attack, rule, attackers, column).values()])
+
+    def lost(self, method: str, attack: str, rule: str, attackers: int = 2) -> str:
+        """The paired difference from the plain mean without attackers, seed by seed."""
+        plain, own = self.of(method, "nobody", "none"), self.of(method, attack, rule, attackers)
+        return interval([own[seed] - plain[seed] for seed in own if seed in plain], sign=True)
+
+    def cost(self, method: str, rule: str) -> str:
+        """CPU time of a whole run with the rule over that of one without, without attackers: the median over seeds."""
+        plain, own = (self.of(method, "nobody", each, column="cpu_seconds") for each in ("none", rule))
+        return f"{median(own[seed] / plain[seed] for seed in own if seed in plain):.2f}"
+
+
+class Clients:
+    """The lines of a CSV with each client's quality: of one seed, differences between methods are paired by client."""
+
+    def __init__(self, name: str) -> None:
+        self.values: dict[tuple[str, int, int], dict[str, float]] = {}
+        with (RESULTS / f"{name}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                key = row["method"], int(row["seed"]), int(row["round"])
+                self.values.setdefault(key, {})[row["client"]] = 100 * float(row["value"])
+
+    def mean(self, method: str, round: int, seed: int = 0) -> str:
+        return f"{fmean(self.values[method, seed, round].values()):.1f}"
+
+    def paired(self, method: str, against: str, round: int, seed: int = 0) -> str:
+        """The mean over clients of the difference, with a t interval over clients."""
+        own, other = self.values[method, seed, round], self.values[against, seed, round]
+        return interval([own[client] - other[client] for client in own], sign=True)
+
+
+def interval(values: list[float], sign: bool = False) -> str:
+    """The mean and the half-width of a 95 % t interval; without it for a single value; "–" for none."""
+    if not values:
+        return "–"
+    mean = signed(fmean(values), 1) if sign else f"{fmean(values):.1f}"
+    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean if half is None else f"{mean} ± {half:.1f}"
+
+
 def signed(value: float, digits: int) -> str:
     return f"{'−' if round(value, digits) < 0 else '+' if round(value, digits) > 0 else ''}{abs(value):.{digits}f}"
 
@@ -175,6 +232,7 @@ def listed(names: list[str]) -> str:
 def rendered(template: Path) -> str:
     environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness}
+    environment.globals |= {"attacks": Attacks, "clients": Clients}
     return "".join(f"{line.rstrip()}\n" for line in environment.get_template(template.name).render().splitlines())
 
 

@@ -1,6 +1,6 @@
 """What attackers do to honest clients, with and without robust merging: OUT.csv has a line for each run.
 
-    python benchmarks/robust.py OUT.csv [--rules none,multi_krum] [--attacks flip,noise] [--attackers 2] [--seeds 3] [--seeds 3]
+    python benchmarks/robust.py OUT.csv [--rules none,multi_krum] [--attacks flip,noise] [--attackers 2] [--seeds 3]
 
 Ten clients of generated tasks on `tiny`, of which the first two or three attack in every round (in the line "nobody" they are
 there, and honest). Each attacker knows what the honest clients of the round send:
@@ -228,9 +228,11 @@ def main() -> None:
     parser.add_argument("--attacks", default="nobody,flip,noise")
     parser.add_argument("--attackers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
     chosen = parser.parse_args()
     rows = [*csv.DictReader(chosen.out.open())] if chosen.out.exists() else []
-    wanted = product(range(chosen.seeds), chosen.attacks.split(","), chosen.methods.split(","), chosen.rules.split(","))
+    seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
+    wanted = product(seeds, chosen.attacks.split(","), chosen.methods.split(","), chosen.rules.split(","))
     for seed, attack, method, rule in wanted:
         run = {"method": method, "attack": attack, "attackers": str(chosen.attackers), "rule": rule, "seed": str(seed)}
         if any(run.items() <= row.items() for row in rows):

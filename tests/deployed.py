@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,10 +27,11 @@ class Processes:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *arguments: object, code: str = ENDING_WITH_US) -> None:
+    def start(self, name: str, *arguments: object, code: str = ENDING_WITH_US, more: Mapping[str, str] | None = None) -> None:
+        """Starts the command `name`; more: of its environment."""
         command = [sys.executable, "-c", code, *map(str, arguments)]
         with (self.folder / f"{name}.log").open("ab") as output:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_VARIABLE: str(os.getpid())}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_VARIABLE: str(os.getpid()), **(more or {})}
             self.running[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
