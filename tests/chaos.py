@@ -12,7 +12,8 @@ round waits for 90; restarts a client with a clock that is 60 s ahead or behind,
 server, for 20 to 60 s; and changes a byte of what a client keeps.
 
 At the end the same run is done on the local engine, with the same answers missing: the server's weights and state and the
-clients' states must be the same, byte for byte. A fault that changed anything must be named: `silent` has those that were not.
+clients' states must be the same, byte for byte. `unsaid` has the faults that no log names: where
+all the rest is right, they met nothing (a disk is full while nobody writes, a damaged version is not read again).
 """
 
 import argparse
@@ -101,7 +102,7 @@ def chaos(folder: Path, model: Path, seed: int, *, clients: int, rounds: int, ki
         "server starts": starts + 1,
         "seconds": round(time.monotonic() - began),
         **outcome(folder, names),
-        "silent": silent(folder, killed),
+        "unsaid": unsaid(folder, killed),
     }
 
 
@@ -155,8 +156,8 @@ def fault(
     return now + rng.uniform(20, 60), full.unlink
 
 
-def silent(folder: Path, done: Sequence[Sequence[Any]]) -> list[str]:
-    """The faults that changed something, or must have, and that no log names."""
+def unsaid(folder: Path, done: Sequence[Sequence[Any]]) -> list[str]:
+    """The faults that no log names."""
     said = {path.stem: path.read_text() for path in folder.glob("*.log")}
     failed = [line["failed"] for line in lines(folder / "out" / "ledger.jsonl") if line["failed"]]
     victims = {kind: victim for _, kind, victim in done}

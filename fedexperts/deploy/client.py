@@ -45,6 +45,8 @@ from fedexperts.models.load import load
 from fedexperts.moe.device import find_devices
 from fedexperts.types import Failure, job_key
 
+REFUSED = "refused:"
+"""Before the key of a job that failed since client state was lost, in the record of answered jobs."""
 LOCK_SECONDS = 30.0
 """For a process that was killed, or whose supervisor was, to release the folder of its client."""
 
@@ -86,7 +88,8 @@ class ClientWorker:
     def answer(self, message: Message) -> Message:
         """Its answer; a failure where it has client state that does not continue from the answer the server accepted last.
 
-        Then another machine has answered in its name, or its client state was lost. In its next job it goes on from what it has.
+        Then another machine has answered in its name, or its client state was lost. The same job fails again if it is repeated;
+        in its next job the client goes on from what it has.
 
         Raises:
             BadMessage: or whatever is wrong with the client's own settings and data.
@@ -96,11 +99,14 @@ class ClientWorker:
         if "update" not in reply.head:
             return reply
         job = message.head["job"]
-        accepted = job["accepted"]
+        accepted, key = job["accepted"], job_key(job["round"], job["task"])
         record = runtime.client_store.folder.with_name("answered")
-        if accepted and accepted not in answered_jobs(record) and runtime.client_store.versions(self.name):
+        known = answered_jobs(record)
+        is_lost = accepted and accepted not in known and runtime.client_store.versions(self.name)
+        if is_lost or REFUSED + key in known:  # a server that was restarted before it wrote the failure down asks again
             runtime.client_store.drop_newer(self.name, accepted)
             record_answered(record, accepted)
+            record_answered(record, REFUSED + key)
             reason = (
                 f"it has no record of the answer that the server accepted last ({accepted}); restore {self.folder}, stop any "
                 f"other client called {self.name}, or let it continue without that client state from its next job"
@@ -108,7 +114,7 @@ class ClientWorker:
             self.log(reason)
             return answer_message(Failure(self.name, job["round"], job["task"], reason))
         if job["task"] != "evaluate":
-            record_answered(record, job_key(job["round"], job["task"]))
+            record_answered(record, key)
         return reply
 
     def runtime(self, run: str) -> tuple[ClientRuntime, Mapping[str, Any] | None]:

@@ -1,6 +1,6 @@
 """Client states on the client's disk, one version for each job that changed it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -33,20 +33,21 @@ class ClientStateStore:
 
         Raises:
             Damaged: its file is not what was written. With `set_aside` it is renamed, and the next job goes on from the version
-                before.
+                before; the same job fails again if it is repeated, unless the version is restored.
         """
         accepted = self.accepted(job)
+        for aside in (self.folder / job.client).glob(f"damaged-*-in-{job.key}.safetensors"):
+            version = aside.name.removeprefix("damaged-").partition("-in-")[0]
+            if not accepted or version > accepted[-1].stem:
+                raise damaged(aside.with_name(f"{version}.safetensors"), accepted)
         if not accepted:
             return {}
         last = accepted[-1]
         tensors = undamaged(last)
         if tensors is None:
-            before = f"from that of {accepted[-2].stem}" if accepted[1:] else "without"
             if set_aside:
-                last.replace(last.with_name(f"damaged-{last.name}"))
-            raise Damaged(
-                f"its client state of {last.stem} is damaged; restore {last}, or let it continue {before} in its next job"
-            )
+                last.replace(last.with_name(f"damaged-{last.stem}-in-{job.key}.safetensors"))
+            raise damaged(last, accepted[:-1])
         return tensors
 
     def save(self, job: Job, client_state: Mapping[str, Tensor]) -> None:
@@ -78,6 +79,12 @@ class ClientStateStore:
         """Files of all versions of `client`, oldest first."""
         folder = self.folder / client
         return sorted(path for path in folder.iterdir() if path.name[0].isdigit()) if folder.is_dir() else []
+
+
+def damaged(version: Path, before: Sequence[Path]) -> Damaged:
+    """The error of a version, which names the last of those `before` it."""
+    then = f"from that of {before[-1].stem}" if before else "without"
+    return Damaged(f"its client state of {version.stem} is damaged; restore {version}, or let it continue {then} in its next job")
 
 
 def undamaged(path: Path) -> dict[str, Tensor] | None:

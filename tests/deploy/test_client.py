@@ -69,7 +69,8 @@ def test_a_second_machine_under_the_same_name_fails_and_so_does_the_first_when_t
 
 def test_a_client_that_lost_its_client_state_fails_once_and_then_goes_on_without(machine):
     assert before(machine("a"), 1) == 0
-    assert isinstance(before(machine("anew"), 2, "000001-train"), Failure)
+    for _ in range(2):  # a server that was restarted repeats the round
+        assert isinstance(before(machine("anew"), 2, "000001-train"), Failure)
     assert before(machine("anew"), 3, "000001-train") == 0
     assert before(machine("anew"), 4, "000003-train") == 1
 
