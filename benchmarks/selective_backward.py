@@ -7,6 +7,7 @@ Each repeat takes, in turn, one training step (AdamW, everything trained) of eac
 full        the ordinary backward
 mask        the ordinary backward; then the gradients of all experts but those chosen are taken away, row by row
 selective   SelectiveBackward (HFedMoE); its line at 100 % shows what it costs itself: a client without a limit trains plainly
+through all the same with gradients through all experts to the layers below (gradient_through = "all")
 
 The experts are chosen by (14) and (15) on the batch itself, as many as the budget says, over all layers. Columns, medians:
 
@@ -20,6 +21,7 @@ peak MiB    the most bytes of tensors alive in a step (MemoryMeter, in a step th
 selection   CPU seconds of (3) to (15), over the step's own
 pairs       share of the (token, expert) pairs whose expert was chosen
 of pairs    experts over pairs
+router      cosine of the gradient of the first layer's router with that of the full way, in the first step, from the same weights
 """
 
 import argparse
@@ -41,7 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fedexperts.core.training import forget, optimizer_for
 from fedexperts.models.load import load
 from fedexperts.moe.anatomy import Experts, anatomy, blocks
-from fedexperts.moe.backward import SelectiveBackward
+from fedexperts.moe.backward import SelectiveBackward, Through
 from fedexperts.moe.footprint import next_token_loss
 from fedexperts.moe.importance import importance, select
 from fedexperts.moe.memory import MemoryMeter
@@ -105,13 +107,15 @@ class Way:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     experts_seconds: list[float] = field(default_factory=list)
     pairs: list[float] = field(default_factory=list)
+    router: Tensor | None = None  # its gradient in the first step
     update_bytes: int = 0
     peak_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.stacks = [(name, each) for name, block in blocks(self.model).items() for each in block.experts.parameters()]
         self.clock = ExpertsClock(self.model)
-        self.selective = SelectiveBackward(self.model) if self.kind == "selective" else None
+        through: Through = "all" if self.kind == "through all" else "chosen"
+        self.selective = SelectiveBackward(self.model, through) if self.kind in ("selective", "through all") else None
         parameters = self.selective.parameters if self.selective else list(self.model.parameters())
         self.optimizer = optimizer_for(parameters, Training())
         stacks = {each.untyped_storage().data_ptr() for _, each in self.stacks}
@@ -133,6 +137,8 @@ class Way:
             if self.kind == "mask":
                 self.mask(chosen)
             marks.append(process_time())
+            if self.router is None:
+                self.router = next(each.grad.clone() for name, each in self.model.named_parameters() if "gate.weight" in name)
             self.optimizer.step()
             if not timed:
                 self.update_bytes = sum(map(self.held_for, self.own))
@@ -194,6 +200,7 @@ def compare(shape: str, repeats: int, table: Table) -> None:
     """Adds the lines of one model."""
     batch, model = batch_of(shape), base_of(shape)
     kinds = [("full", 1.0), *(("mask", share) for share in BUDGETS[1:]), *(("selective", share) for share in BUDGETS)]
+    kinds += [("through all", share) for share in BUDGETS[1:]]
     ways = [Way(prepare(shrink(model, anatomy(model).all_experts), Tuning(), seed="0").train(), *kind) for kind in kinds]
     for way in ways:
         way.step(batch, timed=False)
@@ -211,7 +218,8 @@ def compare(shape: str, repeats: int, table: Table) -> None:
         ratios = f"{backward:.2f}", f"{experts:.2f}", f"{step:.2f}"
         of_pairs = f"{experts / pairs:.2f}" if way.kind == "selective" else ""
         row = *ratios, *update, *peak, selection, f"{pairs:.0%}", of_pairs
-        table.add_row(shape, way.kind, f"{way.budget:.0%}", *row)
+        cosine = torch.cosine_similarity(way.router.flatten(), full.router.flatten(), dim=0)
+        table.add_row(shape, way.kind, f"{way.budget:.0%}", *row, f"{cosine:.3f}")
 
 
 def main() -> None:
@@ -221,7 +229,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(title=f"Training step of {BATCH[0]} × {BATCH[1]} tokens, one thread, medians of {asked.repeats}")
-    columns = "model,way,budget,backward,experts,step,update MiB,of full,peak MiB,of full,selection,pairs,of pairs"
+    columns = "model,way,budget,backward,experts,step,update MiB,of full,peak MiB,of full,selection,pairs,of pairs,router"
     for column in columns.split(","):
         table.add_column(column, justify="right")
     for shape in [asked.shape] if asked.shape else (*SHAPES, "small"):
