@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.special import stdtrit
@@ -155,11 +155,6 @@ class Attacks:
         """The paired difference from the plain mean without attackers, seed by seed."""
         plain, own = self.of(method, "nobody", "none"), self.of(method, attack, rule, attackers)
         return interval([own[seed] - plain[seed] for seed in own if seed in plain], sign=True)
-
-    def cost(self, method: str, rule: str) -> str:
-        """CPU time of a whole run with the rule over that of one without, without attackers: the median over seeds."""
-        plain, own = (self.of(method, "nobody", each, column="cpu_seconds") for each in ("none", rule))
-        return f"{median(own[seed] / plain[seed] for seed in own if seed in plain):.2f}"
 
 
 class Clients:
