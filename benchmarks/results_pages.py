@@ -143,17 +143,21 @@ class Attacks:
                 for row in csv.DictReader(file)
             }
 
-    def of(self, method: str, attack: str, rule: str, attackers: int = 2, column: str = "honest_quality") -> dict[int, float]:
-        """Seed → value."""
+    def of(self, method: str, attack: str, rule: str, attackers: int = 2) -> dict[int, float]:
+        """Seed → quality."""
         wanted = (method, attack, attackers, rule)
-        return {seed: float(row[column]) for (*key, seed), row in self.rows.items() if tuple(key) == wanted}
+        return {seed: float(row["honest_quality"]) for (*key, seed), row in self.rows.items() if tuple(key) == wanted}
 
-    def value(self, method: str, attack: str, rule: str, attackers: int = 2, column: str = "honest_quality") -> str:
-        return interval([*self.of(method, attack, rule, attackers, column).values()])
+    def value(self, method: str, attack: str, rule: str, attackers: int = 2) -> str:
+        return interval([*self.of(method, attack, rule, attackers).values()])
+
+    def triggered(self, method: str, rule: str, attackers: int) -> str:
+        """How many triggered prompts get the backdoor's response, in per cent."""
+        return interval([float(self.rows[method, "backdoor", attackers, rule, 0]["triggered"])])
 
     def lost(self, method: str, attack: str, rule: str, attackers: int = 2) -> str:
         """The paired difference from the plain mean without attackers, seed by seed."""
-        plain, own = self.of(method, "nobody", "none"), self.of(method, attack, rule, attackers)
+        plain, own = self.of(method, "nobody", "none", attackers), self.of(method, attack, rule, attackers)
         return interval([own[seed] - plain[seed] for seed in own if seed in plain], sign=True)
 
 

@@ -90,7 +90,7 @@ class Attacked:
 
     def attacked(self, update: Update, job: Job, honest: Sequence[Changes]) -> Update:
         """`update` with another change of the weights of `job`."""
-        quiet = dormant(honest, self.layout)
+        quiet = dormant(honest, self.layout) if self.attack == "backdoor" else {}
         tensors = {}
         for name, (ids, own) in changes(update, job).items():
             if self.attack == "backdoor":

@@ -5,4 +5,4 @@ set -e
 command=${1:-fedexperts}
 experts='training.parts=["attention", "experts"]'
 "$command" compare runs/flex/banking77.toml --seeds "${SEEDS:-5}" --out results/flex/banking77 --set federation.workers="${WORKERS:-1}" \
-  --methods "FLEx=flex,FedIT=fedit,local=local,FedSA-LoRA=fedsa_lora,Ditto=ditto,experts too=fedit:$experts"
+  --methods "FLEx=flex,FedIT=fedit,local=local,FedSA-LoRA=fedsa_lora,Ditto=ditto,FedPer with personal experts=fedper:personal=[\"experts\"]:$experts,experts too=fedit:$experts"

@@ -263,6 +263,19 @@ def test_every_layer_has_an_expert_that_backward_reaches_under_every_criterion(f
             assert refresh == "batch" or sum(counts) == number + 1, "chosen once, so no more than the budget"
 
 
+def test_gradients_through_all_experts_change_what_lower_layers_learn_and_with_all_chosen_nothing():
+    model = small()
+    server = tiny_server(model, CLIENTS, TRAINING)
+
+    def routers(**fields):
+        (update,) = trained(HFedMoE(select="usage", **fields), server, model, replace(TRAINING, local_steps=1), CLIENTS[:1])
+        return [tensor for name, tensor in sorted(update.patch.tensors.items()) if name.endswith("gate.weight")]
+
+    chosen, through_all = routers(budget=2), routers(budget=2, gradient_through="all")
+    assert not torch.equal(chosen[0], through_all[0])
+    assert all(map(torch.equal, routers(budget=1.0), routers(budget=1.0, gradient_through="all")))
+
+
 @pytest.mark.parametrize("fields", [{"select": "none"}, {"budget": 1.0}, {}], ids=["none", "all", "memory"])
 @every_family
 def test_a_client_without_limit_trains_bit_for_bit_as_in_fedavg(family, fields):

@@ -41,6 +41,8 @@ def test_counts_are_summed_and_each_client_gets_the_most_used_experts_that_fit()
     experts = [SEERMoE().assign(replace(counted_server, task="train"), client).experts for client in clients]
     assert experts == [{"0": (0, 1, 2), "1": (0,)}, {"0": (0, 2), "1": (0,)}, {"0": (0,), "1": (0,)}]
     assert experts == [SEERMoE().assign(replace(counted_server, task="evaluate", round=7), client).experts for client in clients]
+    with_reserve = SEERMoE(reserve=0.7).assign(replace(counted_server, task="train"), clients[1])
+    assert with_reserve.experts == {"0": (0,), "1": (0,)}, "of 0.7 times three bytes two whole ones"
 
 
 def test_the_order_of_counts_does_not_matter_and_without_any_the_server_does_not_change():
