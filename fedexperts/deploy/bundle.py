@@ -5,9 +5,7 @@ from io import BytesIO
 from warnings import catch_warnings, simplefilter
 from zipfile import BadZipFile, ZipFile
 
-from flwr.cli.build import build_fab_from_files
-from flwr.supercore.fab import Fab
-
+from fedexperts.deploy.flower_internals import Fab, build_fab_from_files
 from fedexperts.errors import BadMessage
 
 FILES = {

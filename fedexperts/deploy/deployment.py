@@ -14,15 +14,18 @@ from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-from flwr.common.serde import fab_to_proto
-from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedexperts.deploy.bundle import bundle
+from fedexperts.deploy.flower_internals import (
+    ControlHttpClient,
+    RegisterNodeRequest,
+    Run,
+    RuntimeVersionHttpInterceptor,
+    StartRunRequest,
+    TaskIdentity,
+    fab_to_proto,
+    public_key_to_bytes,
+)
 from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.processes import (
     ABOUT_VARIABLE,

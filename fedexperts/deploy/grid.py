@@ -13,31 +13,32 @@ from typing import cast
 import httpx
 from flwr.app import Array
 from flwr.app import Message as FlowerMessage
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
-from flwr.common.serde_utils import metadata_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
-from flwr.supercore.constant import PULL_MAX_TIME
-from flwr.supercore.inflatable.inflatable_object import (
+
+from fedexperts.deploy.flower_internals import (
+    PULL_MAX_TIME,
+    ConfirmMessageReceivedRequest,
+    HttpGrid,
     InflatableObject,
+    NodeInfo,
+    ObjectPullError,
+    ObjectTree,
+    PullAppMessagesRequest,
+    PushAppMessagesRequest,
+    Run,
     get_all_nested_objects,
     get_object_body,
     get_object_head_values_from_object_content,
     get_object_tree,
-    iterate_object_tree,
-)
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     inflate_object_from_contents,
+    iterate_object_tree,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+    message_to_proto,
+    metadata_from_proto,
     pull_objects,
     push_objects,
+    remove_content_from_message,
 )
-from flwr.supercore.run import Run
-from flwr.superlink.grid import HttpGrid
-
 from fedexperts.engines.message import require_size
 from fedexperts.errors import BadRun
 

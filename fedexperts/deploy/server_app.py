@@ -6,9 +6,8 @@ import socket
 from contextlib import suppress
 
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
 
+from fedexperts.deploy.flower_internals import HttpGrid, TaskIdentity
 from fedexperts.engines.flower.server_app import server_app
 
 SOCKET_VARIABLE = "FEDEXPERTS_GRID"

@@ -9,12 +9,8 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
-from flwr.supercore.cli import flower_superexec
-from flwr.supercore.exit import exit_handler
-from flwr.supercore.superexec.executor import subprocess_executor
-from flwr.supernode.cli import flwr_clientapp
-
 from fedexperts.deploy import client_app as client_app  # what all forked processes need
+from fedexperts.deploy.flower_internals import SUPEREXEC, exit_handler, flower_superexec, flwr_clientapp, replace
 from fedexperts.io.processes import end_with
 
 
@@ -39,8 +35,7 @@ def forked(command: Sequence[str], **_: Any) -> None:
 
 
 def main() -> None:
-    executor: Any = subprocess_executor  # of the one version that we pin
-    executor.subprocess = SimpleNamespace(Popen=forked, DEVNULL=None)
+    replace(SUPEREXEC, subprocess=SimpleNamespace(Popen=forked, DEVNULL=None))
     flower_superexec()
 
 

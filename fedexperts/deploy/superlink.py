@@ -11,20 +11,15 @@ import resource
 import sys
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
-from flwr.server.superlink.linkstate import InMemoryLinkState, linkstate_factory
-from flwr.supercore.object_store import object_store_factory
-from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
-from flwr.superlink import extensions
-from flwr.superlink.cli import flower_superlink
 from starlette.middleware import Middleware
 
 from fedexperts.deploy.door import ImpatientProtocol, LimitedAccess
+from fedexperts.deploy.flower_internals import SUPERLINK, InMemoryLinkState, InMemoryObjectStore, flower_superlink, replace
 from fedexperts.deploy.processes import ABOUT_VARIABLE, OBJECTS_VARIABLE, end_with_parent
 
 
@@ -88,15 +83,15 @@ def main() -> None:
     host = sys.argv[sys.argv.index("--host") + 1]
     registered = ReconnectingLinkState.has if "--enable-supernode-auth" in sys.argv else None
     about = Path(os.environ[ABOUT_VARIABLE])
-    extensions.get_middleware = lambda: (Middleware(LimitedAccess, host, registered, about),)
-    command: Any = import_module("flwr.superlink.cli.flower_superlink")
     impatient: Any = {"http": ImpatientProtocol, "loop": "fedexperts.deploy.door:ImpatientLoop", "ws": "none"}
-    command.uvicorn = SimpleNamespace(run=partial(uvicorn.run, **impatient))
+    replace(
+        SUPERLINK,
+        get_middleware=lambda: (Middleware(LimitedAccess, host, registered, about),),
+        uvicorn=SimpleNamespace(run=partial(uvicorn.run, **impatient)),
+        InMemoryLinkState=ReconnectingLinkState,
+        InMemoryObjectStore=partial(DiskObjectStore, Path(os.environ[OBJECTS_VARIABLE])),
+    )
     allow_open_files()
-    states: Any = linkstate_factory  # of the one version that we pin
-    states.InMemoryLinkState = ReconnectingLinkState
-    stores: Any = object_store_factory
-    stores.InMemoryObjectStore = partial(DiskObjectStore, Path(os.environ[OBJECTS_VARIABLE]))
     flower_superlink()
 
 

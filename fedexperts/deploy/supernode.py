@@ -6,17 +6,13 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from threading import Thread
 from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
-from flwr.supercore.fab import Fab
-from flwr.supernode.cli import flower_supernode
-from flwr.supernode.fleet_http_connection import http_request_response
-
 from fedexperts.deploy.bundle import require_ours
+from fedexperts.deploy.flower_internals import SUPERNODE, Fab, flower_supernode, http_request_response, replace
 from fedexperts.deploy.processes import POLL_SECONDS, end_with_parent, module
 
 GET_FAB = 4
@@ -55,10 +51,12 @@ def superexec(command: Sequence[str]) -> None:
 
 def main() -> None:
     end_with_parent()
-    client: Any = import_module("flwr.supernode.start_client_internal")  # of the one version that we pin
-    client.http_request_response = connection
-    client.subprocess = SimpleNamespace(Popen=superexec)
-    client.time = SimpleNamespace(sleep=lambda seconds: sleep(min(seconds, POLL_SECONDS)))
+    replace(
+        SUPERNODE,
+        http_request_response=connection,
+        subprocess=SimpleNamespace(Popen=superexec),
+        time=SimpleNamespace(sleep=lambda seconds: sleep(min(seconds, POLL_SECONDS))),
+    )
     try:
         flower_supernode()
     finally:

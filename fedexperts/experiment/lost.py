@@ -60,21 +60,28 @@ def share(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def percent(share: float) -> str:
+    """0.5 as `50%`, and what is not nothing never as `0%`."""
+    return "under 1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
 def sentences(rows: Sequence[Lost], max_tokens: int, generate_tokens: int) -> Iterator[str]:
     """A warning for each task of which something is lost."""
     for row in rows:
-        cut = [
-            f"{row.prompts_cut:.0%} of the prompts ({row.prompt_tokens_lost:.0%} of their tokens)" if row.prompts_cut else "",
-            f"{row.answers_cut:.0%} of the answers, which then have no end" if row.answers_cut else "",
-        ]
-        if any(cut):
-            yield f"{row.task}: data.max_tokens = {max_tokens} cuts {' and '.join(filter(None, cut))}; raise it"
+        cut = []
+        if row.prompts_cut:
+            cut.append(f"{percent(row.prompts_cut)} of the prompts ({percent(row.prompt_tokens_lost)} of their tokens)")
+        if row.answers_cut:
+            cut.append(f"{percent(row.answers_cut)} of the answers, which then have no end")
+        if cut:
+            yield f"{row.task}: data.max_tokens = {max_tokens} cuts {' and '.join(cut)}; raise it"
         if row.dropped:
             yield f"{row.task}: examples that are left out since they exceed data.max_tokens = {max_tokens}: {row.dropped}"
         if row.references_cut:
             yield (
-                f"{row.task}: {row.references_cut:.0%} of the test references are longer than evaluation.generate_tokens = "
+                f"{row.task}: {percent(row.references_cut)} of the test references are longer than evaluation.generate_tokens = "
                 f"{generate_tokens}; raise it"
             )
         if row.tested_on_training:
-            yield f"{row.task}: {row.tested_on_training:.0%} of the test examples are training examples too; take other files"
+            leaked = percent(row.tested_on_training)
+            yield f"{row.task}: {leaked} of the test examples are training examples too; take other files"

@@ -57,6 +57,7 @@ def data_table(planned: dict[str, Any]) -> Table:
     """What of each task's data is cut, and the share of its most frequent answer."""
     table = Table(
         title="Data",
+        padding=0,  # so that nine columns fit a terminal of 80
         caption="dropped: too long; in %: prompts that are cut, tokens that these lose, answers that are cut, references longer "
         "than generate_tokens, test examples that are training examples, the most frequent answer",
     )
@@ -66,7 +67,7 @@ def data_table(planned: dict[str, Any]) -> Table:
     for row in planned["lost"]:
         shares = [value for key, value in row.items() if key not in ("task", "examples", "dropped")]
         counts = str(row["examples"]), str(row["dropped"])
-        table.add_row(Text(row["task"]), *counts, *(f"{100 * value:.0f}" for value in shares))
+        table.add_row(Text(row["task"]), *counts, *("<1" if 0 < value < 0.005 else f"{100 * value:.0f}" for value in shares))
     return table
 
 

@@ -24,6 +24,7 @@ from fedexperts.deploy import superlink
 from fedexperts.deploy.bundle import bundle, contents, require_ours
 from fedexperts.deploy.deployment import Federation
 from fedexperts.deploy.door import MAX_REQUEST_BYTES, ImpatientLoop, ImpatientProtocol, LimitedAccess
+from fedexperts.deploy.flower_internals import SUPERLINK
 from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.superlink import DiskObjectStore, ReconnectingLinkState
@@ -83,16 +84,15 @@ def test_a_large_request_and_one_that_does_not_say_its_size_are_refused_before_t
 
 
 def test_nobody_else_is_believed_on_where_a_request_comes_from(monkeypatch, tmp_path):
-    for owner, name in ((superlink.extensions, "get_middleware"), (superlink.linkstate_factory, "InMemoryLinkState")):
-        monkeypatch.setattr(owner, name, None)
-    monkeypatch.setattr(superlink.object_store_factory, "InMemoryObjectStore", None)
+    for module, names in SUPERLINK.items():
+        for name in names:
+            monkeypatch.setattr(import_module(module), name, None)
     monkeypatch.setattr(superlink, "end_with_parent", lambda: None)
     monkeypatch.setattr(sys, "argv", ["superlink", "--host", "0.0.0.0"])
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
     monkeypatch.setenv(superlink.OBJECTS_VARIABLE, str(tmp_path))
     monkeypatch.setenv(superlink.ABOUT_VARIABLE, str(tmp_path / "about.json"))
     command = import_module("flwr.superlink.cli.flower_superlink")
-    monkeypatch.setattr(command, "uvicorn", command.uvicorn)
     monkeypatch.setattr(superlink, "allow_open_files", lambda: None)
     forwarded = []
     monkeypatch.setattr(superlink, "flower_superlink", lambda: forwarded.append(uvicorn.Config(None).forwarded_allow_ips))

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fedexperts.config import RunConfig
 from fedexperts.data.encode import Encoder
-from fedexperts.experiment.lost import MOST, lost_of, sentences, spread
+from fedexperts.experiment.lost import MOST, lost_of, percent, sentences, spread
 from fedexperts.experiment.plan import plan
 from fedexperts.experiment.plan_tables import plan_tables
 from fedexperts.experiment.setup import Parts, prepare_run
@@ -52,6 +52,10 @@ def test_shares_are_those_of_the_examples(encoder):
     ]
     assert len(said) == 3
     assert not list(sentences([lost_of("t", [SHORT], [], encoder, 8)], 16, 8))
+
+
+def test_a_small_share_is_not_said_to_be_none():
+    assert [percent(share) for share in (0.001, 0.004, 0.006, 0.5, 0)] == ["under 1%", "under 1%", "1%", "50%", "0%"]
 
 
 def test_of_many_examples_some_from_everywhere_are_looked_at():
