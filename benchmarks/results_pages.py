@@ -23,6 +23,7 @@ from fedexperts.report import stats
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 PAGES = RESULTS / "pages"
+SETTINGS = ("standard-t", "standard-td", "enforced-t", "enforced-td")  # of FedMoE's experiment
 DECIMAL = re.compile(r"\d\.\d")
 QUOTED = re.compile(r"\{#-? quoted: [^#]+ #\}\s*$")
 
@@ -86,6 +87,18 @@ class Table:
         """The paired difference from the table's baseline with the half-width of its interval; "–" for the baseline."""
         row = self.row(method, measure, task)
         return "–" if row.paired != row.paired else f"{signed(row.paired, digits)} ± {row.paired_half:.{digits}f}"
+
+    def unpaired(self, method: str, other: str) -> str:
+        """The difference of two methods' means with the half-width of Welch's interval, where the CSV has no paired one."""
+        rows = self.row(method), self.row(other)
+        errors = [(row.half / float(stdtrit(row.seeds - 1, 0.975))) ** 2 for row in rows]
+        freedom = sum(errors) ** 2 / sum(error**2 / (row.seeds - 1) for error, row in zip(errors, rows, strict=True))
+        return f"{signed(rows[0].mean - rows[1].mean, 1)} ± {float(stdtrit(freedom, 0.975)) * sum(errors) ** 0.5:.1f}"
+
+    def base(self, task: str) -> float:
+        """What the base scored of what is retained, in per cent: the same for all methods."""
+        method = self.methods[0]
+        return self.row(method, "retained", task).mean - self.row(method, "retained − base", task).mean
 
     def differences(self) -> dict[str, stats.Difference]:
         """Method → its paired difference from the baseline, over seeds; without methods whose seeds all differ by the same."""
@@ -217,10 +230,15 @@ def ratio(a: float, b: float, digits: int = 2) -> str:
     return f"{a / b:.{digits}f}"
 
 
-def evenness(method: str) -> float:
+def evenness(method: str, task: str = "") -> str:
     """The coefficient of variation of a method's mean quality over FedMoE's four settings."""
-    means = [Table(f"fedmoe/{name}").row(method).mean for name in ("standard-t", "standard-td", "enforced-t", "enforced-td")]
-    return stdev(means) / fmean(means)
+    means = [Table(f"fedmoe/{name}").row(method, task=task).mean for name in SETTINGS]
+    return f"{stdev(means) / fmean(means):.3f}"
+
+
+def reaching(method: str) -> str:
+    """How many seeds of three reach 99 % of the target, in each of FedMoE's four settings."""
+    return ", ".join(str(Table(f"fedmoe/{name}").row(method, "rounds to 99 % of target").seeds) for name in SETTINGS)
 
 
 def listed(names: list[str]) -> str:
@@ -230,7 +248,7 @@ def listed(names: list[str]) -> str:
 
 def rendered(template: Path) -> str:
     environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness}
+    environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness, "reaching": reaching}
     environment.globals |= {"attacks": Attacks, "clients": Clients}
     return "".join(f"{line.rstrip()}\n" for line in environment.get_template(template.name).render().splitlines())
 
