@@ -175,22 +175,34 @@ class Attacks:
 
 
 class Clients:
-    """The lines of a CSV with each client's quality: of one seed, differences between methods are paired by client."""
+    """The lines of a CSV with each client's quality, in per cent: of few seeds, differences are paired by client and seed."""
 
     def __init__(self, name: str) -> None:
-        self.values: dict[tuple[str, int, int], dict[str, float]] = {}
+        self.values: dict[tuple[str, int], dict[tuple[int, str], float]] = {}
+        self.tasks: dict[str, str] = {}
         with (RESULTS / f"{name}.csv").open(newline="") as file:
             for row in csv.DictReader(file):
-                key = row["method"], int(row["seed"]), int(row["round"])
-                self.values.setdefault(key, {})[row["client"]] = 100 * float(row["value"])
+                of_clients = self.values.setdefault((row["method"], int(row["round"])), {})
+                of_clients[int(row["seed"]), row["client"]] = 100 * float(row["value"])
+                self.tasks[row["client"]] = row.get("task", "")
 
-    def mean(self, method: str, round: int, seed: int = 0) -> str:
-        return f"{fmean(self.values[method, seed, round].values()):.1f}"
+    def seeds(self, method: str) -> int:
+        return len({seed for (name, _), values in self.values.items() if name == method for seed, _ in values})
 
-    def paired(self, method: str, against: str, round: int, seed: int = 0) -> str:
-        """The mean over clients of the difference, with a t interval over clients."""
-        own, other = self.values[method, seed, round], self.values[against, seed, round]
-        return interval([own[client] - other[client] for client in own], sign=True)
+    def methods(self, round: int) -> list[str]:
+        """By their mean, best first."""
+        found = {method: fmean(values.values()) for (method, scored), values in self.values.items() if scored == round}
+        return sorted(found, key=lambda method: (-found[method], method))
+
+    def mean(self, method: str, round: int, task: str = "") -> str:
+        values = self.values[method, round].items()
+        return f"{fmean(value for (_, client), value in values if task in ('', self.tasks[client])):.1f}"
+
+    def paired(self, method: str, against: str, round: int, task: str = "") -> str:
+        """The mean of the difference over clients and the seeds that both have, with a t interval over these pairs."""
+        own, other = self.values[method, round], self.values[against, round]
+        pairs = [own[key] - other[key] for key in own if key in other and task in ("", self.tasks[key[1]])]
+        return interval(pairs, sign=True)
 
 
 def interval(values: list[float], sign: bool = False) -> str:

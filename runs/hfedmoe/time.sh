@@ -5,4 +5,4 @@ set -e
 command=${1:-fedexperts}
 own="hfedmoe:usage_floor=1"
 "$command" compare runs/hfedmoe/time.toml --seeds "${SEEDS:-8}" --out results/hfedmoe/time --set federation.workers="${WORKERS:-1}" \
-  --methods "HFedMoE=$own,random selection=$own:select=random,usage selection=$own:select=usage,FedMoE=fedmoe:reserve=1,SEER-MoE=seer_moe:training.lr=3e-3,gradient through all=$own:gradient_through=all"
+  --methods "HFedMoE=$own,random selection=$own:select=random,usage selection=$own:select=usage,SEER-MoE=seer_moe:training.lr=3e-3,gradient through all=$own:gradient_through=all"
