@@ -26,6 +26,8 @@ TABLES = {
     "fedmoe/enforced-td": ("runs/fedmoe/enforced-td.toml", [], 3),
     "hfedmoe/four": ("runs/hfedmoe/four.toml", [], 3),
     "hfedmoe/twenty": ("runs/hfedmoe/twenty.toml", [], 3),
+    "fedmoe/short-inputs-t": ("runs/fedmoe/short-inputs-t.toml", [], 2),
+    "hfedmoe/time": ("runs/hfedmoe/time.toml", [], 4),
 }
 """CSV of a table → its run file, settings on top, and number of seeds."""
 COLUMNS = ("table", "seed", "line", "task", "metric", "examples", "value")

@@ -38,7 +38,9 @@ class Row:
     task: str
     seeds: int
     mean: float
-    half: float  # of the interval; NaN of one seed
+    low: float  # of the interval; NaN of one seed
+    high: float
+    half: float
     paired: float
     paired_half: float
 
@@ -63,7 +65,7 @@ class Table:
                     paired_low, paired_high = number(line["difference_low"]), number(line["difference_high"])
                     row = Row(
                         setting, line["method"], line["measure"], line["task"], int(line["seeds"] or 0), number(line["mean"]),
-                        (high - low) / 2, number(line["difference"]), (paired_high - paired_low) / 2,
+                        low, high, (high - low) / 2, number(line["difference"]), (paired_high - paired_low) / 2,
                     )  # fmt: skip
                     self.rows[row.method, row.measure, row.task] = row
 
@@ -99,6 +101,11 @@ class Table:
         """What the base scored of what is retained, in per cent: the same for all methods."""
         method = self.methods[0]
         return self.row(method, "retained", task).mean - self.row(method, "retained − base", task).mean
+
+    def times(self, method: str, measure: str, digits: int = 2) -> str:
+        """A ratio to the baseline with its interval, which is not symmetric; "–" where no seed has it."""
+        row = self.row(method, f"{measure}, ratio")
+        return "–" if row.mean != row.mean else f"{row.mean:.{digits}f} [{row.low:.{digits}f}, {row.high:.{digits}f}]"
 
     def differences(self) -> dict[str, stats.Difference]:
         """Method → its paired difference from the baseline, over seeds; without methods whose seeds all differ by the same."""
@@ -189,20 +196,27 @@ class Clients:
     def seeds(self, method: str) -> int:
         return len({seed for (name, _), values in self.values.items() if name == method for seed, _ in values})
 
-    def methods(self, round: int) -> list[str]:
-        """By their mean, best first."""
-        found = {method: fmean(values.values()) for (method, scored), values in self.values.items() if scored == round}
+    def last(self, method: str) -> int:
+        """The last round that was scored."""
+        return max(scored for name, scored in self.values if name == method)
+
+    @property
+    def methods(self) -> list[str]:
+        """By their mean in the last round, best first."""
+        found = {method: fmean(self.values[method, self.last(method)].values()) for method, _ in self.values}
         return sorted(found, key=lambda method: (-found[method], method))
 
     def mean(self, method: str, round: int, task: str = "") -> str:
         values = self.values[method, round].items()
         return f"{fmean(value for (_, client), value in values if task in ('', self.tasks[client])):.1f}"
 
-    def paired(self, method: str, against: str, round: int, task: str = "") -> str:
-        """The mean of the difference over clients and the seeds that both have, with a t interval over these pairs."""
-        own, other = self.values[method, round], self.values[against, round]
-        pairs = [own[key] - other[key] for key in own if key in other and task in ("", self.tasks[key[1]])]
-        return interval(pairs, sign=True)
+    def paired(self, method: str, against: str, round: int, round_against: int = 0) -> str:
+        """The mean of the difference over clients and the seeds that both have, with a t interval over these pairs.
+
+        round_against: of the other method, where it is not the same.
+        """
+        own, other = self.values[method, round], self.values[against, round_against or round]
+        return interval([own[key] - other[key] for key in own if key in other], sign=True)
 
 
 def interval(values: list[float], sign: bool = False) -> str:
@@ -260,8 +274,8 @@ def listed(names: list[str]) -> str:
 
 def rendered(template: Path) -> str:
     environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness, "reaching": reaching}
-    environment.globals |= {"attacks": Attacks, "clients": Clients}
+    environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness}
+    environment.globals |= {"reaching": reaching, "attacks": Attacks, "clients": Clients}
     return "".join(f"{line.rstrip()}\n" for line in environment.get_template(template.name).render().splitlines())
 
 
