@@ -105,8 +105,8 @@ class ClientWorker:
         is_lost = accepted and accepted not in known and runtime.client_store.versions(self.name)
         if is_lost or REFUSED + key in known:  # a server that was restarted before it wrote the failure down asks again
             runtime.client_store.drop_newer(self.name, accepted)
+            record_answered(record, REFUSED + key)  # first: one that is killed between the two fails again
             record_answered(record, accepted)
-            record_answered(record, REFUSED + key)
             reason = (
                 f"it has no record of the answer that the server accepted last ({accepted}); restore {self.folder}, stop any "
                 f"other client called {self.name}, or let it continue without that client state from its next job"

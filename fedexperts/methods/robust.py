@@ -72,7 +72,7 @@ class WithRobustMerging(Wrapper):
         with TemporaryDirectory(prefix="fedexperts-robust-") as folder:
             spool = [Spooled.written(Path(folder) / f"{number}.safetensors", update) for number, update in enumerate(updates)]
             most = self.robust.examples * median([each.update.examples for each in spool]) if spool else 0.0
-            spool = [each.of_at_most(round(most)) for each in spool]
+            spool = [each.of_at_most(max(1, round(most))) for each in spool]
             changed = clipped(server, spool, self.robust) if self.robust.name == "clip" else replaced(server, spool, self.robust)
             return self.method.merge(server, changed)
 
@@ -140,7 +140,7 @@ def norm_of(server: Server, spooled: Spooled) -> float:
 
 def replaced(server: Server, spool: Sequence[Spooled], robust: RobustMerging) -> Iterator[Update]:
     """The updates with the robust value of each row in place of the client's own."""
-    faulty = int(robust.attackers * len(spool))
+    faulty = int(robust.attackers * len(spool) + 1e-9)  # 0.29 of 100 are 29
     names = sorted({name for each in spool for name in each.names})
     values = {name: robust_rows(server.weights[name], name, spool, robust, faulty) for name in names}
     for each in spool:
@@ -175,7 +175,7 @@ def of_rows(ids: Tensor, tensor: Tensor, rows: Tensor) -> Float[Tensor, "rows wi
 def typical_norm(before: Tensor, sent: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The median, over clients and rows, of the norm of a row's change."""
     changes = [tensor.double() - before[ids].double() for ids, tensor in sent]
-    norms: Tensor = torch.cat([change.reshape(len(change), -1).square().sum(1).sqrt() for change in changes])
+    norms: Tensor = torch.cat([change[:, None].flatten(1).square().sum(1).sqrt() for change in changes])  # of no rows, too
     return float(norms.median())
 
 

@@ -142,3 +142,22 @@ def test_no_file_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     merged([update("a", [1.0] * 4), update("b", [2.0] * 4)], name="median")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_client_may_send_no_expert_of_a_block(name):
+    honest = [update(f"c{number}", [1, 1, 1, 1], [[2, 2]] * 3, [0, 1, 2]) for number in range(5)]
+    none = update("none", [1, 1, 1, 1], torch.zeros(0, 2).tolist(), [])
+    none = replace(
+        none, patch=Patch({**none.patch.tensors, "experts": torch.zeros(0, 2)}, {"experts": torch.zeros(0, dtype=torch.int64)})
+    )
+    result = merged([*honest, none], name=name)
+    torch.testing.assert_close(result["experts"], torch.full((3, 2), 2.0))
+    everyone = [replace(none, client=f"c{number}") for number in range(3)]
+    torch.testing.assert_close(merged(everyone, name=name)["experts"], torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_small_share_of_the_examples_leaves_each_client_a_voice(name):
+    same = [update(f"c{number}", [1, 2, 3, 4], examples=4) for number in range(3)]
+    torch.testing.assert_close(merged(same, name=name, examples=0.1, attackers=0)["dense"], torch.tensor([[1.0, 2, 3, 4]]))
