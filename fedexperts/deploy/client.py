@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -45,8 +45,9 @@ from fedexperts.models.load import load
 from fedexperts.moe.device import find_devices
 from fedexperts.types import Failure, job_key
 
-REFUSED = "refused:"
-"""Before the key of a job that failed since client state was lost, in the record of answered jobs."""
+REFUSED, LOST, KEPT = "refused:", "lost:", "kept:"
+"""In the record of answered jobs, before the key of a job: which failed since client state was lost; after which client state was
+missing, which was said; and which left client state."""
 LOCK_SECONDS = 30.0
 """For a process that was killed, or whose supervisor was, to release the folder of its client."""
 
@@ -101,21 +102,29 @@ class ClientWorker:
         job = message.head["job"]
         accepted, key = job["accepted"], job_key(job["round"], job["task"])
         record = runtime.client_store.folder.with_name("answered")
-        known = answered_jobs(record)
-        is_lost = accepted and accepted not in known and runtime.client_store.versions(self.name)
-        if is_lost or REFUSED + key in known:  # a server that was restarted before it wrote the failure down asks again
-            runtime.client_store.drop_newer(self.name, accepted)
-            record_answered(record, REFUSED + key)  # first: one that is killed between the two fails again
-            record_answered(record, accepted)
+        known, store = answered_jobs(record), runtime.client_store
+        if REFUSED + key in known or self.has_lost(accepted, known, runtime):  # a restarted server may ask again
+            store.drop_newer(self.name, accepted)
+            record_answered(record, REFUSED + key, LOST + accepted)
+            missing = "lost the client state" if accepted in known else "no record"
             reason = (
-                f"it has no record of the answer that the server accepted last ({accepted}); restore {self.folder}, stop any "
+                f"it has {missing} of the answer that the server accepted last ({accepted}); restore {self.folder}, stop any "
                 f"other client called {self.name}, or let it continue without that client state from its next job"
             )
             self.log(reason)
             return answer_message(Failure(self.name, job["round"], job["task"], reason))
         if job["task"] != "evaluate":
-            record_answered(record, key)
+            record_answered(record, *([KEPT + key] if store.has(self.name, key) else []), key)
         return reply
+
+    def has_lost(self, accepted: str, known: Sequence[str], runtime: ClientRuntime) -> bool:
+        """Whether the client state after the job `accepted` is missing, and no failure has said so; known: the record."""
+        declared, store = runtime.task.method.declare(), runtime.client_store
+        if not accepted or LOST + accepted in known:
+            return False
+        if accepted not in known:
+            return declared.keeps_weights or bool(declared.client_state) or bool(store.versions(self.name))
+        return KEPT + accepted in known and not store.has(self.name, accepted)
 
     def runtime(self, run: str) -> tuple[ClientRuntime, Mapping[str, Any] | None]:
         """The client runtime of the run that `run` describes, as JSON, and the counts of the client's own data."""
@@ -184,11 +193,11 @@ def answered_jobs(record: Path) -> list[str]:
     return record.read_text().split() if record.exists() else []
 
 
-def record_answered(record: Path, job: str) -> None:
-    """Adds the key of a job; it is on disk before the server can count on the answer."""
+def record_answered(record: Path, *jobs: str) -> None:
+    """Adds the keys of jobs, or what is said of them; it is on disk before the server can count on the answer."""
     record.parent.mkdir(parents=True, exist_ok=True)
     with record.open("a") as file:
-        file.write(f"\n{job}\n")  # a line of its own also after one that a power cut left half written
+        file.write("".join(f"\n{job}\n" for job in jobs))  # a line of its own also after one that a power cut left half written
         file.flush()
         os.fsync(file.fileno())
 

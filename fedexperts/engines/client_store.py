@@ -69,6 +69,11 @@ class ClientStateStore:
         """Versions up to the last accepted job, oldest first; later versions belong to answers that were not merged."""
         return [path for path in self.versions(job.client) if path.stem <= job.accepted and path.stem != job.key]
 
+    def has(self, client: str, key: str) -> bool:
+        """Whether the version of the job `key` is there, or set aside since it is damaged."""
+        folder = self.folder / client
+        return (folder / f"{key}.safetensors").exists() or any(folder.glob(f"damaged-{key}-in-*.safetensors"))
+
     def drop_newer(self, client: str, last: str) -> None:
         """Removes the versions of `client` after the job with key `last`; all versions if `last` is empty."""
         for path in self.versions(client):

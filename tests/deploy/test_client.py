@@ -16,6 +16,7 @@ from fedexperts.engines.serialization import answer_message, read_answer, read_j
 from fedexperts.errors import BadMessage, Busy
 from fedexperts.io.files import locked
 from fedexperts.io.toml import checked
+from fedexperts.methods.contract import Declaration
 from fedexperts.types import Failure, Job, Patch, Update
 
 
@@ -25,7 +26,10 @@ class Machine(ClientWorker):
     stateful = True
 
     def runtime(self, run):
-        return SimpleNamespace(client_store=ClientStateStore(self.folder / "1" / "clients")), None
+        method = SimpleNamespace(declare=lambda: Declaration(client_state=("jobs",) if Machine.stateful else ()))
+        return SimpleNamespace(
+            client_store=ClientStateStore(self.folder / "1" / "clients"), task=SimpleNamespace(method=method)
+        ), None
 
 
 @pytest.fixture
@@ -73,6 +77,38 @@ def test_a_client_that_lost_its_client_state_fails_once_and_then_goes_on_without
         assert isinstance(before(machine("anew"), 2, "000001-train"), Failure)
     assert before(machine("anew"), 3, "000001-train") == 0
     assert before(machine("anew"), 4, "000003-train") == 1
+
+
+def test_a_client_that_lost_its_disk_is_not_scored_without_its_client_state(machine):
+    assert before(machine("a"), 1) == 0
+    assert before(machine("anew"), 1, "000001-train", "evaluate").reason.startswith("it has no record")
+    assert before(machine("anew"), 2, "000001-train") == 0
+
+
+@pytest.mark.parametrize("task", ["train", "evaluate"])
+def test_a_client_whose_record_stayed_and_whose_client_state_is_gone_says_so_once(machine, tmp_path, task):
+    assert before(machine("a"), 1) == 0
+    assert before(machine("a"), 2, "000001-train") == 1
+    (tmp_path / "a/1/clients/c01/000002-train.safetensors").unlink()
+    for _ in range(2):  # a server that was restarted repeats the job
+        reason = before(machine("a"), 3, "000002-train", task).reason
+        assert reason.startswith("it has lost the client state of the answer that the server accepted last (000002-train)")
+    assert before(machine("a"), 4, "000002-train") == 1
+    assert before(machine("a"), 5, "000004-train") == 2
+
+
+def test_a_client_that_is_killed_while_it_writes_a_loss_down_fails_again(machine, monkeypatch):
+    assert before(machine("a"), 1) == 0
+    write = client.record_answered
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(client, "record_answered", lambda record, *jobs: (write(record, jobs[0]), interrupt()))
+        before(machine("anew"), 2, "000001-train")
+    assert isinstance(before(machine("anew"), 2, "000001-train"), Failure)
+    assert before(machine("anew"), 3, "000001-train") == 0
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def test_a_client_without_client_state_has_nothing_to_lose(machine):
