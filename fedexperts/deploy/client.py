@@ -45,9 +45,12 @@ from fedexperts.models.load import load
 from fedexperts.moe.device import find_devices
 from fedexperts.types import Failure, job_key
 
-REFUSED, LOST, KEPT = "refused:", "lost:", "kept:"
-"""In the record of answered jobs, before the key of a job: which failed since client state was lost; after which client state was
-missing, which was said; and which left client state."""
+REFUSED = "refused:"
+"""In the record of answered jobs, before the key of a job that failed since client state was lost."""
+LOST = "lost:"
+"""There, before the key of a job whose client state was lost, once a failure has said so."""
+KEPT = "kept:"
+"""There, before the key of a job after which client state was written."""
 LOCK_SECONDS = 30.0
 """For a process that was killed, or whose supervisor was, to release the folder of its client."""
 

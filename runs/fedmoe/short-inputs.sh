@@ -1,7 +1,7 @@
 #!/bin/sh
 # FedMoE with short inputs: two settings, three seeds. Started twice at once, the two share the work. No rate was tuned here.
 # Common usage: everybody holds the same experts, those that the clients together use most, as many as FedMoE's clients at most.
-# All experts: without a memory limit. More rounds: with what FedMoE computes in stage 1 (600 steps) spent on rounds of 40.
+# All experts: without a memory limit. More rounds: the 600 steps of FedMoE's stage 1 as 15 more rounds of 40 steps.
 set -e
 command=${1:-fedexperts}
 same="experts_per_layer=7"

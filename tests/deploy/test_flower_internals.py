@@ -56,8 +56,7 @@ def test_flower_has_the_name(module, name):
         there = import_module(module)
     except ImportError as error:
         pytest.fail(f"this version of Flower has no module {module}, of which the deployment uses {name} ({error})")
-    if not hasattr(there, name):
-        pytest.fail(f"this version of Flower has no {name} in {module}, which the deployment uses")
+    assert hasattr(there, name), f"this version of Flower has no {name} in {module}, which the deployment uses"
 
 
 def test_what_flower_no_longer_has_is_not_replaced_in_silence(monkeypatch):

@@ -147,10 +147,8 @@ def test_no_file_is_left_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", RULES)
 def test_a_client_may_send_no_expert_of_a_block(name):
     honest = [update(f"c{number}", [1, 1, 1, 1], [[2, 2]] * 3, [0, 1, 2]) for number in range(5)]
-    none = update("none", [1, 1, 1, 1], torch.zeros(0, 2).tolist(), [])
-    none = replace(
-        none, patch=Patch({**none.patch.tensors, "experts": torch.zeros(0, 2)}, {"experts": torch.zeros(0, dtype=torch.int64)})
-    )
+    dense, no_rows = torch.ones(1, 4), {"experts": torch.zeros(0, dtype=torch.int64)}
+    none = Update("none", 1, "train", Patch({"dense": dense, "experts": torch.zeros(0, 2)}, no_rows), 10)
     result = merged([*honest, none], name=name)
     torch.testing.assert_close(result["experts"], torch.full((3, 2), 2.0))
     everyone = [replace(none, client=f"c{number}") for number in range(3)]
