@@ -14,7 +14,10 @@ from fedexperts.experiment.setup import Prepared
 from fedexperts.federation import job_for, steps
 from fedexperts.methods.submodel import even_number, evenly
 from fedexperts.models.files import is_config_file
+from fedexperts.moe.device import find_devices
 from fedexperts.moe.footprint import as_trained, checkpoint_activations
+from fedexperts.moe.packed import has_half_kernels
+from fedexperts.moe.precision import HALF
 from fedexperts.report.read import Lost
 from fedexperts.types import Client, Example, Patch, Server
 
@@ -109,6 +112,7 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]], losses: S
         *too_few_clients(prepared),
         *too_long_labels(prepared),
         *too_many_positions(prepared),
+        *slow_products(prepared),
         *sentences(losses, config.data.max_tokens, config.evaluation.generate_tokens),
     ]
 
@@ -135,6 +139,17 @@ def too_many_positions(prepared: Prepared) -> Iterator[str]:
     longest = prepared.config.data.max_tokens
     if isinstance(positions, int) and longest > positions:
         yield f"data.max_tokens = {longest} is above the {positions} positions of {prepared.base.name}; lower it"
+
+
+def slow_products(prepared: Prepared) -> Iterator[str]:
+    """A sentence if the clients train here, in bfloat16 or float16, on a processor that has no products of these."""
+    dtype = next(weight.dtype for weight in prepared.base.model.parameters() if weight.is_floating_point())
+    trains_here = not prepared.config.data.own and find_devices(prepared.training.device) == ("cpu",)
+    if trains_here and dtype in HALF and prepared.config.model.quantize is None and not has_half_kernels():
+        yield (
+            f"the model is in {str(dtype).removeprefix('torch.')}, for which this processor has no fast products (it lacks "
+            'AVX-512): backward takes many times longer; set model.dtype = "float32", or model.quantize = "nf4"'
+        )
 
 
 def too_long_labels(prepared: Prepared) -> Iterator[str]:

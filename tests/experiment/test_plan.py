@@ -3,9 +3,11 @@
 from dataclasses import replace
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from fedexperts.config import RunConfig
+from fedexperts.experiment import plan as module
 from fedexperts.experiment.plan import distributions, plan
 from fedexperts.experiment.plan_tables import plan_tables
 from fedexperts.experiment.setup import Parts, prepare_run
@@ -118,6 +120,14 @@ def test_a_plan_of_a_configuration_says_whose_tokenizer_counts(tiny_tree):
     assert planned["held_by"][-1] == "server_gpu"
     assert any("with that of tiny" in warning for warning in planned["warnings"])
     assert "largest first job" in printed(planned)
+
+
+@pytest.mark.parametrize(("dtype", "kernels", "warned"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)])
+def test_a_plan_warns_of_half_precision_on_a_processor_without_products_of_it(tiny_tree, monkeypatch, dtype, kernels, warned):
+    monkeypatch.setattr(module, "has_half_kernels", lambda: kernels)
+    tree = {**tiny_tree, "model": {"name": "tiny", "dtype": dtype}, "training": {**tiny_tree["training"], "device": "cpu"}}
+    warnings = plan(prepare_run(checked(RunConfig, tree)))["warnings"]
+    assert len([each for each in warnings if "no fast products" in each and 'model.dtype = "float32"' in each]) == warned
 
 
 def test_the_bound_of_a_rounds_flops_counts_every_batch_of_a_step_and_the_second_forward_of_checkpointing(tiny_tree):

@@ -42,6 +42,7 @@ def continue_training(
         BadData: a text is missing, empty or damaged.
     """
     require_empty(settings.out)
+    settings = settings.with_precision()
     torch.set_num_threads(settings.threads)
     model, tokenizer, dtype, hashed = load_start(settings.start)
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]  # transformers' method

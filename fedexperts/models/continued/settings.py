@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from fedexperts.io.toml import Tree, checked
 from fedexperts.models.settings import Settings, Share, TextSources
+from fedexperts.moe.packed import has_half_kernels
 
 
 class Corpus(Settings):
@@ -68,7 +69,7 @@ class ContinueSettings(Settings):
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     router_aux_loss_coef: NonNegativeFloat = 0.01  # weight of the load-balance loss
-    precision: Literal["fp32", "bf16"] = "bf16"  # of matrix products; weights and optimizer state are fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: bf16 where the processor has products of it
     threads: PositiveInt = 1
     save_every: PositiveInt = 50  # steps; an interrupted run continues from there
     measured: PositiveInt = 8  # windows of each held-out text
@@ -99,6 +100,11 @@ class ContinueSettings(Settings):
         if self.distill and self.control is None:
             raise ValueError(f"distill = {self.distill} needs a model to learn from; set control, or distill = 0")
         return self
+
+    def with_precision(self) -> "ContinueSettings":
+        """These settings with the precision that "auto" means on this processor: bf16 is many times slower without AVX-512."""
+        automatic: Literal["fp32", "bf16"] = "bf16" if has_half_kernels() else "fp32"
+        return self if self.precision != "auto" else self.model_copy(update={"precision": automatic})
 
     @property
     def step_tokens(self) -> int:

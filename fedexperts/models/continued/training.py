@@ -1,7 +1,7 @@
 """Continued training of a model, and of a dense control beside it: on the same batches, with the same schedule.
 
-The weights are float32, as are gradients and the moments of AdamW; matrix products are in bfloat16. Distillation: the loss is
-(1 - d) · cross-entropy + d · KL(control ‖ model) of each token, with the control as it is at that step (Hinton et al.,
+The weights are float32, as are gradients and the moments of AdamW; matrix products are in bfloat16 or float32. Distillation: the
+loss is (1 - d) · cross-entropy + d · KL(control ‖ model) of each token, with the control as it is at that step (Hinton et al.,
 "Distilling the knowledge in a neural network", https://arxiv.org/abs/1503.02531, at temperature 1).
 """
 

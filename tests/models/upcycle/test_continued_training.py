@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedexperts.data.chat import ChatTemplate
 from fedexperts.errors import BadRun, BadValue
 from fedexperts.models.continued import report
+from fedexperts.models.continued import settings as settings_module
 from fedexperts.models.continued.corpus import conversation_rows, read_windows
 from fedexperts.models.continued.measure import HeldOut, bits_per_byte, chosen, expert_outputs, layer_errors, loads, routes
 from fedexperts.models.continued.models import load_start
@@ -194,6 +195,14 @@ def test_parts_of_a_batch_add_up_to_the_gradients_of_the_whole(moe, settings):
     assert len(found[0]) > 10
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("kernels", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_products_are_in_bfloat16_where_the_processor_has_them(moe, settings, monkeypatch, kernels, precision):
+    monkeypatch.setattr(settings_module, "has_half_kernels", lambda: kernels)
+    made = moe()
+    assert settings(made).with_precision().precision == precision
+    assert settings(made, precision="bf16").with_precision().precision == "bf16"
 
 
 def test_a_time_budget_sets_the_steps_and_leaves_no_trace(moe, settings, tmp_path):
