@@ -111,8 +111,9 @@ def compared(models: Sequence[str], folder: Path) -> list[str]:
     own = float((logits(theirs) - logits(ours)).abs().max())
     found = [hits(model, tokenizer, count) for model in (theirs, ours)]
     old, new = theirs.state_dict(), ours.state_dict()
-    routers = {f"{name}.{key}" for name, module in ours.named_modules() for block in blocks(ours).values() if module is block.router
-               for key in dict(module.named_parameters())}  # fmt: skip
+    modules = {block.router for block in blocks(ours).values()}
+    names = {name for name, module in ours.named_modules() if module in modules}
+    routers = {key for key in old if key.rpartition(".")[0] in names}
     assert old.keys() == new.keys(), sorted(old.keys() ^ new.keys())
     unequal = [name for name in old if name not in routers and not torch.equal(old[name], new[name])]
     ours.load_state_dict({name: old[name] for name in routers}, strict=False)
