@@ -9,4 +9,4 @@ case $base in small) rate=1e-2 ;; *) rate=1e-3 ;; esac
 experts='training.parts=["experts"]'
 "$command" compare runs/smol/six.toml --seeds "${SEEDS:-1}" --out "results/smol/$base" --set model.name="$base" \
   --set training.lr=$rate \
-  --methods "FLEx=flex,FedIT=fedit,FedMoE=fedmoe:$experts,HFedMoE=hfedmoe:$experts"
+  --methods "FLEx=flex,FedIT=fedit,FedMoE=fedmoe:reserve=1:$experts,HFedMoE=hfedmoe:$experts"
