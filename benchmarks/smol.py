@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from time import process_time
@@ -141,6 +142,14 @@ def results(model: nn.Module, tokenizer: PreTrainedTokenizerBase, number: int, k
                 yield name, accuracy(model, tokenizer, name, number)
 
 
+def digest(model: nn.Module) -> str:
+    """The first half of the sha256 of all weights."""
+    found = sha256()
+    for name, parameter in model.named_parameters():
+        found.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
@@ -150,8 +159,11 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in asked.models:
         file = asked.out / f"{Path(name).stem}.json"
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"model": name}
         model, tokenizer = model_of(name)
+        about = {"model": name, "weights": digest(model), "items asked": asked.items}
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else about
+        if other := [key for key, value in about.items() if found.get(key) != value]:
+            parser.error(f"{file} has results with another {', '.join(other)}; remove it, or give another folder with --out")
         started = process_time()
         for what, value in results(model, tokenizer, asked.items, list(found)):
             found[what] = value

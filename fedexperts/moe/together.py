@@ -43,8 +43,8 @@ def fits(block: Block) -> bool:
 def together(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward pass of stacked experts, which transformers calls as one of its implementations."""
     weights = top_k_weights.new_zeros(len(hidden), self.num_experts).scatter(1, top_k_index, top_k_weights)
-    both = functional.linear(hidden, self.gate_up_proj.flatten(0, 1)).view(len(hidden), self.num_experts, 2, -1)
-    neurons = self.act_fn(both[:, :, 0]) * both[:, :, 1] * weights[:, :, None].to(both.dtype)
+    both = functional.linear(hidden, self.gate_up_proj.flatten(0, 1)).view(len(hidden), self.num_experts, -1)
+    neurons = self._apply_gate(both) * weights[:, :, None].to(both.dtype)
     output: Tensor = neurons.flatten(1) @ self.down_proj.transpose(1, 2).flatten(0, 1)
     return output
 

@@ -7,6 +7,7 @@ A window of text begins with the separator, as a document does, since models tre
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from random import Random
 
 import torch
@@ -60,7 +61,7 @@ def order(seed: str, number: int) -> list[int]:
 
 
 def read_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, measured: int, seed: int) -> Windows:
-    """All windows of `corpus`, of which at most `measured` of each text are held out.
+    """All windows of `corpus`, of which at most `measured` of each text are held out; without texts, of each of the instructions.
 
     Raises:
         BadData, BadValue: a source is missing, empty, damaged, unknown or too short, or the tokenizer lacks the separator.
@@ -69,19 +70,26 @@ def read_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, measured: i
     train: dict[str, list[Rows]] = {"texts": [], "instructions": []}
     held_out: dict[str, Rows] = {}
     hashes: dict[str, str] = {}
+    files: set[Path | None] = set()
     for texts in corpus.texts:
         hashes[texts.name] = hash_of([text_file(texts.name)])
         rows = required(texts.name, text_rows(tokenizer, documents(texts), lead, corpus.window))
         rows, apart = divided(tokenizer, texts, rows, lead, measured)
         train["texts"].append(rows)
-        held_out.setdefault(title(texts.name), apart)  # books2a and books2b have one held-out file
+        if file := held_out_file(texts.name):
+            hashes[f"{title(texts.name)}, held out"] = hash_of([file])
+        if file is None or file not in files:  # books2a and books2b have one held-out file
+            held_out[title(texts.name) if title(texts.name) not in held_out else texts.name] = apart
+        files.add(file)
     for name in corpus.instructions:
         source = sources.load(SourceSettings(name=name), DataSettings(sources=(name,)))
         hashes[name] = source.hash
         examples = list(source.train)
         Random(f"{seed}/{name}").shuffle(examples)
-        rows = conversation_rows(tokenizer, examples, corpus.window)
-        train["instructions"].append(required(name, rows))
+        rows = required(name, conversation_rows(tokenizer, examples, corpus.window))
+        if not corpus.texts:
+            rows, held_out[name] = one_apart(name, rows, measured)
+        train["instructions"].append(rows)
     return Windows({part: torch.cat(rows) for part, rows in train.items() if rows}, held_out, hashes)
 
 
@@ -104,9 +112,19 @@ def separator(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def documents(texts: Texts) -> list[str]:
-    """The documents of a text file, which is one, or the rows of a data file."""
+    """The documents of a text file, which is one, or the rows of a data file.
+
+    Raises:
+        BadData: rows of a text file are to be left out.
+    """
     file = text_file(texts.name)
-    return read_texts(texts) if format_of(file.name) else [read_text(file)]
+    if format_of(file.name):
+        return read_texts(texts)
+    if texts.without:
+        raise BadData(
+            f"corpus.texts: {texts.name} is one text without rows, so its without leaves nothing out; leave without out"
+        )
+    return [read_text(file)]
 
 
 def title(name: str) -> str:
@@ -118,13 +136,18 @@ def divided(tokenizer: PreTrainedTokenizerBase, texts: Texts, rows: Rows, lead: 
     """The windows of a text to train on, and those to measure on: of its held-out file, or else one in EVERY of its own."""
     window = rows.shape[1]
     file = held_out_file(texts.name)
-    others = held_out_texts(file, texts, SAMPLED * measured) if file else []
+    others: list[str] = []
+    if file:
+        others = held_out_texts(file, texts, SAMPLED * measured) if format_of(file.name) else [read_text(file)]
     apart = spread(text_rows(tokenizer, others, lead, window), measured)
-    if len(apart):
-        return rows, apart
+    return (rows, apart) if len(apart) else one_apart(texts.name, rows, measured)
+
+
+def one_apart(name: str, rows: Rows, measured: int) -> tuple[Rows, Rows]:
+    """`rows` without one in EVERY of them, and at most `measured` of those."""
     if len(rows) < 2:
         raise BadData(
-            f"{texts.name} gives {len(rows)} window of {window} tokens, and one is held out; add text, or lower corpus.window"
+            f"{name} gives {len(rows)} window of {rows.shape[1]} tokens, and one is held out; add text, or lower corpus.window"
         )
     held = set(range(0, len(rows), EVERY))
     train = rows[[index for index in range(len(rows)) if index not in held]]

@@ -159,8 +159,7 @@ def expert_outputs(block: Block, hidden: Float[Tensor, "tokens hidden"]) -> Floa
     """What each expert gives for each token, with weight 1."""
     stack = cast("Any", block.experts)
     both = torch.einsum("th,enh->ten", hidden, stack.gate_up_proj.to(hidden.dtype))
-    gate, up = both.chunk(2, dim=2)
-    return torch.einsum("ten,ehn->teh", stack.act_fn(gate) * up, stack.down_proj.to(hidden.dtype))
+    return torch.einsum("ten,ehn->teh", stack._apply_gate(both), stack.down_proj.to(hidden.dtype))
 
 
 @dataclass(eq=False)

@@ -8,28 +8,34 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from fedexperts.errors import BadValue, NoExperts
-from fedexperts.models.files import files_hash, local_folder, location_of, weight_files
+from fedexperts.models.files import SETTINGS, files_hash, local_folder, location_of, weight_files
 from fedexperts.models.load import load_or_explain, require_tokenizer, without_progress_bars
-from fedexperts.models.upcycle.checkpoint import HEAD, open_dense
+from fedexperts.models.upcycle.checkpoint import HEAD, gguf_file, open_dense
 from fedexperts.moe.kernel import choose_kernel
 from fedexperts.moe.together import compute_together
 
 
 def load_start(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, torch.dtype, str]:
-    """The model that training starts from, its tokenizer, the dtype in which it is stored, and the hash of its weights.
+    """The model that training starts from, its tokenizer, the dtype in which it is stored, and the hash of its files.
 
     Raises:
-        BadValue: it cannot be read.
+        BadValue: it cannot be read, or lacks weights.
     """
     where = location_of(name)
     folder = load_or_explain(name, lambda: local_folder(where))
     config: Any = load_or_explain(name, lambda: AutoConfig.from_pretrained(folder))
     if config.to_dict().get("quantization_config"):
         raise BadValue(f"start = {name!r} has quantized weights; give a model in bfloat16, float16 or float32")
-    hashed = files_hash(load_or_explain(name, lambda: weight_files(folder)))
+    settings = sorted({file for pattern in (*SETTINGS, "chat_template.jinja") for file in folder.glob(pattern)})
+    hashed = files_hash([*load_or_explain(name, lambda: weight_files(folder)), *settings])
     tokenizer = load_or_explain(name, lambda: AutoTokenizer.from_pretrained(folder))
     with without_progress_bars():
-        model = load_or_explain(name, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        kind: Any = AutoModelForCausalLM
+        model, found = load_or_explain(name, lambda: kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True))
+    if lacking := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise BadValue(
+            f"start = {name!r} lacks the weight {lacking[0]}, or has it in another shape ({len(lacking)} such); give a whole one"
+        )
     require_tokenizer(name, tokenizer, model)
     return prepared(model), tokenizer, config.dtype or torch.float32, hashed
 
@@ -42,6 +48,14 @@ def prepared(model: nn.Module) -> nn.Module:
     except NoExperts:
         pass
     return model
+
+
+def control_hash(name: str) -> str:
+    """The hash of the weights of the dense model `name`, which `load_control` has read."""
+    path = Path(name).expanduser()
+    if gguf := gguf_file(path):
+        return files_hash([gguf])
+    return files_hash(weight_files(local_folder(str(path) if path.is_dir() else name)))
 
 
 def load_control(name: str, vocabulary: int) -> nn.Module:

@@ -129,9 +129,14 @@ tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
 """
 
 
+def written(value: float) -> str:
+    """`value` in the curve: a count as it is."""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
 def write(report: Report, curve: Sequence[Point], folder: Path) -> None:
     """Writes the report, the curve and README.md."""
     write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    lines = [",".join(Point._fields), *(",".join(f"{value:.6g}" for value in point) for point in curve)]
+    lines = [",".join(Point._fields), *(",".join(written(value) for value in point) for point in curve)]
     write_text(folder / CURVE, "\n".join(lines) + "\n")
     write_text(folder / "README.md", card(report))

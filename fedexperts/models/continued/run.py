@@ -20,7 +20,7 @@ from fedexperts.io.toml import different
 from fedexperts.models.continued import report as reports
 from fedexperts.models.continued.corpus import read_windows
 from fedexperts.models.continued.measure import HeldOut, bits_per_byte
-from fedexperts.models.continued.models import load_control, load_start, save_model
+from fedexperts.models.continued.models import control_hash, load_control, load_start, save_model
 from fedexperts.models.continued.settings import ContinueSettings
 from fedexperts.models.continued.training import Point, Trained, steps_for, train
 
@@ -56,6 +56,7 @@ def continue_training(
     partial = partial_folder(settings)
     with locked(partial):
         wanted = {**settings.model_dump(mode="json", exclude=NOT_IN_PLAN), "weights": hashed, "data": dict(windows.hashes)}
+        wanted |= {} if settings.control is None else {"weights of the control": control_hash(settings.control)}
         plan = read_plan(partial, wanted)
         if plan is None:
             with removed_if_interrupted(partial):

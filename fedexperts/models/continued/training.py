@@ -8,7 +8,9 @@ loss is (1 - d) · cross-entropy + d · KL(control ‖ model) of each token, wit
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedexperts.errors import BadRun
+from fedexperts.errors import BadRun, BadValue
 from fedexperts.io.files import write_tensors
 from fedexperts.models.continued.settings import ContinueSettings
 from fedexperts.models.pretrain import learning_rate
@@ -57,7 +59,12 @@ class Trained:
 
     @classmethod
     def of(cls, model: nn.Module, control: nn.Module | None, settings: ContinueSettings) -> "Trained":
-        """Freezes the parameters that `settings` name."""
+        """Freezes the parameters that `settings` name.
+
+        Raises:
+            BadValue: a name is in no parameter's name, or nothing is left to train.
+        """
+        require_names(both(model, control), settings.frozen)
         return cls(model, control, {name: optimizer(each, settings) for name, each in both(model, control).items()})
 
     @property
@@ -69,6 +76,19 @@ class Trained:
 def both(model: nn.Module, control: nn.Module | None) -> dict[str, nn.Module]:
     """The models that exist, by name."""
     return {"model": model, **({"control": control} if control is not None else {})}
+
+
+def require_names(models: Mapping[str, nn.Module], frozen: Sequence[str]) -> None:
+    """Raises BadValue if one of `frozen` is in no parameter's name, or if they leave nothing of a model to train."""
+    names = {name: [key for key, _ in model.named_parameters(remove_duplicate=False)] for name, model in models.items()}
+    for part in frozen:
+        if not any(part in key for keys in names.values() for key in keys):
+            raise BadValue(
+                f"frozen names {part!r}, which is in no parameter's name; give a part of one, such as {names['model'][0]}"
+            )
+    for name, keys in names.items():
+        if all(any(part in key for part in frozen) for key in keys):
+            raise BadValue(f"frozen = {list(frozen)} leaves nothing of the {name} to train; leave some of them out")
 
 
 def optimizer(model: nn.Module, settings: ContinueSettings) -> torch.optim.AdamW:
@@ -102,20 +122,23 @@ def train(
     measure: bits per byte of a model, taken at each point of the curve, when the state is saved too.
 
     Raises:
-        BadRun: the loss is not finite.
+        BadRun: a loss, a gradient or what is measured is not finite.
     """
     curve = load_state(trained, folder)
     completed, seconds = (curve[-1].step, curve[-1].seconds) if curve else (0, 0.0)
     since: list[Losses] = []
     for step in range(completed, steps):
         started = time.monotonic()
-        since.append(train_step(trained, batches(step), settings, learning_rate(step, steps, settings)))
+        with seeded(settings.seed, step):
+            losses, norms = train_step(trained, batches(step), settings, learning_rate(step, steps, settings))
         seconds += time.monotonic() - started
-        if not math.isfinite(since[-1].loss):
-            raise BadRun(f"the loss of step {step + 1} is not finite; lower lr, remove {folder} and start again")
+        since.append(losses)
+        found = {"loss": losses.loss, **({"loss of the control": losses.control_loss} if trained.control else {})}
+        require_finite({**found, **{f"gradient of the {name}": norm for name, norm in norms.items()}}, step + 1, folder)
         if (step + 1) % settings.save_every == 0 or step + 1 == steps:
             means = Losses(*(fmean(values) for values in zip(*since, strict=True)))
             bits = {name: measure(model) for name, model in trained.models.items()}
+            require_finite({f"bits per byte of the {name}": value for name, value in bits.items()}, step + 1, folder)
             tokens = (step + 1) * settings.step_tokens
             curve.append(Point(step + 1, tokens, *means, bits["model"], bits.get("control", float("nan")), seconds))
             save_state(trained, curve, folder)
@@ -124,18 +147,35 @@ def train(
     return curve
 
 
-def train_step(trained: Trained, windows: Int[Tensor, "windows tokens"], settings: ContinueSettings, rate: float) -> Losses:
-    """One step of each optimizer, at `rate` times the learning rate, on one batch."""
+@contextmanager
+def seeded(seed: int, step: int) -> Iterator[None]:
+    """Within the block torch draws (dropout, jitter of routers) from a generator that seed and step alone decide."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(sha256(f"{seed}/{step}".encode()).digest()[:7], "big"))
+        yield
+
+
+def require_finite(values: Mapping[str, float], step: int, folder: Path) -> None:
+    """Raises BadRun if one of `values` is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise BadRun(f"the {name} is not finite in step {step}; lower lr, remove {folder} and start again")
+
+
+def train_step(
+    trained: Trained, windows: Int[Tensor, "windows tokens"], settings: ContinueSettings, rate: float
+) -> tuple[Losses, dict[str, float]]:
+    """One step of each optimizer, at `rate` times the learning rate, on one batch; the losses, and the norm of each gradient."""
     for model in trained.models.values():
         model.train()
-    losses = gradients(trained, windows, settings)
+    losses, norms = gradients(trained, windows, settings), {}
     for name, each in trained.optimizers.items():
         for group in each.param_groups:
             group["lr"] = settings.lr * rate
-        nn.utils.clip_grad_norm_(trained.models[name].parameters(), settings.max_grad_norm)
+        norms[name] = float(nn.utils.clip_grad_norm_(trained.models[name].parameters(), settings.max_grad_norm))
         each.step()
         each.zero_grad()
-    return losses
+    return losses, norms
 
 
 def gradients(trained: Trained, windows: Int[Tensor, "windows tokens"], settings: ContinueSettings) -> Losses:

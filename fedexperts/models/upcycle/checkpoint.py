@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -69,17 +69,33 @@ def open_dense(name: str) -> Dense:
         folder = local_folder(str(path) if path.is_dir() else name)
         config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         files = weight_files(folder)
-    except (OSError, ValueError) as error:
+        tensors = lazy(files) if files[0].suffix == ".safetensors" else None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise BadValue(
             f"{name} cannot be read ({shortened(str(error))}); give the folder of a dense model, or an id on the hub"
         ) from error
-    if files[0].suffix != ".safetensors":
+    if tensors is None:
         raise BadValue(f"{name} has its weights in {files[0].name}, which is not read; save it as safetensors with transformers")
     if config.to_dict().get("quantization_config"):
         raise BadValue(f"{name} has quantized weights; give a model in bfloat16, float16 or float32, or a GGUF file")
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # so transformers reads a folder without one
         raise BadValue(f"{name} has no tokenizer that reads text; put the model's tokenizer files into its folder")
-    return Dense(name, config, tokenizer, lazy(files), folder)
+    return with_embeddings(Dense(name, config, tokenizer, tensors, folder))
+
+
+def with_embeddings(dense: Dense) -> Dense:
+    """`dense`, after its tokenizer was compared with its embeddings.
+
+    Raises:
+        BadValue: the tokenizer has tokens without an embedding.
+    """
+    rows = int(dense.config.vocab_size)
+    if len(dense.tokenizer) > rows:
+        raise BadValue(
+            f"{dense.name} has a tokenizer with {len(dense.tokenizer):,} tokens, but the model has embeddings for {rows:,}; "
+            "take the tokenizer that belongs to the model, or resize the model's embeddings and save both"
+        )
+    return dense
 
 
 def lazy(files: list[Path]) -> dict[str, LazyTensor | Tensor]:
@@ -129,7 +145,7 @@ def open_gguf(name: str, file: Path) -> Dense:
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     config = type(model.config)(**settings)
-    return Dense(name, config, tokenizer, model.state_dict(), None)
+    return with_embeddings(Dense(name, config, tokenizer, model.state_dict(), None))
 
 
 @dataclass(eq=False)

@@ -1,6 +1,7 @@
 """The texts on which an upcycled model is calibrated and measured, in windows of tokens."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,6 +17,7 @@ from fedexperts.models.upcycle.parts import Window
 
 WINDOW = 256  # tokens
 HELD_OUT = 4  # every so many windows one is measured on, and not calibrated on
+WORD = 100  # characters within which a word begins, in languages that write spaces
 CHARACTERS = 8  # read for each wanted token, so that a window is full
 
 PACK = ("books2a", "openstax", "classic_books", "state_union", "stories", "wikitext2_valid", "encyclopedic", "dialogue")
@@ -94,10 +96,19 @@ def prompt_windows(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequenc
 
 
 def cut(text: str, number: int, characters: int) -> list[str]:
-    """`number` pieces of a text with equal distances between them, fewer if there is less text; each begins with a word."""
+    """`number` pieces of a text with equal distances between them, fewer if there is less text.
+
+    Each begins with a word, unless there is no white space near, as in languages that write none.
+    """
     number = max(1, min(number, len(text) // characters))
-    starts = [index * (len(text) // number) for index in range(number)]
-    return [text[start if not start else text.find(" ", start) + 1 :][:characters] for start in starts]
+    starts = [word_from(text, index * (len(text) // number)) for index in range(number)]
+    return [text[start:][:characters] for start in starts]
+
+
+def word_from(text: str, start: int) -> int:
+    """Where the first word of `text` from `start` on begins; `start` itself if none begins within WORD characters."""
+    space = re.compile(r"\s").search(text, start, start + WORD) if start else None
+    return space.end() if space else start
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> tuple[int, ...]:

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedexperts.data.chat import ChatTemplate
-from fedexperts.errors import BadRun, BadValue
+from fedexperts.errors import BadData, BadRun, BadValue
 from fedexperts.models.continued import report
 from fedexperts.models.continued import settings as settings_module
 from fedexperts.models.continued.corpus import conversation_rows, read_windows
@@ -107,7 +107,7 @@ def test_another_run_is_not_continued(moe, settings):
 
 def test_training_that_diverges_stops_and_writes_no_model(moe, settings):
     of = settings(moe(), lr=1e30)
-    with pytest.raises(BadRun, match=r"the loss of step \d is not finite; lower lr"):
+    with pytest.raises(BadRun, match=r"the gradient of the model is not finite in step \d; lower lr"):
         continue_training(of)
     assert not of.out.exists()
 
@@ -195,6 +195,101 @@ def test_parts_of_a_batch_add_up_to_the_gradients_of_the_whole(moe, settings):
     assert len(found[0]) > 10
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-3)
+
+
+def test_a_last_step_that_diverges_is_noticed_too(moe, settings, tmp_path):
+    of = settings(moe(), lr=1e38, tokens=4 * WINDOW)
+    with pytest.raises(BadRun, match=r"bits per byte of the model is not finite in step 1; lower lr"):
+        continue_training(of)
+    assert not of.out.exists()
+
+
+def test_draws_of_dropout_depend_on_seed_and_step_alone(saved, text, settings, tmp_path):
+    _, dense = saved("llama", attention_dropout=0.5)
+    made = dense, None, text()
+
+    def kill(steps, point):
+        raise Killed
+
+    whole, killed = (settings(made, out=tmp_path / name) for name in ("whole", "killed"))
+    continue_training(whole)
+    torch.rand(3)  # of the global generator
+    with pytest.raises(Killed):
+        continue_training(killed, kill)
+    continue_training(killed)
+    assert digest(killed.out) == digest(whole.out) != {}
+    other = settings(made, out=tmp_path / "other", seed=1)
+    continue_training(other)
+    assert digest(other.out) != digest(whole.out)
+
+
+def test_frozen_names_are_those_of_parameters_and_leave_some(moe, settings):
+    made = moe()
+    with pytest.raises(
+        BadValue, match=r"frozen names 'embed_tokns', which is in no parameter's name; give a part of one, such as"
+    ):
+        continue_training(settings(made, frozen=("embed_tokns",)))
+    with pytest.raises(BadValue, match=r"leaves nothing of the model to train"):
+        continue_training(settings(made, frozen=("model", "lm_head")))
+
+
+def test_a_start_that_lacks_a_weight_is_refused(saved):
+    _, dense = saved("llama")
+    tensors = load_file(dense / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadValue, match=r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_start(str(dense))
+
+
+def test_a_control_or_a_tokenizer_that_changed_is_not_continued_with(moe, settings, saved):
+    made = moe()
+    of = settings(made, control=str(made[1]), distill=0.5)
+
+    def kill(steps, point):
+        raise Killed
+
+    with pytest.raises(Killed):
+        continue_training(of, kill)
+    template = made[0] / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    with pytest.raises(BadRun, match="was begun with another weights;"):
+        continue_training(of)
+    template.unlink()
+    saved("llama", seed=5)  # in the place of the control
+    with pytest.raises(BadRun, match="was begun with another weights of the control;"):
+        continue_training(of)
+
+
+def test_instructions_alone_are_measured_on_windows_that_are_held_out(moe, settings):
+    alone = {"texts": [], "instructions": ["synthetic/copy"], "instruction_share": 1.0}
+    of = settings(moe(), corpus=alone)
+    report = continue_training(of)
+    assert set(report["after"]["bits_per_byte"]) == {"synthetic/copy", "mean"}
+    _, tokenizer, _, _ = load_start(of.start)
+    windows = read_windows(of.corpus, tokenizer, of.measured, of.seed)
+    apart = {tuple(row.tolist()) for row in windows.held_out["synthetic/copy"]}
+    assert apart and not apart & {tuple(row.tolist()) for row in windows.train["instructions"]}
+
+
+def test_texts_of_one_name_are_measured_each_and_plain_text_may_have_its_own_test_file(moe, settings, text, tmp_path):
+    folder, dense, file = moe()
+    (tmp_path / "de").mkdir()
+    for name in ("de/text.txt", "mine.train.txt", "mine.test.txt"):
+        text(name)
+    names = [str(file), str(tmp_path / "de" / "text.txt"), str(tmp_path / "mine.train.txt")]
+    of = settings((folder, dense, file), corpus={"texts": names})
+    _, tokenizer, _, _ = load_start(of.start)
+    windows = read_windows(of.corpus, tokenizer, of.measured, of.seed)
+    assert list(windows.held_out) == ["text", names[1], "mine"]
+    assert "mine, held out" in windows.hashes
+    with_rows = settings((folder, dense, file), corpus={"texts": [{"name": names[0], "without": ["zzz"]}]})
+    with pytest.raises(BadData, match="is one text without rows"):
+        read_windows(with_rows.corpus, tokenizer, 2, 0)
+
+
+def test_counts_of_the_curve_keep_their_digits():
+    assert report.written(1_048_577) == "1048577" and report.written(0.1234567891) == "0.123457"
 
 
 @pytest.mark.parametrize(("kernels", "precision"), [(True, "bf16"), (False, "fp32")])

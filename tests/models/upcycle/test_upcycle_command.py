@@ -4,6 +4,11 @@ import json
 
 import pytest
 
+from fedexperts.errors import BadValue
+from fedexperts.models.tokenizer import make_tokenizer
+from fedexperts.models.upcycle.checkpoint import open_dense
+from fedexperts.models.upcycle.texts import cut
+
 
 def test_the_command_writes_the_folder_and_shows_the_report(fedexperts, saved, text, tmp_path):
     _, folder = saved("llama")
@@ -52,3 +57,25 @@ def test_a_folder_that_is_not_empty_is_left_alone(fedexperts, tmp_path):
     (tmp_path / "moe" / "mine").write_text("")
     code, _, err = fedexperts("upcycle", "/nowhere", "--copy", 2, "--to", tmp_path / "moe")
     assert code == 2 and "exists and is not empty" in err
+
+
+def test_a_damaged_file_is_a_sentence_and_so_is_a_tokenizer_with_too_many_tokens(saved):
+    _, folder = saved("llama")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(BadValue, match=r"cannot be read \(.+\); give the folder of a dense model"):
+        open_dense(str(folder))
+    _, folder = saved("llama", name="few", vocab_size=16)
+    make_tokenizer(128).save_pretrained(folder)
+    with pytest.raises(BadValue, match=r"has a tokenizer with \d+ tokens, but the model has embeddings for 16"):
+        open_dense(str(folder))
+
+
+@pytest.mark.parametrize("text", ["字" * 30 + "文" * 30 + "書" * 30, " ".join(f"word{number}" for number in range(15))])
+def test_pieces_of_a_text_are_spread_over_it_also_without_spaces(text):
+    pieces = cut(text, 3, 20)
+    assert len(set(pieces)) == len(pieces) == 3
+    starts = [text.index(piece) for piece in pieces]
+    assert starts == sorted(starts) and starts[-1] >= len(text) // 2
+    if " " in text:
+        assert all(start == 0 or text[start - 1] == " " for start in starts)
