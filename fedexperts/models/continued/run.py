@@ -55,8 +55,8 @@ def continue_training(
 
     partial = partial_folder(settings)
     with locked(partial):
-        wanted = {**settings.model_dump(mode="json", exclude=NOT_IN_PLAN), "weights": hashed, "data": dict(windows.hashes)}
-        wanted |= {} if settings.control is None else {"weights of the control": control_hash(settings.control)}
+        wanted = {**settings.model_dump(mode="json", exclude=NOT_IN_PLAN), "model": hashed, "data": dict(windows.hashes)}
+        wanted |= {} if settings.control is None else {"control model": control_hash(settings.control)}
         plan = read_plan(partial, wanted)
         if plan is None:
             with removed_if_interrupted(partial):

@@ -253,11 +253,11 @@ def test_a_control_or_a_tokenizer_that_changed_is_not_continued_with(moe, settin
         continue_training(of, kill)
     template = made[0] / "chat_template.jinja"
     template.write_text("{{ messages[0].content }}")
-    with pytest.raises(BadRun, match="was begun with another weights;"):
+    with pytest.raises(BadRun, match="was begun with another model;"):
         continue_training(of)
     template.unlink()
     saved("llama", seed=5)  # in the place of the control
-    with pytest.raises(BadRun, match="was begun with another weights of the control;"):
+    with pytest.raises(BadRun, match="was begun with another control model;"):
         continue_training(of)
 
 
