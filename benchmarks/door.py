@@ -1,6 +1,6 @@
 """What strangers can do to a server's SuperLink: its memory under bodies without a key and under idle connections.
 
-    python benchmarks/door.py OUT [--megabytes 800] [--connections 1000]
+    python benchmarks/door.py [--megabytes 800] [--connections 1000]
 
 It starts a SuperLink with keys that listens on all networks, and attacks it from an address of this machine that is not loopback,
 which then counts as another machine's. Meanwhile a registered node is simulated, whose requests must be answered.

@@ -43,6 +43,10 @@ CLOSE_SECONDS = 1.0
 """For the last response on a connection to arrive before it is cut off."""
 MOST_CONNECTIONS = 100
 """Of one address that is not this machine's; a client has a few."""
+MOST_UNKNOWN = 32
+"""Of those, that have not yet brought a request of a registered node: each takes some 0.65 MB while it is open."""
+KNOWN = "fedexperts.known"
+"""In the scope of a request: whether its sender is a registered node."""
 
 Registered = Callable[[bytes], bool]
 """Whether a node with this public key (PEM) may join."""
@@ -67,14 +71,15 @@ class LimitedAccess:
             await refusal(f"a request has {MAX_REQUEST_BYTES:,} bytes at most, and says so", 413)(scope, receive, send)
         elif scope["path"] == ABOUT_PATH:
             await JSONResponse(self.said_to(scope), headers={"connection": "close"})(scope, receive, send)
-        elif body_size(scope) > MAX_UNKNOWN_BYTES and scope["path"].startswith(FLEET_PATH) and not self.knows(scope):
+        elif not self.knows(scope) and body_size(scope) > MAX_UNKNOWN_BYTES and scope["path"].startswith(FLEET_PATH):
             await refusal("this key is not registered here, or its signature is not of now", 401)(scope, receive, send)
         else:
             await self.app(scope, timed(receive), send)
 
     def knows(self, scope: Scope) -> bool:
-        """Whether a request is from a registered node; where there are no keys, every request is."""
-        return self.registered is None or is_signed(dict(scope["headers"]), self.registered)
+        """Whether a request is from a registered node; where there are no keys, every request is. Noted in `scope`."""
+        scope[KNOWN] = self.registered is None or is_signed(dict(scope["headers"]), self.registered)
+        return bool(scope[KNOWN])
 
     def said_to(self, scope: Scope) -> dict[str, Any]:
         """What the server says of itself: more to a registered node than to others."""
@@ -155,15 +160,21 @@ def timed(receive: Receive) -> Receive:
 class ImpatientProtocol(H11Protocol):
     """Uvicorn's protocol with a limit for the size of a request's head, and here for its time and for connections."""
 
+    patience: asyncio.TimerHandle
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.patience = self.loop.call_later(HEAD_SECONDS, self.end_if_silent)
         address = self.client and self.client[0]
         if address and not is_loopback_address(address):
-            same = sum(1 for each in self.connections if each.client and each.client[0] == address)
-            if same > MOST_CONNECTIONS:
+            same = [each for each in self.connections if each.client and each.client[0] == address]
+            unknown = sum(not (each.scope and each.scope.get(KNOWN)) for each in same)
+            if len(same) > MOST_CONNECTIONS or unknown > MOST_UNKNOWN:
                 transport.abort()
-                return
-        self.loop.call_later(HEAD_SECONDS, self.end_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.patience.cancel()  # it holds this protocol, and with it the buffers of its connection
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

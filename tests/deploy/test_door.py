@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from threading import Thread
 
@@ -217,6 +217,26 @@ def test_an_address_of_another_machine_has_so_many_connections_and_no_more(addre
     assert kept[0].recv(100).startswith(b"HTTP/1.1 204")
     for each in kept:
         each.close()
+
+
+def test_connections_of_registered_nodes_do_not_count_among_the_unknown_ones(registered, keys, monkeypatch):
+    monkeypatch.setattr(door, "is_loopback_address", lambda text: False)
+    monkeypatch.setattr(door, "MOST_UNKNOWN", 2)
+    head = "".join(f"{name}: {value}\r\n" for name, value in signed_headers(keys / "north").items())
+    request = f"GET {PATH} HTTP/1.1\r\nhost: x\r\n{head}\r\n".encode()
+    with ExitStack() as stack:
+        address = stack.enter_context(serving(LimitedAccess(empty, "0.0.0.0", registered)))
+        known = []
+        for _ in range(5):
+            known.append(stack.enter_context(socket.create_connection(address)))
+            known[-1].sendall(request)
+            assert known[-1].recv(100).startswith(b"HTTP/1.1 204")
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(address)).sendall(b"GET /v1/fleet/ HTTP/1.1\r\nhost: x\r\n\r\n")
+        time.sleep(0.2)
+        assert has_closed(stack.enter_context(socket.create_connection(address)))
+        known[0].sendall(request)
+        assert known[0].recv(100).startswith(b"HTTP/1.1 204")
 
 
 def test_a_connection_that_does_not_shake_hands_is_closed(keys, monkeypatch):
