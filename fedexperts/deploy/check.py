@@ -28,7 +28,7 @@ from fedexperts.deploy.site import (
 from fedexperts.engines.message import VERSION
 from fedexperts.errors import BadValue, FedExpertsError, listed
 from fedexperts.experiment.lost import losses_of, sentences
-from fedexperts.experiment.plan import plan
+from fedexperts.experiment.plan import plan, slow_products
 from fedexperts.experiment.setup import OwnDataParts, Prepared, prepare_run
 from fedexperts.models.load import load
 from fedexperts.moe.device import find_devices
@@ -217,6 +217,8 @@ def machine_found(prepared: Prepared, memory_gb: float | None) -> Iterator[Findi
     speed = flops_per_second(device)
     seconds = planned["round_flops_estimated"] / (speed * share)
     how = f"{speed / 1e9:,.0f} GFLOP/s measured on {device}, of which training sustains {share:.0%} (devices.utilization)"
+    for sentence in slow_products(prepared):
+        yield Finding("products", sentence, is_ok=False)
     yield Finding("time of a round", f"at most about {seconds:,.0f} s to train, estimated: {how}")
 
 

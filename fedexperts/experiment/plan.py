@@ -112,7 +112,7 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]], losses: S
         *too_few_clients(prepared),
         *too_long_labels(prepared),
         *too_many_positions(prepared),
-        *slow_products(prepared),
+        *(() if config.data.own else slow_products(prepared)),  # which train elsewhere
         *sentences(losses, config.data.max_tokens, config.evaluation.generate_tokens),
     ]
 
@@ -142,10 +142,10 @@ def too_many_positions(prepared: Prepared) -> Iterator[str]:
 
 
 def slow_products(prepared: Prepared) -> Iterator[str]:
-    """A sentence if the clients train here, in bfloat16 or float16, on a processor that has no products of these."""
+    """A sentence if what trains on this machine does so in bfloat16 or float16, on a processor that has no products of these."""
     dtype = next(weight.dtype for weight in prepared.base.model.parameters() if weight.is_floating_point())
-    trains_here = not prepared.config.data.own and find_devices(prepared.training.device) == ("cpu",)
-    if trains_here and dtype in HALF and prepared.config.model.quantize is None and not has_half_kernels():
+    on_processor = find_devices(prepared.training.device) == ("cpu",)
+    if on_processor and dtype in HALF and prepared.config.model.quantize is None and not has_half_kernels():
         yield (
             f"the model is in {str(dtype).removeprefix('torch.')}, for which this processor has no fast products (it lacks "
             'AVX-512): backward takes many times longer; set model.dtype = "float32", or model.quantize = "nf4"'

@@ -12,6 +12,7 @@ from fedexperts.deploy.check import Site, check
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.site import ServerInfo
 from fedexperts.engines.message import PROTOCOL, VERSION
+from fedexperts.experiment import plan as planning
 from fedexperts.experiment.setup import Parts
 from fedexperts.io.toml import checked, to_toml
 
@@ -72,6 +73,13 @@ def test_what_is_not_in_order_says_what_to_do_and_the_exit_code_is_2(fedexperts,
     assert (code, out.splitlines()[-1]) == (2, "2 to do")
     assert found["cuts"][0] == "to do" and "data.max_tokens = 5 cuts" in found["cuts"][1]
     assert found["memory"][0] == "to do" and "lower training.batch_size" in found["memory"][1]
+
+
+def test_a_site_whose_processor_is_slow_in_half_precision_is_told(run_file, rows, monkeypatch):
+    monkeypatch.setattr(planning, "has_half_kernels", lambda: False)
+    found = [*check(Site(run_file, (str(rows),), "north", settings=["model.dtype=bfloat16"]))]
+    [slow] = [each for each in found if each.about == "products"]
+    assert not slow.is_ok and 'set model.dtype = "float32"' in slow.found
 
 
 @pytest.mark.parametrize(
