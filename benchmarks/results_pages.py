@@ -172,8 +172,9 @@ class Attacks:
         return interval([*self.of(method, attack, rule, attackers).values()])
 
     def triggered(self, method: str, rule: str, attackers: int) -> str:
-        """How many triggered prompts get the backdoor's response, in per cent."""
-        return interval([float(self.rows[method, "backdoor", attackers, rule, 0]["triggered"])])
+        """How many triggered prompts get the backdoor's response, in per cent, seed by seed."""
+        found = sorted((key[-1], row) for key, row in self.rows.items() if key[:4] == (method, "backdoor", attackers, rule))
+        return ", ".join(f"{float(row['triggered']):.1f}" for _, row in found)
 
     def lost(self, method: str, attack: str, rule: str, attackers: int = 2) -> str:
         """The paired difference from the plain mean without attackers, seed by seed."""

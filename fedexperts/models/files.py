@@ -18,11 +18,13 @@ BUNDLED = {
     "tiny": Path(__file__).parent / "tiny",
     "small": Path(__file__).parents[2] / "assets" / "small",
     "smol": BASES / "smol",
+    "smol-384": BASES / "smol-384",
 }
-"""`tiny` ships with the package; `small` is only in a checkout of the repository, which builds `smol` with `make smol`."""
+"""`tiny` ships with the package; `small` is only in a checkout of the repository, which builds the others with `make smol`."""
 HOW_MADE = {
     "small": "make it in a checkout of the repository with fedexperts pretrain runs/pretrain-small.toml",
     "smol": "build it in a checkout of the repository with make smol, set FEDEXPERTS_BASES to the folder that has it",
+    "smol-384": "build it in a checkout of the repository with SMOL_SHARED=384 make smol, set FEDEXPERTS_BASES to its folder",
 }
 """What to do if a base is not there."""
 CONFIGS = Path(__file__).parent / "configs"

@@ -9,6 +9,7 @@ import pytest
 
 from fedexperts.io.toml import read_tree
 from fedexperts.models.continued.settings import read_settings
+from fedexperts.models.files import BUNDLED
 
 ROOT = Path(__file__).parents[3]
 STUB = """#!/bin/sh
@@ -57,3 +58,12 @@ def test_the_script_splits_and_heals_and_leaves_a_base_that_is_there(build, tmp_
     assert calls == [] and "smol is there already" in output
     (bases / "smol" / "config.json").unlink()
     assert len(build(SMOL_SOURCE="some/model")[1]) == 1
+
+
+def test_the_script_builds_the_variant_with_more_of_it_in_experts(build, tmp_path):
+    output, (upcycle, pretrain) = build(SMOL_SOURCE="some/model", SMOL_SHARED="384")
+    assert upcycle.startswith("upcycle some/model --split 24 --shared 384 --top-k 16 --to ")
+    assert pretrain.endswith(f"--out {tmp_path}/bases/smol-384") and BUNDLED["smol-384"].name == "smol-384"
+    assert 'model.name = "smol-384"' in output
+    with pytest.raises(subprocess.CalledProcessError):
+        build(SMOL_SOURCE="some/model", SMOL_SHARED="100")
