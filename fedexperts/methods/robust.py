@@ -20,7 +20,7 @@ https://arxiv.org/abs/2504.18598).
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal, cast
 
@@ -47,9 +47,11 @@ SMOOTHING = 1e-6
 class RobustMerging:
     """A rule, and how many clients it has to withstand.
 
-    attackers: the share of a round's clients that may send anything: f = ⌊attackers · n⌋.
+    attackers: the share of a round's clients that may send anything: f = ⌊attackers · n⌋, and at least one, unless it is 0.
     multiple: of the median norm, to which a change is clipped (clip, and rows with too few contributors).
     examples: of the median number of examples, at which a client's weight ends.
+
+    Medians of an even number are the lower of the middle two: of two clients, the larger does not set its own limit.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -71,7 +73,7 @@ class WithRobustMerging(Wrapper):
             return self.method.merge(server, updates)
         with TemporaryDirectory(prefix="fedexperts-robust-") as folder:
             spool = [Spooled.written(Path(folder) / f"{number}.safetensors", update) for number, update in enumerate(updates)]
-            most = self.robust.examples * median([each.update.examples for each in spool]) if spool else 0.0
+            most = self.robust.examples * median_low([each.update.examples for each in spool]) if spool else 0.0
             spool = [each.of_at_most(max(1, round(most))) for each in spool]
             changed = clipped(server, spool, self.robust) if self.robust.name == "clip" else replaced(server, spool, self.robust)
             return self.method.merge(server, changed)
@@ -117,7 +119,7 @@ def clipped(server: Server, spool: Sequence[Spooled], robust: RobustMerging) -> 
     numbers of experts (ours).
     """
     norms = [norm_of(server, each) for each in spool]
-    most = robust.multiple * median(norms) if norms else 0.0
+    most = robust.multiple * median_low(norms) if norms else 0.0
     for each, norm in zip(spool, norms, strict=True):
         scale = min(1.0, most / norm) if norm > 0 else 1.0
         tensors = {}
@@ -140,7 +142,7 @@ def norm_of(server: Server, spooled: Spooled) -> float:
 
 def replaced(server: Server, spool: Sequence[Spooled], robust: RobustMerging) -> Iterator[Update]:
     """The updates with the robust value of each row in place of the client's own."""
-    faulty = int(robust.attackers * len(spool) + 1e-9)  # 0.29 of 100 are 29
+    faulty = max(robust.attackers > 0, int(robust.attackers * len(spool) + 1e-9))  # 0.29 of 100 are 29
     names = sorted({name for each in spool for name in each.names})
     values = {name: robust_rows(server.weights[name], name, spool, robust, faulty) for name in names}
     for each in spool:
@@ -173,10 +175,10 @@ def of_rows(ids: Tensor, tensor: Tensor, rows: Tensor) -> Float[Tensor, "rows wi
 
 
 def typical_norm(before: Tensor, sent: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The median, over clients and rows, of the norm of a row's change."""
-    changes = [tensor.double() - before[ids].double() for ids, tensor in sent]
-    norms: Tensor = torch.cat([change[:, None].flatten(1).square().sum(1).sqrt() for change in changes])  # of no rows, too
-    return float(norms.median())
+    """The median over clients of the median norm of their rows' changes: who sends many rows has one voice, too (ours)."""
+    changes = [tensor.double() - before[ids].double() for ids, tensor in sent if len(ids)]
+    norms = [float(change[:, None].flatten(1).norm(dim=1).median()) for change in changes]
+    return median_low(norms) if norms else 0.0
 
 
 def with_server(x: Voices, own: Voices, most: float) -> Tensor:

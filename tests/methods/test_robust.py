@@ -115,6 +115,21 @@ def test_an_expert_that_few_train_keeps_the_servers_voice(name):
     assert (weights["experts"][2] - 1).norm() <= 2 * typical / 2 + 1e-6, "at most twice a typical change, and half a voice"
 
 
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("honest", [1, 2, 3, 4])
+def test_one_attacker_among_few_clients_is_limited_too(name, honest):
+    sent = [update(f"c{number}", [1.0] * 4) for number in range(honest)]
+    weights = merged([*sent, update("bad", [1e4] * 4, examples=10**7)], name=name)
+    assert weights["dense"].abs().max() <= 2.0
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "clip"])
+def test_who_sends_many_experts_does_not_set_what_is_typical(name):
+    honest = [update(f"c{number}", [1.0] * 4, [[1.1, 1.1]], [0]) for number in range(4)]
+    weights = merged([*honest, update("bad", [1.0] * 4, [[1e4, 1e4]] * 3, [0, 1, 2])], name=name)
+    assert (weights["experts"] - 1).norm(dim=1).max() <= 2 * (2 * 0.1**2) ** 0.5
+
+
 def test_setup_tasks_and_runs_without_it_are_as_they_were(tiny_tree):
     profile = replace(server(), task="profile")
     assert WithRobustMerging(FedAvg(), RobustMerging()).merge(profile, iter([])).weights.keys() == profile.weights.keys()
