@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Undo:
             self.progress.noted(
                 after, "the round stays without a check, since no client has a validation loss before and after it"
             )
-        if ratios and (ratio := median(ratios)) > self.most:
+        if ratios and (ratio := median_low(ratios)) > self.most:
             why = f"the clients' validation loss is {ratio:.4g} times what it was, above federation.undo = {self.most:g}"
             return self.undone(after, why)
         self.losses, self.metrics, self.line = losses, metrics, {"validation_losses": losses}
