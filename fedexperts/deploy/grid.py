@@ -20,7 +20,6 @@ from fedexperts.deploy.flower_internals import (
     HttpGrid,
     InflatableObject,
     NodeInfo,
-    ObjectPullError,
     ObjectTree,
     PullAppMessagesRequest,
     PushAppMessagesRequest,
@@ -103,15 +102,19 @@ class SuperLinkGrid(HttpGrid):
                 received = ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=head.metadata.message_id)
                 try:
                     message = inflated(tree, LimitedPull(pull, limit))
-                except ObjectPullError:
-                    raise
-                except Exception:  # it has come and cannot be read: it will not be fetched again
+                finally:  # where it cannot be read, too: Flower gives it out only once
                     client.ConfirmMessageReceived(received)
-                    raise
-                client.ConfirmMessageReceived(received)
                 message.__dict__["_metadata"] = metadata_from_proto(head.metadata)  # the SuperLink's word, not the sender's
                 messages.append(message)
             return messages
+
+    def withdraw(self, message_id: str) -> None:
+        """Removes a message that its node has not fetched, and whose reply nobody waits for, from the SuperLink's disk."""
+        with answering(self._addr):
+            run = cast(Run, self._run).run_id
+            self._runtime_client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(node=self.node, run_id=run, message_object_id=message_id)
+            )
 
 
 class LimitedPull:

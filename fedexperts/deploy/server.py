@@ -61,6 +61,7 @@ def engine_options(federation: Federation, in_flight: int) -> dict[str, Any]:
         "names": federation.names,
         "connections": lambda: {node.node_id: node.last_activated_at for node in federation.grid.get_nodes()},
         "fetch": federation.grid.fetch,
+        "withdraw": federation.grid.withdraw,
         "poll_seconds": POLL_SECONDS,
         "in_flight": in_flight,
     }

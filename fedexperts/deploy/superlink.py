@@ -13,9 +13,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
+from flwr.app import Message
 from starlette.middleware import Middleware
 
 from fedexperts.deploy.door import ImpatientProtocol, LimitedAccess
@@ -41,6 +42,21 @@ class ReconnectingLinkState(InMemoryLinkState):
         self.deactivate_node(node_id)
         return super().activate_node(node_id, heartbeat_interval)
 
+    def get_message_res(self, message_ids: set[str], run_id: int) -> list[Message]:
+        """The replies to `message_ids` that have come whole, or errors where their nodes have gone.
+
+        Flower's own gives a reply as soon as it is announced, and who fetches it waits for the rest, whatever its deadline.
+        """
+        with self.lock:
+            replies, store = self.message_ins_id_to_message_res_id, cast("DiskObjectStore", self.object_store)
+            coming = {each: replies[each] for each in message_ids & replies.keys() if not store.is_whole(replies[each])}
+            for each in coming:
+                del replies[each]
+            found: list[Message] = super().get_message_res(message_ids, run_id)
+            given_up = {message.metadata.reply_to_message_id for message in found}
+            replies.update({each: reply for each, reply in coming.items() if each not in given_up})
+            return found
+
 
 class DiskObjectStore(InMemoryObjectStore):
     """Keeps the list of objects in memory, and their contents in `folder`."""
@@ -62,6 +78,12 @@ class DiskObjectStore(InMemoryObjectStore):
             if object_id not in self.store:
                 return None
             return (self.folder / object_id).read_bytes() if self.store[object_id].is_available else b""
+
+    def is_whole(self, object_id: str) -> bool:
+        """Whether no object of its tree is still to come."""
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            return entry is None or (entry.is_available and all(self.is_whole(child) for child in entry.child_object_ids))
 
     def delete(self, object_id: str) -> None:
         with self.lock_store:

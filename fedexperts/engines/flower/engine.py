@@ -67,6 +67,7 @@ class FlowerEngine:
     announce: receives a sentence when a client joins, is missing or is refused.
     on_dropped: receives the client, round and task of each answer that is dropped.
     fetch: fetches replies; by default the grid does, whatever their size, and a large one is refused afterwards.
+    withdraw: receives the id of a job's message when its answer is not waited for any more.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class FlowerEngine:
         announce: Callable[[str], None] = log.info,
         on_dropped: Callable[[Mapping[str, object]], None] = lambda _: None,
         fetch: Fetch | None = None,
+        withdraw: Callable[[str], None] = lambda _: None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.grid, self.run_info, self.clients = grid, run, clients
@@ -90,6 +92,7 @@ class FlowerEngine:
         self.names, self.connections, self.poll_seconds = names or {}, connections, poll_seconds
         self.announce, self.on_dropped = announce, on_dropped
         self.fetch = fetch or (lambda message_id, limit: grid.pull_messages([message_id]))
+        self.withdraw = withdraw
         self.greetings: dict[str, Greeting] = {}
         self.nodes: dict[str, int] = {}  # client → node
         self.refused: dict[int, str] = {}  # node → why it is no client's
@@ -191,7 +194,9 @@ class FlowerEngine:
     def send(self, job: Job) -> SentJob:
         node = self.nodes.get(job.client)
         connection = self.connections().get(node or 0)  # before it is sent: a node that reconnects after that has lost the job
-        message_id = self.push(job_request(job, self.run_info), node) if node is not None else None
+        message_id = None
+        if node is not None and node in self.grid.get_node_ids():  # of a node that has gone Flower would keep the job on its disk
+            message_id = self.push(job_request(job, self.run_info), node)
         if message_id:
             self.job_keys[message_id] = job.client, job.round, job.task
         return SentJob(outline(job), message_id, monotonic() + self.seconds, node, connection)
@@ -210,9 +215,11 @@ class FlowerEngine:
                 if message := self.pull(sent.message_id, sent.limit):
                     return self.answer_in(message, sent)
             except BadMessage as error:
+                self.withdraw(sent.message_id)
                 return sent.failed(str(error))
             if over or reconnected:
                 self.overdue[sent.message_id] = sent.limit
+                self.withdraw(sent.message_id)
                 late = f"it did not answer within federation.round_seconds = {self.seconds:g}"
                 return sent.failed("it reconnected in the middle of its job" if reconnected else late)
             sleep(self.poll_seconds)
