@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,12 @@ def keys_found(site: Site) -> Generator[Finding, None, str | None]:
         require_files(keys, ("ca.pem", "node.key"), site.name or "of the client")
         if site.name is not None:
             require_own_keys(keys, site.name)
+        try:
+            signed_headers(keys)
+        except ValueError:
+            raise BadValue(
+                f"{keys / 'node.key'} holds no private key; copy it again from the machine that made the keys"
+            ) from None
         return identity(keys)
 
     owner = yield from attempt("keys", owner_of, lambda owner: f"of {owner or 'a client that they do not name'}, private")
@@ -119,7 +126,8 @@ def server_found(site: Site) -> Generator[Finding, None, ServerInfo | None]:
         return None
     address, headers = site.server, {}
     if site.keys is not None and (site.keys / "node.key").exists():
-        headers = signed_headers(site.keys)
+        with suppress(ValueError, FedExpertsError):  # a damaged key, which keys_found has named
+            headers = signed_headers(site.keys)
 
     def answer() -> ServerInfo:
         info = ask(address, site.keys, headers)
@@ -223,7 +231,11 @@ def machine_found(prepared: Prepared, memory_gb: float | None) -> Iterator[Findi
 
 
 def free_bytes() -> int:
-    """Bytes of memory that this machine can still give to a process."""
+    """Bytes of memory that this machine can still give to a process, those of its page cache among them."""
+    known = Path("/proc/meminfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    if line := next((line for line in lines if line.startswith("MemAvailable:")), None):
+        return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

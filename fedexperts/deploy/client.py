@@ -245,7 +245,10 @@ def main() -> int:
             answer_messages(worker, int(sys.argv[2]), SentLog(folder))
     except FedExpertsError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
-    return UNUSABLE
+        return UNUSABLE
+    except OSError as error:  # such as a full disk, which may be over when it is started again
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return 1
 
 
 def answer_messages(worker: ClientWorker, listener: int, leaving: Leaving) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Self
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
@@ -74,6 +75,10 @@ class Federation:
                 f"--host {host} can be reached from other machines, which --insecure does not allow; give --keys, or a host "
                 "of this machine only, such as 127.0.0.1"
             )
+        if ":" in host:
+            raise BadValue(
+                f"--host {host} is no IPv4 address or name, and nothing else is served; give one, or 0.0.0.0 for all networks"
+            )
         if keys is not None:
             require_files(keys, ("ca.pem", "server.pem", "server.key", "clients"), "server")
         self.address = f"{'127.0.0.1' if host in ALL_NETWORKS else host}:{port}"
@@ -124,8 +129,8 @@ class Federation:
         calls = [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
         control = ControlHttpClient.from_server_address(self.address, root is None, root, calls)
         try:
-            keys = sorted((self.keys / "clients").glob("*.pub")) if self.keys else []
-            nodes = {control.RegisterNode(RegisterNodeRequest(public_key=key_in(path))).node_id: path.stem for path in keys}
+            keys = keys_in(self.keys / "clients") if self.keys else {}
+            nodes = {control.RegisterNode(RegisterNodeRequest(public_key=key)).node_id: name for key, name in keys.items()}
             control.StartRun(StartRunRequest(fab=fab_to_proto(bundle())))
         finally:
             control.close()
@@ -177,9 +182,30 @@ def empty_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def keys_in(folder: Path) -> dict[bytes, str]:
+    """The public keys in `folder`, and whose they are.
+
+    Raises:
+        BadValue: one is none, or two are the same.
+    """
+    found: dict[bytes, str] = {}
+    for path in sorted(folder.glob("*.pub")):
+        if (key := key_in(path)) in found:
+            raise BadValue(f"{path} holds the key of {found[key]}; each client has its own: remove one of the two files")
+        found[key] = path.stem
+    return found
+
+
 def key_in(path: Path) -> bytes:
-    """The public key in `path`, as Flower registers it."""
-    key = load_ssh_public_key(path.read_bytes())
+    """The public key in `path`, as Flower registers it.
+
+    Raises:
+        BadValue: it is none that `fedexperts keys` made.
+    """
+    try:
+        key = load_ssh_public_key(path.read_bytes())
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise BadValue(f"{path} is not a key made by `fedexperts keys`; make one with it")
     return public_key_to_bytes(key)

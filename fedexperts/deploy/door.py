@@ -125,7 +125,10 @@ def is_from_here(scope: Scope, host: str) -> bool:
 
 
 def is_loopback_address(text: str) -> bool:
-    address = ip_address(text)
+    try:
+        address = ip_address(text)
+    except ValueError:  # a proxy may say anything
+        return False
     if isinstance(address, IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
     return address.is_loopback
@@ -164,7 +167,7 @@ class ImpatientProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.patience = self.loop.call_later(HEAD_SECONDS, self.end_if_silent)
+        self.patience = self.loop.call_later(HEAD_SECONDS, self.end_if_silent, None)
         address = self.client and self.client[0]
         if address and not is_loopback_address(address):
             same = [each for each in self.connections if each.client and each.client[0] == address]
@@ -177,12 +180,16 @@ class ImpatientProtocol(H11Protocol):
         self.patience.cancel()  # it holds this protocol, and with it the buffers of its connection
 
     def on_response_complete(self) -> None:
+        answered = self.cycle
         super().on_response_complete()
         if self.transport.is_closing():  # by itself it would read on until the other side closes, too
             self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+        self.patience.cancel()
+        self.patience = self.loop.call_later(HEAD_SECONDS, self.end_if_silent, answered)
 
-    def end_if_silent(self) -> None:
-        if self.cycle is None:  # no request has begun
+    def end_if_silent(self, last: Any) -> None:
+        """Cuts the connection off where no request has begun since the `last` one."""
+        if self.cycle is last:
             self.transport.abort()
 
 

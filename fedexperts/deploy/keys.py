@@ -7,12 +7,14 @@ FOLDER/NAME/                     for client NAME: ca.pem, node.key, node.pub, wh
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -55,6 +57,9 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
                 f"no client can be called {name!r}; give letters, digits, dots, dashes and underscores, and none of "
                 f"{', '.join(RESERVED)}"
             )
+    for host in hosts:
+        if not host.isascii():
+            raise BadValue(f"--host has {host!r}; give its ASCII form, {host.encode('idna').decode()}, or its address")
     registered = {name: folder / "server" / "clients" / f"{name}.pub" for name in clients}
     if lost := [name for name, path in registered.items() if path.exists() and not (folder / name / "node.key").exists()]:
         raise BadValue(
@@ -85,12 +90,16 @@ def rotate_keys(folder: Path, name: str) -> list[Path]:
         raise BadValue(f"{folder / 'ca.key'}, which has to sign, is not there; bring it back")
     files = NewFiles([], replaces=True)
     if name == "ca":
-        former = x509.load_pem_x509_certificate(ca.read_bytes())
+        former = signer_of(server / "server.pem", ca)
         files.add(folder / "ca.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
         own = certificate_pem(authority_certificate(key_at(folder / "ca.key")))
         for path in [ca, *sorted(folder.glob("*/ca.pem"))]:
             files.add(path, lambda: own + certificate_pem(former))
     elif name == "server":
+        if not (server / "server.pem").exists():
+            raise BadValue(
+                f"{server / 'server.pem'}, whose hosts the next one has, is not there; make it with --host and --clients"
+            )
         hosts = [str(each.value) for each in hosts_of(server / "server.pem")]
         files.add(server / "server.key", lambda: pem(ec.generate_private_key(CURVE)), PRIVATE)
         key = key_at(server / "server.key")
@@ -234,6 +243,18 @@ def require_hosts(path: Path, hosts: Iterable[str]) -> None:
             f"{path} is there already, for {known}, and not for {', '.join(missing)}; keys are never overwritten: "
             f"remove it and {path.with_name('server.key')} to have another made"
         )
+
+
+def signer_of(server: Path, ca: Path) -> x509.Certificate:
+    """Of the certificates in `ca` the one that signed that of the server; the first one where none did, or it is not there."""
+    known = x509.load_pem_x509_certificates(ca.read_bytes())
+    if server.exists():
+        signed = x509.load_pem_x509_certificate(server.read_bytes())
+        for each in known:
+            with suppress(InvalidSignature, ValueError):
+                signed.verify_directly_issued_by(each)
+                return each
+    return known[0]
 
 
 def hosts_of(path: Path) -> x509.SubjectAlternativeName:

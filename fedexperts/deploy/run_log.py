@@ -70,6 +70,7 @@ class RunLog:
             status.scores = by_task
         text = ", ".join(f"{task} {score:.3f}" for task, score in by_task.items())
         note(logging.INFO, f"round {server.round}, scores: {text}", round=server.round, scores=by_task)
+        self.entries, self.started = [], perf_counter()  # the next round begins here
 
     def failed(self, server: Server, reasons: Mapping[str, str]) -> None:
         for client, reason in reasons.items():
@@ -80,7 +81,7 @@ class RunLog:
         note(logging.WARNING, f"round {server.round}: {sentence}", round=server.round)
 
     def round(self, server: Server) -> None:
-        entries, seconds = self.entries, perf_counter() - self.started
+        entries, seconds = [entry for entry in self.entries if entry.task == server.task], perf_counter() - self.started
         losses = [entry.loss for entry in entries if entry.loss is not None and not entry.failed]
         loss = sum(losses) / len(losses) if losses else None
         down, up = sum(entry.bytes_down for entry in entries), sum(entry.bytes_up for entry in entries)
@@ -88,7 +89,7 @@ class RunLog:
         clients = {entry.client for entry in entries}
         with self.status.changing() as status:
             status.round, status.loss, status.round_seconds = server.round, loss, seconds
-            status.steps_done += 1
+            status.steps_done += server.task == "train"
         numbers = {"loss": loss, "bytes_down": down, "bytes_up": up, "seconds": round(seconds, 3), "failures": failures}
         sentence = f"round {server.round}, {server.task}: {len(clients)} clients, {len(failures)} failed, "
         note(

@@ -37,15 +37,15 @@ class ServerInfo:
     said: Mapping[str, object] | None = None  # all that it said
 
 
-def address_of(server: str) -> tuple[str, int]:
-    """The host and the port in `server`.
+def address_of(server: str, option: str = "--server") -> tuple[str, int]:
+    """The host and the port in `server`, which `option` gave.
 
     Raises:
         BadValue: it is no address.
     """
     host, _, port = server.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        raise BadValue(f"--server {server!r} is no address; give host:port, such as 10.0.0.1:9092")
+    if not host or "/" in host or ".." in host or not port.isdigit() or int(port) > 65535:
+        raise BadValue(f"{option} {server!r} is no address; give host:port, such as 10.0.0.1:9092")
     return host.strip("[]"), int(port)
 
 
@@ -174,7 +174,14 @@ def expiry_warnings(certificates: Mapping[str, datetime | None], now: datetime |
 
 
 def expiry_in(path: Path) -> datetime:
-    """When the certificate in `path` expires."""
+    """When the certificate in `path` expires.
+
+    Raises:
+        BadValue: there is no certificate in it.
+    """
     from cryptography.x509 import load_pem_x509_certificate
 
-    return load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    try:
+        return load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except ValueError:
+        raise BadValue(f"{path} holds no certificate; copy it again from the machine that made the keys") from None

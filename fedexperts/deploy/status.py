@@ -2,14 +2,15 @@
 
 import hmac
 import json
+import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import BoundedSemaphore, Lock, Thread, Timer
 from time import time
 from typing import Any, ClassVar
 
@@ -21,7 +22,9 @@ from fedexperts.errors import BadRun, BadValue, FedExpertsError
 from fedexperts.io.manifest import finite
 
 SECONDS = 10.0
-"""For a request to come whole."""
+"""For a request to come whole and to be answered."""
+MOST_REQUESTS = 16
+"""At a time."""
 TOKEN_CHARACTERS = 16
 """Of a token, at least."""
 
@@ -146,7 +149,7 @@ class StatusPage:
     keys: Path | None = None
 
     def __post_init__(self) -> None:
-        host, _ = address_of(self.address)
+        host, _ = address_of(self.address, "--status")
         if not is_loopback(host) and (self.token is None or self.keys is None):
             raise BadValue(
                 f"--status {self.address} can be reached from other machines, which needs --keys and --status-token (a file), or "
@@ -168,12 +171,11 @@ class StatusPage:
             "/metrics": lambda: (200, "text/plain; version=0.0.4", status.metrics(expiries)),
         }
         handler = type("Bound", (Handler,), {"bodies": bodies, "token": self.token})
-        host, port = address_of(self.address)
+        host, port = address_of(self.address, "--status")
         try:
-            server = ThreadingHTTPServer((host, port), handler)
+            server = FewAtATime((host, port), handler)
         except OSError as error:
             raise BadRun(f"the status cannot be served at {self.address} ({error.strerror}); give another --status") from None
-        server.daemon_threads = True
         if self.keys is not None and not is_loopback(host):
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.keys / "server.pem", self.keys / "server.key")
@@ -186,6 +188,40 @@ class StatusPage:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+class FewAtATime(ThreadingHTTPServer):
+    """Answers so many requests at a time, each in a thread, and says nothing of those that end badly: anyone may send them."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self.places = BoundedSemaphore(MOST_REQUESTS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        over = Timer(SECONDS, cut_off, [request])
+        over.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            over.cancel()
+            self.places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A handshake or a request that failed is its sender's matter."""
+
+
+def cut_off(connection: socket.socket) -> None:
+    """Ends what waits for `connection`."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def health(check: Callable[[], None]) -> tuple[int, str, str]:

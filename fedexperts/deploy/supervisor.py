@@ -37,6 +37,8 @@ from fedexperts.errors import BadRun, BadValue
 
 RETRY_SECONDS = 3.0
 """Between two attempts to reach the server."""
+LONG_SECONDS = 60.0
+"""That a worker lives which is started again at once; before another one is, it waits, longer each time, up to this."""
 UNUSABLE = 2
 """The exit code of a worker that cannot work with its settings or its data, and has printed why."""
 
@@ -83,13 +85,17 @@ class SuperNodeSupervisor:
             worker = self.start_worker(worker_stack, listener)
             node: subprocess.Popen[bytes] | None = None
             retry_at, announced = 0.0, ""  # why it has not joined
+            started, pause = monotonic(), 0.0  # of the worker
             while True:
                 if (code := worker.poll()) is not None:
                     if code == UNUSABLE:
                         raise BadRun(f"{self.name} cannot take part: its worker ended for the reason above; correct that first")
-                    say(logging.WARNING, f"{self.name}: its worker ended ({code}) and is started again")
+                    pause = 0.0 if monotonic() - started > LONG_SECONDS else min(2 * pause + 1, LONG_SECONDS)
+                    when = f" in {pause:.0f} s" if pause > 1 else ""
+                    say(logging.WARNING, f"{self.name}: its worker ended ({code}) and is started again{when}")
                     worker_stack.close()
-                    worker = self.start_worker(worker_stack, listener)
+                    sleep(pause)
+                    worker, started = self.start_worker(worker_stack, listener), monotonic()
                 if node is not None and node.poll() is not None:
                     say(logging.WARNING, f"{self.name}: {exit_reason(self.new_log())}; trying again")
                     node_stack.close()

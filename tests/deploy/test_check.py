@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -97,6 +98,17 @@ def test_a_mistake_is_named(run_file, rows, keys, change, about, sentence):
     site = {"run_file": run_file, "data": (str(rows),), "name": "north", "keys": keys / "north", **change}
     *_, last = [finding for finding in check(Site(**site)) if not finding.is_ok]
     assert last.about == about and sentence in last.found
+
+
+@pytest.mark.parametrize(
+    ("file", "about", "sentence"), [("node.key", "keys", "no private key"), ("ca.pem", "authority", "no certificate")]
+)
+def test_a_damaged_key_or_certificate_is_named(run_file, rows, keys, tmp_path, file, about, sentence):
+    damaged = shutil.copytree(keys / "north", tmp_path / "damaged")
+    (damaged / file).write_text("garbage")
+    found = [*check(Site(run_file, (str(rows),), keys=damaged, server=None if file == "ca.pem" else "localhost:1"))]
+    [named] = [finding for finding in found if not finding.is_ok and finding.about == about]
+    assert f"{damaged / file} holds {sentence}; copy it again" in named.found
 
 
 def server(**changes):

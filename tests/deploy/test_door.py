@@ -189,6 +189,14 @@ def test_a_connection_that_sends_no_request_is_closed_and_others_are_answered_me
     assert time.monotonic() - started < 10
 
 
+def test_a_connection_that_was_answered_and_does_not_end_its_next_request_is_closed(address):
+    with socket.create_connection(address) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert slow.recv(100).startswith(b"HTTP/1.1 204")
+        slow.sendall(b"POST / HTTP/1.1\r\nx-slow: ")
+        assert has_closed(slow)
+
+
 def test_a_sender_whose_body_is_refused_is_cut_off(monkeypatch):
     monkeypatch.setattr(door, "CLOSE_SECONDS", 0.2)
 

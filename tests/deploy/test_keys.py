@@ -233,6 +233,24 @@ def test_the_rotation_of_the_authority_leaves_every_connection_trusted_at_every_
     assert (folder / "ca.pem").read_text().count("BEGIN CERTIFICATE") == 2  # the first of all is gone
 
 
+def test_the_server_s_present_certificate_stays_trusted_when_the_authority_is_rotated_again(keys, tmp_path):
+    folder = copied(keys, tmp_path)
+    for _ in range(3):  # as after a kill in the middle
+        rotate_keys(folder, "ca")
+        assert greet(folder, "localhost", folder / "north" / "ca.pem")
+    rotate_keys(folder, "server")
+    assert greet(folder, "localhost", folder / "north" / "ca.pem")
+
+
+def test_a_server_without_a_certificate_and_a_host_with_other_letters_are_named(keys, tmp_path):
+    folder = copied(keys, tmp_path)
+    (folder / "server" / "server.pem").unlink()
+    with pytest.raises(BadValue, match=r"server\.pem, whose hosts the next one has, is not there"):
+        rotate_keys(folder, "server")
+    with pytest.raises(BadValue, match="give its ASCII form, xn--bcher-kva"):
+        make_keys(tmp_path / "new", ["bücher.example"], ["north"])
+
+
 def test_a_rotation_of_what_is_not_there_is_refused(keys, tmp_path, fedexperts):
     folder = copied(keys, tmp_path)
     before = files(folder)

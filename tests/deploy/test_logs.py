@@ -50,15 +50,15 @@ def test_the_line_of_a_round_has_its_loss_bytes_seconds_and_failures(tmp_path):
     *_, last = lines(tmp_path / "log.jsonl")
     assert last.pop("seconds") >= 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", last.pop("time"))
-    assert last.pop("message").startswith("round 2, train: 2 clients, 1 failed, loss 0.5000, 9.00 MB down, 2.00 MB up, ")
+    assert last.pop("message").startswith("round 2, train: 2 clients, 1 failed, loss 0.5000, 6.00 MB down, 2.00 MB up, ")
     assert last == {
         "level": "INFO",
         "round": 2,
         "task": "train",
         "clients": ["north", "south"],
         "loss": 0.5,
-        "bytes_down": 9_000_000,
-        "bytes_up": 2_000_010,
+        "bytes_down": 6_000_000,
+        "bytes_up": 2_000_000,
         "failures": {"south": "its disk is full"},
     }
 
@@ -88,3 +88,17 @@ def test_a_log_that_was_moved_away_goes_on_in_a_new_file(tmp_path):
         (tmp_path / "log.jsonl").rename(tmp_path / "log.1")
         say(logging.INFO, "after")
     assert [line["message"] for line in lines(tmp_path / "log.jsonl")] == ["after"]
+
+
+def test_the_line_of_a_round_is_of_its_own_jobs_and_setup_tasks_are_no_rounds(tmp_path):
+    log, entry = RunLog(), Entry(1, "north", "train", 4, bytes_down=3, bytes_up=2, seconds=1.0, tokens=1, loss=0.5)
+    with logging_to(tmp_path / "log.jsonl", logging.ERROR):
+        log.start("fedmoe", 0, 0, 1)
+        log.answered(replace(entry, task="profile"))
+        log.round(SimpleNamespace(round=1, task="profile"))
+        log.answered(entry)
+        log.answered(replace(entry, client="south", task="evaluate", bytes_down=100, failed="gone"))
+        log.round(SimpleNamespace(round=1, task="train"))
+    *_, last = lines(tmp_path / "log.jsonl")
+    assert (last["clients"], last["bytes_down"], last["failures"]) == (["north"], 3, {})
+    assert (log.status.steps_done, log.status.steps) == (1, 1)

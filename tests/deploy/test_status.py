@@ -1,7 +1,9 @@
 """/health, /status and /metrics: what they say, and to whom."""
 
 import json
+import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedexperts.core.ledger import Entry
+from fedexperts.deploy import status as page
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.processes import free_port
 from fedexperts.deploy.run_log import RunLog
@@ -124,3 +127,35 @@ def test_an_address_that_is_taken_is_named(status, url):
     page = StatusPage(url.removeprefix("http://"))
     with pytest.raises(BadRun, match=r"cannot be served at .*give another --status"), page.serving(status, well, {}):
         pass
+
+
+def test_requests_that_end_badly_say_nothing_and_no_more_than_a_few_are_answered_at_a_time(status, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(page, "MOST_REQUESTS", 2)
+    make_keys(tmp_path, ["localhost"], ["north"])
+    with StatusPage(f"0.0.0.0:{free_port()}", TOKEN, tmp_path / "server").serving(status, well, {}) as at:
+        address = ("127.0.0.1", at[1])
+        with socket.create_connection(address) as plain:
+            plain.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            plain.settimeout(20)
+            while plain.recv(1000):
+                pass
+        silent = [socket.create_connection(address) for _ in range(2)]
+        time.sleep(0.3)
+        with socket.create_connection(address) as third:
+            third.settimeout(20)
+            assert third.recv(1) == b""
+        for each in silent:
+            each.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_request_that_comes_in_drops_is_cut_off(status, monkeypatch):
+    monkeypatch.setattr(page, "SECONDS", 1.0)
+    with (
+        StatusPage(f"127.0.0.1:{free_port()}").serving(status, well, {}) as at,
+        socket.create_connection(at) as slow,
+        pytest.raises(OSError),
+    ):
+        for _ in range(100):
+            slow.sendall(b"G")
+            time.sleep(0.2)

@@ -22,11 +22,12 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from fedexperts.deploy import superlink
 from fedexperts.deploy.bundle import bundle, contents, require_ours
-from fedexperts.deploy.deployment import Federation
+from fedexperts.deploy.deployment import Federation, keys_in
 from fedexperts.deploy.door import MAX_REQUEST_BYTES, ImpatientLoop, ImpatientProtocol, LimitedAccess
 from fedexperts.deploy.flower_internals import SUPERLINK
 from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.keys import make_keys
+from fedexperts.deploy.site import address_of
 from fedexperts.deploy.superlink import DiskObjectStore, ReconnectingLinkState
 from fedexperts.deploy.supervisor import SuperNodeSupervisor
 from fedexperts.engines.flower.codec import MAX_TEXT_BYTES
@@ -47,6 +48,10 @@ def status(client, path, host="10.0.0.1", headers=()):
     scope["headers"] = [(name.encode(), value.encode()) for name, value in headers]
     asyncio.run(LimitedAccess(app, host)(scope, None, send))
     return sent[0]["status"]
+
+
+def test_a_proxys_word_that_is_no_address_is_not_believed():
+    assert status("unknown", "/v1/control/start-run") == 403
 
 
 CONTROL = ("/v1/control/start-run", "/v1/runtime/push-messages", "/docs", "/", "/v1/fleet", "/v1/control/v1/fleet/")
@@ -237,3 +242,23 @@ def test_a_server_without_tls_is_refused(server, tmp_path):
     server.reply.append(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(BadRun, match="does not speak TLS"):
         supervisor.obstacle()
+
+
+def test_a_clients_key_that_is_none_or_another_ones_is_named(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    clients = tmp_path / "server" / "clients"
+    assert [*keys_in(clients).values()] == ["north"]
+    (clients / "old.pub").write_bytes((clients / "north.pub").read_bytes())
+    with pytest.raises(BadValue, match=r"old\.pub holds the key of north"):
+        keys_in(clients)
+    (clients / "old.pub").write_text("garbage")
+    with pytest.raises(BadValue, match=r"old\.pub is not a key made by"):
+        keys_in(clients)
+
+
+def test_an_address_that_is_not_served_is_named(tmp_path):
+    with pytest.raises(BadValue, match="--host :: is no IPv4 address"):
+        Federation(tmp_path, host="::", port=1, keys=tmp_path)
+    for wrong in ("localhost:99999", "a..b:9092"):
+        with pytest.raises(BadValue, match=r"--status .* is no address"):
+            address_of(wrong, "--status")
