@@ -4,6 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE =# where it is set, each of the processes that tests start would compile the library anew
 export HF_HUB_DISABLE_TELEMETRY = 1
+QUICK := --quiet --no-compile# what is imported is compiled then; to compile all that is installed takes as long as to install it
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -13,9 +14,9 @@ install: .venv/installed ## make .venv and install the package with the locked r
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "FedExperts needs Python 3.11 or newer; run make PYTHON=python3.11 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps -e .
+	$(BIN)/python -m pip install $(QUICK) torch==2.13.0
+	$(BIN)/python -m pip install $(QUICK) -r requirements.lock
+	$(BIN)/python -m pip install $(QUICK) --no-deps -e .
 	touch $@
 
 quickstart: install ## FedMoE against FedAvg, random sub-models and local training; 2 to 4 minutes on two cores
