@@ -33,7 +33,7 @@ class FakeGrid(Grid):
 
     def __init__(self, answer, names):
         self.apps = {node: client_app(lambda message, _, name=name: answer(message, name)) for node, name in enumerate(names, 1)}
-        self.change, self.pushed, self.pulled = {}, [], []
+        self.change, self.pushed, self.pulled, self.withdrawn = {}, [], [], []
         self.replies, self.numbers, self.clock = {}, count(1), count()
         self.after = defaultdict(int)  # message → at which pull of all it is there
 
@@ -67,6 +67,9 @@ class FakeGrid(Grid):
             if change:
                 self.replies[id] = change(self.replies[id][0])
         return id
+
+    def withdraw(self, message_id):
+        self.withdrawn.append(message_id)
 
     def pull_messages(self, message_ids):
         ids, now = list(message_ids), next(self.clock)

@@ -81,10 +81,11 @@ def test_a_reply_to_no_job_is_dropped(clients, engine):
 
 
 def test_a_client_that_does_not_answer_in_time_fails_and_its_late_answer_is_dropped(clients):
-    engine, late = clients.engine(seconds=SOON), []
+    engine, late = clients.engine(seconds=SOON, withdraw=clients.grid.withdraw), []
     engine.connect()
     clients.grid.change[2] = lambda reply: late.append(reply) or []
     by_client = answers(engine)
+    assert clients.grid.withdrawn == [late[0].metadata.reply_to_message_id]
     assert by_client["c02"] == failed("c02", "it did not answer within federation.round_seconds = 0.2")
     assert [type(answer) for answer in by_client.values()] == [Update, Failure, Update, Update]
     assert not engine.dropped
@@ -94,6 +95,13 @@ def test_a_client_that_does_not_answer_in_time_fails_and_its_late_answer_is_drop
     assert engine.dropped == {"c02": 1}
     answers(engine, round=3)
     assert engine.dropped == {"c02": 1}
+
+
+def test_a_client_that_has_gone_is_sent_nothing(clients, engine, monkeypatch):
+    """Flower would take the message, and keep it."""
+    monkeypatch.setattr(clients.grid, "get_node_ids", lambda: [1, 3, 4])
+    assert answers(engine)["c02"] == failed("c02", "it is not connected")
+    assert len(clients.grid.pushed) == 3
 
 
 def test_late_answers_are_fetched_one_at_a_time(clients):
