@@ -1,6 +1,5 @@
 """What a site finds out before it takes part: whether its rows, its machine, its keys and the server fit the run file."""
 
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
+import psutil
 import torch
 
 from fedexperts import config
@@ -104,12 +104,6 @@ def keys_found(site: Site) -> Generator[Finding, None, str | None]:
         require_files(keys, ("ca.pem", "node.key"), site.name or "of the client")
         if site.name is not None:
             require_own_keys(keys, site.name)
-        try:
-            signed_headers(keys)
-        except ValueError:
-            raise BadValue(
-                f"{keys / 'node.key'} holds no private key; copy it again from the machine that made the keys"
-            ) from None
         return identity(keys)
 
     owner = yield from attempt("keys", owner_of, lambda owner: f"of {owner or 'a client that they do not name'}, private")
@@ -126,7 +120,7 @@ def server_found(site: Site) -> Generator[Finding, None, ServerInfo | None]:
         return None
     address, headers = site.server, {}
     if site.keys is not None and (site.keys / "node.key").exists():
-        with suppress(ValueError, FedExpertsError):  # a damaged key, which keys_found has named
+        with suppress(BadValue):  # a damaged key, which keys_found has named
             headers = signed_headers(site.keys)
 
     def answer() -> ServerInfo:
@@ -225,18 +219,14 @@ def machine_found(prepared: Prepared, memory_gb: float | None) -> Iterator[Findi
     speed = flops_per_second(device)
     seconds = planned["round_flops_estimated"] / (speed * share)
     how = f"{speed / 1e9:,.0f} GFLOP/s measured on {device}, of which training sustains {share:.0%} (devices.utilization)"
+    yield Finding("time of a round", f"at most about {seconds:,.0f} s to train, estimated: {how}")
     for sentence in slow_products(prepared):
         yield Finding("products", sentence, is_ok=False)
-    yield Finding("time of a round", f"at most about {seconds:,.0f} s to train, estimated: {how}")
 
 
 def free_bytes() -> int:
     """Bytes of memory that this machine can still give to a process, those of its page cache among them."""
-    known = Path("/proc/meminfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    if line := next((line for line in lines if line.startswith("MemAvailable:")), None):
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
 
 
 def flops_per_second(device: str) -> float:

@@ -184,8 +184,9 @@ class ImpatientProtocol(H11Protocol):
         super().on_response_complete()
         if self.transport.is_closing():  # by itself it would read on until the other side closes, too
             self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
-        self.patience.cancel()
-        self.patience = self.loop.call_later(HEAD_SECONDS, self.end_if_silent, answered)
+        else:
+            self.patience.cancel()
+            self.patience = self.loop.call_later(HEAD_SECONDS, self.end_if_silent, answered)
 
     def end_if_silent(self, last: Any) -> None:
         """Cuts the connection off where no request has begun since the `last` one."""

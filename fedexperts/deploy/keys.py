@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -23,10 +23,10 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
-    load_ssh_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedexperts.deploy.site import certificates_in, node_key
 from fedexperts.errors import BadValue
 from fedexperts.io.files import write_bytes
 
@@ -59,7 +59,7 @@ def make_keys(folder: Path, hosts: Sequence[str], clients: Sequence[str]) -> lis
             )
     for host in hosts:
         if not host.isascii():
-            raise BadValue(f"--host has {host!r}; give its ASCII form, {host.encode('idna').decode()}, or its address")
+            raise BadValue(f"--host has {host!r}; give its ASCII form (xn--…), or its address")
     registered = {name: folder / "server" / "clients" / f"{name}.pub" for name in clients}
     if lost := [name for name, path in registered.items() if path.exists() and not (folder / name / "node.key").exists()]:
         raise BadValue(
@@ -160,15 +160,23 @@ def make_client_keys(folder: Path, name: str, registered: Path, files: NewFiles)
 
 
 def key_at(path: Path) -> ec.EllipticCurvePrivateKey:
-    key = load_pem_private_key(path.read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    """The private key of the authority or the server at `path`.
+
+    Raises:
+        BadValue: it is none that `make_keys` makes.
+    """
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise BadValue(f"{path} is no key that `fedexperts keys` made; bring back the one that it made")
     return key
 
 
 def public_key_of(path: Path, name: str) -> bytes:
     """The public key of the private one at `path`, as OpenSSH writes it, with the `name` of the client whose it is."""
-    key = load_ssh_private_key(path.read_bytes(), None)
-    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {name}\n".encode()
+    return node_key(path.parent).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {name}\n".encode()
 
 
 def node_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -192,7 +200,7 @@ def authority_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 def server_certificate(folder: Path, key: ec.EllipticCurvePrivateKey, hosts: Iterable[str]) -> x509.Certificate:
     """The server's, for `hosts`, signed by the authority in `folder`."""
     authority = key_at(folder / "ca.key")
-    issuer = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()).subject
+    issuer = certificates_in(folder / "ca.pem")[0].subject
     usage = x509.KeyUsage(
         True, False, False, False, False, False, False, False, False
     )  # it signs what proves that it has the key
@@ -247,9 +255,9 @@ def require_hosts(path: Path, hosts: Iterable[str]) -> None:
 
 def signer_of(server: Path, ca: Path) -> x509.Certificate:
     """Of the certificates in `ca` the one that signed that of the server; the first one where none did, or it is not there."""
-    known = x509.load_pem_x509_certificates(ca.read_bytes())
+    known = certificates_in(ca)
     if server.exists():
-        signed = x509.load_pem_x509_certificate(server.read_bytes())
+        [signed, *_] = certificates_in(server)
         for each in known:
             with suppress(InvalidSignature, ValueError):
                 signed.verify_directly_issued_by(each)
@@ -259,8 +267,7 @@ def signer_of(server: Path, ca: Path) -> x509.Certificate:
 
 def hosts_of(path: Path) -> x509.SubjectAlternativeName:
     """The hosts that the certificate at `path` is for."""
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return certificates_in(path)[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
 
 
 def pem(key: ec.EllipticCurvePrivateKey) -> bytes:

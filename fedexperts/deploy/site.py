@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import time
+from typing import TYPE_CHECKING
 
 from fedexperts.deploy.processes import ABOUT_PATH
 from fedexperts.engines.message import PROTOCOL, VERSION
 from fedexperts.errors import BadRun, BadValue
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.x509 import Certificate
 
 MOST_AHEAD, MOST_BEHIND = 5.0, 300.0
 """Seconds that a client's clock may differ from the server's, as Flower has it: requests are signed with their time."""
@@ -44,7 +49,12 @@ def address_of(server: str, option: str = "--server") -> tuple[str, int]:
         BadValue: it is no address.
     """
     host, _, port = server.rpartition(":")
-    if not host or "/" in host or ".." in host or not port.isdigit() or int(port) > 65535:
+    try:
+        host.encode("idna")  # as it is looked up
+        is_address = bool(host) and "/" not in host and port.isdecimal() and int(port) <= 65535
+    except UnicodeError:
+        is_address = False
+    if not is_address:
         raise BadValue(f"{option} {server!r} is no address; give host:port, such as 10.0.0.1:9092")
     return host.strip("[]"), int(port)
 
@@ -54,10 +64,12 @@ def ask(server: str, keys: Path | None, headers: Mapping[str, str] | None = None
 
     Raises:
         BadRun: one answers that cannot be trusted: its certificate is not from the authority in `keys`, or it speaks no TLS.
+        BadValue: `keys` holds no certificate of an authority.
     """
     host, port = address_of(server)
     connection = http.client.HTTPConnection(host, port, timeout=10)
     if keys is not None:
+        certificates_in(keys / "ca.pem")
         context = ssl.create_default_context(cafile=str(keys / "ca.pem"))
         connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
     try:
@@ -83,13 +95,16 @@ def ask(server: str, keys: Path | None, headers: Mapping[str, str] | None = None
 
 
 def signed_headers(keys: Path) -> dict[str, str]:
-    """Headers that prove to a server that their sender has the private key in `keys`."""
+    """Headers that prove to a server that their sender has the private key in `keys`.
+
+    Raises:
+        BadValue: it cannot be read.
+    """
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    key = load_ssh_private_key((keys / "node.key").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    key = node_key(keys)
     now = datetime.now(UTC).isoformat()
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     signature = key.sign(now.encode(), ec.ECDSA(hashes.SHA256()))
@@ -133,18 +148,34 @@ def clock_error(info: ServerInfo) -> str | None:
     )
 
 
+def node_key(keys: Path) -> "EllipticCurvePrivateKey":
+    """The private key in `keys`.
+
+    Raises:
+        BadValue: it cannot be read, or is of another kind than `fedexperts keys` makes.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    try:
+        key = load_ssh_private_key((keys / "node.key").read_bytes(), None)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise BadValue(f"{keys / 'node.key'} is no key that `fedexperts keys` made; give the client's folder again")
+    return key
+
+
 def identity(keys: Path) -> str | None:
     """The client whose keys these are; None of keys that were made before they said it.
 
     Raises:
         BadValue: the private key cannot be read, or is not that of the public key beside it.
     """
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    try:
-        key = load_ssh_private_key((keys / "node.key").read_bytes(), None)
-    except ValueError:
-        raise BadValue(f"{keys / 'node.key'} is no key that `fedexperts keys` made; give the client's folder again") from None
+    key = node_key(keys)
     if not (keys / "node.pub").is_file():
         return None
     public = (keys / "node.pub").read_bytes().split()
@@ -174,14 +205,23 @@ def expiry_warnings(certificates: Mapping[str, datetime | None], now: datetime |
 
 
 def expiry_in(path: Path) -> datetime:
-    """When the certificate in `path` expires.
+    """When the first certificate in `path` expires.
 
     Raises:
-        BadValue: there is no certificate in it.
+        BadValue: there is none in it.
     """
-    from cryptography.x509 import load_pem_x509_certificate
+    return certificates_in(path)[0].not_valid_after_utc
+
+
+def certificates_in(path: Path) -> "list[Certificate]":
+    """The certificates in `path`, at least one.
+
+    Raises:
+        BadValue: there is none in it.
+    """
+    from cryptography.x509 import load_pem_x509_certificates
 
     try:
-        return load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        return load_pem_x509_certificates(path.read_bytes())
     except ValueError:
         raise BadValue(f"{path} holds no certificate; copy it again from the machine that made the keys") from None

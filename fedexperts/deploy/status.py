@@ -4,6 +4,7 @@ import hmac
 import json
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -191,7 +192,7 @@ class StatusPage:
 
 
 class FewAtATime(ThreadingHTTPServer):
-    """Answers so many requests at a time, each in a thread, and says nothing of those that end badly: anyone may send them."""
+    """Answers MOST_REQUESTS at a time, each in a thread, and says nothing of connections that end badly."""
 
     daemon_threads = True
 
@@ -207,6 +208,7 @@ class FewAtATime(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         over = Timer(SECONDS, cut_off, [request])
+        over.daemon = True
         over.start()
         try:
             super().process_request_thread(request, client_address)
@@ -215,7 +217,8 @@ class FewAtATime(ThreadingHTTPServer):
             self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A handshake or a request that failed is its sender's matter."""
+        if not isinstance(sys.exception(), OSError):  # a handshake or a connection that failed is its sender's matter
+            super().handle_error(request, client_address)
 
 
 def cut_off(connection: socket.socket) -> None:

@@ -52,9 +52,12 @@ class ReconnectingLinkState(InMemoryLinkState):
             coming = {each: replies[each] for each in message_ids & replies.keys() if not store.is_whole(replies[each])}
             for each in coming:
                 del replies[each]
-            found: list[Message] = super().get_message_res(message_ids, run_id)
-            given_up = {message.metadata.reply_to_message_id for message in found}
-            replies.update({each: reply for each, reply in coming.items() if each not in given_up})
+            found: list[Message] = []
+            try:
+                found = super().get_message_res(message_ids, run_id)
+            finally:
+                given_up = {message.metadata.reply_to_message_id for message in found}
+                replies.update({each: reply for each, reply in coming.items() if each not in given_up})
             return found
 
 

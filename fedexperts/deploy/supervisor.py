@@ -90,9 +90,8 @@ class SuperNodeSupervisor:
                 if (code := worker.poll()) is not None:
                     if code == UNUSABLE:
                         raise BadRun(f"{self.name} cannot take part: its worker ended for the reason above; correct that first")
-                    pause = 0.0 if monotonic() - started > LONG_SECONDS else min(2 * pause + 1, LONG_SECONDS)
-                    when = f" in {pause:.0f} s" if pause > 1 else ""
-                    say(logging.WARNING, f"{self.name}: its worker ended ({code}) and is started again{when}")
+                    pause = next_pause(pause, monotonic() - started)
+                    say(logging.WARNING, f"{self.name}: its worker ended ({code}) and is started again in {pause:.0f} s")
                     worker_stack.close()
                     sleep(pause)
                     worker, started = self.start_worker(worker_stack, listener), monotonic()
@@ -154,6 +153,11 @@ class SuperNodeSupervisor:
             )
             self.warned_of = info.version
         return clock_error(info) or ""
+
+
+def next_pause(last: float, lived: float) -> float:
+    """Seconds before a worker is started again that `lived` so many, where the `last` pause had that many."""
+    return 0.0 if lived > LONG_SECONDS else min(2 * last + 1, LONG_SECONDS)
 
 
 def exit_reason(output: str) -> str:

@@ -110,6 +110,7 @@ def warnings(prepared: Prepared, clients: Sequence[Mapping[str, Any]], losses: S
         *([tokenizer_warning] if configuration_only else []),
         *shown_examples(prepared),
         *too_few_clients(prepared),
+        *too_few_for_the_rule(prepared),
         *too_long_labels(prepared),
         *too_many_positions(prepared),
         *(() if config.data.own else slow_products(prepared)),  # which train elsewhere
@@ -131,6 +132,17 @@ def too_few_clients(prepared: Prepared) -> Iterator[str]:
     wanted, there = prepared.config.federation.clients_per_round, len(prepared.clients)
     if wanted is not None and wanted > there:
         yield f"federation.clients_per_round = {wanted}, but there are {there} clients, so all of them train in every round"
+
+
+def too_few_for_the_rule(prepared: Prepared) -> Iterator[str]:
+    """A sentence if no row can have as many contributors as the rule of robust merging needs."""
+    robust, there = prepared.config.federation.robust, len(prepared.clients)
+    most = min(prepared.config.federation.clients_per_round or there, there)
+    if robust is not None and not robust.is_enough(most, most):
+        yield (
+            f"federation.robust = {robust.name!r} needs more than the {most} clients of a round: every weight becomes a clipped "
+            "mean in which the server's own counts as one more client's, so training is slower"
+        )
 
 
 def too_many_positions(prepared: Prepared) -> Iterator[str]:

@@ -61,6 +61,14 @@ class RobustMerging:
     multiple: Positive = 2.0
     examples: Positive = 3.0
 
+    def faulty(self, answers: int) -> int:
+        """f: how many of so many answers the rule has to withstand."""
+        return max(1, int(self.attackers * answers + 1e-9)) if self.attackers else 0  # 0.29 of 100 are 29
+
+    def is_enough(self, contributors: int, answers: int) -> bool:
+        """Whether a row that so many of a round's clients sent becomes the rule's, or else a clipped mean."""
+        return contributors > FEWEST[self.name](self.faulty(answers))
+
 
 @dataclass(frozen=True)
 class WithRobustMerging(Wrapper):
@@ -142,14 +150,13 @@ def norm_of(server: Server, spooled: Spooled) -> float:
 
 def replaced(server: Server, spool: Sequence[Spooled], robust: RobustMerging) -> Iterator[Update]:
     """The updates with the robust value of each row in place of the client's own."""
-    faulty = max(robust.attackers > 0, int(robust.attackers * len(spool) + 1e-9))  # 0.29 of 100 are 29
     names = sorted({name for each in spool for name in each.names})
-    values = {name: robust_rows(server.weights[name], name, spool, robust, faulty) for name in names}
+    values = {name: robust_rows(server.weights[name], name, spool, robust) for name in names}
     for each in spool:
         yield each.with_tensors({name: values[name][each.ids(name, len(values[name]))] for name in each.names})
 
 
-def robust_rows(before: Tensor, name: str, spool: Sequence[Spooled], robust: RobustMerging, faulty: int) -> Tensor:
+def robust_rows(before: Tensor, name: str, spool: Sequence[Spooled], robust: RobustMerging) -> Tensor:
     """The tensor `name` with the robust value of each row that a client sent; `before`: the server's."""
     sent = [(each.ids(name, len(before)), each.tensor(name)) for each in spool if name in each.names]
     has = torch.zeros(len(sent), len(before), dtype=torch.bool)
@@ -163,8 +170,8 @@ def robust_rows(before: Tensor, name: str, spool: Sequence[Spooled], robust: Rob
             continue
         x = torch.stack([of_rows(sent[voice][0], sent[voice][1], rows) for voice in voices.nonzero().flatten().tolist()])
         own = before[rows].double().reshape(1, len(rows), -1)
-        enough = len(x) > FEWEST[robust.name](faulty)
-        value = RULES[robust.name](x, faulty) if enough else with_server(x, own, robust.multiple * typical)
+        enough = robust.is_enough(len(x), len(spool))
+        value = RULES[robust.name](x, robust.faulty(len(spool))) if enough else with_server(x, own, robust.multiple * typical)
         result[rows] = value.reshape(before[rows].shape).to(before.dtype)
     return result
 
@@ -236,6 +243,7 @@ RULES: Mapping[str, Callable[[Voices, int], Tensor]] = {
     "geometric_median": geometric_median,
 }
 FEWEST: Mapping[str, Callable[[int], int]] = {
+    "clip": lambda faulty: 0,
     **dict.fromkeys(("trimmed_mean", "median", "geometric_median"), lambda faulty: max(2 * faulty, 1)),
     **dict.fromkeys(("krum", "multi_krum"), lambda faulty: 2 * faulty + 2),
 }

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -101,14 +102,19 @@ def test_a_mistake_is_named(run_file, rows, keys, change, about, sentence):
 
 
 @pytest.mark.parametrize(
-    ("file", "about", "sentence"), [("node.key", "keys", "no private key"), ("ca.pem", "authority", "no certificate")]
+    ("file", "about", "sentence"), [("node.key", "keys", "is no key that"), ("ca.pem", "authority", "holds no certificate")]
 )
 def test_a_damaged_key_or_certificate_is_named(run_file, rows, keys, tmp_path, file, about, sentence):
     damaged = shutil.copytree(keys / "north", tmp_path / "damaged")
     (damaged / file).write_text("garbage")
-    found = [*check(Site(run_file, (str(rows),), keys=damaged, server=None if file == "ca.pem" else "localhost:1"))]
+    found = [*check(Site(run_file, (str(rows),), keys=damaged, server="localhost:1"))]
     [named] = [finding for finding in found if not finding.is_ok and finding.about == about]
-    assert f"{damaged / file} holds {sentence}; copy it again" in named.found
+    assert f"{damaged / file} {sentence}" in named.found
+
+
+def test_memory_that_the_page_cache_holds_is_free():
+    available = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    assert abs(checks.free_bytes() - available) < 2**30
 
 
 def server(**changes):

@@ -29,7 +29,7 @@ from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.keys import make_keys
 from fedexperts.deploy.site import address_of
 from fedexperts.deploy.superlink import DiskObjectStore, ReconnectingLinkState
-from fedexperts.deploy.supervisor import SuperNodeSupervisor
+from fedexperts.deploy.supervisor import SuperNodeSupervisor, next_pause
 from fedexperts.engines.flower.codec import MAX_TEXT_BYTES
 from fedexperts.errors import BadMessage, BadRun, BadValue
 
@@ -244,6 +244,25 @@ def test_a_server_without_tls_is_refused(server, tmp_path):
         supervisor.obstacle()
 
 
+def test_a_worker_that_dies_at_its_start_is_started_again_less_and_less_often():
+    pauses = [0.0]
+    for _ in range(8):
+        pauses.append(next_pause(pauses[-1], lived=2.0))
+    assert pauses == [0, 1, 3, 7, 15, 31, 60, 60, 60]
+    assert next_pause(60.0, lived=3600.0) == 0
+
+
+def test_a_client_with_damaged_keys_ends_with_a_sentence(tmp_path):
+    make_keys(tmp_path, ["localhost"], ["north"])
+    own = tmp_path / "north"
+    (own / "ca.pem").write_text("garbage")
+    with pytest.raises(BadValue, match=r"ca\.pem holds no certificate"):
+        SuperNodeSupervisor("north", "localhost:1", tmp_path / "out", own, []).obstacle()
+    (own / "node.key").write_text("garbage")
+    with pytest.raises(BadValue, match=r"node\.key is no key that"):
+        SuperNodeSupervisor("north", "localhost:1", tmp_path / "out", own, [])
+
+
 def test_a_clients_key_that_is_none_or_another_ones_is_named(tmp_path):
     make_keys(tmp_path, ["localhost"], ["north"])
     clients = tmp_path / "server" / "clients"
@@ -259,6 +278,6 @@ def test_a_clients_key_that_is_none_or_another_ones_is_named(tmp_path):
 def test_an_address_that_is_not_served_is_named(tmp_path):
     with pytest.raises(BadValue, match="--host :: is no IPv4 address"):
         Federation(tmp_path, host="::", port=1, keys=tmp_path)
-    for wrong in ("localhost:99999", "a..b:9092"):
+    for wrong in ("localhost:99999", "a..b:9092", f"{'a' * 64}.example:9092", "localhost:²"):
         with pytest.raises(BadValue, match=r"--status .* is no address"):
             address_of(wrong, "--status")

@@ -130,6 +130,17 @@ def test_a_plan_warns_of_half_precision_on_a_processor_without_products_of_it(ti
     assert len([each for each in warnings if "no fast products" in each and 'model.dtype = "float32"' in each]) == warned
 
 
+@pytest.mark.parametrize(
+    ("robust", "sampled", "warned"),
+    [("multi_krum", None, 1), ("median", None, 0), ("median", 2, 1), ("clip", 2, 0), (None, 2, 0)],
+)
+def test_a_plan_warns_of_too_few_clients_for_a_rule_of_robust_merging(tiny_tree, robust, sampled, warned):
+    federation = {"rounds": 1, **({"robust": robust} if robust else {}), **({"clients_per_round": sampled} if sampled else {})}
+    prepared = prepare_run(checked(RunConfig, {**tiny_tree, "federation": federation}))
+    assert len(prepared.clients) == 4
+    assert sum("the server's own counts as one more" in each for each in plan(prepared)["warnings"]) == warned
+
+
 def test_the_bound_of_a_rounds_flops_counts_every_batch_of_a_step_and_the_second_forward_of_checkpointing(tiny_tree):
     def most(**training):
         return plan(prepared_with({**tiny_tree, "training": {**tiny_tree["training"], **training}}))["round_flops_estimated"]
