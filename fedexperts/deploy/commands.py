@@ -93,7 +93,16 @@ def server(
         with logging_to(home / LOG, level_of(quiet, verbose)), federation, served(page, log.status, federation, status is None):
             for sentence in expiry_warnings(federation.expiries()):
                 logs.say(WARNING, sentence)
-            server.serve(settings, out, federation, resume=resume, progress=log, announce=log.say, patience=patience)
+            server.serve(
+                settings,
+                out,
+                federation,
+                resume=resume,
+                progress=log,
+                announce=log.say,
+                connected=log.connected,
+                patience=patience,
+            )
         finish([out], out)
 
 

@@ -37,7 +37,7 @@ class RunLog:
         self.entries: list[Entry] = []
         self.started = perf_counter()
         with self.status.changing() as status:
-            status.state, status.method, status.seed = "running", label, seed
+            status.method, status.seed = label, seed
             status.steps_done, status.steps = done, total
         note(
             logging.INFO,
@@ -47,6 +47,11 @@ class RunLog:
             done=done,
             total=total,
         )
+
+    def connected(self) -> None:
+        """Clients need not be waited for any more."""
+        with self.status.changing() as status:
+            status.state = "running"
 
     def answered(self, entry: Entry) -> None:
         self.entries.append(entry)

@@ -1,7 +1,7 @@
 """A run whose clients are on other machines."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -34,10 +34,13 @@ def serve(
     setting: str = "",
     progress: Progress | None = None,
     announce: Callable[[str], None],
+    connected: Callable[[], None] = lambda: None,
     patience: float = PATIENCE_SECONDS,
     parts: Parts | None = None,
 ) -> Path:
     """Runs `config` with clients that join `federation`, and returns its results folder.
+
+    connected: called when clients need not be waited for any more.
 
     Raises:
         BadValue: a method whose clients' data would lie in one place, and whatever a run raises.
@@ -47,7 +50,7 @@ def serve(
     options = engine_options(federation, in_flight=config.data.clients)  # each has a machine of its own
     options["announce"] = announce
     connect: EngineFactory = flower.over(federation.grid, federation.check, patience=patience, **options)
-    engine = partial(telling, federation, connect)
+    engine: EngineFactory = partial(telling, federation, connected, connect)
     if config.data.own:
         bases = Parts()
         greetings = greetings_of(config, out, federation, options, bases)
@@ -106,10 +109,17 @@ def greetings_of(
     return greetings
 
 
-def telling(federation: Federation, engine: EngineFactory, prepared: Prepared, out: Path) -> AbstractContextManager[Engine]:
-    """`engine`, after registered nodes can be told what base model the run has."""
+@contextmanager
+def telling(
+    federation: Federation, connected: Callable[[], None], connect: EngineFactory, prepared: Prepared, out: Path
+) -> Iterator[Engine]:
+    """The engine of `connect`, after registered nodes can be told what base model the run has; then calls `connected`."""
     federation.tell({"model_hash": prepared.base.identity, "clients": list(prepared.clients)})
-    return engine(prepared, out)
+    opening = connect(prepared, out)
+    del prepared  # it holds the base model and the first weights
+    with opening as engine:
+        connected()
+        yield engine
 
 
 def with_greetings(

@@ -84,7 +84,10 @@ def serve(tree, folder, with_clients, **settings):
 
 
 def test_a_run_goes_with_data_that_only_the_clients_have(tree, files, tmp_path):
-    out = serve(tree, tmp_path, federation(tree, files, tmp_path))
+    begun = []
+    ledger = tmp_path / "out" / "ledger.jsonl"
+    out = serve(tree, tmp_path, federation(tree, files, tmp_path), connected=lambda: begun.append(ledger.exists()))
+    assert begun == [False]  # once, before the first answer
     clients = {client["name"]: client for client in json.loads((out / "plan.json").read_text())["clients"]}
     for name, number in ROWS.items():
         client = clients[name]

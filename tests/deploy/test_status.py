@@ -43,6 +43,8 @@ def status():
     """After a round of two clients, of which one failed."""
     log = RunLog(Status(run="out"))
     log.start("fedavg", 7, 0, 3)
+    assert log.status.state == "waiting for clients"
+    log.connected()
     log.answered(ANSWER)
     log.answered(replace(ANSWER, client='so"uth', loss=None, bytes_up=0, failed="its disk is full"))
     log.round(SimpleNamespace(round=1, task="train"))
