@@ -49,7 +49,7 @@ bench: install ## what federation, sub-models, a selective backward, personal ex
 	for name in overhead submodel selective_backward graft wire; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python -m benchmarks.engines
 
-smol: install ## build the base smol in FEDEXPERTS_BASES: SmolLM2-135M-Instruct as a Mixture of Experts; an hour and a half on two cores; needs FEDEXPERTS_DATA
+smol: install ## build the base smol in FEDEXPERTS_BASES: SmolLM2-135M-Instruct as a Mixture of Experts; half an hour (with AVX-512 and bfloat16) to an hour and a half on two cores; needs FEDEXPERTS_DATA
 	sh assets/smol/build.sh $(BIN)/fedexperts $(BIN)/python
 
 results-check: install ## compare the pages of results with what their templates and CSVs give

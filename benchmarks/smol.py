@@ -34,7 +34,7 @@ from fedexperts.data.fields import field_text
 from fedexperts.data.pack import data_folder
 from fedexperts.data.readers import at_location, read
 from fedexperts.data.settings import DataSettings, SourceSettings
-from fedexperts.errors import NoExperts
+from fedexperts.errors import FedExpertsError, NoExperts
 from fedexperts.io.files import write_text
 from fedexperts.models.continued.models import prepared
 from fedexperts.models.load import load
@@ -159,7 +159,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in asked.models:
         file = asked.out / f"{Path(name).stem}.json"
-        model, tokenizer = model_of(name)
+        try:
+            model, tokenizer = model_of(name)
+        except FedExpertsError as error:
+            parser.error(str(error))
         about = {"model": name, "weights": digest(model), "items asked": asked.items}
         found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else about
         if other := [key for key, value in about.items() if found.get(key) != value]:
