@@ -247,6 +247,16 @@ def lost() -> dict[tuple[str, str], dict[str, str]]:
         return {(row["run_file"], row["task"]): row for row in csv.DictReader(file)}
 
 
+def ability(model: str, task: str) -> str:
+    """Bits per byte of a model, or its right answers to a task in %, their interval and number of items: smol/abilities.csv."""
+    with (RESULTS / "smol/abilities.csv").open(newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if (row["model"], row["task"]) == (model, task))
+    if task == "bits_per_byte":
+        return f"{float(row['value']):.3f}"
+    value, low, high = (f"{100 * float(row[name]):.1f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}], n = {row['items']}"
+
+
 def cut(run_file: str, *tasks: str, share: str = "prompt_tokens_lost") -> str:
     """Per cent of the prompts' tokens that a run file cuts off, from the least to the most of `tasks`."""
     found = sorted(float(lost()[run_file, task][share]) for task in tasks)
@@ -276,7 +286,7 @@ def listed(names: list[str]) -> str:
 def rendered(template: Path) -> str:
     environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness}
-    environment.globals |= {"reaching": reaching, "attacks": Attacks, "clients": Clients}
+    environment.globals |= {"reaching": reaching, "ability": ability, "attacks": Attacks, "clients": Clients}
     return "".join(f"{line.rstrip()}\n" for line in environment.get_template(template.name).render().splitlines())
 
 

@@ -3,19 +3,22 @@
     python benchmarks/smol.py MODEL … [--items 500] [--out results/smol]
 
 A model is what model.name takes, or a dense model: a folder or a GGUF file. Each result is kept in --out as soon as it is there,
-so that a benchmark that is stopped goes on. A model without chat template is asked in the plain frames ("plain-1"). Weights and
-products are in bfloat16. The answer is the choice with the highest log-likelihood per character (acc_norm of
-lm-evaluation-harness); intervals are Wilson's, 95 %, and hold for a new draw of items. Bits per byte: ten texts of each set,
-their first 1000 characters; the first token of a text counts too, after <|endoftext|> or the token that begins a text.
+so that a benchmark that is stopped goes on; abilities.csv has those of all models. A model without chat template is asked in
+the plain frames ("plain-1"). Weights and products are in bfloat16. The answer is the choice with the highest log-likelihood per
+character (acc_norm of lm-evaluation-harness); intervals are Wilson's, 95 %, and hold for a new draw of items.
+Bits per byte: ten texts of each set, their first 1000 characters; the first token of a text counts too, after
+<|endoftext|> or the token that begins a text.
 """
 
 import argparse
+import csv
 import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 from random import Random
 from time import process_time
@@ -150,6 +153,22 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()[:32]
 
 
+def write_table(out: Path) -> None:
+    """Writes abilities.csv from the results in `out`: mean bits per byte, and of tasks the share of right answers."""
+    text = StringIO()
+    writer = csv.DictWriter(text, ["model", "task", "value", "low", "high", "items", "guess"], lineterminator="\n")
+    writer.writeheader()
+    for file in sorted(out.glob("*.json")):
+        found = json.loads(file.read_text())
+        for task in ("bits_per_byte", *TASKS):
+            if task in found:
+                result = found[task]
+                of_task = {name: result.get(name) for name in ("low", "high", "items", "guess")}
+                value = result.get("accuracy", result.get("mean"))
+                writer.writerow({"model": file.stem, "task": task, "value": value, **of_task})
+    write_text(out / "abilities.csv", text.getvalue())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
@@ -172,6 +191,7 @@ def main() -> None:
             found[what] = value
             write_text(file, json.dumps(found, indent=2) + "\n")
             print(name, what, json.dumps(value), f"{process_time() - started:.0f} CPU s", flush=True)
+        write_table(asked.out)
 
 
 if __name__ == "__main__":
