@@ -194,6 +194,7 @@ class Encoder(Protocol):
 
     eos: int  # the id that ends a response
     ends: Collection[int]  # all ids that do: chat templates may have others
+    max_tokens: int  # of an example
 
     def batch(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...
     def packed(self, examples: Sequence[Example]) -> Mapping[str, Tensor]: ...

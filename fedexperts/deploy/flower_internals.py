@@ -17,6 +17,7 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.server.superlink.linkstate import InMemoryLinkState
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.supercore.cli import flower_superexec
 from flwr.supercore.constant import PULL_MAX_TIME
 from flwr.supercore.control import ControlHttpClient

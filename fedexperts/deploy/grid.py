@@ -38,11 +38,10 @@ from fedexperts.deploy.flower_internals import (
     push_objects,
     remove_content_from_message,
 )
+from fedexperts.deploy.link_state import with_framing
 from fedexperts.engines.message import require_size
 from fedexperts.errors import BadRun
 
-FRAMING_BYTES = 2**16
-"""Of a message without arrays, beside its own bytes."""
 PUSHED_TOGETHER = 8
 """Objects that are made ready to be sent at a time; none has more than 5 MB."""
 
@@ -120,12 +119,11 @@ class SuperLinkGrid(HttpGrid):
 class LimitedPull:
     """Pulls the objects of a message, as long as they, and the arrays they make, take no more than `limit` bytes.
 
-    An array names its pieces, and can name one a thousand times. Flower's own framing, some 100 bytes of each piece and 400 of
-    each array of ours, comes on top.
+    An array names its pieces, and can name one a thousand times. Flower's own framing comes on top.
     """
 
     def __init__(self, pull: Callable[[str], bytes], limit: float) -> None:
-        self.pull, self.limit, self.lock = pull, 1.001 * limit + FRAMING_BYTES, Lock()
+        self.pull, self.limit, self.lock = pull, with_framing(limit), Lock()
         self.deadline = monotonic() + PULL_MAX_TIME
         self.sizes: dict[str, int] = {}  # of the objects that were pulled
         self.pulled = self.joined = 0  # bytes

@@ -14,8 +14,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
+from threading import Event, Thread
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedexperts.errors import BadRun, BadValue, Busy
 from fedexperts.io import processes
@@ -25,6 +26,10 @@ PATIENCE_SECONDS = 60.0
 STOP_SECONDS = 10.0
 """For a process to end after SIGTERM."""
 POLL_SECONDS = 0.5
+MOST_LOG_BYTES = 2**26
+"""Of the output of a child process in one file, of which the one before is kept."""
+LOG_SECONDS = 30.0
+"""Between two looks at how large that file is."""
 RECONNECT_SECONDS = 30
 """After which a process that cannot reach the server any more gives up."""
 ALL_NETWORKS = ("0.0.0.0", "::")
@@ -122,14 +127,15 @@ def child_process(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with the context. Its output goes to the file `log`.log in `home`, and without `log` to ours.
 
-    Files that it writes are its user's only.
+    Files that it writes are its user's only. What is in the file goes to `log`.log.1 once it has MOST_LOG_BYTES: others can cause
+    a line with every request.
     """
     commands = Path(sys.executable).parent  # Flower's, which its processes start by name
     path = f"{commands}{os.pathsep}{os.environ.get('PATH', '')}"
     ours = {"FLWR_HOME": str(home), "PATH": path, PARENT_VARIABLE: str(os.getpid())}
     every = {**os.environ, **ours, **(environment or {})}
     with ExitStack() as stack:
-        output: Any = stack.enter_context((home / f"{log}.log").open("ab")) if log else None
+        output: Any = stack.enter_context(limited(home / f"{log}.log")) if log else None
         options: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "pass_fds": pass_fds, "umask": 0o077}
         child = subprocess.Popen(command, env=every, **options)
         try:
@@ -141,6 +147,33 @@ def child_process(
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+
+
+@contextmanager
+def limited(path: Path) -> Iterator[BinaryIO]:
+    """The file at `path`, to whose end a process may write as long as the context lasts; it is kept small."""
+    ended = Event()
+
+    def keep_small() -> None:
+        while not ended.wait(LOG_SECONDS):
+            with suppress(OSError):  # such as that of a full disk
+                move_if_large(path)
+
+    watcher = Thread(target=keep_small, daemon=True)
+    with path.open("ab") as file:
+        watcher.start()
+        try:
+            yield file
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def move_if_large(path: Path) -> None:
+    """Copies the file at `path` to `path`.1 and empties it, if it has more than MOST_LOG_BYTES. Who writes at its end goes on."""
+    if path.stat().st_size > MOST_LOG_BYTES:
+        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+        os.truncate(path, 0)
 
 
 def end_with_parent() -> None:

@@ -23,6 +23,7 @@ from fedexperts.methods.personal import update_client_state
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.logits import is_encoder_decoder
+from fedexperts.moe.packed import Packed
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
 from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Tensors, Training, Update
 
@@ -31,6 +32,9 @@ GRAFTED = "grafted"
 
 WINDOW = 2000
 """Characters of a window of public text; it is truncated to the run's max_tokens."""
+
+PACKED_TOKENS = 1024
+"""Tokens of a batch of the selection with a model whose weights are packed, counted as max_tokens an example."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,9 @@ class FLEx(Method):
     def calibration(self, context: ClientContext) -> list[Batch]:
         """The examples or windows for the selection, in batches of the run's size.
 
+        Those of a model with packed weights hold PACKED_TOKENS tokens at least, where the examples suffice (ours): each batch
+        unpacks all experts, whatever its size.
+
         Raises:
             BadData: there are none.
         """
@@ -151,6 +158,8 @@ class FLEx(Method):
                 f"client {context.client.name} has no training examples to select its experts by; give it some, or leave it out"
             )
         size = context.training.batch_size
+        if any(isinstance(weight, Packed) for weight in context.model.parameters()):
+            size = max(size, PACKED_TOKENS // context.encoder.max_tokens)
         return [context.encoder.batch(examples[start : start + size]) for start in range(0, len(examples), size)]
 
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:

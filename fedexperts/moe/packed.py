@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_any, tree_map
 
+from fedexperts.io.allocator import return_freed
+
 aten: Any = torch.ops.aten
 
 
@@ -251,6 +253,7 @@ def _grouped_product(rows: Tensor, packed: Packed, ends: Tensor, *_: Any, **__: 
         if end > start:
             torch.mm(rows[start:end], in_fast_layout(plain(packed[expert])), out=out[start:end])
         start = end
+    return_freed()  # unpacked matrices, between which oneDNN's products of each new number of rows keep something
     return out
 
 

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import tomli_w
@@ -55,8 +57,27 @@ def memory_bytes(pid, what):
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(what))
 
 
+@contextmanager
+def largest(folder):
+    """A list whose first number is the most bytes that were in `folder` at a time."""
+    most, ended = [0], Event()
+
+    def look():
+        while not ended.wait(0.02):
+            with suppress(FileNotFoundError):  # what has just been removed
+                most[0] = max(most[0], sum(path.stat().st_size for path in folder.iterdir()))
+
+    thread = Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of memory are read from /proc")
-def test_a_client_that_lies_fails_in_that_round_and_the_servers_processes_never_have_300_mb_that_it_sends(tiny_tree, tmp_path):
+def test_a_client_that_lies_fails_in_that_round_and_the_server_never_has_the_300_mb_that_it_sends(tiny_tree, tmp_path):
     names = ["honest", "lying"]
     data = {**{key: value for key, value in tiny_tree["data"].items() if key != "clients"}, "names": names}
     config = checked(RunConfig, {**tiny_tree, "federation": {"rounds": 4}, "data": data})
@@ -73,7 +94,9 @@ def test_a_client_that_lies_fails_in_that_round_and_the_servers_processes_never_
         with Federation(tmp_path / "federation", port=port, keys=None) as federation:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             before = memory_bytes("self", "VmRSS")
-            out = server.serve(config, tmp_path / "out", federation, announce=print)
+            with largest(federation.home / "objects") as stored:
+                out = server.serve(config, tmp_path / "out", federation, announce=print)
+            assert 0 < stored[0] < 20_000_000
             assert memory_bytes("self", "VmHWM") - before < 200_000_000
             assert memory_bytes(federation.superlink.pid, "VmHWM") < 300_000_000
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]

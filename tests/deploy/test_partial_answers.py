@@ -1,6 +1,7 @@
 """What a SuperLink gives out, and keeps on its disk, of answers that have not come whole and of jobs that nobody fetches."""
 
 import os
+from datetime import timedelta
 
 import pytest
 from flwr.app import Message as FlowerMessage
@@ -8,8 +9,10 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -18,9 +21,11 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedexperts.deploy.grid import SuperLinkGrid
-from fedexperts.deploy.superlink import DiskObjectStore, ReconnectingLinkState
+from fedexperts.deploy.link_state import DiskObjectStore, LimitedLinkState
 from fedexperts.engines.flower.codec import from_records, to_records
+from fedexperts.engines.flower.engine import read_reply
 from fedexperts.engines.message import Message
+from fedexperts.errors import BadMessage
 
 LIMIT = 1e9
 SIZE = 7_000_000  # of a message: two of Flower's pieces
@@ -42,7 +47,7 @@ class Runtime:
 @pytest.fixture
 def state(tmp_path, monkeypatch):
     monkeypatch.setattr(fleet_handlers, "check_abort", lambda *_: None)
-    return ReconnectingLinkState(NoOpFederationManager(), DiskObjectStore(tmp_path))
+    return LimitedLinkState(NoOpFederationManager(), DiskObjectStore(tmp_path))
 
 
 @pytest.fixture
@@ -64,24 +69,47 @@ def links(state, monkeypatch):
     return links
 
 
-def asked(links, node):
-    """The id of a job that was sent to `node`."""
-    (message_id,) = links.push_messages([FlowerMessage(to_records(Message({}, {"w": os.urandom(SIZE)})), node, "query")])
+def asked(links, node, limit=""):
+    """The id of a job that was sent to `node`, and whose answer may take `limit` bytes."""
+    job = FlowerMessage(to_records(Message({}, {"w": os.urandom(SIZE)})), node, "query", group_id=str(limit))
+    (message_id,) = links.push_messages([job])
     return message_id
+
+
+def answer_to(job, node, size=SIZE):
+    answer = FlowerMessage(to_records(Message({"some": "answer"}, {"w": os.urandom(size)})), reply_to=job)
+    answer.metadata.__dict__["_message_id"] = answer.object_id
+    answer.metadata.__dict__["_src_node_id"] = node
+    return answer
+
+
+def announce(state, node, answer, tree=None):
+    """What the SuperLink says to `node`, which announces `answer`, with another tree where one is given."""
+    head = message_to_proto(remove_content_from_message(answer))
+    request = PushMessagesRequest(
+        node=Node(node_id=node), messages_list=[head], message_object_trees=[tree or get_object_tree(answer)]
+    )
+    return fleet_handlers.push_messages(request, state)
 
 
 def announced(state, node):
     """The objects of the answer to the job that waits for `node`, which has announced it."""
     (job,) = state.get_message_ins(node, 1)
-    answer = FlowerMessage(to_records(Message({"some": "answer"}, {"w": os.urandom(SIZE)})), reply_to=job)
-    answer.metadata.__dict__["_message_id"] = answer.object_id
-    answer.metadata.__dict__["_src_node_id"] = node
-    head = message_to_proto(remove_content_from_message(answer))
-    trees = [get_object_tree(answer)]
-    fleet_handlers.push_messages(
-        PushMessagesRequest(node=Node(node_id=node), messages_list=[head], message_object_trees=trees), state
-    )
+    answer = answer_to(job, node)
+    announce(state, node, answer)
     return {name: each.deflate() for name, each in get_all_nested_objects(answer).items()}
+
+
+def sent(state, node, answer):
+    """How many objects of `answer`, which `node` announces and sends, were taken."""
+    said = announce(state, node, answer)
+    contents = {name: each.deflate() for name, each in get_all_nested_objects(answer).items()}
+    run = answer.metadata.run_id
+    return sum(state.store_object(run, said.session_id, name, contents[name]) for name in said.objects_to_push)
+
+
+def used(folder):
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def test_an_answer_is_given_out_when_all_of_it_has_come(state, node, links):
@@ -109,8 +137,67 @@ def test_a_node_that_goes_in_the_middle_of_its_answer_has_gone(state, node, link
 
 def test_a_job_that_was_never_fetched_leaves_nothing_on_disk_when_it_is_withdrawn(state, node, links, tmp_path):
     jobs = [asked(links, node) for _ in range(2)]
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 2 * SIZE
+    assert used(tmp_path) > 2 * SIZE
     for job in jobs:
         links.withdraw(job)
         links.withdraw(job)
     assert not [*tmp_path.iterdir()]
+
+
+def test_an_answer_larger_than_its_job_allows_does_not_stay_on_the_disk_and_fails_with_a_sentence(state, node, links, tmp_path):
+    job = asked(links, node, limit=10_000)
+    (received,) = state.get_message_ins(node, 1)
+    links.withdraw(job)  # its own objects
+    large = answer_to(received, node)
+    assert sent(state, node, large) < len(get_all_nested_objects(large))
+    assert used(tmp_path) < 10_000
+    assert sent(state, node, answer_to(received, node, 100)) == 0, "it is not asked for another"
+    (error,) = links.fetch(job, 10_000)
+    assert error.metadata.reply_to_message_id == job
+    with pytest.raises(BadMessage, match=r"its answer takes at least .* and its job allows"):
+        read_reply(error, 10_000)
+    assert not [*tmp_path.iterdir()] and not state.object_store.store and not state._object_push_sessions
+
+
+def test_an_answer_may_be_cut_off_and_come_again_but_not_for_ever(state, node, links, tmp_path):
+    asked(links, node, limit=SIZE + 10_000)
+    (job,) = state.get_message_ins(node, 1)
+    for attempt in range(5):
+        answer = answer_to(job, node)
+        said = announce(state, node, answer)
+        contents = {name: each.deflate() for name, each in get_all_nested_objects(answer).items()}
+        pieces = [name for name in said.objects_to_push if len(contents[name]) > 1_000_000]
+        taken = [state.store_object(job.metadata.run_id, said.session_id, name, contents[name]) for name in pieces]
+        assert all(taken) if attempt < 2 else not any(taken), attempt
+        for session in state._object_push_sessions.values():
+            session.expires_at = now() - timedelta(seconds=1)
+        state.get_message_res({job.metadata.message_id}, job.metadata.run_id)
+        assert used(tmp_path) < 1.5 * SIZE, "the job, and nothing that has stopped coming"
+
+
+def test_objects_that_do_not_belong_to_the_answer_are_not_announced(state, node, links):
+    asked(links, node, limit=SIZE)
+    (job,) = state.get_message_ins(node, 1)
+    answer, before = answer_to(job, node, 100), len(state.object_store)
+    tree, other = get_object_tree(answer), get_object_tree(answer_to(job, node, 100))
+    twice = ObjectTree(object_id=tree.object_id, children=[tree, *tree.children])
+    for wrong in (other, twice):
+        said = announce(state, node, answer, wrong)
+        assert not said.objects_to_push and len(state.object_store) == before
+    assert sent(state, node, answer) == len(get_all_nested_objects(answer))
+    assert not announce(state, node, answer, ObjectTree(object_id=tree.object_id, children=other.children)).objects_to_push
+
+
+def test_a_list_of_objects_counts_too_and_who_sends_one_says_in_which_session(state, node, links):
+    asked(links, node, limit=10_000)
+    (job,) = state.get_message_ins(node, 1)
+    answer = answer_to(job, node, 100)
+    said = announce(state, node, answer)
+    name, content = next((name, each.deflate()) for name, each in get_all_nested_objects(answer).items())
+    assert not state.store_object(job.metadata.run_id, "", name, content)
+    assert state.store_object(job.metadata.run_id, said.session_id, name, content)
+    names = [ObjectTree(object_id=f"{number:064x}") for number in range(1000)]
+    other = answer_to(job, node, 200)
+    before = len(state.object_store)
+    announce(state, node, other, ObjectTree(object_id=other.object_id, children=names))
+    assert len(state.object_store) < before

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 
+from fedexperts.deploy import processes
 from fedexperts.deploy.processes import child_process, private, temporary
 from fedexperts.errors import BadRun, Busy
 from fedexperts.io.files import atomic_folder, write_text
@@ -24,6 +26,14 @@ with temporary(Path(sys.argv[1])) as folder:
     (folder / "link").symlink_to(sys.argv[1])
     print(folder, flush=True)
     time.sleep(600)
+"""
+TALKING = """
+import sys, time
+from pathlib import Path
+while not Path(sys.argv[1]).exists():
+    print("line" * 25, flush=True)
+    time.sleep(0.002)
+print("line last", flush=True)
 """
 
 
@@ -56,6 +66,23 @@ def test_a_process_that_is_started_writes_for_its_owner_only(tmp_path):
     with child_process([sys.executable, "-c", code, str(tmp_path / "written")], tmp_path, None) as child:
         child.wait(60)
     assert (tmp_path / "written").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_output_of_a_process_does_not_fill_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MOST_LOG_BYTES", 1000)
+    monkeypatch.setattr(processes, "LOG_SECONDS", 0.01)
+    log, before = tmp_path / "child.log", tmp_path / "child.log.1"
+    log.write_bytes(b"old\n")
+    with child_process([sys.executable, "-c", TALKING, str(tmp_path / "end")], tmp_path, "child") as child:
+        deadline = monotonic() + 60
+        while not before.exists() or b"old" in before.read_bytes():
+            assert monotonic() < deadline and child.poll() is None
+            sleep(0.01)
+        (tmp_path / "end").touch()
+        assert child.wait(60) == 0
+    assert b"line" in before.read_bytes()
+    assert log.read_bytes().endswith(b"line last\n"), "it goes on in the file that was emptied"
+    assert b"\0" not in log.read_bytes()
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_start_and_no_other_process_gets_the_folder_meanwhile(tmp_path):

@@ -27,8 +27,8 @@ from fedexperts.deploy.door import MAX_REQUEST_BYTES, ImpatientLoop, ImpatientPr
 from fedexperts.deploy.flower_internals import SUPERLINK
 from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.keys import make_keys
+from fedexperts.deploy.link_state import DiskObjectStore, LimitedLinkState
 from fedexperts.deploy.site import address_of
-from fedexperts.deploy.superlink import DiskObjectStore, ReconnectingLinkState
 from fedexperts.deploy.supervisor import SuperNodeSupervisor, next_pause
 from fedexperts.engines.flower.codec import MAX_TEXT_BYTES
 from fedexperts.errors import BadMessage, BadRun, BadValue
@@ -109,7 +109,7 @@ def test_nobody_else_is_believed_on_where_a_request_comes_from(monkeypatch, tmp_
 
 
 def test_a_node_that_still_counts_as_connected_reconnects_at_once_and_an_unknown_one_never():
-    state = ReconnectingLinkState(NoOpFederationManager(), ObjectStoreFactory().store())
+    state = LimitedLinkState(NoOpFederationManager(), ObjectStoreFactory().store())
     node = state.create_node("owner", "name", b"key", 30)
     assert state.activate_node(node, 30)
     assert state.activate_node(node, 30)

@@ -142,7 +142,7 @@ class FlowerEngine:
         for node in nodes:
             if node in self.greeted and self.greeted[node] == connections.get(node):
                 continue
-            if message_id := self.push(greeting_request(self.run_info), node):
+            if message_id := self.push(greeting_request(self.run_info), node, GREETING_BYTES):
                 others = {message: other for message, other in self.pending_greetings.items() if other != node}
                 self.pending_greetings = {**others, message_id: node}
                 self.greeted[node] = connections.get(node)
@@ -192,14 +192,14 @@ class FlowerEngine:
             yield self.receive(under_way.popleft())
 
     def send(self, job: Job) -> SentJob:
-        node = self.nodes.get(job.client)
+        node, kept = self.nodes.get(job.client), outline(job)
         connection = self.connections().get(node or 0)  # before it is sent: a node that reconnects after that has lost the job
         message_id = None
         if node is not None and node in self.grid.get_node_ids():  # of a node that has gone Flower would keep the job on its disk
-            message_id = self.push(job_request(job, self.run_info), node)
+            message_id = self.push(job_request(job, self.run_info), node, answer_limit(kept))
         if message_id:
             self.job_keys[message_id] = job.client, job.round, job.task
-        return SentJob(outline(job), message_id, monotonic() + self.seconds, node, connection)
+        return SentJob(kept, message_id, monotonic() + self.seconds, node, connection)
 
     def receive(self, sent: SentJob) -> Update | Failure:
         """The answer to `sent`, waited for until its deadline."""
@@ -235,9 +235,9 @@ class FlowerEngine:
             return sent.failed(f"it answered for {answer.client} in round {answer.round}, {answer.task}, which is not its job")
         return answer
 
-    def push(self, message: Message, node: int) -> str | None:
-        """The id of the message that was sent; None when there is no such node."""
-        flower_message = FlowerMessage(to_records(message), node, MessageType.QUERY, ttl=LIFETIME_SECONDS)
+    def push(self, message: Message, node: int, limit: int) -> str | None:
+        """The id of the message that was sent, with the bytes that its reply may take; None when there is no such node."""
+        flower_message = FlowerMessage(to_records(message), node, MessageType.QUERY, ttl=LIFETIME_SECONDS, group_id=str(limit))
         return next(iter(self.grid.push_messages([flower_message])), None)
 
     def pull(self, message_id: str, limit: int) -> Message | None:
