@@ -41,6 +41,7 @@ from fedexperts.io.files import write_text
 from fedexperts.models.files import location_of
 from fedexperts.models.load import Base, load
 from fedexperts.moe.anatomy import anatomy
+from fedexperts.moe.precision import Precision, mixed_precision
 from fedexperts.moe.routing import Recorder, balance_loss
 from fedexperts.moe.shrink import shrink
 from fedexperts.moe.tuning import prepare, trainable
@@ -69,6 +70,7 @@ class Asked:
     max_tokens: int
     limit: int | None  # test rows of each set, drawn at random
     validation: bool
+    precision: Precision  # of products, in training and scoring
 
 
 def ceiling(base: Base, name: str, asked: Asked) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def ceiling(base: Base, name: str, asked: Asked) -> dict[str, Any]:
     room = answer_tokens(encoder, train[0].choices)
 
     started = perf_counter()
+    mixed_precision(base.model, asked.precision)
     before = evaluation.score(base.model, test, encoder, room, asked.batch)
     scored = perf_counter()
     model = fine_tuned(base.model, train, encoder, asked, name)
@@ -119,6 +122,7 @@ def fine_tuned(base: nn.Module, train: Sequence[Example], encoder: Encoder, aske
     """A copy of `base`, all of it trained on `train`."""
     training = Training(lr=asked.lr, batch_size=asked.batch)
     model = prepare(shrink(base, anatomy(base).all_experts), training.tuning, seed="0").train()
+    mixed_precision(model, asked.precision)
     optimizer = optimizer_for(trainable(model), training)
     steps, step, started = asked.epochs * math.ceil(len(train) / asked.batch), 0, perf_counter()
     sizes = lengths(train, encoder)
@@ -286,14 +290,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--limit", type=int, help="test rows of each set, drawn at random; default: all")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="of products; weights stay in float32"
+    )
     parser.add_argument("--validation", action="store_true", help="score rows kept out of training instead of the test rows")
     parser.add_argument("--out", type=Path, default=Path("results/ceilings"))
     given = parser.parse_args()
 
     torch.set_num_threads(1)
-    asked = Asked(given.epochs, given.lr, given.batch, given.max_tokens, given.limit, given.validation)
+    asked = Asked(given.epochs, given.lr, given.batch, given.max_tokens, given.limit, given.validation, given.precision)
     try:
-        base, known = load(given.model), read_before(given.model)
+        base, known = load(given.model, dtype="float32"), read_before(given.model)
         found = measure(base, given.sets, asked, given.out)
     except FedExpertsError as error:
         sys.exit(f"ceilings: {error}")

@@ -12,7 +12,7 @@ from fedexperts.errors import BadRun
 from fedexperts.models.load import load
 from fedexperts.types import Example
 
-ASKED = ceilings.Asked(epochs=4, lr=1e-2, batch=4, max_tokens=24, limit=None, validation=False)
+ASKED = ceilings.Asked(epochs=4, lr=1e-2, batch=4, max_tokens=24, limit=None, validation=False, precision="float32")
 
 
 @pytest.fixture
