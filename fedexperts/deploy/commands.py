@@ -93,6 +93,8 @@ def server(
         with logging_to(home / LOG, level_of(quiet, verbose)), federation, served(page, log.status, federation, status is None):
             for sentence in expiry_warnings(federation.expiries()):
                 logs.say(WARNING, sentence)
+            if settings.federation.round_seconds is None:
+                logs.say(WARNING, server.NO_DEADLINE)
             server.serve(
                 settings,
                 out,

@@ -23,6 +23,10 @@ EngineFactory = Callable[[Prepared, Path], AbstractContextManager[Engine]]
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 600.0
 """For which a server waits for all clients before fewer are enough."""
+NO_DEADLINE = (
+    "federation.round_seconds is not set, so a client that never answers, and stays connected, stops the run; set it to more "
+    "than the longest job takes, such as 3600"
+)
 
 
 def serve(

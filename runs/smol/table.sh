@@ -1,5 +1,6 @@
 #!/bin/sh
-# FLEx, FedIT, FedMoE, HFedMoE, centralized and local on `smol`, and with BASE=small on `small`: six clients of short tasks, at equal rounds and steps.
+# FLEx, FedIT, FedMoE, HFedMoE, centralized and local on `smol`, and with BASE=small on `small`: six clients of short tasks, at equal
+# rounds and steps.
 # DTYPE: of frozen weights and products, auto (float32) by default; bfloat16 where the processor has products of it.
 # The rate on `smol` is that of six.toml, which was better than 1e-3 in training on all four tasks in one place; on `small` the one that
 # was best for it on other tasks. No method has a rate of its own. SEEDS: 1 by default.

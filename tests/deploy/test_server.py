@@ -8,6 +8,8 @@ import pytest
 import tomli_w
 from deployed import below, gone, processes, until
 
+from fedexperts.deploy import commands, deployment, server
+from fedexperts.deploy.processes import free_port
 from fedexperts.deploy.supervisor import exit_reason
 
 
@@ -64,6 +66,39 @@ def test_a_centralized_method_is_refused_before_anything_starts(fedexperts, run_
     code, _, err = fedexperts("server", run_file, *options)
     assert (code, "in one place" in err) == (2, True)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.flower").exists()
+
+
+class NoFederation:
+    """A federation without processes."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def check(self):
+        pass
+
+    def expiries(self):
+        return {}
+
+
+@pytest.mark.parametrize(("more", "is_warned_of"), [((), True), (("--set", "federation.round_seconds=60"), False)])
+def test_a_run_in_which_a_silent_client_would_be_waited_for_for_ever_is_warned_of(
+    fedexperts, run_file, tmp_path, monkeypatch, more, is_warned_of
+):
+    monkeypatch.setattr(deployment, "Federation", NoFederation)
+    monkeypatch.setattr(server, "serve", lambda *_, **__: None)
+    monkeypatch.setattr(commands, "finish", lambda *_: None)
+    out = tmp_path / "out"
+    code, _, err = fedexperts("server", run_file, "--out", out, "--insecure", "--port", free_port(), *more)
+    assert code == 0, err
+    assert ("round_seconds is not set, so a client that never answers" in err) == is_warned_of
+    assert ("round_seconds is not set" in (tmp_path / "out.flower" / "log.jsonl").read_text()) == is_warned_of
 
 
 def test_a_client_that_the_run_does_not_have_stops_with_the_reason(fedexperts, run_file, tmp_path):

@@ -183,6 +183,7 @@ class FlowerEngine:
     def run(self, jobs: Iterable[Job]) -> Iterator[Update | Failure]:
         """One answer for each job, in their order."""
         self.greet()
+        self.drop_late()
         rest = iter(jobs)
         under_way: deque[SentJob] = deque()
         while True:
@@ -205,7 +206,6 @@ class FlowerEngine:
         """The answer to `sent`, waited for until its deadline."""
         if sent.message_id is None:
             return sent.failed("it is not connected")
-        self.drop_late()
         while True:
             over = monotonic() >= sent.deadline
             connection = self.connections().get(sent.node or 0, sent.connection)
