@@ -24,7 +24,7 @@ from fedexperts.deploy.processes import free_port
 from fedexperts.deploy.site import ask, signed_headers
 
 MB = 1e6
-PATH = "/v1/fleet/pull-messages"
+PATH = "/v1/fleet/push-messages"
 BODY_BYTES = 2**24
 TOGETHER = 50
 """Bodies that are under way at a time."""

@@ -30,9 +30,12 @@ from fedexperts.deploy.site import KEY_HEADER, MOST_AHEAD, MOST_BEHIND, SIGNATUR
 from fedexperts.engines.message import PROTOCOL, VERSION
 
 FLEET_PATH = "/v1/fleet/"
+LARGE_PATHS = tuple(f"{FLEET_PATH}{name}" for name in ("push-object", "push-messages"))
 MAX_REQUEST_BYTES = 2**24
 """Of a request's body, which is read into memory. Flower cuts arrays into objects of 5 MB, and the record with a message's texts
 has at most twice codec.MAX_TEXT_BYTES."""
+MAX_OTHER_BYTES = 2**16
+"""Of a body at the fleet's other paths than LARGE_PATHS: Flower writes some of it into its log."""
 MAX_UNKNOWN_BYTES = 2**12
 """Of a body whose sender is no registered node: those that join have a few hundred bytes."""
 HEAD_SECONDS = 10.0
@@ -67,8 +70,8 @@ class LimitedAccess:
             await self.app(scope, receive, send)
         elif not (scope["path"].startswith(FLEET_PATH) or is_from_here(scope, self.host)):
             await refusal("this is served to the server's own machine only", 403)(scope, receive, send)
-        elif body_size(scope) > MAX_REQUEST_BYTES:
-            await refusal(f"a request has {MAX_REQUEST_BYTES:,} bytes at most, and says so", 413)(scope, receive, send)
+        elif body_size(scope) > (most := most_bytes(scope["path"])):
+            await refusal(f"a request has {most:,} bytes at most, and says so", 413)(scope, receive, send)
         elif scope["path"] == ABOUT_PATH:
             await JSONResponse(self.said_to(scope), headers={"connection": "close"})(scope, receive, send)
         elif not self.knows(scope) and body_size(scope) > MAX_UNKNOWN_BYTES and scope["path"].startswith(FLEET_PATH):
@@ -88,6 +91,11 @@ class LimitedAccess:
             return said
         more = json.loads(self.about.read_bytes()) if self.about is not None and self.about.exists() else {}
         return {**said, **more, "registered": True}
+
+
+def most_bytes(path: str) -> int:
+    """Of the body of a request for `path`."""
+    return MAX_REQUEST_BYTES if path in LARGE_PATHS or not path.startswith(FLEET_PATH) else MAX_OTHER_BYTES
 
 
 def refusal(sentence: str, code: int) -> Response:

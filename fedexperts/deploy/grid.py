@@ -20,6 +20,7 @@ from fedexperts.deploy.flower_internals import (
     HttpGrid,
     InflatableObject,
     NodeInfo,
+    ObjectPushError,
     ObjectTree,
     PullAppMessagesRequest,
     PushAppMessagesRequest,
@@ -68,7 +69,7 @@ class SuperLinkGrid(HttpGrid):
         return [message_id for message in messages for message_id in self.push(run_id, message)]
 
     def push(self, run: int, message: FlowerMessage) -> list[str]:
-        """The id of `message`, which has been sent."""
+        """The id of `message`, which has been sent; none where its node has given it up before it was there."""
         head, client = message_to_proto(remove_content_from_message(message)), self._runtime_client
         objects = get_all_nested_objects(message)
         trees = [get_object_tree(message)]
@@ -76,9 +77,12 @@ class SuperLinkGrid(HttpGrid):
         send = make_push_object_fn_protobuf(client.PushObject, self.node, run, accepted.session_id)
         missing = set(accepted.objects_to_push)
         rest = (name for name in objects if name in missing)
-        while some := list(islice(rest, PUSHED_TOGETHER)):
-            push_objects({name: objects[name] for name in some}, send)
-            drop_responses()
+        try:
+            while some := list(islice(rest, PUSHED_TOGETHER)):
+                push_objects({name: objects[name] for name in some}, send)
+                drop_responses()
+        except ObjectPushError:
+            return []
         return list(accepted.message_ids)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:

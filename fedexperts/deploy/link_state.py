@@ -4,8 +4,10 @@ A message of the server says in its group_id how many bytes its reply may take (
 reply to it is counted against that; of a reply that takes more, nothing is kept but an error that says so.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from math import inf
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +18,10 @@ from fedexperts.deploy.flower_internals import (
     InMemoryLinkState,
     InMemoryObjectStore,
     ObjectTree,
+    PushMessagesResponse,
     create_message_error_unavailable_res_message,
     get_all_nested_objects,
+    get_object_head_values_from_object_content,
     get_object_tree,
     iterate_object_tree,
 )
@@ -31,8 +35,9 @@ ENTRY_BYTES = 2**10
 """What an object costs besides its contents: about as much memory of the SuperLink."""
 ATTEMPTS = 2
 """Times that a reply may come: one that was cut off is sent again, maybe by a node that has forgotten the first."""
-
-
+MOST_HEAD_BYTES = 2**16
+"""Of a reply as it is announced: its objects are not in it, an error is."""
+SHA256 = re.compile("[0-9a-f]{64}")
 GIVEN_UP = 2**62
 """Counted as taken by a reply of which nothing is kept."""
 
@@ -42,6 +47,23 @@ def with_framing(limit: float) -> float:
     return 1.001 * limit + FRAMING_BYTES
 
 
+def require_reply(push: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`push`, by which a SuperLink takes a message of a node, for replies in that node's own name alone; of others it takes none.
+
+    Flower's own would take a message that says it comes from the server, or from another node.
+    """
+
+    def push_reply(request: Any, state: Any) -> Any:
+        if len(request.messages_list) == 1 == len(request.message_object_trees):
+            (message,) = request.messages_list
+            is_own = message.metadata.src_node_id == request.node.node_id and bool(message.metadata.reply_to_message_id)
+            if is_own and message.ByteSize() <= MOST_HEAD_BYTES:
+                return push(request, state)
+        return PushMessagesResponse()
+
+    return push_reply
+
+
 class DiskObjectStore(InMemoryObjectStore):
     """Keeps the list of objects in memory, and their contents in `folder`."""
 
@@ -49,12 +71,29 @@ class DiskObjectStore(InMemoryObjectStore):
         super().__init__()
         self.folder = folder
 
-    def put(self, object_id: str, object_content: bytes) -> None:
+    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
+        """In one step, so that no object goes before that of which it is a part is there."""
         with self.lock_store:
-            if (entry := self.store.get(object_id)) and not entry.is_available:
-                (self.folder / object_id).write_bytes(object_content)  # first, as a disk may be full
+            return super().preregister(run_id, object_tree)
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        """Keeps what an announced object holds.
+
+        Raises:
+            ValueError: it has another hash, or names other parts than were announced.
+        """
+        with self.lock_store:
+            entry = self.store.get(object_id)
+            is_new = entry is not None and not entry.is_available
             super().put(object_id, object_content)
-            self.store[object_id].content = b""
+            if entry is None or not is_new:
+                return
+            entry.content, entry.is_available = b"", False
+            _, parts, _ = get_object_head_values_from_object_content(object_content)
+            if parts != entry.child_object_ids:
+                raise ValueError("it names other parts than were announced")
+            (self.folder / object_id).write_bytes(object_content)  # which fails on a full disk
+            entry.is_available = True
 
     def get(self, object_id: str) -> bytes | None:
         """None of an object that is not known; empty of one that has not come yet."""
@@ -73,19 +112,25 @@ class DiskObjectStore(InMemoryObjectStore):
                 return object_id
             return next(filter(None, map(self.missing, entry.child_object_ids)), None)
 
-    def is_consistent(self, tree: ObjectTree) -> bool:
-        """Whether `tree` says of no object two things, and of none that is here another than it was announced with.
+    def contradicted(self, tree: ObjectTree) -> list[str] | None:
+        """The objects that were announced with other parts than `tree` says; None where `tree` itself cannot be.
 
-        Flower goes by what comes first, and would keep what only the second has for ever.
+        It cannot be with a name that is no sha256, with two different lists of parts of one object, or with others than an object
+        has that has come. Flower goes by what is announced first, and would keep what only the second names for ever.
         """
         parts: dict[str, list[str]] = {}
+        others: list[str] = []
         with self.lock_store:
             for node in iterate_object_tree(tree):
                 named = [child.object_id for child in node.children]
+                if not SHA256.fullmatch(node.object_id) or parts.setdefault(node.object_id, named) != named:
+                    return None
                 known = self.store.get(node.object_id)
-                if parts.setdefault(node.object_id, named) != named or (known and known.child_object_ids != named):
-                    return False
-        return True
+                if known and known.child_object_ids != named:
+                    if known.is_available:
+                        return None
+                    others.append(node.object_id)
+        return others
 
     def delete(self, object_id: str) -> None:
         with self.lock_store:
@@ -115,29 +160,64 @@ class LimitedLinkState(InMemoryLinkState):
         return super().activate_node(node_id, heartbeat_interval)
 
     def store_message_and_object_tree(self, message: Message, object_tree: ObjectTree, session_id: str) -> tuple[bool, list[str]]:
-        """Announces a message; a reply only as far as there is room for it, and of objects that belong together."""
+        """Announces a message; a reply only as far as there is room for it, and of objects that belong together.
+
+        Messages that are no replies come from the server: `require_reply` refuses others.
+        """
+        asked, stored, missing = message.metadata.reply_to_message_id, False, list[str]()
         with self.locked():
-            size = ENTRY_BYTES * sum(1 for _ in iterate_object_tree(object_tree))
-            asked = message.metadata.reply_to_message_id
-            if asked and not (self.is_sound(message, object_tree) and self.has_room(asked, size)):
-                self._cleanup_push_session(session_id, cleanup_messages=False)
-                return False, []
-            stored, missing = super().store_message_and_object_tree(message, object_tree, session_id)
+            try:
+                size = self.size_of_list(message, object_tree) if asked else 0
+                if size is not None and self.is_undisputed(object_tree):
+                    stored, missing = super().store_message_and_object_tree(message, object_tree, session_id)
+            finally:
+                if not stored:
+                    self._cleanup_push_session(session_id, cleanup_messages=False)
             if asked and stored:
                 self.forget_the_gone()
-                self.taken[asked] += size
+                self.taken[asked] += size or 0
                 self.replied_in[session_id] = asked
             return stored, missing
 
-    def is_sound(self, reply: Message, tree: ObjectTree) -> bool:
-        """Whether `reply` comes from the node that was asked, and `tree` is of objects that belong to it."""
-        request, store = (
-            self.message_ins_store.get(reply.metadata.reply_to_message_id),
-            cast("DiskObjectStore", self.object_store),
-        )
+    def size_of_list(self, reply: Message, tree: ObjectTree) -> int | None:
+        """What the list of the objects of `reply` takes; None where there is no room for it, or it replies to nothing.
+
+        A node sends one reply at a time, so any other of which something is still to come is removed.
+        """
+        asked = reply.metadata.reply_to_message_id
+        request = self.message_ins_store.get(asked)
         if request is None or request.metadata.dst_node_id != reply.metadata.src_node_id:
-            return False
-        return reply.metadata.message_id == tree.object_id and store.is_consistent(tree)
+            return None
+        if reply.metadata.message_id != tree.object_id:
+            return None
+        whole = self.whole(asked)
+        counted = None if whole == inf else int(whole) // ENTRY_BYTES + 1  # no more than that, of a list that may be long
+        size = ENTRY_BYTES * sum(1 for _ in islice(iterate_object_tree(tree), counted))
+        for other in {*self.replied_in.values()} - {asked}:
+            if self.is_of(other, request.metadata.dst_node_id) and self.is_unfinished(other):
+                self.remove(other)
+        return size if self.has_room(asked, size) else None
+
+    def is_of(self, asked: str, node: int) -> bool:
+        request = self.message_ins_store.get(asked)
+        return request is not None and request.metadata.dst_node_id == node
+
+    def is_unfinished(self, asked: str) -> bool:
+        """Whether a reply to the message `asked` was announced that has not come whole."""
+        reply = self.message_ins_id_to_message_res_id.get(asked)
+        return reply is not None and cast("DiskObjectStore", self.object_store).missing(reply) is not None
+
+    def is_undisputed(self, tree: ObjectTree) -> bool:
+        """Whether objects can be announced as `tree` has them.
+
+        Replies that have announced one with other parts, and have not sent it, are given up: one of two has to be wrong.
+        """
+        store = cast("DiskObjectStore", self.object_store)
+        for name in store.contradicted(tree) or ():
+            sessions = [session for session, each in self._object_push_sessions.items() if name in each.pending_object_ids]
+            for asked in {self.replied_in[session] for session in sessions if session in self.replied_in}:
+                self.give_up(asked, "it announces an object that another message has with other parts")
+        return store.contradicted(tree) == []
 
     def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
         """Keeps an object; of a reply, only as far as there is room for it. Whoever sends one says in which session."""
@@ -157,34 +237,44 @@ class LimitedLinkState(InMemoryLinkState):
         with self._lock_object_push_sessions, self.lock:
             yield
 
+    def whole(self, asked: str) -> float:
+        """Bytes that may be taken in reply to the message `asked`: for the reply, and as many for the list of its objects."""
+        limit = float(self.message_ins_store[asked].metadata.group_id or inf)
+        return ATTEMPTS * (with_framing(limit) + FRAMING_BYTES)
+
     def has_room(self, asked: str, size: int) -> bool:
         """Whether `size` bytes more may come in reply to the message `asked`; if not, an error takes the place of the reply."""
-        request = self.message_ins_store.get(asked)
-        if request is None or self.taken.get(asked) == GIVEN_UP:
+        if asked not in self.message_ins_store or self.taken.get(asked) == GIVEN_UP:
             return False
-        whole = ATTEMPTS * (with_framing(float(request.metadata.group_id or inf)) + FRAMING_BYTES)  # as much for its list
+        taken = self.taken.setdefault(asked, 0) + size
+        if taken <= self.whole(asked):
+            return True
         try:
-            require_size(self.taken.setdefault(asked, 0) + size, whole)
+            require_size(taken // ATTEMPTS, float(self.message_ins_store[asked].metadata.group_id))
         except BadMessage as error:
             self.give_up(asked, str(error))
-            return False
-        return True
+        return False
 
     def give_up(self, asked: str, why: str) -> None:
         """Removes what has come in reply to the message `asked`, and puts an error in its place."""
+        self.remove(asked)
         self.taken[asked] = GIVEN_UP
         reply = create_message_error_unavailable_res_message(self.message_ins_store[asked].metadata, "msg_unavail")
         reply.error = Error(REFUSED, why)
         reply.metadata.__dict__["_message_id"] = name = reply.object_id
-        for session in [session for session, request in self.replied_in.items() if request == asked]:
-            self._cleanup_push_session(session, cleanup_messages=False)
-        if announced := self.message_ins_id_to_message_res_id.pop(asked, None):
-            self.message_res_store.pop(announced, None)
-            self.object_store.delete(announced)
         self.message_res_store[name], self.message_ins_id_to_message_res_id[asked] = reply, name
         self.object_store.preregister(reply.metadata.run_id, get_object_tree(reply))
         for each, part in get_all_nested_objects(reply).items():
             self.object_store.put(each, part.deflate())
+
+    def remove(self, asked: str, announced: str | None = None) -> None:
+        """Removes the reply to the message `asked`, or the one that was `announced`, with its objects and its sessions."""
+        for session in [session for session, request in self.replied_in.items() if request == asked]:
+            self._cleanup_push_session(session, cleanup_messages=False)
+        announced = announced or self.message_ins_id_to_message_res_id.pop(asked, None)
+        if announced:
+            self.message_res_store.pop(announced, None)
+            self.object_store.delete(announced)
 
     def forget_the_gone(self) -> None:
         """Forgets what was counted for messages that are no more."""
@@ -210,4 +300,6 @@ class LimitedLinkState(InMemoryLinkState):
             finally:
                 given_up = {message.metadata.reply_to_message_id for message in found}
                 replies.update({each: reply for each, reply in coming.items() if each not in given_up})
+                for each in coming.keys() & given_up:  # of a node that has gone in the middle of it
+                    self.remove(each, coming[each])
             return found

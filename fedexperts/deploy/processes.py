@@ -28,7 +28,7 @@ STOP_SECONDS = 10.0
 POLL_SECONDS = 0.5
 MOST_LOG_BYTES = 2**26
 """Of the output of a child process in one file, of which the one before is kept."""
-LOG_SECONDS = 30.0
+LOG_SECONDS = 1.0
 """Between two looks at how large that file is."""
 RECONNECT_SECONDS = 30
 """After which a process that cannot reach the server any more gives up."""
@@ -156,7 +156,7 @@ def limited(path: Path) -> Iterator[BinaryIO]:
 
     def keep_small() -> None:
         while not ended.wait(LOG_SECONDS):
-            with suppress(OSError):  # such as that of a full disk
+            with suppress(OSError):  # somebody has moved the file
                 move_if_large(path)
 
     watcher = Thread(target=keep_small, daemon=True)
@@ -170,10 +170,20 @@ def limited(path: Path) -> Iterator[BinaryIO]:
 
 
 def move_if_large(path: Path) -> None:
-    """Copies the file at `path` to `path`.1 and empties it, if it has more than MOST_LOG_BYTES. Who writes at its end goes on."""
-    if path.stat().st_size > MOST_LOG_BYTES:
-        shutil.copyfile(path, path.with_name(f"{path.name}.1"))
-        os.truncate(path, 0)
+    """Copies the end of the file at `path` to `path`.1 and empties it, if it is large. Who writes at its end goes on.
+
+    Where the disk is full, nothing is copied.
+    """
+    if path.stat().st_size <= MOST_LOG_BYTES:
+        return
+    former = path.with_name(f"{path.name}.1")
+    try:
+        with path.open("rb") as file, former.open("wb") as copy:
+            file.seek(-MOST_LOG_BYTES, os.SEEK_END)
+            shutil.copyfileobj(file, copy)
+    except OSError:
+        former.unlink(missing_ok=True)
+    os.truncate(path, 0)
 
 
 def end_with_parent() -> None:

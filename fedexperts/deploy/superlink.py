@@ -19,8 +19,8 @@ import uvicorn
 from starlette.middleware import Middleware
 
 from fedexperts.deploy.door import ImpatientProtocol, LimitedAccess
-from fedexperts.deploy.flower_internals import SUPERLINK, flower_superlink, replace
-from fedexperts.deploy.link_state import DiskObjectStore, LimitedLinkState
+from fedexperts.deploy.flower_internals import SUPERLINK, fleet_handlers, flower_superlink, replace
+from fedexperts.deploy.link_state import DiskObjectStore, LimitedLinkState, require_reply
 from fedexperts.deploy.processes import ABOUT_VARIABLE, OBJECTS_VARIABLE, end_with_parent
 
 
@@ -43,6 +43,7 @@ def main() -> None:
         get_middleware=lambda: (Middleware(LimitedAccess, host, registered, about),),
         uvicorn=SimpleNamespace(run=partial(uvicorn.run, **impatient)),
         InMemoryLinkState=LimitedLinkState,
+        push_messages=require_reply(fleet_handlers.push_messages),
         InMemoryObjectStore=partial(DiskObjectStore, Path(os.environ[OBJECTS_VARIABLE])),
     )
     allow_open_files()

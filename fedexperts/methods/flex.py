@@ -143,8 +143,8 @@ class FLEx(Method):
     def calibration(self, context: ClientContext) -> list[Batch]:
         """The examples or windows for the selection, in batches of the run's size.
 
-        Those of a model with packed weights hold PACKED_TOKENS tokens at least, where the examples suffice (ours): each batch
-        unpacks all experts, whatever its size.
+        Those of a model with packed weights have about PACKED_TOKENS tokens, where that is more (ours): each batch unpacks all
+        experts, whatever its size.
 
         Raises:
             BadData: there are none.

@@ -4,6 +4,7 @@ import os
 from datetime import timedelta
 
 import pytest
+from flwr.app import ArrayRecord, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
@@ -21,7 +22,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedexperts.deploy.grid import SuperLinkGrid
-from fedexperts.deploy.link_state import DiskObjectStore, LimitedLinkState
+from fedexperts.deploy.link_state import MOST_HEAD_BYTES, DiskObjectStore, LimitedLinkState, require_reply
 from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.flower.engine import read_reply
 from fedexperts.engines.message import Message
@@ -125,7 +126,7 @@ def test_an_answer_is_given_out_when_all_of_it_has_come(state, node, links):
     assert not state.object_store.store, "what was fetched is not kept"
 
 
-def test_a_node_that_goes_in_the_middle_of_its_answer_has_gone(state, node, links):
+def test_a_node_that_goes_in_the_middle_of_its_answer_has_gone(state, node, links, tmp_path):
     job = asked(links, node)
     name, content = next(iter(announced(state, node).items()))
     state.object_store.put(name, content)
@@ -133,6 +134,8 @@ def test_a_node_that_goes_in_the_middle_of_its_answer_has_gone(state, node, link
     state.deactivate_node(node)
     (error,) = links.fetch(job, LIMIT)
     assert error.has_error()
+    links.withdraw(job)
+    assert not [*tmp_path.iterdir()] and not state.object_store.store and not state.message_res_store
 
 
 def test_a_job_that_was_never_fetched_leaves_nothing_on_disk_when_it_is_withdrawn(state, node, links, tmp_path):
@@ -154,7 +157,7 @@ def test_an_answer_larger_than_its_job_allows_does_not_stay_on_the_disk_and_fail
     assert sent(state, node, answer_to(received, node, 100)) == 0, "it is not asked for another"
     (error,) = links.fetch(job, 10_000)
     assert error.metadata.reply_to_message_id == job
-    with pytest.raises(BadMessage, match=r"its answer takes at least .* and its job allows"):
+    with pytest.raises(BadMessage, match=r"its answer takes at least .* and its job allows 10,000;"):
         read_reply(error, 10_000)
     assert not [*tmp_path.iterdir()] and not state.object_store.store and not state._object_push_sessions
 
@@ -168,7 +171,8 @@ def test_an_answer_may_be_cut_off_and_come_again_but_not_for_ever(state, node, l
         contents = {name: each.deflate() for name, each in get_all_nested_objects(answer).items()}
         pieces = [name for name in said.objects_to_push if len(contents[name]) > 1_000_000]
         taken = [state.store_object(job.metadata.run_id, said.session_id, name, contents[name]) for name in pieces]
-        assert all(taken) if attempt < 2 else not any(taken), attempt
+        assert taken == ([True] * len(pieces) if attempt < 2 else [False] * len(pieces)), attempt
+        assert len(pieces) == (2 if attempt < 3 else 0), attempt
         for session in state._object_push_sessions.values():
             session.expires_at = now() - timedelta(seconds=1)
         state.get_message_res({job.metadata.message_id}, job.metadata.run_id)
@@ -201,3 +205,110 @@ def test_a_list_of_objects_counts_too_and_who_sends_one_says_in_which_session(st
     before = len(state.object_store)
     announce(state, node, other, ObjectTree(object_id=other.object_id, children=names))
     assert len(state.object_store) < before
+
+
+def test_what_has_another_hash_or_other_parts_than_announced_is_not_on_the_disk(state, node, links, tmp_path):
+    asked(links, node, limit=SIZE)
+    (job,) = state.get_message_ins(node, 1)
+    answer = answer_to(job, node, 100)
+    before, said = used(tmp_path), announce(state, node, answer)
+    for name in said.objects_to_push:
+        assert not state.store_object(job.metadata.run_id, said.session_id, name, os.urandom(1000))
+    assert used(tmp_path) == before
+    said = announce(state, node, answer, ObjectTree(object_id=answer.object_id))
+    assert not said.objects_to_push, "it was announced with other parts, which are still to come"
+
+
+def test_an_object_that_names_other_parts_than_were_announced_is_not_kept(state, node, links, tmp_path):
+    asked(links, node, limit=SIZE)
+    (job,) = state.get_message_ins(node, 1)
+    answer, before = answer_to(job, node, 100), used(tmp_path)
+    said = announce(state, node, answer, ObjectTree(object_id=answer.object_id))
+    assert said.objects_to_push == [answer.object_id]
+    assert not state.store_object(job.metadata.run_id, said.session_id, answer.object_id, answer.deflate())
+    assert used(tmp_path) == before and state.object_store.get(answer.object_id) == b""
+
+
+def test_a_list_with_a_name_that_is_no_hash_announces_nothing(state, node, links):
+    asked(links, node, limit=SIZE)
+    (job,) = state.get_message_ins(node, 1)
+    answer, before = answer_to(job, node), len(state.object_store)
+    for name in ("no hash", "1" * 63, "\U0001d7d8" * 64):
+        tree = get_object_tree(answer)
+        tree.children.append(ObjectTree(object_id=name))
+        assert not announce(state, node, answer, tree).objects_to_push
+        assert len(state.object_store) == before and not state._object_push_sessions
+
+
+def test_a_node_sends_one_answer_at_a_time(state, node, links, tmp_path):
+    jobs = [asked(links, node, limit=SIZE + 10_000) for _ in range(4)]
+    for number, job in enumerate(state.get_message_ins(node, None)):
+        links.withdraw(job.metadata.message_id)
+        answer = answer_to(job, node)
+        said = announce(state, node, answer)
+        contents = {name: each.deflate() for name, each in get_all_nested_objects(answer).items()}
+        largest = max(said.objects_to_push, key=lambda name: len(contents[name]))
+        assert state.store_object(job.metadata.run_id, said.session_id, largest, contents[largest])
+        assert len(state.message_res_store) == 1, number
+    assert len(jobs) == 4 and used(tmp_path) < SIZE
+
+
+def test_a_lie_about_an_object_that_others_have_too_keeps_no_answer_away(state, node, links):
+    other = state.create_node(NOOP_FLWR_AID, "none", b"other key", 30)
+    assert state.activate_node(other, 30)
+    lied, answered = asked(links, node, limit=SIZE), asked(links, other, limit=SIZE)
+    (first,), (second,) = state.get_message_ins(node, 1), state.get_message_ins(other, 1)
+    empty = get_object_tree(ArrayRecord())
+    lie = answer_to(first, node, 100)
+    never = ObjectTree(object_id="0" * 64)
+    lies = ObjectTree(object_id=lie.object_id, children=[ObjectTree(object_id=empty.object_id, children=[never])])
+    assert announce(state, node, lie, lies).objects_to_push
+    answer = FlowerMessage(RecordDict({"none": ArrayRecord()}), reply_to=second)
+    answer.metadata.__dict__.update(_message_id=answer.object_id, _src_node_id=other)
+    assert sent(state, other, answer) == len(get_all_nested_objects(answer))
+    assert [each.metadata.message_id for each in links.fetch(answered, LIMIT)] == [answer.object_id]
+    (error,) = links.fetch(lied, LIMIT)
+    with pytest.raises(BadMessage, match="announces an object that another message has with other parts"):
+        read_reply(error, SIZE)
+    assert not state.object_store.store.keys() & {"0" * 64}
+
+
+def test_a_node_pushes_nothing_but_replies_in_its_own_name(state, node, links):
+    asked(links, node, limit=SIZE)
+    (job,) = state.get_message_ins(node, 1)
+    push = require_reply(fleet_handlers.push_messages)
+    answer = answer_to(job, node, 100)
+    good = PushMessagesRequest(
+        node=Node(node_id=node),
+        messages_list=[message_to_proto(remove_content_from_message(answer))],
+        message_object_trees=[get_object_tree(answer)],
+    )
+    wrong = []
+    for change in (
+        lambda each: each.messages_list[0].metadata.ClearField("reply_to_message_id"),
+        lambda each: setattr(each.messages_list[0].metadata, "src_node_id", SUPERLINK_NODE_ID),
+        lambda each: setattr(each.node, "node_id", node + 1),
+        lambda each: each.ClearField("messages_list"),
+        lambda each: each.messages_list.append(each.messages_list[0]),
+        lambda each: each.message_object_trees.append(each.message_object_trees[0]),
+        lambda each: setattr(each.messages_list[0].metadata, "group_id", "x" * MOST_HEAD_BYTES),
+    ):
+        wrong.append(PushMessagesRequest())
+        wrong[-1].CopyFrom(good)
+        change(wrong[-1])
+        before = len(state.object_store)
+        assert not push(wrong[-1], state).objects_to_push and len(state.object_store) == before
+    assert len(wrong) == 7 and push(good, state).objects_to_push
+
+
+def test_a_node_that_gives_its_job_up_while_it_is_sent_does_not_end_the_run(state, node, links, monkeypatch):
+    store = state.object_store.put
+
+    def confirm(name, content):
+        store(name, content)
+        for each in list(state.message_ins_store):
+            state.object_store.delete(each)
+
+    monkeypatch.setattr(state.object_store, "put", confirm)
+    job = FlowerMessage(to_records(Message({}, {"w": os.urandom(100)})), node, "query", group_id="10")
+    assert links.push_messages([job]) == []

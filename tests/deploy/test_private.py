@@ -85,6 +85,25 @@ def test_the_output_of_a_process_does_not_fill_the_disk(tmp_path, monkeypatch):
     assert b"\0" not in log.read_bytes()
 
 
+def test_of_a_large_log_the_end_is_kept_and_on_a_full_disk_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MOST_LOG_BYTES", 1000)
+    log = tmp_path / "child.log"
+    log.write_bytes(b"a" * 1000)
+    processes.move_if_large(log)
+    assert log.stat().st_size == 1000
+    log.write_bytes(b"a" * 1000 + b"b" * 1000)
+    processes.move_if_large(log)
+    assert (log.stat().st_size, (tmp_path / "child.log.1").read_bytes()) == (0, b"b" * 1000)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(processes.shutil, "copyfileobj", full)
+    log.write_bytes(b"c" * 2000)
+    processes.move_if_large(log)
+    assert (log.stat().st_size, (tmp_path / "child.log.1").exists()) == (0, False)
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_start_and_no_other_process_gets_the_folder_meanwhile(tmp_path):
     (tmp_path / "kept").write_text("own")
     child = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -23,7 +23,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedexperts.deploy import superlink
 from fedexperts.deploy.bundle import bundle, contents, require_ours
 from fedexperts.deploy.deployment import Federation, keys_in
-from fedexperts.deploy.door import MAX_REQUEST_BYTES, ImpatientLoop, ImpatientProtocol, LimitedAccess
+from fedexperts.deploy.door import MAX_OTHER_BYTES, MAX_REQUEST_BYTES, ImpatientLoop, ImpatientProtocol, LimitedAccess
 from fedexperts.deploy.flower_internals import SUPERLINK
 from fedexperts.deploy.grid import SuperLinkGrid
 from fedexperts.deploy.keys import make_keys
@@ -84,6 +84,9 @@ def test_a_large_request_and_one_that_does_not_say_its_size_are_refused_before_t
     assert status(client, path, headers=[allowed]) == 200
     assert status(client, path, headers=[larger]) == 413
     assert status(client, path, headers=[("transfer-encoding", "chunked")]) == 413
+    for other in ("/v1/fleet/get-fab", "/v1/fleet/push-object/"):
+        assert status(client, other, headers=[("content-length", str(MAX_OTHER_BYTES))]) == 200
+        assert status(client, other, headers=[("content-length", str(MAX_OTHER_BYTES + 1))]) == 413
     assert MAX_REQUEST_BYTES > 2 * MAX_TEXT_BYTES + 10_000
     assert MAX_REQUEST_BYTES > FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE + 10_000
 

@@ -143,8 +143,11 @@ class FlowerEngine:
             if node in self.greeted and self.greeted[node] == connections.get(node):
                 continue
             if message_id := self.push(greeting_request(self.run_info), node, GREETING_BYTES):
-                others = {message: other for message, other in self.pending_greetings.items() if other != node}
-                self.pending_greetings = {**others, message_id: node}
+                for former in [message for message, other in self.pending_greetings.items() if other == node]:
+                    del self.pending_greetings[former]
+                    self.overdue[former] = GREETING_BYTES
+                    self.withdraw(former)
+                self.pending_greetings[message_id] = node
                 self.greeted[node] = connections.get(node)
         self.greeted = {node: each for node, each in self.greeted.items() if node in nodes}  # one that comes back is asked again
         for message_id, node in list(self.pending_greetings.items()):
