@@ -84,9 +84,9 @@ class DiskObjectStore(InMemoryObjectStore):
         """
         with self.lock_store:
             entry = self.store.get(object_id)
-            is_new = entry is not None and not entry.is_available
+            was_there = entry is None or entry.is_available
             super().put(object_id, object_content)
-            if entry is None or not is_new:
+            if entry is None or was_there:
                 return
             entry.content, entry.is_available = b"", False
             _, parts, _ = get_object_head_values_from_object_content(object_content)
@@ -256,10 +256,12 @@ class LimitedLinkState(InMemoryLinkState):
         return False
 
     def give_up(self, asked: str, why: str) -> None:
-        """Removes what has come in reply to the message `asked`, and puts an error in its place."""
+        """Removes what has come in reply to the message `asked`, and puts an error in its place, if it is still waited for."""
         self.remove(asked)
+        if (request := self.message_ins_store.get(asked)) is None:
+            return
         self.taken[asked] = GIVEN_UP
-        reply = create_message_error_unavailable_res_message(self.message_ins_store[asked].metadata, "msg_unavail")
+        reply = create_message_error_unavailable_res_message(request.metadata, "msg_unavail")
         reply.error = Error(REFUSED, why)
         reply.metadata.__dict__["_message_id"] = name = reply.object_id
         self.message_res_store[name], self.message_ins_id_to_message_res_id[asked] = reply, name
