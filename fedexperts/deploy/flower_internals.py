@@ -14,7 +14,7 @@ from flwr.common.serde import fab_to_proto, message_to_proto
 from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import PushMessagesResponse
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse, ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.server.superlink.linkstate import InMemoryLinkState
@@ -35,7 +35,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf, make_push_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, inflate_object_from_contents, pull_objects, push_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore, ObjectEntry
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -50,7 +50,7 @@ SUPERLINK = {
     "flwr.supercore.object_store.object_store_factory": ("InMemoryObjectStore",),
     "flwr.superlink.cli.flower_superlink": ("uvicorn",),
     "flwr.superlink.extensions": ("get_middleware",),
-    "flwr.superlink.servicer.fleet.fleet_handlers": ("push_messages",),
+    "flwr.superlink.servicer.fleet.fleet_handlers": ("push_messages", "confirm_message_received"),
 }
 SUPERNODE = {"flwr.supernode.start_client_internal": ("http_request_response", "subprocess", "time")}
 SUPEREXEC = {"flwr.supercore.superexec.executor.subprocess_executor": ("subprocess",)}

@@ -83,7 +83,7 @@ class SuperLinkGrid(HttpGrid):
                 drop_responses()
         except ObjectPushError:
             return []
-        return list(accepted.message_ids)
+        return [each for each in accepted.message_ids if each]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[FlowerMessage]:
         return [message for message_id in message_ids for message in self.fetch(message_id, inf)]

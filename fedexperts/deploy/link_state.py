@@ -12,11 +12,13 @@ from math import inf
 from pathlib import Path
 from typing import Any, cast
 
-from flwr.app import Error, Message
+from flwr.app import ArrayRecord, Error, Message
 
 from fedexperts.deploy.flower_internals import (
+    ConfirmMessageReceivedResponse,
     InMemoryLinkState,
     InMemoryObjectStore,
+    ObjectEntry,
     ObjectTree,
     PushMessagesResponse,
     create_message_error_unavailable_res_message,
@@ -37,6 +39,8 @@ ATTEMPTS = 2
 """Times that a reply may come: one that was cut off is sent again, maybe by a node that has forgotten the first."""
 MOST_HEAD_BYTES = 2**16
 """Of a reply as it is announced: its objects are not in it, an error is."""
+MOST_WAITING = 3
+"""Replies of one node that have come whole and that the server has not fetched; a client has one job at a time."""
 SHA256 = re.compile("[0-9a-f]{64}")
 GIVEN_UP = 2**62
 """Counted as taken by a reply of which nothing is kept."""
@@ -56,12 +60,24 @@ def require_reply(push: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def push_reply(request: Any, state: Any) -> Any:
         if len(request.messages_list) == 1 == len(request.message_object_trees):
             (message,) = request.messages_list
-            is_own = message.metadata.src_node_id == request.node.node_id and bool(message.metadata.reply_to_message_id)
-            if is_own and message.ByteSize() <= MOST_HEAD_BYTES:
-                return push(request, state)
+            if message.metadata.src_node_id == request.node.node_id and message.metadata.reply_to_message_id:
+                if message.ByteSize() <= MOST_HEAD_BYTES:
+                    return push(request, state)
+                state.give_up_large(message.metadata.reply_to_message_id, request.node.node_id)
         return PushMessagesResponse()
 
     return push_reply
+
+
+def require_recipient(confirm: Callable[..., Any]) -> Callable[..., Any]:
+    """`confirm`, by which a SuperLink removes a message that a node has received, for messages to that node alone."""
+
+    def confirm_own(request: Any, state: Any, store: Any) -> Any:
+        if state.is_of(request.message_object_id, request.node.node_id):
+            return confirm(request, state, store)
+        return ConfirmMessageReceivedResponse()
+
+    return confirm_own
 
 
 class DiskObjectStore(InMemoryObjectStore):
@@ -70,6 +86,14 @@ class DiskObjectStore(InMemoryObjectStore):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
+        empty = ArrayRecord()  # which messages without arrays share, so that a lie about it would be about all of these
+        self.store[empty.object_id] = ObjectEntry(b"", False, [], ref_count=1, runs=set())
+        self.put(empty.object_id, empty.deflate())
+
+    def has(self, object_id: str) -> bool:
+        """Whether an object has come."""
+        with self.lock_store:
+            return object_id in self.store and self.store[object_id].is_available
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """In one step, so that no object goes before that of which it is a part is there."""
@@ -182,20 +206,19 @@ class LimitedLinkState(InMemoryLinkState):
     def size_of_list(self, reply: Message, tree: ObjectTree) -> int | None:
         """What the list of the objects of `reply` takes; None where there is no room for it, or it replies to nothing.
 
-        A node sends one reply at a time, so any other of which something is still to come is removed.
+        A node sends one reply at a time, so any other of which something is still to come is removed, and so are those that have
+        come before its last MOST_WAITING ones.
         """
-        asked = reply.metadata.reply_to_message_id
-        request = self.message_ins_store.get(asked)
-        if request is None or request.metadata.dst_node_id != reply.metadata.src_node_id:
-            return None
-        if reply.metadata.message_id != tree.object_id:
+        asked, name, node = reply.metadata.reply_to_message_id, reply.metadata.message_id, reply.metadata.src_node_id
+        known = self.message_res_store.get(name)
+        if not self.is_of(asked, node) or name != tree.object_id or (known and known.metadata.reply_to_message_id != asked):
             return None
         whole = self.whole(asked)
         counted = None if whole == inf else int(whole) // ENTRY_BYTES + 1  # no more than that, of a list that may be long
         size = ENTRY_BYTES * sum(1 for _ in islice(iterate_object_tree(tree), counted))
-        for other in {*self.replied_in.values()} - {asked}:
-            if self.is_of(other, request.metadata.dst_node_id) and self.is_unfinished(other):
-                self.remove(other)
+        others = [other for other in self.taken if other != asked and self.is_of(other, node)]
+        for other in [*filter(self.is_unfinished, others), *[*filter(self.is_waiting, others)][:-MOST_WAITING]]:
+            self.remove(other)
         return size if self.has_room(asked, size) else None
 
     def is_of(self, asked: str, node: int) -> bool:
@@ -204,8 +227,12 @@ class LimitedLinkState(InMemoryLinkState):
 
     def is_unfinished(self, asked: str) -> bool:
         """Whether a reply to the message `asked` was announced that has not come whole."""
-        reply = self.message_ins_id_to_message_res_id.get(asked)
-        return reply is not None and cast("DiskObjectStore", self.object_store).missing(reply) is not None
+        reply, store = self.message_ins_id_to_message_res_id.get(asked), cast("DiskObjectStore", self.object_store)
+        return reply is not None and (not store.has(reply) or store.missing(reply) is not None)
+
+    def is_waiting(self, asked: str) -> bool:
+        """Whether a reply to the message `asked` has come whole."""
+        return asked in self.message_ins_id_to_message_res_id and not self.is_unfinished(asked)
 
     def is_undisputed(self, tree: ObjectTree) -> bool:
         """Whether objects can be announced as `tree` has them.
@@ -223,6 +250,8 @@ class LimitedLinkState(InMemoryLinkState):
         """Keeps an object; of a reply, only as far as there is room for it. Whoever sends one says in which session."""
         with self._lock_object_push_sessions:
             asked = self.replied_in.get(session_id)
+            if session_id and cast("DiskObjectStore", self.object_store).has(object_id):
+                return True  # the response to the first time was lost
             with self.lock:
                 if not session_id or (asked is not None and not self.has_room(asked, len(object_content))):
                     return False
@@ -268,6 +297,12 @@ class LimitedLinkState(InMemoryLinkState):
         self.object_store.preregister(reply.metadata.run_id, get_object_tree(reply))
         for each, part in get_all_nested_objects(reply).items():
             self.object_store.put(each, part.deflate())
+
+    def give_up_large(self, asked: str, node: int) -> None:
+        """Gives up the reply of `node` to the message `asked`, whose head is too large."""
+        with self.locked():
+            if self.is_of(asked, node):
+                self.give_up(asked, f"the head of its answer has more than {MOST_HEAD_BYTES:,} bytes; its own log has all of it")
 
     def remove(self, asked: str, announced: str | None = None) -> None:
         """Removes the reply to the message `asked`, or the one that was `announced`, with its objects and its sessions."""

@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 
 from fedexperts.deploy.door import ImpatientProtocol, LimitedAccess
 from fedexperts.deploy.flower_internals import SUPERLINK, fleet_handlers, flower_superlink, replace
-from fedexperts.deploy.link_state import DiskObjectStore, LimitedLinkState, require_reply
+from fedexperts.deploy.link_state import DiskObjectStore, LimitedLinkState, require_recipient, require_reply
 from fedexperts.deploy.processes import ABOUT_VARIABLE, OBJECTS_VARIABLE, end_with_parent
 
 
@@ -44,6 +44,7 @@ def main() -> None:
         uvicorn=SimpleNamespace(run=partial(uvicorn.run, **impatient)),
         InMemoryLinkState=LimitedLinkState,
         push_messages=require_reply(fleet_handlers.push_messages),
+        confirm_message_received=require_recipient(fleet_handlers.confirm_message_received),
         InMemoryObjectStore=partial(DiskObjectStore, Path(os.environ[OBJECTS_VARIABLE])),
     )
     allow_open_files()

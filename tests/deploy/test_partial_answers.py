@@ -4,13 +4,13 @@ import os
 from datetime import timedelta
 
 import pytest
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.date import now
@@ -22,13 +22,21 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 
 from fedexperts.deploy.grid import SuperLinkGrid
-from fedexperts.deploy.link_state import MOST_HEAD_BYTES, DiskObjectStore, LimitedLinkState, require_reply
+from fedexperts.deploy.link_state import (
+    MOST_HEAD_BYTES,
+    MOST_WAITING,
+    DiskObjectStore,
+    LimitedLinkState,
+    require_recipient,
+    require_reply,
+)
 from fedexperts.engines.flower.codec import from_records, to_records
 from fedexperts.engines.flower.engine import read_reply
 from fedexperts.engines.message import Message
 from fedexperts.errors import BadMessage
 
 LIMIT = 1e9
+KEPT = {ArrayRecord().object_id}  # from the start
 SIZE = 7_000_000  # of a message: two of Flower's pieces
 
 
@@ -109,6 +117,11 @@ def sent(state, node, answer):
     return sum(state.store_object(run, said.session_id, name, contents[name]) for name in said.objects_to_push)
 
 
+def names(state):
+    """The objects that a SuperLink has or waits for."""
+    return state.object_store.store.keys()
+
+
 def used(folder):
     return sum(path.stat().st_size for path in folder.iterdir())
 
@@ -123,7 +136,7 @@ def test_an_answer_is_given_out_when_all_of_it_has_come(state, node, links):
     (answer,) = links.fetch(job, LIMIT)
     assert from_records(answer.content).head == {"some": "answer"}
     links.withdraw(job)  # which the node of this test has not fetched
-    assert not state.object_store.store, "what was fetched is not kept"
+    assert names(state) == KEPT, "what was fetched is not kept"
 
 
 def test_a_node_that_goes_in_the_middle_of_its_answer_has_gone(state, node, links, tmp_path):
@@ -135,7 +148,7 @@ def test_a_node_that_goes_in_the_middle_of_its_answer_has_gone(state, node, link
     (error,) = links.fetch(job, LIMIT)
     assert error.has_error()
     links.withdraw(job)
-    assert not [*tmp_path.iterdir()] and not state.object_store.store and not state.message_res_store
+    assert {path.name for path in tmp_path.iterdir()} == KEPT and names(state) == KEPT and not state.message_res_store
 
 
 def test_a_job_that_was_never_fetched_leaves_nothing_on_disk_when_it_is_withdrawn(state, node, links, tmp_path):
@@ -144,7 +157,7 @@ def test_a_job_that_was_never_fetched_leaves_nothing_on_disk_when_it_is_withdraw
     for job in jobs:
         links.withdraw(job)
         links.withdraw(job)
-    assert not [*tmp_path.iterdir()]
+    assert {path.name for path in tmp_path.iterdir()} == KEPT
 
 
 def test_an_answer_larger_than_its_job_allows_does_not_stay_on_the_disk_and_fails_with_a_sentence(state, node, links, tmp_path):
@@ -159,7 +172,7 @@ def test_an_answer_larger_than_its_job_allows_does_not_stay_on_the_disk_and_fail
     assert error.metadata.reply_to_message_id == job
     with pytest.raises(BadMessage, match=r"its answer takes at least .* and its job allows 10,000;"):
         read_reply(error, 10_000)
-    assert not [*tmp_path.iterdir()] and not state.object_store.store and not state._object_push_sessions
+    assert {path.name for path in tmp_path.iterdir()} == KEPT and names(state) == KEPT and not state._object_push_sessions
 
 
 def test_an_answer_may_be_cut_off_and_come_again_but_not_for_ever(state, node, links, tmp_path):
@@ -253,24 +266,78 @@ def test_a_node_sends_one_answer_at_a_time(state, node, links, tmp_path):
     assert len(jobs) == 4 and used(tmp_path) < SIZE
 
 
+def lying(job, node, about, size=100):
+    """An answer, and a tree that says of the object `about` that it has a part that never comes."""
+    answer, never = answer_to(job, node, size), ObjectTree(object_id="0" * 64)
+    return answer, ObjectTree(object_id=answer.object_id, children=[ObjectTree(object_id=about, children=[never])])
+
+
 def test_a_lie_about_an_object_that_others_have_too_keeps_no_answer_away(state, node, links):
     other = state.create_node(NOOP_FLWR_AID, "none", b"other key", 30)
     assert state.activate_node(other, 30)
     lied, answered = asked(links, node, limit=SIZE), asked(links, other, limit=SIZE)
     (first,), (second,) = state.get_message_ins(node, 1), state.get_message_ins(other, 1)
-    empty = get_object_tree(ArrayRecord())
-    lie = answer_to(first, node, 100)
-    never = ObjectTree(object_id="0" * 64)
-    lies = ObjectTree(object_id=lie.object_id, children=[ObjectTree(object_id=empty.object_id, children=[never])])
-    assert announce(state, node, lie, lies).objects_to_push
-    answer = FlowerMessage(RecordDict({"none": ArrayRecord()}), reply_to=second)
-    answer.metadata.__dict__.update(_message_id=answer.object_id, _src_node_id=other)
+    answer = answer_to(second, other, 100)
+    piece = next(name for name, each in get_all_nested_objects(answer).items() if not get_object_tree(each).children)
+    assert announce(state, node, *lying(first, node, piece)).objects_to_push
     assert sent(state, other, answer) == len(get_all_nested_objects(answer))
     assert [each.metadata.message_id for each in links.fetch(answered, LIMIT)] == [answer.object_id]
     (error,) = links.fetch(lied, LIMIT)
     with pytest.raises(BadMessage, match="announces an object that another message has with other parts"):
         read_reply(error, SIZE)
-    assert not state.object_store.store.keys() & {"0" * 64}
+    assert "0" * 64 not in names(state)
+
+
+def test_the_empty_record_that_messages_share_cannot_be_lied_about(state, node, links):
+    asked(links, node, limit=SIZE)
+    (job,) = state.get_message_ins(node, 1)
+    assert not announce(state, node, *lying(job, node, ArrayRecord().object_id)).objects_to_push
+    answer = FlowerMessage(RecordDict({"none": ArrayRecord()}), reply_to=job)
+    answer.metadata.__dict__.update(_message_id=answer.object_id, _src_node_id=node)
+    assert sent(state, node, answer) == len(get_all_nested_objects(answer)) - 1
+    assert [each.metadata.message_id for each in links.fetch(job.metadata.message_id, LIMIT)] == [answer.object_id]
+    assert state.object_store.has(*KEPT), "what came with it is removed with it, but for this"
+
+
+def test_an_answer_to_one_job_is_not_announced_as_that_to_another(state, node, links):
+    asked(links, node, limit=SIZE), asked(links, node, limit=SIZE)
+    first, second = state.get_message_ins(node, None)
+    answer = answer_to(first, node, 100)
+    assert sent(state, node, answer)
+    state.object_store.delete(answer.object_id)
+    answer.metadata.__dict__["_reply_to_message_id"] = second.metadata.message_id
+    assert not announce(state, node, answer).objects_to_push
+    other = answer_to(second, node, 200)
+    assert sent(state, node, other)
+    assert answer.object_id not in state.message_res_store, "its objects have gone, so it was not whole"
+
+
+def test_of_answers_that_nobody_fetches_a_node_leaves_a_few(state, node, links):
+    for _ in range(6):
+        asked(links, node, limit=SIZE)
+    for job in state.get_message_ins(node, None):
+        assert sent(state, node, answer_to(job, node, 100))
+    assert len(state.message_res_store) == MOST_WAITING + 1
+
+
+def test_an_object_that_is_sent_again_since_the_response_was_lost_is_there(state, node, links):
+    asked(links, node, limit=SIZE)
+    (job,) = state.get_message_ins(node, 1)
+    answer = answer_to(job, node, 100)
+    said = announce(state, node, answer)
+    contents = {name: each.deflate() for name, each in get_all_nested_objects(answer).items()}
+    for name in said.objects_to_push:
+        assert [state.store_object(job.metadata.run_id, said.session_id, name, contents[name]) for _ in range(2)] == [True, True]
+
+
+def test_a_node_confirms_what_it_received_alone(state, node, links):
+    other = state.create_node(NOOP_FLWR_AID, "none", b"other key", 30)
+    confirm = require_recipient(fleet_handlers.confirm_message_received)
+    job = asked(links, node, limit=SIZE)
+    for sender, is_there in ((other, True), (node, False)):
+        request = ConfirmMessageReceivedRequest(node=Node(node_id=sender), run_id=1, message_object_id=job)
+        confirm(request, state, state.object_store)
+        assert state.object_store.has(job) == is_there
 
 
 def test_a_node_pushes_nothing_but_replies_in_its_own_name(state, node, links):
@@ -296,9 +363,26 @@ def test_a_node_pushes_nothing_but_replies_in_its_own_name(state, node, links):
         wrong.append(PushMessagesRequest())
         wrong[-1].CopyFrom(good)
         change(wrong[-1])
-        before = len(state.object_store)
-        assert not push(wrong[-1], state).objects_to_push and len(state.object_store) == before
-    assert len(wrong) == 7 and push(good, state).objects_to_push
+        assert not push(wrong[-1], state).objects_to_push and answer.object_id not in names(state)
+    assert len(wrong) == 7
+    (error,) = links.fetch(job.metadata.message_id, LIMIT)
+    with pytest.raises(BadMessage, match="the head of its answer has more than 65,536 bytes"):
+        read_reply(error, SIZE)
+
+
+def test_an_answer_with_an_error_is_taken(state, node, links):
+    job = asked(links, node, limit=10_000)
+    (received,) = state.get_message_ins(node, 1)
+    answer = FlowerMessage(Error(1, "x" * 10_000), reply_to=received)
+    answer.metadata.__dict__.update(_message_id=answer.object_id, _src_node_id=node)
+    request = PushMessagesRequest(
+        node=Node(node_id=node), messages_list=[message_to_proto(answer)], message_object_trees=[get_object_tree(answer)]
+    )
+    said = require_reply(fleet_handlers.push_messages)(request, state)
+    for name, each in get_all_nested_objects(answer).items():
+        assert state.store_object(received.metadata.run_id, said.session_id, name, each.deflate())
+    (error,) = links.fetch(job, 10_000)
+    assert error.error.reason == "x" * 10_000
 
 
 def test_a_node_that_gives_its_job_up_while_it_is_sent_does_not_end_the_run(state, node, links, monkeypatch):

@@ -15,6 +15,8 @@ Handler = Callable[[Message, Mapping[str, Any]], Message]
 """A message and Flower's configuration of the node → the answer."""
 REFUSED = 1000
 """The code of an error of ours; Flower's own are below."""
+MOST_LETTERS = 10_000
+"""Of such an error; a SuperLink takes no more than 64 KiB of an answer without its objects."""
 
 
 def client_app(handle: Handler) -> ClientApp:
@@ -27,6 +29,6 @@ def client_app(handle: Handler) -> ClientApp:
             answer = handle(from_records(flower_message.content), context.node_config)
             return FlowerMessage(to_records(answer), reply_to=flower_message)
         except FedExpertsError as error:
-            return FlowerMessage(Error(REFUSED, str(error)), reply_to=flower_message)
+            return FlowerMessage(Error(REFUSED, str(error)[:MOST_LETTERS]), reply_to=flower_message)
 
     return app

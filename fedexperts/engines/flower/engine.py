@@ -145,7 +145,6 @@ class FlowerEngine:
             if message_id := self.push(greeting_request(self.run_info), node, GREETING_BYTES):
                 for former in [message for message, other in self.pending_greetings.items() if other == node]:
                     del self.pending_greetings[former]
-                    self.overdue[former] = GREETING_BYTES
                     self.withdraw(former)
                 self.pending_greetings[message_id] = node
                 self.greeted[node] = connections.get(node)
