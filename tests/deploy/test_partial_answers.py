@@ -304,12 +304,20 @@ def test_an_answer_to_one_job_is_not_announced_as_that_to_another(state, node, l
     first, second = state.get_message_ins(node, None)
     answer = answer_to(first, node, 100)
     assert sent(state, node, answer)
-    state.object_store.delete(answer.object_id)
+    tree = get_object_tree(answer)
     answer.metadata.__dict__["_reply_to_message_id"] = second.metadata.message_id
-    assert not announce(state, node, answer).objects_to_push
-    other = answer_to(second, node, 200)
-    assert sent(state, node, other)
-    assert answer.object_id not in state.message_res_store, "its objects have gone, so it was not whole"
+    announce(state, node, answer, tree)
+    assert {*state.taken} == {first.metadata.message_id}
+
+
+def test_an_answer_whose_objects_its_node_has_removed_is_not_whole(state, node, links):
+    asked(links, node, limit=SIZE), asked(links, node, limit=SIZE)
+    first, second = state.get_message_ins(node, None)
+    answer = answer_to(first, node, 100)
+    assert sent(state, node, answer)
+    state.object_store.delete(answer.object_id)
+    assert sent(state, node, answer_to(second, node, 200))
+    assert {*state.message_ins_id_to_message_res_id} == {second.metadata.message_id}
 
 
 def test_of_answers_that_nobody_fetches_a_node_leaves_a_few(state, node, links):
