@@ -10,6 +10,7 @@ from benchmarks import ceilings
 from fedexperts.data.encode import Encoder
 from fedexperts.errors import BadRun
 from fedexperts.models.load import load
+from fedexperts.moe.precision import compute_dtype
 from fedexperts.types import Example
 
 ASKED = ceilings.Asked(epochs=4, lr=1e-2, batch=4, max_tokens=24, limit=None, validation=False, precision="float32")
@@ -30,9 +31,14 @@ def base(tiny_folder):
     return load(str(tiny_folder))
 
 
-def test_a_set_is_measured_beside_tf_idf_and_the_most_frequent_answer_and_the_base_stays_as_it_is(base, colours):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_set_is_measured_beside_tf_idf_and_the_most_frequent_answer_and_the_base_stays_as_it_is(
+    tiny_folder, colours, precision
+):
+    base = load(str(tiny_folder), dtype="float32")
     before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
-    found = ceilings.ceiling(base, colours, ASKED)
+    found = ceilings.ceiling(base, colours, replace(ASKED, precision=precision))
+    assert compute_dtype(base.model) == getattr(torch, precision)
     assert (found["train"], found["test"], found["metric"]) == (32, 8, "accuracy")
     assert found["tfidf"]["accuracy"] == 1.0 and found["majority"] == 0.5
     assert found["fine_tuned"]["perplexity"] < found["zero_shot"]["perplexity"] / 2
