@@ -6,8 +6,6 @@ https://arxiv.org/abs/2506.00965. What it leaves open is marked (ours).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from pathlib import Path
 from random import Random
 from typing import Literal
 
@@ -20,18 +18,16 @@ from fedexperts.methods.adapters import attention_adapters
 from fedexperts.methods.base import Count, all_experts, answer, by_examples, entries, mean_rows, with_flops
 from fedexperts.methods.contract import Declaration, Method
 from fedexperts.methods.personal import update_client_state
+from fedexperts.methods.public_text import fingerprint, read_public_text, windows
 from fedexperts.moe import factors, graft, lora, rows
 from fedexperts.moe.anatomy import Experts, anatomy
 from fedexperts.moe.logits import is_encoder_decoder
 from fedexperts.moe.packed import Packed
 from fedexperts.moe.reconstruction import Batch, by_reconstruction, most_used, selection_flops_estimated
-from fedexperts.types import Assignment, Client, ClientContext, Example, Job, Server, Tensors, Training, Update
+from fedexperts.types import Assignment, Client, ClientContext, Job, Server, Tensors, Training, Update
 
 GRAFTED = "grafted"
 """`grafted/<block>` in the client state: ids of the experts that the personal experts were copied from, int64 [grafts]."""
-
-WINDOW = 2000
-"""Characters of a window of public text; it is truncated to the run's max_tokens."""
 
 PACKED_TOKENS = 1024
 """Tokens of a batch of the selection with a model whose weights are packed, counted as max_tokens an example."""
@@ -165,38 +161,6 @@ class FLEx(Method):
     def merge(self, server: Server, updates: Iterable[Update]) -> Server:
         """The mean of the shared weights, by examples."""
         return mean_rows(server, updates, by_examples)
-
-
-def read_public_text(name: str) -> str:
-    """The text in the file `name`.
-
-    Raises:
-        BadValue: no such file, or a file without text.
-    """
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        text = ""
-    if not text.strip():
-        raise BadValue(f"method.public_text = {name!r} is no file with text (UTF-8); give a text file that every client has")
-    return text
-
-
-def fingerprint(text: str) -> Tensor:
-    """sha256 of `text` as a uint8 tensor, which jobs carry so that all clients select with the same text."""
-    return torch.tensor(list(sha256(text.encode()).digest()), dtype=torch.uint8)
-
-
-def windows(text: str, number: int, as_prompt: bool = False) -> Sequence[Example]:
-    """At most `number` windows of `text`, evenly spread; `as_prompt`: each also as its own prompt (ours).
-
-    Without a prompt, the experts of an encoder would be selected on an empty input.
-    """
-    starts = range(0, len(text), WINDOW)
-    chosen = min(number, len(starts))
-    spread = (starts[turn * len(starts) // chosen] for turn in range(chosen))
-    pieces = (text[start : start + WINDOW] for start in spread)
-    return [Example(piece if as_prompt else "", piece, "public") for piece in pieces]
 
 
 def as_state(ids: Experts) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import torch
 
 from fedexperts.errors import BadData, BadValue
 from fedexperts.federation import jobs_for
-from fedexperts.methods.flex import FLEx, as_state, grafted_ids, windows
+from fedexperts.methods.flex import FLEx, as_state, grafted_ids
+from fedexperts.methods.public_text import windows
 from fedexperts.moe import graft
 from fedexperts.moe.reconstruction import by_reconstruction, most_used
 from fedexperts.testing import tiny_context, tiny_model, tiny_server
