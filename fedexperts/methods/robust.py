@@ -229,8 +229,9 @@ def geometric_median(x: Voices, faulty: int) -> Tensor:
     """Of each row the point with the smallest sum of distances to the voices."""
     center = coordinate_median(x, faulty)  # from the mean, one row far away would take all steps
     scale = (x - center).norm(dim=2).median(0).values.clamp(min=1e-300)  # of each row: smoothing does not depend on units
-    for _ in range(WEISZFELD_STEPS):
-        weights = 1 / ((x - center).norm(dim=2) / scale).clamp(min=SMOOTHING)
+    for step in range(WEISZFELD_STEPS):
+        smoothing = max(SMOOTHING, 0.5**step)  # large at first (ours): else a center that is also a voice stays there
+        weights = 1 / ((x - center).norm(dim=2) / scale).clamp(min=smoothing)
         center = (weights[..., None] * x).sum(0) / weights.sum(0)[:, None]
     return center
 

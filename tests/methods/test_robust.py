@@ -69,6 +69,8 @@ def test_rules_by_hand():
     assert geometric_median(voices([0.0], [1.0], [50.0]), 1).item() == pytest.approx(1.0, abs=1e-3)  # on a line it is the median
     triangle = voices([0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2])
     assert geometric_median(triangle, 1)[0].tolist() == pytest.approx([0.5, 3**0.5 / 6])
+    right = voices([0.0, 0.0], [1.0, 0.0], [0.0, 1.0])  # the median of each coordinate is a voice, but not the geometric median
+    assert geometric_median(right, 1)[0].tolist() == pytest.approx([(3 - 3**0.5) / 6] * 2, abs=1e-3)
 
 
 def test_a_change_is_clipped_to_a_multiple_of_the_median_norm():
