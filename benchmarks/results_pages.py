@@ -154,10 +154,10 @@ class Table:
 
 
 class Attacks:
-    """The lines of robustness.csv: honest clients' quality, in per cent, by method, attack, number of attackers and rule."""
+    """The lines of a CSV of robust.py: honest clients' quality, in per cent, by method, attack, number of attackers and rule."""
 
-    def __init__(self) -> None:
-        with (RESULTS / "robustness.csv").open(newline="") as file:
+    def __init__(self, name: str = "robustness") -> None:
+        with (RESULTS / f"{name}.csv").open(newline="") as file:
             self.rows = {
                 (row["method"], row["attack"], int(row["attackers"]), row["rule"], int(row["seed"])): row
                 for row in csv.DictReader(file)
