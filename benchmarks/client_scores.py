@@ -1,6 +1,7 @@
-"""The main score of each client, method, seed and evaluated round of a comparison, as a CSV for the pages of results.
+"""The score of each client, method, seed and evaluated round of a comparison, as a CSV for the pages of results.
 
-    python benchmarks/client_scores.py FOLDER OUT.csv
+    python benchmarks/client_scores.py FOLDER OUT.csv            # the main score
+    python benchmarks/client_scores.py FOLDER OUT.csv dbpedia14  # the score in one of the tasks that are retained
 
 Finished runs alone; the untrained model (round 0), and means over clients, are left out.
 """
@@ -11,14 +12,15 @@ from pathlib import Path
 import fedexperts
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path, out: Path, retained: str | None = None) -> None:
     found = fedexperts.results(folder)
-    runs, rows = found.runs, found.evaluations
+    runs, scores = found.runs, found.evaluations
+    rows = found.retained[found.retained.task == retained] if retained else scores[scores.main]
     finished = runs[runs.finished][["setting", "method", "seed"]]
-    rows = rows[rows.main & (rows["round"] > 0) & rows.client.fillna("").ne("")].merge(finished)
+    rows = rows[(rows["round"] > 0) & rows.client.fillna("").ne("")].merge(finished)
     columns = ["method", "seed", "round", "client", "task", "examples", "value"]
     rows[columns].sort_values(columns[:4], kind="stable").to_csv(out, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -219,6 +219,12 @@ class Clients:
         own, other = self.values[method, round], self.values[against, round_against or round]
         return interval([own[key] - other[key] for key in own if key in other], sign=True)
 
+    def by_seed(self, method: str, against: str, round: int) -> str:
+        """The mean of the difference over the seeds that both have, each the mean over its clients, with a t interval over seeds."""
+        own, other = self.values[method, round], self.values[against, round]
+        seeds = sorted({seed for seed, _ in own} & {seed for seed, _ in other})
+        return interval([fmean(own[key] - other[key] for key in own if key[0] == seed) for seed in seeds], sign=True)
+
 
 def interval(values: list[float], sign: bool = False) -> str:
     """The mean and the half-width of a 95 % t interval; without it for a single value; "–" for none."""
