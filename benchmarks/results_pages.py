@@ -220,7 +220,7 @@ class Clients:
         return interval([own[key] - other[key] for key in own if key in other], sign=True)
 
     def by_seed(self, method: str, against: str, round: int) -> str:
-        """The mean of the difference over the seeds that both have, each the mean over its clients, with a t interval over seeds."""
+        """The difference over the seeds that both have, each the mean over its clients, with a t interval over seeds."""
         own, other = self.values[method, round], self.values[against, round]
         seeds = sorted({seed for seed, _ in own} & {seed for seed, _ in other})
         return interval([fmean(own[key] - other[key] for key in own if key[0] == seed) for seed in seeds], sign=True)
