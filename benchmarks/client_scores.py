@@ -18,6 +18,8 @@ def main(folder: Path, out: Path, retained: str | None = None) -> None:
     rows = found.retained[found.retained.task == retained] if retained else scores[scores.main]
     finished = runs[runs.finished][["setting", "method", "seed"]]
     rows = rows[(rows["round"] > 0) & rows.client.fillna("").ne("")].merge(finished)
+    if rows.empty:
+        raise SystemExit(f"{folder} has no finished run with scores of clients" + (f" in {retained}" if retained else ""))
     columns = ["method", "seed", "round", "client", "task", "examples", "value"]
     rows[columns].sort_values(columns[:4], kind="stable").to_csv(out, index=False, lineterminator="\n")
 
