@@ -169,7 +169,8 @@ class EvaluationSettings(Settings):
     "before_aggregation" scores it right after local training, with the weights that it is about to send (as the public code of
     FLEx does). `retained`: sources as in `data.sources`, on whose test examples (at most `limit` of each) the base model is
     scored before the first round and every client's model after the last; no client trains on them.
-    `drift`: whether the routing of the clients' models is compared with the base model's after the last round.
+    `perplexity`: whether answers that are judged by another metric are scored by their perplexity, too, which takes one more
+    forward pass. `drift`: whether the routing of the clients' models is compared with the base model's after the last round.
     `clients`: number of clients that are evaluated, the same ones at each evaluation; None: all. `pooled`: whether clients whose
     model is the same are scored in passes over the examples of all of them; None: if a run has at least MANY_CLIENTS clients.
     `predictions`: how many answers of each client are kept at each evaluation, with their prompts and references, or "all".
@@ -181,6 +182,7 @@ class EvaluationSettings(Settings):
     split: Literal["test", "validation"] = "test"  # validation: for tuning settings without the test examples
     score: Literal["after_aggregation", "before_aggregation"] = "after_aggregation"
     retained: Sources = ()
+    perplexity: bool = True
     drift: bool = False
     clients: int | None = Field(None, ge=1)
     pooled: bool | None = None

@@ -149,7 +149,7 @@ def by_example(
     The values of two models on the same examples are in the same order. `values` is empty if the metric is not a mean over
     examples.
     """
-    judged = one_by_one(model, examples, encoder, generate_tokens, batch_size)
+    judged = judged_by_client(model, {"": examples}, encoder, generate_tokens, batch_size, perplexity=False)[""]
     parts = [scores.tasks for _, _, scores in judged]
     return {
         task: {
@@ -176,11 +176,17 @@ def one_by_one(
 
 
 def judged_by_client(
-    model: nn.Module, examples: Mapping[str, Sequence[Example]], encoder: Encoder, generate_tokens: int, batch_size: int
+    model: nn.Module,
+    examples: Mapping[str, Sequence[Example]],
+    encoder: Encoder,
+    generate_tokens: int,
+    batch_size: int,
+    perplexity: bool = True,
 ) -> dict[str, list[Judged]]:
     """Client → `one_by_one` on its examples, in batches of the examples of all clients.
 
     The padding, and so the last bits of the losses, depend on the other clients' examples.
+    perplexity: whether it is also computed of examples whose metric it is not, in one more forward pass.
     """
     union = [example for own in examples.values() for example in own]
     clients = [client for client, own in examples.items() for _ in own]
@@ -189,7 +195,7 @@ def judged_by_client(
     model.eval()
     with torch.inference_mode():
         for places in batches(union, batch_size):
-            parts = scored(model, [union[place] for place in places], encoder, generate_tokens)
+            parts = scored(model, [union[place] for place in places], encoder, generate_tokens, perplexity)
             for place, part in zip(places, parts, strict=True):
                 judged[clients[place]].append(part)
     model.train(was_training)
@@ -224,7 +230,7 @@ def way_of(example: Example) -> str:
     return example.metric if example.metric in ("likelihood", "perplexity") else "answer"
 
 
-def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_tokens: int) -> list[Judged]:
+def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_tokens: int, perplexity: bool) -> list[Judged]:
     """Each example of `batch` with its answer and scores."""
     answers: Sequence[str | None] = [None] * len(batch)
     verdicts: list[Verdict] = [({}, {})] * len(batch)
@@ -234,7 +240,9 @@ def scored(model: nn.Module, batch: list[Example], encoder: Encoder, generate_to
     elif way_of(batch[0]) == "likelihood":
         answers = likeliest(model, batch, encoder)
         verdicts = [({"likelihood": float(one == example.response)}, {}) for one, example in zip(answers, batch, strict=True)]
-    losses, tokens = reference_losses(model, encoder.batch(batch))
+    losses = tokens = torch.zeros(len(batch))
+    if perplexity or way_of(batch[0]) == "perplexity":
+        losses, tokens = reference_losses(model, encoder.batch(batch))
     parts = []
     for index, (example, given, (sums, labels)) in enumerate(zip(batch, answers, verdicts, strict=True)):
         part = TaskScores(example.metric, 1, sums, labels, float(losses[index]), int(tokens[index]))

@@ -131,7 +131,9 @@ class ClientTask:
         Those of several clients are by client.
         """
         settings = self.evaluation
-        judged = evaluation.judged_by_client(model, examples, context.encoder, settings.generate_tokens, settings.batch_size)
+        judged = evaluation.judged_by_client(
+            model, examples, context.encoder, settings.generate_tokens, settings.batch_size, settings.perplexity
+        )
         metrics = {"scores": unless_single({client: merged(judged[client], own) for client, own in examples.items()})}
         if self.predictions:
             shown = {client: predictions.chosen(own, self.predictions) for client, own in examples.items()}

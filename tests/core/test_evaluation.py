@@ -162,6 +162,21 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary(
     assert scores.by_task()["first"]["perplexity"] == pytest.approx(VOCABULARY)
 
 
+def test_without_perplexity_no_reference_is_read_and_all_else_is_the_same(monkeypatch):
+    model, encoder = tiny_model("olmoe"), Encoder(tokenizer(), 32)
+    examples = [*random_examples(5), *[Example("w1", "w2 w3", "text", "perplexity") for _ in range(2)]]
+    whole = evaluation.judged_by_client(model, {"": examples}, encoder, 4, 3)[""]
+    read, original = [], evaluation.reference_losses
+    monkeypatch.setattr(evaluation, "reference_losses", lambda _, batch: read.append(len(batch["labels"])) or original(_, batch))
+    part = evaluation.judged_by_client(model, {"": examples}, encoder, 4, 3, perplexity=False)[""]
+    assert read == [2]  # the texts alone, which are judged by it
+    for (_, said, scores), (_, said_before, before) in zip(part, whole, strict=True):
+        task = next(iter(scores.tasks))
+        left_out = () if task == "text" else ("perplexity",)
+        kept = {name: value for name, value in before.by_task()[task].items() if name not in left_out}
+        assert said == said_before and scores.by_task()[task] == kept
+
+
 def test_nothing_is_generated_for_a_task_judged_by_perplexity(monkeypatch):
     monkeypatch.setattr(evaluation, "answer", lambda *_: pytest.fail("an answer was generated"))
     texts = [Example("", "w1 w2", "text", "perplexity") for _ in range(3)]
