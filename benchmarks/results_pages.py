@@ -8,13 +8,16 @@ be a setting or be quoted from elsewhere; its line then ends with {# quoted: SOU
 """
 
 import csv
+import json
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.special import stdtrit
@@ -23,6 +26,7 @@ from fedexperts.report import stats
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 PAGES = RESULTS / "pages"
+LINES = ("constant answer", "copy of the input")
 SETTINGS = ("standard-t", "standard-td", "enforced-t", "enforced-td")  # of FedMoE's experiment
 DECIMAL = re.compile(r"\d\.\d")
 QUOTED = re.compile(r"\{#-? quoted: [^#]+ #\}\s*$")
@@ -58,6 +62,9 @@ class Table:
             folder, setting = name.rsplit("/", 1)
             path = f"{folder}/all"
         self.name, self.rows = name, {}
+        self.from_line: dict[
+            tuple[str, str], tuple[float, float]
+        ] = {}  # method, reference line → difference in quality, half-width
         with (RESULTS / f"{path}.csv").open(newline="") as file:
             for line in csv.DictReader(file):
                 if line["setting"] == setting:
@@ -68,11 +75,17 @@ class Table:
                         low, high, (high - low) / 2, number(line["difference"]), (paired_high - paired_low) / 2,
                     )  # fmt: skip
                     self.rows[row.method, row.measure, row.task] = row
+                    if row.measure == "difference in quality" and not row.task:
+                        self.from_line[row.method, line["baseline"]] = row.paired, row.paired_half
 
     @property
     def methods(self) -> list[str]:
         """By quality, best first; equal ones by name."""
         return sorted({method for method, _, _ in self.rows}, key=lambda method: (-round(self.row(method).mean, 9), method))
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({task for _, measure, task in self.rows if measure == "quality" and task})
 
     def row(self, method: str, measure: str = "quality", task: str = "") -> Row:
         return self.rows[method, measure, task]
@@ -89,6 +102,11 @@ class Table:
         """The paired difference from the table's baseline with the half-width of its interval; "–" for the baseline."""
         row = self.row(method, measure, task)
         return "–" if row.paired != row.paired else f"{signed(row.paired, digits)} ± {row.paired_half:.{digits}f}"
+
+    def against(self, method: str, line: str) -> str:
+        """The paired difference in quality from a reference line."""
+        mean, half = self.from_line[method, line]
+        return f"{signed(mean, 1)} ± {half:.1f}"
 
     def unpaired(self, method: str, other: str) -> str:
         """The difference of two methods' means with the half-width of Welch's interval, where the CSV has no paired one."""
@@ -130,8 +148,19 @@ class Table:
 
     def line(self, name: str, task: str = "", metric_digits: int = 1) -> str:
         """A reference line, mean over the same seeds, in per cent."""
-        found = [value for table, line, of, value in reference_lines() if (table, line, of) == (self.name, name, task)]
-        return f"{100 * fmean(found):.{metric_digits}f}" if found else "–"
+        value = self.reference(name, task)
+        return "–" if value is None else f"{value:.{metric_digits}f}"
+
+    def reference(self, name: str, task: str = "") -> float | None:
+        """A reference line in per cent: of reference_lines.csv, or else of the table's own CSV; None: in neither."""
+        found = [100 * value for table, line, of, value in reference_lines() if (table, line, of) == (self.name, name, task)]
+        if not found and (name, "quality", task) in self.rows:
+            found = [self.row(name, task=task).mean]
+        return fmean(found) if found else None
+
+    def better_line(self, tasks: Iterable[str]) -> str:
+        """The better of both reference lines of each task, and the mean of these: what can be had without training."""
+        return f"{fmean(max(self.reference(name, task) or 0.0 for name in LINES) for task in tasks):.1f}"
 
     def quality_table(self, tasks: dict[str, str], measures: dict[str, tuple[str, int]], against: str = "") -> str:
         """Markdown: quality overall (paired), by task, and other measures; reference lines among the methods, by their score.
@@ -145,10 +174,19 @@ class Table:
             cells += [self.mean(method, task=task) for task in tasks.values()]
             cells += [self.mean(method, measure, digits=digits) for measure, digits in measures.values()]
             lines.append((self.row(method).mean, cells))
-        for name in ("constant answer", "copy of the input"):
-            if (whole := self.line(name)) != "–":
-                cells = [f"*{name}*", whole, *([""] if against else []), *(self.line(name, task) for task in tasks.values())]
-                lines.append((float(whole), cells + [""] * len(measures)))
+        known = [name for name in LINES if self.reference(name) is not None]
+        for name in known:
+            cells = [
+                f"*{name}*",
+                self.line(name),
+                *([""] if against else []),
+                *(self.line(name, task) for task in tasks.values()),
+            ]
+            lines.append((float(self.line(name)), cells + [""] * len(measures)))
+        if known and len(tasks) > 1:
+            whole, *each = [self.better_line(of) for of in (tasks.values(), *([task] for task in tasks.values()))]
+            cells = ["*better of the two, task by task*", whole, *([""] if against else []), *each]
+            lines.append((float(whole), cells + [""] * len(measures)))
         rows = [cells for _, cells in sorted(lines, key=lambda each: -each[0])]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
@@ -176,10 +214,19 @@ class Attacks:
         found = sorted((key[-1], row) for key, row in self.rows.items() if key[:4] == (method, "backdoor", attackers, rule))
         return ", ".join(f"{float(row['triggered']):.1f}" for _, row in found)
 
-    def lost(self, method: str, attack: str, rule: str, attackers: int = 2) -> str:
-        """The paired difference from the plain mean without attackers, seed by seed."""
+    def lost(self, method: str, attack: str, rule: str, attackers: int = 2, first: int | None = None) -> str:
+        """The paired difference from the plain mean without attackers, seed by seed; of the `first` seeds, or all."""
+        return interval([*self.losses(method, attack, rule, attackers).values()][:first], sign=True)
+
+    def losses(self, method: str, attack: str, rule: str, attackers: int) -> dict[int, float]:
+        """Seed → the difference from the plain mean without attackers, by seed."""
         plain, own = self.of(method, "nobody", "none", attackers), self.of(method, attack, rule, attackers)
-        return interval([own[seed] - plain[seed] for seed in own if seed in plain], sign=True)
+        return {seed: own[seed] - plain[seed] for seed in sorted(own) if seed in plain}
+
+    def more_lost(self, method: str, attack: str, rule: str, attackers: int, than: "Attacks") -> str:
+        """The paired difference of losses from those with two attackers in another CSV."""
+        own, other = self.losses(method, attack, rule, attackers), than.losses(method, attack, rule, 2)
+        return interval([own[seed] - other[seed] for seed in own if seed in other], sign=True)
 
 
 class Clients:
@@ -211,6 +258,9 @@ class Clients:
         values = self.values[method, round].items()
         return f"{fmean(value for (_, client), value in values if task in ('', self.tasks[client])):.1f}"
 
+    def of_seed(self, method: str, round: int, seed: int) -> float:
+        return fmean(value for (of, _), value in self.values[method, round].items() if of == seed)
+
     def paired(self, method: str, against: str, round: int, round_against: int = 0) -> str:
         """The mean of the difference over clients and the seeds that both have, with a t interval over these pairs.
 
@@ -219,20 +269,31 @@ class Clients:
         own, other = self.values[method, round], self.values[against, round_against or round]
         return interval([own[key] - other[key] for key in own if key in other], sign=True)
 
-    def by_seed(self, method: str, against: str, round: int) -> str:
+    def by_seed(self, method: str, against: str, round: int, round_against: int = 0) -> str:
         """The difference over the seeds that both have, each the mean over its clients, with a t interval over seeds."""
-        own, other = self.values[method, round], self.values[against, round]
+        return interval(self.differences(method, against, round, round_against), sign=True)
+
+    def differences(self, method: str, against: str, round: int, round_against: int = 0) -> list[float]:
+        """Of each seed that both have, the mean difference over its clients."""
+        own, other = self.values[method, round], self.values[against, round_against or round]
         seeds = sorted({seed for seed, _ in own} & {seed for seed, _ in other})
-        return interval([fmean(own[key] - other[key] for key in own if key[0] == seed) for seed in seeds], sign=True)
+        return [fmean(own[key] - other[key] for key in own if key[0] == seed) for seed in seeds]
 
 
-def interval(values: list[float], sign: bool = False) -> str:
+def told_apart(differences: Mapping[str, list[float]], corrected: bool = True) -> list[str]:
+    """The names of those whose mean over seeds is told from 0 at 5 %; corrected: by Holm, for all of them."""
+    p = [stats.Difference(fmean(of), stdev(of) / len(of) ** 0.5, len(of) - 1, len(of)).p for of in differences.values()]
+    found = zip(differences, stats.holm(p) if corrected else p, strict=True)
+    return [name for name, value in found if value is not None and value < 0.05]
+
+
+def interval(values: list[float], sign: bool = False, digits: int = 1) -> str:
     """The mean and the half-width of a 95 % t interval; without it for a single value; "–" for none."""
     if not values:
         return "–"
-    mean = signed(fmean(values), 1) if sign else f"{fmean(values):.1f}"
+    mean = signed(fmean(values), digits) if sign else f"{fmean(values):.{digits}f}"
     half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return mean if half is None else f"{mean} ± {half:.1f}"
+    return mean if half is None else f"{mean} ± {half:.{digits}f}"
 
 
 def signed(value: float, digits: int) -> str:
@@ -261,6 +322,28 @@ def ability(model: str, task: str) -> str:
         return f"{float(row['value']):.3f}"
     value, low, high = (f"{100 * float(row[name]):.1f}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}], n = {row['items']}"
+
+
+@cache
+def training(build: str) -> dict[str, Any]:
+    """The training.json of a build of smol, with what is computed from it, before and after healing."""
+    report: dict[str, Any] = json.loads((RESULTS / f"smol/{build}-training.json").read_text())
+    for point in (report["before"], report["after"]):
+        own, control = point["bits_per_byte"], point["control_bits_per_byte"]
+        others = own.keys() - {"mean", "wikitext2_valid"}
+        point["over"] = {text: own[text] - control[text] for text in sorted(others)}
+        point["over_others"] = fmean(point["over"].values())
+        point["wikitext"], point["control_wikitext"] = own["wikitext2_valid"], control["wikitext2_valid"]
+        for name, key in (("way_in_error", "error_of_a_layer"), ("way_in_bits", "bits_by_choice")):
+            by = point[key]
+            point[name] = 100 * (by["random"] - by["routed"]) / (by["random"] - by["oracle"])
+    return report
+
+
+def text_differences(when: str) -> str:
+    """smol-384's bits per byte over its control minus smol's, with a t interval over the texts but wikitext2_valid."""
+    smol, other = (training(build)[when]["over"] for build in ("smol", "smol-384"))
+    return interval([other[text] - smol[text] for text in smol], sign=True, digits=3)
 
 
 def cut(run_file: str, *tasks: str, share: str = "prompt_tokens_lost") -> str:
@@ -293,6 +376,7 @@ def rendered(template: Path) -> str:
     environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness}
     environment.globals |= {"reaching": reaching, "ability": ability, "attacks": Attacks, "clients": Clients}
+    environment.globals |= {"told_apart": told_apart, "training": training, "text_differences": text_differences}
     return "".join(f"{line.rstrip()}\n" for line in environment.get_template(template.name).render().splitlines())
 
 
