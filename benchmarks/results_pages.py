@@ -152,10 +152,10 @@ class Table:
         return "–" if value is None else f"{value:.{metric_digits}f}"
 
     def reference(self, name: str, task: str = "") -> float | None:
-        """A reference line in per cent: of reference_lines.csv, or else of the table's own CSV; None: in neither."""
+        """A reference line in per cent: of the table's own CSV, or else of reference_lines.csv; None: in neither."""
+        if (name, "quality", task) in self.rows:
+            return self.row(name, task=task).mean
         found = [100 * value for table, line, of, value in reference_lines() if (table, line, of) == (self.name, name, task)]
-        if not found and (name, "quality", task) in self.rows:
-            found = [self.row(name, task=task).mean]
         return fmean(found) if found else None
 
     def better_line(self, tasks: Iterable[str]) -> str:
@@ -273,6 +273,11 @@ class Clients:
         """The difference over the seeds that both have, each the mean over its clients, with a t interval over seeds."""
         return interval(self.differences(method, against, round, round_against), sign=True)
 
+    def over_rounds(self, method: str, against: str) -> list[float]:
+        """Of each seed that both have, the mean difference over its clients and all rounds that were scored."""
+        rounds = sorted(scored for name, scored in self.values if name == method)
+        return [fmean(each) for each in zip(*(self.differences(method, against, scored) for scored in rounds), strict=True)]
+
     def differences(self, method: str, against: str, round: int, round_against: int = 0) -> list[float]:
         """Of each seed that both have, the mean difference over its clients."""
         own, other = self.values[method, round], self.values[against, round_against or round]
@@ -376,7 +381,12 @@ def rendered(template: Path) -> str:
     environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness}
     environment.globals |= {"reaching": reaching, "ability": ability, "attacks": Attacks, "clients": Clients}
-    environment.globals |= {"told_apart": told_apart, "training": training, "text_differences": text_differences}
+    environment.globals |= {
+        "told_apart": told_apart,
+        "interval": interval,
+        "training": training,
+        "text_differences": text_differences,
+    }
     return "".join(f"{line.rstrip()}\n" for line in environment.get_template(template.name).render().splitlines())
 
 
