@@ -9,7 +9,7 @@ from typing import Any
 
 from fedexperts.errors import BadMessage
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Raised by every change that makes messages unreadable to a version without it."""
 VERSION = version("fedexperts")
 MAX_DEPTH = 32

@@ -69,6 +69,7 @@ BEFORE = {
     "training.schedule": "constant",
     "training.final_lr": 1e-6,
     "evaluation.score": "after_aggregation",
+    "evaluation.perplexity": True,
     "evaluation.retained": [],
     "evaluation.drift": False,
     "data.names": [],

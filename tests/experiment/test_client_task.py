@@ -64,6 +64,13 @@ def measured(tiny_tree, quiz, tmp_path_factory):
     return settings, out, len(scored)
 
 
+def test_without_perplexity_scores_are_the_same_but_for_it(measured, tiny_tree, tmp_path):
+    _, out, _ = measured
+    own = run(config(tiny_tree, perplexity=False), tmp_path / "out")
+    metrics, fewer = ([row["metrics"] for row in lines(folder) if row.get("metrics")] for folder in (out, own))
+    assert fewer == [{name: value for name, value in each.items() if name != "perplexity"} for each in metrics] != metrics
+
+
 def test_the_base_is_scored_once_before_the_first_round_and_every_client_after_the_last(measured):
     _, out, _ = measured
     rows = [row for row in lines(out) if "retained" in row]
