@@ -62,9 +62,7 @@ class Table:
             folder, setting = name.rsplit("/", 1)
             path = f"{folder}/all"
         self.name, self.rows = name, {}
-        self.from_line: dict[
-            tuple[str, str], tuple[float, float]
-        ] = {}  # method, reference line → difference in quality, half-width
+        self.pairs: dict[tuple[str, str], tuple[float, float, float]] = {}  # → difference in quality, half-width, corrected p
         with (RESULTS / f"{path}.csv").open(newline="") as file:
             for line in csv.DictReader(file):
                 if line["setting"] == setting:
@@ -76,12 +74,15 @@ class Table:
                     )  # fmt: skip
                     self.rows[row.method, row.measure, row.task] = row
                     if row.measure == "difference in quality" and not row.task:
-                        self.from_line[row.method, line["baseline"]] = row.paired, row.paired_half
+                        corrected = number(line.get("p_value_corrected", ""))
+                        self.pairs[row.method, line["baseline"]] = row.paired, row.paired_half, corrected
 
     @property
     def methods(self) -> list[str]:
         """By quality, best first; equal ones by name."""
-        return sorted({method for method, _, _ in self.rows}, key=lambda method: (-round(self.row(method).mean, 9), method))
+        return sorted(
+            {method for method, _, _ in self.rows} - {*LINES}, key=lambda method: (-round(self.row(method).mean, 9), method)
+        )
 
     @property
     def tasks(self) -> list[str]:
@@ -105,8 +106,12 @@ class Table:
 
     def against(self, method: str, line: str) -> str:
         """The paired difference in quality from a reference line."""
-        mean, half = self.from_line[method, line]
+        mean, half, _ = self.pairs[method, line]
         return f"{signed(mean, 1)} ± {half:.1f}"
+
+    def corrected(self, method: str, other: str) -> str:
+        """The p value of the difference of two methods, corrected for all pairs of the CSV."""
+        return f"{(self.pairs.get((method, other)) or self.pairs[other, method])[2]:.3f}"
 
     def unpaired(self, method: str, other: str) -> str:
         """The difference of two methods' means with the half-width of Welch's interval, where the CSV has no paired one."""
@@ -160,7 +165,7 @@ class Table:
 
     def better_line(self, tasks: Iterable[str]) -> str:
         """The better of both reference lines of each task, and the mean of these: what can be had without training."""
-        return f"{fmean(max(self.reference(name, task) or 0.0 for name in LINES) for task in tasks):.1f}"
+        return f"{fmean(max(float(self.line(name, task, 9)) for name in LINES) for task in tasks):.1f}"
 
     def quality_table(self, tasks: dict[str, str], measures: dict[str, tuple[str, int]], against: str = "") -> str:
         """Markdown: quality overall (paired), by task, and other measures; reference lines among the methods, by their score.
