@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
+from math import log
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -142,14 +143,22 @@ class Table:
 
     def told_apart(self, corrected: bool = True) -> list[str]:
         """Methods whose difference from the baseline is told apart at 5 %; corrected: by Holm, for all methods of the table."""
-        found = self.differences()
-        p = [each.p for each in found.values()]
-        return [method for method, value in zip(found, stats.holm(p) if corrected else p, strict=True) if value and value < 0.05]
+        return names_told_apart(self.differences(), corrected)
 
     def could_see(self) -> str:
         """Points that these runs could have told from 0, from the least to the most of the methods, in words."""
         found = [each.detectable or 0.0 for each in self.differences().values()]
         return f"{min(found):.1f} to {max(found):.1f} points, depending on the method (80 % power, before correction)"
+
+    def slower(self, measure: str, corrected: bool = True) -> list[str]:
+        """Methods whose ratio to the baseline is told from 1 at 5 %, by logarithms; corrected: by Holm, for all of the table."""
+        found = {}
+        for method in self.methods:
+            row = self.rows.get((method, f"{measure}, ratio", ""))
+            if row and row.low > 0:
+                error = log(row.high / row.low) / 2 / float(stdtrit(row.seeds - 1, 0.975))
+                found[method] = stats.Difference(log(row.mean), error, row.seeds - 1, row.seeds)
+        return names_told_apart(found, corrected)
 
     def line(self, name: str, task: str = "", metric_digits: int = 1) -> str:
         """A reference line, mean over the same seeds, in per cent."""
@@ -283,6 +292,10 @@ class Clients:
         rounds = sorted(scored for name, scored in self.values if name == method)
         return [fmean(each) for each in zip(*(self.differences(method, against, scored) for scored in rounds), strict=True)]
 
+    def pooled(self, pairs: list[tuple[str, str]], round: int) -> list[float]:
+        """Of each seed that all have, the mean difference over `pairs` of methods."""
+        return [fmean(each) for each in zip(*(self.differences(*pair, round) for pair in pairs), strict=True)]
+
     def differences(self, method: str, against: str, round: int, round_against: int = 0) -> list[float]:
         """Of each seed that both have, the mean difference over its clients."""
         own, other = self.values[method, round], self.values[against, round_against or round]
@@ -292,7 +305,16 @@ class Clients:
 
 def told_apart(differences: Mapping[str, list[float]], corrected: bool = True) -> list[str]:
     """The names of those whose mean over seeds is told from 0 at 5 %; corrected: by Holm, for all of them."""
-    p = [stats.Difference(fmean(of), stdev(of) / len(of) ** 0.5, len(of) - 1, len(of)).p for of in differences.values()]
+    return names_told_apart({name: difference(of) for name, of in differences.items()}, corrected)
+
+
+def difference(values: list[float]) -> stats.Difference:
+    """Their mean over seeds."""
+    return stats.Difference(fmean(values), stdev(values) / len(values) ** 0.5, len(values) - 1, len(values))
+
+
+def names_told_apart(differences: Mapping[str, stats.Difference], corrected: bool) -> list[str]:
+    p = [each.p for each in differences.values()]
     found = zip(differences, stats.holm(p) if corrected else p, strict=True)
     return [name for name, value in found if value is not None and value < 0.05]
 
@@ -388,6 +410,7 @@ def rendered(template: Path) -> str:
     environment.globals |= {"reaching": reaching, "ability": ability, "attacks": Attacks, "clients": Clients}
     environment.globals |= {
         "told_apart": told_apart,
+        "difference": difference,
         "interval": interval,
         "training": training,
         "text_differences": text_differences,
