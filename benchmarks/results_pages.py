@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from scipy.special import stdtrit
 
@@ -29,6 +30,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 PAGES = RESULTS / "pages"
 LINES = ("constant answer", "copy of the input")
 SETTINGS = ("standard-t", "standard-td", "enforced-t", "enforced-td")  # of FedMoE's experiment
+MEASURES = ("bytes_sent", "flops_estimated")
 DECIMAL = re.compile(r"\d\.\d")
 QUOTED = re.compile(r"\{#-? quoted: [^#]+ #\}\s*$")
 
@@ -244,16 +246,17 @@ class Attacks:
 
 
 class Clients:
-    """The lines of a CSV with each client's quality, in per cent: of few seeds, differences are paired by client and seed."""
+    """The lines of CSVs with each client's quality, in per cent: of few seeds, differences are paired by client and seed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, *names: str) -> None:
         self.values: dict[tuple[str, int], dict[tuple[int, str], float]] = {}
         self.tasks: dict[str, str] = {}
-        with (RESULTS / f"{name}.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                of_clients = self.values.setdefault((row["method"], int(row["round"])), {})
-                of_clients[int(row["seed"]), row["client"]] = 100 * float(row["value"])
-                self.tasks[row["client"]] = row.get("task", "")
+        for name in names:
+            with (RESULTS / f"{name}.csv").open(newline="") as file:
+                for row in csv.DictReader(file):
+                    of_clients = self.values.setdefault((row["method"], int(row["round"])), {})
+                    of_clients[int(row["seed"]), row["client"]] = 100 * float(row["value"])
+                    self.tasks[row["client"]] = row.get("task", "")
 
     def seeds(self, method: str) -> int:
         return len({seed for (name, _), values in self.values.items() if name == method for seed, _ in values})
@@ -292,6 +295,13 @@ class Clients:
         rounds = sorted(scored for name, scored in self.values if name == method)
         return [fmean(each) for each in zip(*(self.differences(method, against, scored) for scored in rounds), strict=True)]
 
+    def interpolated(self, method: str, at: float) -> dict[int, float]:
+        """Seed → mean over clients at `at` rounds: linear between rounds that were scored and from 0 before training (ours)."""
+        scored = sorted(round for name, round in self.values if name == method)
+        seeds = {seed for seed, _ in self.values[method, scored[0]]}
+        curves = {seed: [self.of_seed(method, round, seed) for round in scored] for seed in sorted(seeds)}
+        return {seed: float(np.interp(at, [0, *scored], [0.0, *curve])) for seed, curve in curves.items()}
+
     def pooled(self, pairs: list[tuple[str, str]], round: int) -> list[float]:
         """Of each seed that all have, the mean difference over `pairs` of methods."""
         return [fmean(each) for each in zip(*(self.differences(*pair, round) for pair in pairs), strict=True)]
@@ -301,6 +311,32 @@ class Clients:
         own, other = self.values[method, round], self.values[against, round_against or round]
         seeds = sorted({seed for seed, _ in own} & {seed for seed, _ in other})
         return [fmean(own[key] - other[key] for key in own if key[0] == seed) for seed in seeds]
+
+
+class RoundCosts:
+    """The lines of a CSV of round_costs.py: what runs have cost up to each round."""
+
+    def __init__(self, name: str) -> None:
+        self.values: dict[str, dict[int, dict[str, float]]] = {}
+        with (RESULTS / f"{name}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                self.values.setdefault(row["method"], {})[int(row["round"])] = {key: float(row[key]) for key in MEASURES}
+
+    def total(self, method: str, measure: str) -> float:
+        return max(each[measure] for each in self.values[method].values())
+
+    def least(self, methods: list[str], measure: str) -> float:
+        """The lowest total of `methods`."""
+        return min(self.total(method, measure) for method in methods)
+
+    def share_before(self, method: str, measure: str) -> float:
+        """The share of the total that is spent before the first round."""
+        return self.values[method][0][measure] / self.total(method, measure)
+
+    def round(self, method: str, measure: str, budget: float) -> float:
+        """The number of rounds after which `budget` is spent, with fractions; the last round, where it is never spent."""
+        rounds = sorted(self.values[method])
+        return float(np.interp(budget, [self.values[method][round][measure] for round in rounds], rounds))
 
 
 def told_apart(differences: Mapping[str, list[float]], corrected: bool = True) -> list[str]:
@@ -408,6 +444,7 @@ def rendered(template: Path) -> str:
     environment = Environment(loader=FileSystemLoader(PAGES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.globals |= {"table": cache(Table), "cut": cut, "ratio": ratio, "listed": listed, "evenness": evenness}
     environment.globals |= {"reaching": reaching, "ability": ability, "attacks": Attacks, "clients": Clients}
+    environment.globals["round_costs"] = RoundCosts
     environment.globals |= {
         "told_apart": told_apart,
         "difference": difference,
